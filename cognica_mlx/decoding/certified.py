@@ -1,0 +1,74 @@
+"""Certified speculation: drafts that WAND would let go are kept, only the others are verified.
+
+A draft whose margin clears the bounds that remain after the draft stage is certified: the deeper
+stages would hardly overturn it. A block of certified drafts is emitted at once, and its positions
+stay pending in the deeper stages. A block with an uncertified draft is verified as a whole, in one
+batch with all that is pending; its certified drafts count as accepted.
+
+Each step, be it a block of drafts or a verification, is one graph and one host synchronisation.
+The output agrees with the full model's as often as WAND's does; with a temperature, certified
+drafts are drawn from the draft stage's distribution and the others follow the full model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from cognica_mlx.decoding.loop import DecodedToken, number
+from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.decoding.wand import exit_margins
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel
+from cognica_mlx.sampling import Sampler
+from cognica_mlx.state import DecodingState
+
+
+class Certified(Speculative):
+    """Speculation that verifies only where the draft's margin does not clear WAND's bounds."""
+
+    def __init__(
+        self,
+        model: PoEModel,
+        sampler: Sampler,
+        p99_bounds: Sequence[float],
+        safety: float = 1.0,
+        draft_stage: int = 0,
+        num_draft_tokens: int = 3,
+        draft_margin: float | None = None,
+    ):
+        super().__init__(model, sampler, draft_stage, num_draft_tokens, draft_margin)
+        if draft_stage == self.depth:
+            raise RequestError(
+                f"draft_stage {draft_stage} is the last one: nothing is left to skip"
+            )
+        self.needed = exit_margins(model, p99_bounds, safety)[draft_stage]
+        self.prefill_stage = draft_stage
+
+    def run(self, state: DecodingState, token: int, budget: int) -> Iterator[DecodedToken]:
+        """Emit at least `budget` tokens, a block at a time."""
+        tokens = [*state.tokens, token]
+        emitted = 0
+        while emitted < budget:
+            count = min(self.num_draft_tokens, budget - emitted)
+            draft = self.draft(state, tokens, count)
+            mx.eval(draft.tokens, draft.logprobs, draft.margins)
+            margins = [number(lead) for lead in draft.margins]
+            weak = [i for i, lead in enumerate(margins) if lead < (self.draft_margin or 0)]
+            if weak:
+                draft.shorten(weak[0])
+                state.rollback(draft.first + weak[0] + 1)
+            certified = [lead > self.needed for lead in margins[: len(draft)]]
+            if all(certified) and not weak:
+                self.drafted += len(draft)
+                decoded = [
+                    DecodedToken.read(drafted, logprob, self.draft_stage, from_draft=True)
+                    for drafted, logprob in zip(draft.tokens, draft.logprobs, strict=True)
+                ]
+            else:
+                decoded = self.verify(state, tokens[-1], draft, certified)
+            for one in decoded:
+                yield one
+                tokens.append(one.token)
+                emitted += 1

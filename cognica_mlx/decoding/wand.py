@@ -1,0 +1,114 @@
+"""WAND, adaptive depth: leave at the first stage whose best token can no longer be overtaken.
+
+Stage k is left when the margin between its two best scores exceeds
+`safety * (bound_k + ... + bound_{K-2})`, bound_j being the 99th percentile, measured on a
+calibration text, of what the step from stage j to j + 1 takes away from such a margin (or, as
+published for the 1.3B base, of what it moves any logit). Positions that left early stay pending
+in the deeper stages and are caught up in one batch when a later token goes deeper.
+
+With a head per stage the full model is the Log-OP of all stages, so the margin is that of the
+running Log-OP R_k = pool of stages 0 .. k. The full margin telescopes,
+M(R_{K-1}) = M(R_k) - sum over j >= k of (M(R_j) - M(R_{j+1})), so the same rule holds with bounds
+measured on the running Log-OP itself: each step then moves by 1 / (j + 2) of what the new stage's
+own log-probabilities differ, R_{j+1} - R_j = (l_{j+1} - R_j) / (j + 2) at poe_alpha 0, which is why
+bounds for single stages would be far too wide.
+
+The rule speaks of the best token. With a temperature a token is drawn from the scores of the
+stage that was left at; use speculation to draw from the full model's distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from cognica_mlx.decoding.loop import DecodedToken, as_row, number
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import Hidden, PoEModel
+from cognica_mlx.sampling import Sampler, logprob_of, margin
+from cognica_mlx.state import DecodingState
+
+
+def exit_margins(model: PoEModel, p99_bounds: Sequence[float], safety: float) -> list[float]:
+    """The margin that each stage but the last must exceed to be left at: K - 1 numbers.
+
+    Raises RequestError where the bounds do not fit the model.
+    """
+    steps = model.poe_n_stages - 1
+    if len(p99_bounds) != steps:
+        raise RequestError(
+            f"p99_bounds: {len(p99_bounds)} given, but this model has {steps} steps between stages"
+        )
+    if not safety >= 0:
+        raise RequestError(f"safety {safety} is below 0")
+    if not all(bound >= 0 for bound in p99_bounds):
+        raise RequestError(f"p99_bounds {list(p99_bounds)} must all be at least 0")
+    # A bound of infinity keeps its meaning even at safety 0.
+    return [
+        float("inf") if float("inf") in p99_bounds[k:] else safety * sum(p99_bounds[k:])
+        for k in range(steps)
+    ]
+
+
+class Wand:
+    """Advance stage by stage until the margin clears the remaining bounds.
+
+    `exit_stages` limits where a token may leave; a head that decides nothing is not computed.
+    """
+
+    drafted = 0
+
+    def __init__(
+        self,
+        model: PoEModel,
+        sampler: Sampler,
+        p99_bounds: Sequence[float],
+        safety: float = 1.0,
+        exit_stages: Sequence[int] | None = None,
+    ):
+        self.model, self.sampler = model, sampler
+        self.depth, self.prefill_stage = model.poe_n_stages - 1, 0
+        self.exits = dict(enumerate(exit_margins(model, p99_bounds, safety)))
+        if exit_stages is not None:
+            for stage in exit_stages:
+                model.check_stage(stage, "exit stage")
+        for stage, needed in list(self.exits.items()):
+            if needed == float("inf") or (exit_stages is not None and stage not in exit_stages):
+                del self.exits[stage]
+
+    def run(self, state: DecodingState, token: int, budget: int) -> Iterator[DecodedToken]:
+        """Emit `budget` tokens, each with the stage it left at."""
+        context = self.sampler.context([*state.tokens, token])
+        for _ in range(budget):
+            state.append([token])
+            decoded = self._leave(state, context)
+            yield decoded
+            token = decoded.token
+            context = self.sampler.extend(context, as_row(token))
+
+    def _leave(self, state: DecodingState, context: mx.array | None) -> DecodedToken:
+        """Advance until the rule lets go, and choose the token there."""
+        passed: list[mx.array] = []
+        for stage in range(self.depth + 1):
+            hidden = state.advance(stage)
+            assert hidden is not None, "the token has just been appended"
+            hidden = hidden[-1:]
+            if self.model.pools_stages:
+                passed.append(self.model.stage_logits(stage, hidden))
+            if stage < self.depth and stage not in self.exits:
+                continue
+            scores = self.sampler.process(self._scores(stage, hidden, passed)[:, -1], context)
+            chosen = self.sampler.choose(scores)
+            logprob, lead = logprob_of(scores, chosen), margin(scores)
+            mx.eval(chosen, logprob, lead)
+            if stage == self.depth or number(lead) > self.exits[stage]:
+                break
+        return DecodedToken.read(chosen, logprob, stage)
+
+    def _scores(self, stage: int, hidden: Hidden, passed: list[mx.array]) -> mx.array:
+        if self.model.pools_stages:
+            return self.model.pool(passed)
+        if stage == self.depth:
+            return self.model.full_scores({stage: hidden})
+        return self.model.stage_logits(stage, hidden)

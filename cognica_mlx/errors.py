@@ -1,0 +1,25 @@
+"""Every error that this project raises on purpose; commands show each as one line."""
+
+
+class PoEError(Exception):
+    """Anything that went wrong in a way we can name; the message says what to do."""
+
+
+class ConfigError(PoEError, ValueError):
+    """A model configuration is incomplete or contradicts itself; names the field."""
+
+
+class CheckpointError(PoEError):
+    """A checkpoint's files are missing, damaged or do not fit; names the file or tensor."""
+
+
+class TokenizerError(PoEError):
+    """A tokenizer file cannot be read safely, or a text or token id cannot be translated."""
+
+
+class RequestError(PoEError, ValueError):
+    """The caller asked for something that does not exist: a mode, a stage, an empty prompt."""
+
+
+class RollbackError(PoEError):
+    """The decoding state no longer holds what a rollback would need."""

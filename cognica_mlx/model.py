@@ -1,0 +1,360 @@
+"""The Cognica-PoE network in MLX: blocks, heads, and one forward over a range of layers.
+
+- in: token ids (B, T) or boundary activations (`Hidden`); optionally a key-value cache per layer
+- out: boundary activations, and float32 logits or Log-OP scores (B, T, V)
+- every path (prefill, one token, a batch of drafts, a catch-up) goes through `run_layers`
+- it knows nothing about sampling, modes or files
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from cognica_mlx.cache import SlidingCache
+from cognica_mlx.calibration import Calibration
+from cognica_mlx.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, PoEConfig
+from cognica_mlx.errors import RequestError
+
+NORM_EPS = 1.1920929e-07
+SOFTCAP = 15.0
+# Queries and keys are each scaled by this after their norm (nanochat's sharper attention).
+QK_SCALE = 1.2
+
+
+def norm(x: mx.array) -> mx.array:
+    """RMSNorm over the last axis, without a learned weight."""
+    return mx.fast.rms_norm(x, None, NORM_EPS)
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Normalised log-probabilities over the last axis."""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def log_op(logits: Sequence[mx.array], weights: Sequence[float]) -> mx.array:
+    """Logarithmic opinion pool: the weighted sum of the predictors' log-probabilities.
+
+    `logits` are (..., V) each. The result is a score; probabilities need another logsumexp.
+    """
+    return sum(
+        (w * log_softmax(z) for z, w in zip(logits[1:], weights[1:], strict=True)),
+        start=weights[0] * log_softmax(logits[0]),
+    )
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Consecutive positions at a stage boundary: all that the next stage needs of them.
+
+    tokens (B, T) int; x and x0 (B, T, D), the residual stream and the smeared embedding;
+    backout (B, T, D) from the boundary on that lies beyond the backout layer, before it None.
+    """
+
+    tokens: mx.array
+    x: mx.array
+    x0: mx.array
+    backout: mx.array | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[1]
+
+    def __getitem__(self, positions: slice) -> Hidden:
+        backout = None if self.backout is None else self.backout[:, positions]
+        return Hidden(
+            self.tokens[:, positions], self.x[:, positions], self.x0[:, positions], backout
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Hidden]) -> Hidden:
+        """Join runs of positions that follow each other."""
+        if len(parts) == 1:
+            return parts[0]
+        backouts = [part.backout for part in parts if part.backout is not None]
+        return Hidden(
+            mx.concatenate([part.tokens for part in parts], axis=1),
+            mx.concatenate([part.x for part in parts], axis=1),
+            mx.concatenate([part.x0 for part in parts], axis=1),
+            mx.concatenate(backouts, axis=1) if backouts else None,
+        )
+
+    def arrays(self) -> list[mx.array]:
+        """Its arrays, for evaluation and for counting bytes."""
+        return [a for a in (self.tokens, self.x, self.x0, self.backout) if a is not None]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention over a sliding window."""
+
+    def __init__(self, config: PoEConfig, layer: int):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim = config.head_dim
+        width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        self.c_q = nn.Linear(config.n_embd, width, bias=False)
+        self.c_k = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.c_v = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=False)
+        if layer in (config.value_embed_layers or ()):
+            self.value_embed = nn.Embedding(config.padded_vocab_size, kv_width)
+            self.ve_gate = nn.Linear(VALUE_GATE_CHANNELS, self.n_kv_head, bias=False)
+        # Rotation is by minus theta: mx.fast.rope divides positions by these.
+        halves = mx.arange(0, self.head_dim, 2, dtype=mx.float32) / self.head_dim
+        self._freqs = -(config.rope_theta**halves)
+        # The scale of 1.2 on queries and on keys is folded into attention's own.
+        self._scale = QK_SCALE**2 * self.head_dim**-0.5
+
+    def _heads(self, x: mx.array, offset: int | None = None) -> mx.array:
+        """(B, T, H * head_dim) -> (B, H, T, head_dim); with an offset rotated and normalised."""
+        batch, length, _ = x.shape
+        x = x.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
+        if offset is None:
+            return x
+        x = mx.fast.rope(
+            x,
+            self.head_dim,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._freqs,
+        )
+        return norm(x)
+
+    def __call__(
+        self,
+        u: mx.array,
+        tokens: mx.array,
+        mask: mx.array | str | None,
+        cache: SlidingCache | None,
+    ) -> mx.array:
+        offset = cache.offset if cache else 0
+        q, k = self._heads(self.c_q(u), offset), self._heads(self.c_k(u), offset)
+        v = self._heads(self.c_v(u))
+        if "value_embed" in self:
+            gate = 3 * mx.sigmoid(self.ve_gate(u[..., :VALUE_GATE_CHANNELS]))  # (B, T, n_kv_head)
+            v = v + gate.transpose(0, 2, 1)[..., None] * self._heads(self.value_embed(tokens))
+        if cache is not None:
+            k, v = cache.update(k, v)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask=mask)
+        return self.c_proj(out.transpose(0, 2, 1, 3).reshape(u.shape[0], u.shape[1], -1))
+
+
+class MLP(nn.Module):
+    """Two matrices around a squared ReLU."""
+
+    def __init__(self, config: PoEConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def __call__(self, u: mx.array) -> mx.array:
+        return self.c_proj(mx.square(nn.relu(self.c_fc(u))))
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each on the normalised residual stream."""
+
+    def __init__(self, config: PoEConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self,
+        x: mx.array,
+        tokens: mx.array,
+        mask: mx.array | str | None,
+        cache: SlidingCache | None,
+    ) -> mx.array:
+        x = x + self.attn(norm(x), tokens, mask, cache)
+        return x + self.mlp(norm(x))
+
+
+class PoEModel(nn.Module):
+    """A Cognica Product-of-Experts language model, base or specialist.
+
+    Parameters carry the released checkpoints' names without `transformer.`, but for two: value
+    embeddings are `h.{i}.attn.value_embed`, and specialists' heads `lm_head_specialists.{i}` in
+    the order in which they stack. Building one evaluates nothing: no weight takes memory before
+    it is used or loaded.
+    """
+
+    def __init__(self, config: PoEConfig):
+        super().__init__()
+        self.config = config
+        self.calibration: Calibration | None = None
+        rows, width = config.padded_vocab_size, config.n_embd
+        self.wte = nn.Embedding(rows, width)
+        self.smear_gate = nn.Linear(SMEAR_CHANNELS, 1, bias=False)
+        self.smear_lambda = mx.zeros((1,))
+        self.backout_lambda = mx.zeros((1,))
+        self.resid_lambdas = mx.ones((config.n_layer,))
+        self.x0_lambdas = mx.zeros((config.n_layer,))
+        self.h = [Block(config, i) for i in range(config.n_layer)]
+        self.lm_head = nn.Linear(width, rows, bias=False)
+        if config.per_stage_head:
+            self.lm_head_stages = [nn.Linear(width, rows, bias=False) for _ in config.stage_layers]
+        if config.specialist_layers:
+            self.lm_head_specialists = [
+                nn.Linear(width, rows, bias=False) for _ in config.specialist_layers
+            ]
+
+    @property
+    def poe_n_stages(self) -> int:
+        """Predictors in a row; a specialist is one more."""
+        return self.config.poe_n_stages
+
+    @property
+    def poe_stage_boundary_layers(self) -> tuple[int, ...]:
+        """The last layer of each stage, counted from 0."""
+        return self.config.poe_stage_boundary_layers
+
+    @property
+    def full_boundaries(self) -> tuple[int, ...]:
+        """The stages whose boundary activations the full-depth prediction reads."""
+        last = self.poe_n_stages - 1
+        return tuple(range(last + 1)) if self.pools_stages else (last,)
+
+    @property
+    def pools_stages(self) -> bool:
+        """Whether the full-depth prediction is the Log-OP of all stages, or the last one's own."""
+        return self.config.per_stage_head and not self.config.specialist_layers
+
+    def embed(self, tokens: mx.array, previous: mx.array | None = None) -> Hidden:
+        """Embed and smear tokens (B, T): what the first stage takes in.
+
+        `previous` (B, 1) is the token before them, None where they open the text: the smear
+        mixes into each position the embedding of the one before it.
+        """
+        ids = tokens if previous is None else mx.concatenate([previous, tokens], axis=1)
+        x = norm(self.wte(ids))
+        before = x[:, :-1]
+        after = x[:, 1:]
+        gate = self.smear_lambda * mx.sigmoid(self.smear_gate(after[..., :SMEAR_CHANNELS]))
+        smeared = after + gate * before
+        if previous is None:
+            smeared = mx.concatenate([x[:, :1], smeared], axis=1)
+        return Hidden(tokens, smeared, smeared)
+
+    def run_layers(
+        self, hidden: Hidden, layers: range, caches: Sequence[SlidingCache] | None = None
+    ) -> Hidden:
+        """Run positions through `layers`; (B, T, D) in, (B, T, D) out.
+
+        `caches`, one for every layer of the model, hold the positions before these; without them
+        the positions are the whole text.
+        """
+        tokens, x, x0, backout = hidden.tokens, hidden.x, hidden.x0, hidden.backout
+        windows = self.config.windows
+        masks: dict[int, mx.array | str | None] = {}
+        for i in layers:
+            cache = caches[i] if caches else None
+            if windows[i] not in masks:
+                masks[windows[i]] = window_mask(
+                    windows[i], cache.offset if cache else 0, len(hidden)
+                )
+            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            x = self.h[i](x, tokens, masks[windows[i]], cache)
+            if i == self.config.backout_layer:
+                backout = x
+        return Hidden(tokens, x, x0, backout)
+
+    def stage_logits(self, stage: int, hidden: Hidden) -> mx.array:
+        """The prediction at the boundary of `stage`, (B, T, V) float32.
+
+        A base stage speaks without backout through the shared head and its own, if it has one; a
+        specialist stage with backout, through the shared head and those of the specialists up to
+        it (MODEL: `head_mode` picks "dual", or "base" or "specialist", its nearest one alone).
+        """
+        specialist = stage - len(self.config.stage_layers)
+        if specialist < 0:
+            heads = [self.lm_head]
+            if self.config.per_stage_head:
+                heads.append(self.lm_head_stages[stage])
+            return self._head_logits(norm(hidden.x), heads)
+        heads = [self.lm_head]
+        if self.config.head_mode == "specialist":
+            heads = [self.lm_head_specialists[specialist]]
+        elif self.config.head_mode == "dual":
+            heads += self.lm_head_specialists[: specialist + 1]
+        else:
+            heads += self.lm_head_specialists[:specialist]
+        return self._head_logits(self._after_backout(hidden), heads)
+
+    def full_scores(self, hidden: Mapping[int, Hidden]) -> mx.array:
+        """The full-depth prediction, (B, T, V) float32, from the boundaries in `full_boundaries`.
+
+        Flat bases: backout, then the shared head. Per-stage heads: the Log-OP of all stages, whose
+        sum is divided by `n_stages ** (1 - poe_alpha)`. Specialists: the last stage's logits.
+        """
+        last = self.poe_n_stages - 1
+        if self.pools_stages:
+            return self.pool([self.stage_logits(k, hidden[k]) for k in range(last + 1)])
+        if self.config.specialist_layers:
+            return self.stage_logits(last, hidden[last])
+        return self._head_logits(self._after_backout(hidden[last]), [self.lm_head])
+
+    def pool(self, logits: Sequence[mx.array]) -> mx.array:
+        """The Log-OP of the first stages' logits (B, T, V), as the full model pools all."""
+        weight = len(logits) ** (self.config.poe_alpha - 1)
+        return log_op(logits, [weight] * len(logits))
+
+    def _after_backout(self, hidden: Hidden) -> mx.array:
+        assert hidden.backout is not None, "the last boundary lies beyond the backout layer"
+        return norm(hidden.x - self.backout_lambda * hidden.backout)
+
+    def _head_logits(self, h: mx.array, heads: Sequence[nn.Module]) -> mx.array:
+        z = sum(
+            (head(h).astype(mx.float32) for head in heads[1:]), start=heads[0](h).astype(mx.float32)
+        )
+        return SOFTCAP * mx.tanh(z[..., : self.config.vocab_size] / SOFTCAP)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Full-depth logits (flat) or Log-OP scores of tokens (B, T): (B, T, V) float32."""
+        return self.full_scores(dict(enumerate(self._boundaries(tokens, self.poe_n_stages - 1))))
+
+    def forward_stage(self, tokens: mx.array, stage: int) -> mx.array:
+        """Logits at the boundary of `stage` alone, (B, T, V) float32.
+
+        Raises RequestError where the model has no such stage.
+        """
+        self.check_stage(stage)
+        return self.stage_logits(stage, self._boundaries(tokens, stage)[-1])
+
+    def forward_all_stages(self, tokens: mx.array) -> list[mx.array]:
+        """Logits at every stage boundary in one pass: `poe_n_stages` of (B, T, V) float32."""
+        boundaries = self._boundaries(tokens, self.poe_n_stages - 1)
+        return [self.stage_logits(k, hidden) for k, hidden in enumerate(boundaries)]
+
+    def check_stage(self, stage: int, what: str = "stage") -> None:
+        """Raise RequestError unless the model has this stage."""
+        if not 0 <= stage < self.poe_n_stages:
+            raise RequestError(
+                f"{what} {stage}: this model has stages 0 to {self.poe_n_stages - 1}"
+            )
+
+    def _boundaries(self, tokens: mx.array, last_stage: int) -> list[Hidden]:
+        hidden, boundaries = self.embed(tokens), []
+        for stage in range(last_stage + 1):
+            hidden = self.run_layers(hidden, self.config.stage_range(stage))
+            boundaries.append(hidden)
+        return boundaries
+
+
+def window_mask(window: int, offset: int, length: int) -> mx.array | str | None:
+    """The mask for queries at positions offset .. offset + length - 1.
+
+    The keys are those of the `min(offset, window)` positions before them, then their own. None
+    where all is visible, "causal" where the window hides nothing, else (length, keys) bool.
+    """
+    if length == 1:
+        return None
+    if offset + length <= window + 1:
+        return "causal"
+    queries = mx.arange(offset, offset + length)[:, None]
+    keys = mx.arange(offset - min(offset, window), offset + length)[None]
+    return (keys <= queries) & (queries - keys <= window)

@@ -1,0 +1,129 @@
+"""From scores to tokens: penalties, filters, temperature, and a seeded source of chance.
+
+- in: scores (n, V) for n consecutive positions and the tokens before each
+- out: chosen tokens, or the whole distribution they would be drawn from
+- order as in mlx-lm: repetition penalty, top-p, min-p, top-k, temperature
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import log_softmax
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to choose a token; temp 0 is greedy. Raises RequestError for a value out of range."""
+
+    temp: float = 0.0
+    top_p: float = 0.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    repetition_context_size: int = 20
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, high in (("temp", float("inf")), ("top_p", 1.0), ("min_p", 1.0)):
+            if not 0 <= getattr(self, name) <= high:
+                raise RequestError(f"{name} {getattr(self, name)} is not between 0 and {high}")
+        if self.top_k < 0:
+            raise RequestError(f"top_k {self.top_k} is negative (0 turns it off)")
+        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
+            raise RequestError(f"repetition_penalty {self.repetition_penalty} is not above 0")
+        if self.repetition_context_size < 1:
+            raise RequestError(f"repetition_context_size {self.repetition_context_size} is below 1")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise RequestError(f"seed {self.seed} is not between 0 and 2**64 - 1")
+
+
+class Sampler:
+    """Chooses tokens by `options`; carries the random key from draw to draw."""
+
+    def __init__(self, options: SamplingOptions | None = None):
+        self.options = options or SamplingOptions()
+        self.greedy = self.options.temp == 0
+        seed = self.options.seed
+        self._key = mx.random.key(secrets.randbits(63) if seed is None else seed)
+        self._penalty = self.options.repetition_penalty
+        if self._penalty == 1:
+            self._penalty = None
+
+    def context(self, tokens: Sequence[int]) -> mx.array | None:
+        """The tokens (c,) that the repetition penalty looks back on; None without a penalty."""
+        if self._penalty is None:
+            return None
+        return mx.array(list(tokens[-self.options.repetition_context_size :]), dtype=mx.int32)
+
+    def extend(self, context: mx.array | None, tokens: mx.array) -> mx.array | None:
+        """`context` with the tokens (any shape) that came after it."""
+        return None if context is None else mx.concatenate([context, tokens.reshape(-1)])
+
+    def process(self, scores: mx.array, context: mx.array | None) -> mx.array:
+        """Scores (n, V) with the repetition penalty (Keskar et al. 2019) applied.
+
+        `context` (c,) ends with the token before the last row's prediction, so row i sees it
+        without the last n - 1 - i tokens.
+        """
+        if context is None or self._penalty is None:
+            return scores
+        rows, size = scores.shape[0], self.options.repetition_context_size
+        ends = mx.arange(context.size - rows, context.size)[:, None]
+        # Where the text is still short the first token stands in for what is not there; a token
+        # seen twice is penalised once.
+        seen = context[mx.maximum(ends - mx.arange(size)[None], 0)]  # (n, size)
+        chosen = mx.take_along_axis(scores, seen, axis=-1)
+        chosen = mx.where(chosen < 0, chosen * self._penalty, chosen / self._penalty)
+        return mx.put_along_axis(scores, seen, chosen, axis=-1)
+
+    def log_probs(self, scores: mx.array) -> mx.array:
+        """The distribution (n, V) that a token is drawn from at a temperature above 0."""
+        # mlx-lm's own filters; importing them takes a second, which greedy decoding need not pay.
+        from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+        options = self.options
+        log_probs = log_softmax(scores)
+        if 0 < options.top_p < 1:
+            log_probs = apply_top_p(log_probs, options.top_p)
+        if options.min_p > 0:
+            log_probs = apply_min_p(log_probs, options.min_p)
+        if 0 < options.top_k < log_probs.shape[-1]:
+            log_probs = apply_top_k(log_probs, options.top_k)
+        return log_softmax(log_probs / options.temp)
+
+    def draw(self, log_probs: mx.array) -> mx.array:
+        """One token (n,) from each row of (n, V)."""
+        return mx.random.categorical(log_probs, key=self._next_key())
+
+    def uniform(self, count: int) -> mx.array:
+        """Numbers (count,) in [0, 1)."""
+        return mx.random.uniform(shape=(count,), key=self._next_key())
+
+    def _next_key(self) -> mx.array:
+        self._key, key = mx.random.split(self._key)
+        return key
+
+    def choose(self, scores: mx.array) -> mx.array:
+        """A token (n,) for each row of processed scores (n, V)."""
+        if self.greedy:
+            return mx.argmax(scores, axis=-1)
+        return self.draw(self.log_probs(scores))
+
+
+def logprob_of(scores: mx.array, tokens: mx.array) -> mx.array:
+    """The log-probabilities (n,) of tokens (n,) under scores (n, V)."""
+    picked = mx.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
+    return picked - mx.logsumexp(scores, axis=-1)
+
+
+def margin(scores: mx.array) -> mx.array:
+    """How far the best score lies above the second best: (n, V) -> (n,)."""
+    best = mx.argmax(scores, axis=-1, keepdims=True)
+    others = mx.put_along_axis(scores, best, mx.array(-mx.inf, scores.dtype), axis=-1)
+    return mx.max(scores, axis=-1) - mx.max(others, axis=-1)

@@ -1,0 +1,294 @@
+"""The decoding state: one token sequence, filled to a different depth in every stage.
+
+    stage 0  ■■■■■■■■■■■■■■■■      filled to 16
+    stage 1  ■■■■■■■■■■■··         filled to 11, 5 pending
+    stage 2  ■■■■■■■■              filled to 8
+
+- `append` adds tokens, `advance` runs a stage over all that is pending before it, `rollback`
+  returns every stage to a position; on these stands every decoding mode
+- bounded: each layer keeps its window and a slack, each boundary what is pending and a slack
+- `filled[0] >= filled[1] >= ...`, and a position runs through a stage once, rollbacks aside
+- it knows nothing about sampling, modes or text; one sequence (B = 1)
+
+Stages deeper than `depth` are not kept ready: when more than `max_pending` positions wait before
+such a stage they are forgotten, and `set_depth` fills the stage by running the text again from
+its tokens, which costs one prefill. Up to `max_pending` positions a deeper stage catches up from
+the kept activations, in one batch. Stages within `depth` catch up by themselves at that limit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from cognica_mlx.cache import SlidingCache
+from cognica_mlx.errors import RequestError, RollbackError
+from cognica_mlx.model import Hidden, PoEModel
+
+SLACK = 128
+MAX_PENDING = 256
+PREFILL_STEP_SIZE = 512
+
+Progress = Callable[[int, int], None]
+
+
+class Boundary:
+    """Activations at one stage boundary, in runs of consecutive positions; old runs are dropped."""
+
+    def __init__(self) -> None:
+        self._runs: deque[tuple[int, Hidden]] = deque()
+        self.stop = 0
+
+    @property
+    def start(self) -> int:
+        """The first position held; equals `stop` when none is."""
+        return self._runs[0][0] if self._runs else self.stop
+
+    def append(self, hidden: Hidden) -> None:
+        """Add the positions that follow the last."""
+        self._runs.append((self.stop, hidden))
+        self.stop += len(hidden)
+
+    def read(self, start: int, stop: int) -> Hidden:
+        """The positions start .. stop - 1, which must be held."""
+        parts = [
+            hidden
+            if start <= first and first + len(hidden) <= stop
+            else hidden[max(start - first, 0) : stop - first]
+            for first, hidden in self._runs
+            if first < stop and first + len(hidden) > start
+        ]
+        return Hidden.concatenate(parts)
+
+    def forget_before(self, position: int) -> None:
+        """Drop the runs that lie wholly before `position`."""
+        while self._runs and self._runs[0][0] + len(self._runs[0][1]) <= position:
+            self._runs.popleft()
+
+    def truncate(self, position: int) -> None:
+        """Drop `position` and all after it."""
+        while self._runs and self._runs[-1][0] >= position:
+            self._runs.pop()
+        if self._runs and self.stop > position:
+            first, hidden = self._runs[-1]
+            if first + len(hidden) > position:
+                self._runs[-1] = (first, hidden[: position - first])
+        self.stop = min(self.stop, position)
+
+    def fork(self) -> Boundary:
+        """An independent copy that shares the arrays."""
+        other = Boundary()
+        other._runs, other.stop = self._runs.copy(), self.stop
+        return other
+
+    def arrays(self) -> list[mx.array]:
+        """The arrays held, for evaluation and for counting bytes."""
+        return [a for _, hidden in self._runs for a in hidden.arrays()]
+
+
+class DecodingState:
+    """Keys, values, pending activations and tokens of one sequence under one model.
+
+    `slack` positions can always be rolled back, counted from the furthest one reached;
+    `max_pending` positions may wait before a stage. `positions_run[k]` counts the positions that
+    have gone through stage k, those later rolled back included.
+    """
+
+    def __init__(self, model: PoEModel, *, slack: int = SLACK, max_pending: int = MAX_PENDING):
+        if slack < 1 or max_pending < 1:
+            raise RequestError(f"slack {slack} and max_pending {max_pending} must be at least 1")
+        self.model = model
+        self.slack, self.max_pending = slack, max_pending
+        self.depth = model.poe_n_stages - 1
+        self.positions_run = [0] * model.poe_n_stages
+        self._clear()
+
+    def _clear(self) -> None:
+        self.filled = [0] * self.model.poe_n_stages
+        self._caches = [SlidingCache(w, self.slack) for w in self.model.config.windows]
+        # _boundaries[k] is what stage k takes in; the last one is what the last stage gives out.
+        self._boundaries = [Boundary() for _ in range(self.model.poe_n_stages + 1)]
+        self._tokens: list[int] = []
+        self._unread: list[mx.array] = []
+
+    @property
+    def length(self) -> int:
+        """Positions appended so far."""
+        return self._boundaries[0].stop
+
+    @property
+    def tokens(self) -> list[int]:
+        """The token ids appended so far. Waits for those still being computed."""
+        for tokens in self._unread:
+            self._tokens += tokens.reshape(-1).tolist()  # type: ignore[arg-type]
+        self._unread = []
+        return self._tokens
+
+    def append(self, tokens: Sequence[int] | mx.array) -> None:
+        """Add tokens to the text: ids, or a (1, T) int array, which may still be unevaluated.
+
+        Raises RequestError for ids outside the vocabulary.
+        """
+        if not isinstance(tokens, mx.array):
+            self.check_ids(tokens)
+            tokens = mx.array([list(tokens)], dtype=mx.int32)
+        if not tokens.size:
+            return
+        self._boundaries[0].append(self.model.embed(tokens, self._previous_token()))
+        self._boundaries[0].forget_before(min(self.filled[0], self.length - self.slack))
+        self._unread.append(tokens)
+
+    def check_ids(self, tokens: Sequence[int]) -> None:
+        """Raise RequestError for a token id outside the vocabulary."""
+        size = self.model.config.vocab_size
+        for token in tokens:
+            if not 0 <= token < size:
+                raise RequestError(f"token id {token} is outside the vocabulary of {size}")
+
+    def _previous_token(self) -> mx.array | None:
+        if not self.length:
+            return None
+        if self._boundaries[0].start < self.length:
+            return self._boundaries[0].read(self.length - 1, self.length).tokens
+        return mx.array([[self.tokens[-1]]], dtype=mx.int32)
+
+    def pending(self, stage: int) -> int:
+        """How many positions wait to be run through `stage`."""
+        return self._boundaries[stage].stop - self.filled[stage]
+
+    def _forgotten(self, stage: int) -> bool:
+        """Whether positions that `stage` has not run are no longer held before it."""
+        return self.pending(stage) > 0 and self._boundaries[stage].start > self.filled[stage]
+
+    def advance(self, stage: int) -> Hidden | None:
+        """Run all that is pending before `stage` through it, in one batch.
+
+        Returns the boundary activations of the positions it ran, None where none was pending.
+        Raises RequestError for a stage beyond `depth`.
+        """
+        self.model.check_stage(stage)
+        if stage > self.depth:
+            raise RequestError(
+                f"stage {stage} is beyond the depth kept ready; call set_depth first"
+            )
+        start, stop = self.filled[stage], self._boundaries[stage].stop
+        if start == stop:
+            return None
+        hidden = self._boundaries[stage].read(start, stop)
+        hidden = self.model.run_layers(hidden, self.model.config.stage_range(stage), self._caches)
+        self.filled[stage] = stop
+        self.positions_run[stage] += stop - start
+        self._boundaries[stage + 1].append(hidden)
+        self._tidy(stage)
+        return hidden
+
+    def _tidy(self, stage: int) -> None:
+        """Keep the boundaries around `stage` bounded after it has advanced."""
+        recent = self.length - self.slack
+        self._boundaries[stage].forget_before(min(self.filled[stage], recent))
+        deeper = stage + 1
+        if deeper == len(self.filled):
+            self._boundaries[deeper].forget_before(recent)
+        elif self.pending(deeper) > self.max_pending:
+            if deeper <= self.depth:
+                self.advance(deeper)
+            else:
+                self._boundaries[deeper].forget_before(recent)
+
+    def boundary(self, stage: int, start: int, stop: int) -> Hidden:
+        """Activations that `stage` gave out for positions start .. stop - 1, (1, T, D) each.
+
+        Held are those that the next stage still needs and the last `slack` positions.
+        Raises RequestError for others.
+        """
+        held = self._boundaries[stage + 1]
+        if not held.start <= start < stop <= held.stop:
+            raise RequestError(
+                f"positions {start} to {stop - 1} at stage {stage}: "
+                f"held are {held.start} to {held.stop - 1}"
+            )
+        return held.read(start, stop)
+
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        through: int,
+        *,
+        step_size: int = PREFILL_STEP_SIZE,
+        progress: Progress | None = None,
+    ) -> None:
+        """Append tokens in chunks of `step_size` and run them through the stages up to `through`.
+
+        `progress(done, total)` is called after every chunk.
+        """
+        self.check_ids(tokens)
+        for start in range(0, len(tokens), step_size):
+            self.append(tokens[start : start + step_size])
+            for stage in range(through + 1):
+                self.advance(stage)
+            mx.eval(self._arrays())
+            if progress:
+                progress(min(start + step_size, len(tokens)), len(tokens))
+        mx.clear_cache()
+
+    def set_depth(self, depth: int, progress: Progress | None = None) -> None:
+        """Say which stage is the deepest that will be asked for.
+
+        Exact whatever ran before: a stage whose pending positions have been forgotten is filled
+        by running the whole text again, one prefill.
+        """
+        self.model.check_stage(depth, "depth")
+        self.depth = depth
+        if any(self._forgotten(stage) for stage in range(depth + 1)):
+            tokens = list(self.tokens)
+            self._clear()
+            self.prefill(tokens, depth, progress=progress)
+
+    @property
+    def earliest_rollback(self) -> int:
+        """The earliest position, 0 aside, that `rollback` can return to."""
+        return max(cache.earliest for cache in self._caches)
+
+    def rollback(self, position: int) -> None:
+        """Return to the state after the first `position` tokens, in every stage and in full.
+
+        Raises RollbackError, changing nothing, where a layer no longer holds what that needs;
+        position 0 is always possible.
+        """
+        if not 0 <= position <= self.length:
+            raise RollbackError(f"cannot return to position {position} of {self.length}")
+        if position == 0:
+            self._clear()
+            return
+        if position < self.earliest_rollback:
+            raise RollbackError(
+                f"cannot return to position {position} of {self.length}: "
+                f"the windows have slid on, {self.earliest_rollback} is the earliest"
+            )
+        for cache in self._caches:
+            cache.rollback(min(position, cache.offset))
+        for boundary in self._boundaries:
+            boundary.truncate(position)
+        self.filled = [min(filled, position) for filled in self.filled]
+        self._tokens = self.tokens[:position]
+
+    def fork(self) -> DecodingState:
+        """An independent copy: either may go on without the other noticing. Shares arrays."""
+        other = DecodingState(self.model, slack=self.slack, max_pending=self.max_pending)
+        other.depth, other.filled = self.depth, list(self.filled)
+        other.positions_run = list(self.positions_run)
+        other._tokens = list(self.tokens)
+        other._caches = [cache.fork() for cache in self._caches]
+        other._boundaries = [boundary.fork() for boundary in self._boundaries]
+        return other
+
+    def _arrays(self) -> list[mx.array]:
+        cached = [a for cache in self._caches for a in cache.arrays()]
+        return cached + [a for boundary in self._boundaries for a in boundary.arrays()]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys, values and activations held. Token ids, on the host, not counted."""
+        return sum(a.nbytes for a in self._arrays())

@@ -1,0 +1,167 @@
+"""A Hugging Face style checkpoint folder, base or specialist delta, as configuration and weights.
+
+- in: a `Source`; config.json and safetensors under any of the known name prefixes
+- out: `PoEConfig` and the model's own parameter names with lazy arrays, shapes checked
+- deltas are followed to their root base and stacked, nearest wte and lambdas winning
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.convert.safetensors_files import read_json, read_tensors
+from cognica_mlx.convert.sources import Source, locate_base
+from cognica_mlx.errors import CheckpointError, ConfigError
+from cognica_mlx.model import PoEModel
+
+_PREFIXES = ("_orig_mod.", "gpt.", "model.")
+# Position tables that some exports carry along; they are computed here.
+_BUFFERS = re.compile(r"(.*\.)?(cos|sin|inv_freq)")
+# Their rows are padded, to 64 or otherwise; the logits are cropped to vocab_size.
+_VOCAB_ROWS = re.compile(r"wte\.|lm_head|.*\.value_embed\.")
+_FLOATS = (mx.float32, mx.bfloat16, mx.float16)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as stored: its configuration, and its weights by parameter name, unevaluated."""
+
+    config: PoEConfig
+    weights: dict[str, mx.array]
+
+
+def read_checkpoint(source: Source) -> Checkpoint:
+    """Read a base, or a delta with all that it stands on.
+
+    Raises CheckpointError for files or tensors that are missing, damaged, of a wrong shape or
+    unknown, and for a cascade that is broken or goes in a circle, with the chain walked so far;
+    ConfigError for a configuration that does not hold together.
+    """
+    return _read(source, ())
+
+
+def _read(source: Source, chain: tuple[Source, ...]) -> Checkpoint:
+    if source.folder.resolve() in [link.folder.resolve() for link in chain]:
+        raise CheckpointError(f"the chain of bases goes in a circle: {_walk(*chain, source)}")
+    chain = (*chain, source)
+    fields = _read_config(source)
+    reference = fields.get("base_model_name_or_path")
+    try:
+        if not reference:
+            return _read_base(source, fields)
+        try:
+            base_source = locate_base(str(reference), source)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (chain walked so far: {_walk(*chain)})") from None
+        return _stack(source, fields, _read(base_source, chain))
+    except ConfigError as error:
+        raise ConfigError(f"{source.name}: {error}") from None
+
+
+def _walk(*chain: Source) -> str:
+    return " -> ".join(link.name for link in chain)
+
+
+def _read_config(source: Source) -> dict[str, Any]:
+    path = source.folder / "config.json"
+    if not path.is_file() and any(source.folder.glob("meta_*.json")):
+        raise CheckpointError(
+            f"{source.name} is a nanochat checkpoint (.pt); so far only safetensors can be read"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{source.name} holds no config.json: is it a model folder?")
+    return read_json(path)
+
+
+def _read_base(source: Source, fields: Mapping[str, Any]) -> Checkpoint:
+    weights = _named(read_tensors(source.folder, "model"), source)
+    config = PoEConfig.from_dict(_complete(fields, weights))
+    # Checkpoints of early nanochat lack these, and mean no scaling.
+    weights.setdefault("resid_lambdas", mx.ones((config.n_layer,)))
+    weights.setdefault("x0_lambdas", mx.zeros((config.n_layer,)))
+    check_weights(config, weights, source.name)
+    return Checkpoint(config, weights)
+
+
+def _stack(source: Source, fields: Mapping[str, Any], base: Checkpoint) -> Checkpoint:
+    config = PoEConfig.from_dict(fields, base=base.config)
+    delta = _named(read_tensors(source.folder, "delta"), source)
+    expected = {"lm_head_stage.weight", "wte.weight", "resid_lambdas", "x0_lambdas"}
+    for name in delta:
+        layer = re.match(r"h\.(\d+)\.", name)
+        if name not in expected and not (layer and int(layer[1]) >= base.config.n_layer):
+            raise CheckpointError(f"{source.name}: a delta may not hold {name}")
+    for name in sorted(expected - delta.keys()):
+        raise CheckpointError(f"{source.name}: the delta lacks {name}")
+    head = f"lm_head_specialists.{len(base.config.specialist_layers)}.weight"
+    delta[head] = delta.pop("lm_head_stage.weight")
+    weights = {**base.weights, **delta}
+    check_weights(config, weights, source.name)
+    return Checkpoint(config, weights)
+
+
+def _named(tensors: Mapping[str, mx.array], source: Source) -> dict[str, mx.array]:
+    """The tensors under the model's own parameter names."""
+    named: dict[str, mx.array] = {}
+    for stored, tensor in tensors.items():
+        name = stored
+        while name.startswith(_PREFIXES):
+            name = name.split(".", 1)[1]
+        name = name.removeprefix("transformer.")
+        name = re.sub(r"^value_embeds\.(\d+)\.", r"h.\1.attn.value_embed.", name)
+        if _BUFFERS.fullmatch(name):
+            continue
+        if name in named:
+            raise CheckpointError(f"{source.name}: two tensors are called {name}")
+        named[name] = tensor
+    return named
+
+
+def _complete(fields: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, Any]:
+    """Add to a configuration what the tensors' own names and shapes tell."""
+    config = {k: v for k, v in fields.items() if v is not None}
+    layers = [int(m[1]) for name in weights if (m := re.match(r"h\.(\d+)\.", name))]
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    if layers and not config.keys() & {"n_layer", "num_hidden_layers"}:
+        config["n_layer"] = max(layers) + 1
+    if "wte.weight" in shapes:
+        rows, width = shapes["wte.weight"]
+        if not config.keys() & {"n_embd", "hidden_size"}:
+            config["n_embd"] = width
+        config.setdefault("vocab_size", rows)
+    if not config.get("intermediate_size") and "h.0.mlp.c_fc.weight" in shapes:
+        config["intermediate_size"] = shapes["h.0.mlp.c_fc.weight"][0]
+    gates = [shape[0] for name, shape in shapes.items() if name.endswith("ve_gate.weight")]
+    if gates and not config.keys() & {"n_kv_head", "num_key_value_heads"}:
+        config["n_kv_head"] = gates[0]
+    config["value_embed_layers"] = sorted(
+        int(name.split(".")[1]) for name in shapes if name.endswith(".value_embed.weight")
+    )
+    if "lm_head_stages.0.weight" in shapes:
+        config.setdefault("per_stage_head", True)
+    return config
+
+
+def check_weights(config: PoEConfig, weights: Mapping[str, mx.array], name: str) -> None:
+    """Raise CheckpointError unless `weights` are just what a model of `config` takes."""
+    expected = dict(tree_flatten(PoEModel(config).parameters()))
+    problems = [f"lacks the tensor {k}" for k in expected if k not in weights]
+    problems += [f"holds an unknown tensor {k}" for k in weights if k not in expected]
+    for key in expected.keys() & weights.keys():
+        shape, wanted = weights[key].shape, expected[key].shape
+        if _VOCAB_ROWS.match(key) and len(shape) == 2 and shape[0] >= config.vocab_size:
+            wanted = (shape[0], wanted[1])
+        if shape != wanted:
+            problems.append(f"has {key} of shape {shape}, not {wanted}")
+        elif weights[key].dtype not in _FLOATS:
+            problems.append(f"has {key} in {weights[key].dtype}, which is no weight's type")
+    if problems:
+        more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{name} {problems[0]}{more}")

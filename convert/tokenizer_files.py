@@ -1,0 +1,202 @@
+"""The tokenizer's file, read without trusting it.
+
+- In: a folder with a `tokenizer.pkl`, a pickled `tiktoken.Encoding` (pickle protocol 3 to 5).
+- Out: a `tiktoken.Encoding` that we build from the file's four plain fields, once checked.
+- No unpickler runs. pickletools takes the file apart, which never executes it, and a small machine
+  here replays the few instructions that such a file is made of. It can make text, bytes, integers
+  and dictionaries, and has nothing to import, call or set attributes with. Any other instruction,
+  and any global but tiktoken's Encoding, is refused.
+- Whatever is wrong with the file is one TokenizerError that names it.
+
+A `pickle.Unpickler` with a strict `find_class` was not enough: extension codes that copyreg has
+cached bypass `find_class`, a large memo index allocates gigabytes, and hashing a deeply nested
+tuple overflows the C stack.
+"""
+
+import pickletools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tiktoken
+
+from cognica_mlx.errors import TokenizerError
+
+FILE_NAME = "tokenizer.pkl"
+MOST_BYTES = 64 * 2**20  # 48000 tokens take half a megabyte
+MOST_STEPS = 4_000_000  # and 150 thousand pickle instructions
+
+_FIELDS = ("name", "pat_str", "mergeable_ranks", "special_tokens")
+_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+_BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
+_INTEGERS = {"BININT", "BININT1", "BININT2"}
+_PLAIN = _TEXT | _BYTES | _INTEGERS
+_PROBE = "Hello,  world! 12'll\r\n\n\té\u4e16\U0001f600 \n"
+
+
+class _Built(NamedTuple):
+    """Stands where unpickling would have made an Encoding: the fields it would have been given."""
+
+    fields: object
+
+
+_CLASS, _BLANK = object(), object()  # the Encoding class, and an instance without fields yet
+
+
+def read_encoding(folder: Path) -> tiktoken.Encoding:
+    """The tiktoken encoding in `folder`/tokenizer.pkl, or a TokenizerError; runs nothing of it."""
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise TokenizerError(
+            f"{path} is missing: a model folder needs the {FILE_NAME} that was released with it"
+        )
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        if len(data) > MOST_BYTES:
+            raise TokenizerError(f"is larger than {MOST_BYTES >> 20} MiB: not a tokenizer")
+        return _build(_replay(data))
+    except TokenizerError as error:
+        raise TokenizerError(f"{path} {error}") from error.__cause__
+    except Exception as error:  # what pickletools and bad stack contents can raise is no fixed list
+        raise TokenizerError(
+            f"{path} is damaged or not a pickled tokenizer ({_one_line(error)}): download it again"
+        ) from error
+
+
+def encode_text(encoding: tiktoken.Encoding, text: str, allow_special: bool = False) -> list[int]:
+    """Token ids of `text`; lone surrogates become U+FFFD, as tiktoken does it."""
+    with _tiktoken_errors("tiktoken cannot split this text, for one long run of spaces perhaps"):
+        if allow_special:
+            return encoding.encode(text, allowed_special="all")
+        return encoding.encode_ordinary(text)
+
+
+def _replay(data: bytes) -> object:
+    """What the one pickled Encoding in `data` would have been given as its fields."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, object] = {}
+    for step, (opcode, arg, _) in enumerate(pickletools.genops(data)):
+        name = opcode.name
+        if step == MOST_STEPS:
+            raise TokenizerError(f"has over {MOST_STEPS} pickle instructions: not a tokenizer")
+        if name in _PLAIN:
+            stack.append(arg)
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[arg] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name == "EMPTY_TUPLE":
+            stack.append(())
+        elif name in ("SETITEM", "SETITEMS"):
+            start = marks.pop() if name == "SETITEMS" else len(stack) - 2
+            items = stack[start:]
+            del stack[start:]
+            _set_items(stack[-1], items)
+        elif name == "GLOBAL":
+            stack.append(_find_class(*str(arg).split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            qualified, module = stack.pop(), stack.pop()
+            stack.append(_find_class(module, qualified))
+        elif name == "NEWOBJ":
+            args, made = stack.pop(), stack.pop()
+            if made is not _CLASS or args != ():
+                raise ValueError("it makes something else than an Encoding")
+            stack.append(_BLANK)
+        elif name == "BUILD":
+            fields, target = stack.pop(), stack.pop()
+            if target is not _BLANK:
+                raise ValueError("it sets the fields of something else than an Encoding")
+            stack.append(_Built(fields))
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise TokenizerError(
+                f"uses the pickle instruction {name}, which no tokenizer needs:"
+                " refused, nothing was run"
+            )
+    if len(stack) != 1 or not isinstance(stack[0], _Built):
+        raise TokenizerError("does not hold a tiktoken Encoding and nothing else")
+    return stack[0].fields
+
+
+def _find_class(module: object, name: object = "") -> object:
+    if (module, name) not in (("tiktoken.core", "Encoding"), ("tiktoken", "Encoding")):
+        shown = ascii(f"{module}.{name}" if type(module) is type(name) is str else "a non-name")
+        raise TokenizerError(f"asks for {shown[:120]}: refused, nothing was run")
+    return _CLASS
+
+
+def _set_items(target: object, items: list[Any]) -> None:
+    keys, values = items[::2], items[1::2]
+    if type(target) is not dict or len(keys) != len(values):
+        raise ValueError("it sets items where there is no dictionary")
+    if any(type(key) not in (str, bytes) for key in keys):
+        raise ValueError("it has dictionary keys that are neither text nor bytes")
+    target.update(zip(keys, values, strict=True))
+
+
+def _build(fields: object) -> tiktoken.Encoding:
+    """Checks the four fields and builds the encoding from them."""
+    if type(fields) is str:
+        raise TokenizerError(
+            f"only names the public encoding {ascii(fields)[:60]}: save a tokenizer that holds one"
+        )
+    if type(fields) is not dict or set(fields) != set(_FIELDS):
+        raise TokenizerError(f"does not have exactly the fields {', '.join(_FIELDS)}")
+    for field, kind in zip(_FIELDS, (str, str, dict, dict), strict=True):
+        if type(fields[field]) is not kind:
+            found = type(fields[field]).__name__
+            raise TokenizerError(f"has a {field} of type {found}, not {kind.__name__}")
+    ranks, special = fields["mergeable_ranks"], fields["special_tokens"]
+    for field, kind in (("mergeable_ranks", bytes), ("special_tokens", str)):
+        for token, number in fields[field].items():
+            if type(token) is not kind or not token:
+                raise TokenizerError(
+                    f"has a token in {field} that is not non-empty {kind.__name__}"
+                )
+            if type(number) is not int or number < 0:
+                shown = number if type(number) is int else type(number).__name__
+                raise TokenizerError(
+                    f"gives {ascii(token)[:60]} in {field} the id {shown}, not a whole number >= 0"
+                )
+    seen: set[int] = set()
+    for number in (*ranks.values(), *special.values()):
+        if number in seen:
+            raise TokenizerError(f"gives the id {number} to two tokens")
+        seen.add(number)
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise TokenizerError(
+            f"lacks {len(missing)} of the 256 single bytes, 0x{missing[0]:02x} first"
+        )
+    with _tiktoken_errors("has a pat_str or tokens that tiktoken rejects"):
+        encoding = tiktoken.Encoding(**fields)
+        probe = encoding.decode(encoding.encode_ordinary(_PROBE))
+    if probe != _PROBE:
+        raise TokenizerError("has a pat_str that loses part of the text")
+    return encoding
+
+
+@contextmanager
+def _tiktoken_errors(what: str) -> Iterator[None]:
+    """Turns what tiktoken raises into ours; its Rust core panics with a bare BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{what} ({_one_line(error)})") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,29 @@
+"""`python -m mlx_poe <verb>`: the commands without their scripts."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+VERBS = {
+    "generate": "mlx_poe.commands.generate",
+}
+
+
+def main() -> int:
+    """Hand over to the verb's own main."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    if verb in ("-h", "--help"):
+        print(f"usage: python -m mlx_poe {{{','.join(VERBS)}}} ...")
+        return 0
+    if verb not in VERBS:
+        print(
+            f"mlx_poe: error: {verb or 'no verb'!r}: choose from {', '.join(VERBS)}",
+            file=sys.stderr,
+        )
+        return 2
+    return int(import_module(VERBS[verb]).main(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""mlx_poe.generate: text from a prompt, streamed to stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cognica_mlx.decoding.modes import ModeOptions
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel
+from cognica_mlx.sampling import SamplingOptions
+from mlx_poe.commands.options import (
+    INTERRUPTED,
+    add_mode_flags,
+    add_model_flags,
+    add_sampling_flags,
+    make_parser,
+    run,
+    taken,
+)
+from mlx_poe.generate import GenerationResponse, Prompt, stream_generate
+from mlx_poe.load import load
+
+# One colour a stage, shallow to deep; deeper models start over.
+STAGE_COLORS = ("green", "cyan", "blue", "magenta", "red", "yellow")
+
+EXAMPLES = """\
+  mlx_poe.generate --prompt "The capital of France is"
+  mlx_poe.generate --model poe-tiny-chat --prompt "What is the capital of Japan?"
+  mlx_poe.generate --prompt "Once there was a" --mode speculative --num-draft-tokens 4 --verbose
+  mlx_poe.generate --prompt "Once there was a" --mode wand --color-stages
+  echo "Once there was a" | mlx_poe.generate --prompt - --temp 0.8 --seed 7 --json"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = make_parser(
+        "mlx_poe.generate", "Generate text with a Cognica PoE language model.", EXAMPLES
+    )
+    parser.add_argument("--prompt", "-p", required=True, help="the prompt; - reads it from stdin")
+    parser.add_argument("--system-prompt", help="system text of the chat template")
+    parser.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="give a specialist the bare prompt, not as a user's turn",
+    )
+    parser.add_argument("--verbose", action="store_true", help="statistics, on stderr")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--color-stages", action="store_true", help="paint each token by the stage that emitted it"
+    )
+    add_model_flags(parser)
+    add_sampling_flags(parser)
+    add_mode_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run(build_parser(), _generate, argv)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not text.strip():
+        raise RequestError("the prompt is empty; give some text with --prompt")
+    model, tokenizer = load(
+        args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
+    )
+    names = [f.name for f in (*fields(SamplingOptions), *fields(ModeOptions))]
+    responses: list[GenerationResponse] = []
+    with _PromptProgress() as progress:
+        stream = stream_generate(
+            model,
+            tokenizer,
+            _prompt(args, model, text),
+            max_tokens=args.max_tokens,
+            mode=args.mode,
+            stop=args.stop,
+            prompt_progress_callback=progress.show,
+            **taken(args, names),
+        )
+        status = _consume(stream, responses, args, progress)
+    if args.json:
+        print(json.dumps(_as_json(args, text, responses), ensure_ascii=False))
+    if args.verbose and responses:
+        _print_statistics(model, responses)
+    return status
+
+
+def _prompt(args: argparse.Namespace, model: PoEModel, text: str) -> Prompt:
+    """A specialist is spoken to in chat turns, a base continues the text."""
+    if model.config.specialist_layers and not args.ignore_chat_template:
+        system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+        return [*system, {"role": "user", "content": text}]
+    if args.system_prompt:
+        raise RequestError("--system-prompt needs a specialist and its chat template")
+    return text
+
+
+def _consume(
+    stream: Iterator[GenerationResponse],
+    responses: list[GenerationResponse],
+    args: argparse.Namespace,
+    progress: _PromptProgress,
+) -> int:
+    """Collect the responses, printing each as it comes; Ctrl-C ends it with what there is."""
+    console = Console(highlight=False, soft_wrap=True)
+    status = 0
+    try:
+        for response in stream:
+            progress.close()
+            responses.append(response)
+            if args.json:
+                continue
+            if args.color_stages:
+                color = STAGE_COLORS[response.stage % len(STAGE_COLORS)]
+                console.out(response.text, style=color, end="", highlight=False)
+            else:
+                print(response.text, end="", flush=True)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if not args.json:
+        print(flush=True)
+    return status
+
+
+class _PromptProgress:
+    """A progress bar on stderr for prompts that take more than one chunk."""
+
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> _PromptProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def show(self, done: int, total: int) -> None:
+        """Called after each chunk of the prompt."""
+        if self.bar is None and done < total and sys.stderr.isatty():
+            columns = (
+                TextColumn("prompt"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.add_task("prompt", total=total)
+            self.bar.start()
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=done)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+def _as_json(
+    args: argparse.Namespace, prompt: str, responses: Sequence[GenerationResponse]
+) -> dict[str, object]:
+    result: dict[str, object] = {
+        "model": args.model,
+        "mode": args.mode,
+        "prompt": prompt,
+        "text": "".join(r.text for r in responses),
+        "tokens": [
+            {
+                "token": r.token,
+                "text": r.text,
+                "logprob": r.logprob,
+                "stage": r.stage,
+                "from_draft": r.from_draft,
+            }
+            for r in responses
+        ],
+    }
+    if responses:
+        last = responses[-1]
+        for name in (
+            "finish_reason",
+            "prompt_tokens",
+            "prompt_tps",
+            "generation_tokens",
+            "generation_tps",
+            "peak_memory",
+            "drafted_tokens",
+        ):
+            result[name] = getattr(last, name)
+    return result
+
+
+def _print_statistics(model: PoEModel, responses: Sequence[GenerationResponse]) -> None:
+    last, stages = responses[-1], Counter(r.stage for r in responses)
+    lines = [
+        "=" * 10,
+        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {last.peak_memory:.3f} GB",
+        "Stages: "
+        + ", ".join(f"{k}: {stages[k]}" for k in range(model.poe_n_stages) if stages[k])
+        + f" (mean depth {sum(r.stage + 1 for r in responses) / len(responses):.2f}"
+        + f" of {model.poe_n_stages})",
+    ]
+    if last.drafted_tokens:
+        kept = sum(r.from_draft for r in responses)
+        lines.append(
+            f"Acceptance: {kept} of {last.drafted_tokens} draft tokens"
+            f" ({kept / last.drafted_tokens:.1%})"
+        )
+    print("\n".join(lines), file=sys.stderr)

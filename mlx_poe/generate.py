@@ -1,0 +1,185 @@
+"""Text in, text out: prompts of any kind, streaming, stop strings, statistics.
+
+- in: a loaded model and tokenizer, a prompt, a mode and its options by keyword
+- out: one `GenerationResponse` for every token, or the whole text
+- decoding itself is `cognica_mlx.decoding`'s; nothing here knows how deep a token goes
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import mlx.core as mx
+
+from cognica_mlx.decoding.loop import decode
+from cognica_mlx.decoding.modes import ModeOptions, make_policy
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel
+from cognica_mlx.sampling import Sampler, SamplingOptions
+from cognica_mlx.state import PREFILL_STEP_SIZE, DecodingState, Progress
+from mlx_poe.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One token and where things stand.
+
+    text: the piece of text that this token made certain, possibly empty; the pieces joined are the
+    whole. token, logprob, stage, from_draft: as `DecodedToken`, stages counted from 0.
+    prompt_tps and generation_tps: tokens a second so far. peak_memory: GB, of the whole process.
+    drafted_tokens: drafts made so far, kept or not.
+    finish_reason: None but for the last token, where it is "stop" or "length".
+    """
+
+    text: str
+    token: int
+    logprob: float
+    stage: int
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    drafted_tokens: int = 0
+    finish_reason: str | None = None
+
+
+def stream_generate(
+    model: PoEModel,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    mode: str = "full",
+    stop: str | Sequence[str] | None = None,
+    state: DecodingState | None = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prompt_progress_callback: Progress | None = None,
+    **options: Any,
+) -> Iterator[GenerationResponse]:
+    """Generate token by token.
+
+    `prompt` is text (`<|bos|>` is prepended), a list of token ids (taken as they are) or a list of
+    chat messages with "role" and "content". `mode` and its options are those of
+    `cognica_mlx.decoding.modes`; further keywords are the sampling options temp, top_p, top_k,
+    min_p, repetition_penalty, repetition_context_size and seed. Greedy by default.
+
+    Generation ends at one of the tokenizer's `eos_token_ids`, before any of the strings `stop`, or
+    after `max_tokens`. A `state` from an earlier call is continued as far as the prompts agree.
+
+    Raises RequestError for an empty prompt, an unknown mode, option or stage.
+    """
+    sampling, mode_options = _sort_options(options)
+    policy = make_policy(model, Sampler(sampling), mode, mode_options, model.calibration)
+    stops = _StopStrings([stop] if isinstance(stop, str) else stop or ())
+    tokens = encode_prompt(tokenizer, prompt)
+    detokenizer = tokenizer.detokenizer()
+    started = time.perf_counter()
+    decoded_tokens = decode(
+        model,
+        tokens,
+        policy,
+        max_tokens=max_tokens,
+        state=state,
+        prefill_step_size=prefill_step_size,
+        progress=prompt_progress_callback,
+    )
+    prompt_seconds = 0.0
+    for count, decoded in enumerate(decoded_tokens, start=1):
+        now = time.perf_counter()
+        if count == 1:
+            prompt_seconds, started = now - started, now
+        finish_reason = "length" if count == max_tokens else None
+        text = ""
+        if decoded.token in tokenizer.eos_token_ids:
+            finish_reason = "stop"
+        else:
+            text = stops.add(detokenizer.add_token(decoded.token))
+        if finish_reason and not stops.found:
+            text += stops.add(detokenizer.finalize()) + stops.rest()
+        if stops.found:
+            finish_reason = "stop"
+        yield GenerationResponse(
+            text=text,
+            token=decoded.token,
+            logprob=decoded.logprob,
+            stage=decoded.stage,
+            from_draft=decoded.from_draft,
+            prompt_tokens=len(tokens),
+            prompt_tps=len(tokens) / prompt_seconds,
+            generation_tokens=count,
+            # The first token belongs to the prompt's time.
+            generation_tps=(count - 1) / (now - started) if count > 1 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            drafted_tokens=policy.drafted,
+            finish_reason=finish_reason,
+        )
+        if finish_reason:
+            decoded_tokens.close()
+            return
+
+
+def generate(model: PoEModel, tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> str:
+    """Generate and return the whole text. Takes what `stream_generate` takes."""
+    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt of any kind. RequestError where it is empty."""
+    if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
+        raise RequestError("the prompt is empty; give some text, token ids or messages")
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if isinstance(prompt[0], Mapping):
+        return tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
+    return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+
+def _sort_options(options: Mapping[str, Any]) -> tuple[SamplingOptions, ModeOptions]:
+    sampling_names = {f.name for f in fields(SamplingOptions)}
+    mode_names = {f.name for f in fields(ModeOptions)}
+    for name in options:
+        if name not in sampling_names | mode_names:
+            raise RequestError(f"there is no option {name}")
+    return (
+        SamplingOptions(**{k: v for k, v in options.items() if k in sampling_names}),
+        ModeOptions(**{k: v for k, v in options.items() if k in mode_names}),
+    )
+
+
+class _StopStrings:
+    """Passes text on until a stop string comes; holds back what may be the start of one."""
+
+    def __init__(self, stops: Sequence[str]):
+        if any(not stop for stop in stops):
+            raise RequestError("a stop string is empty")
+        self.stops = tuple(stops)
+        self.held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """The text that is certain to come before any stop string."""
+        text = self.held + text
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.found, self.held = True, ""
+            return text[: min(ends)]
+        keep = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """What was held back, once no more text will come."""
+        text, self.held = self.held, ""
+        return text

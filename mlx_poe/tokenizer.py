@@ -1,0 +1,185 @@
+"""Text to token ids and back, for people and for the decoding loop.
+
+- In: a `tiktoken.Encoding`, or the folder that holds its file.
+- `encode` puts `<|bos|>` first, because the models collapse into repetition without it, and treats
+  text that looks like a special token as plain text unless told otherwise. Lone surrogates become
+  U+FFFD, as tiktoken does it.
+- `decode` takes every id that a model can emit: one without a token, such as a row of padding in
+  the vocabulary, is U+FFFD. Bytes that are no UTF-8 become U+FFFD too.
+- A streaming detokenizer's pieces, joined, are exactly what `decode` gives for the same ids.
+- `apply_chat_template` knows the one chat layout the specialists were trained on.
+- A bad text or id is a TokenizerError, a bad list of messages a RequestError.
+"""
+
+import codecs
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import tiktoken
+
+from cognica_mlx.convert.tokenizer_files import encode_text, read_encoding
+from cognica_mlx.errors import RequestError, TokenizerError
+
+BOS = "<|bos|>"
+STOPS = (BOS, "<|assistant_end|>")
+ROLES = ("system", "user", "assistant")
+
+_REPLACEMENT = "\ufffd".encode()
+
+
+class Tokenizer:
+    """A tiktoken encoding with the special tokens and the chat layout of the PoE models."""
+
+    def __init__(
+        self,
+        encoding: tiktoken.Encoding,
+        n_vocab: int | None = None,
+        *,
+        eos_token_ids: Iterable[int] | None = None,
+    ) -> None:
+        self.encoding = encoding
+        self.special_tokens: dict[str, int] = dict(encoding._special_tokens)
+        self.vocab_size = encoding.n_vocab if n_vocab is None else n_vocab
+        if self.vocab_size < encoding.n_vocab:
+            raise TokenizerError(
+                f"the tokenizer has ids up to {encoding.n_vocab - 1}, the model's vocabulary"
+                f" only {self.vocab_size}: they do not belong together"
+            )
+        if eos_token_ids is None:
+            eos_token_ids = [self.special_tokens[s] for s in STOPS if s in self.special_tokens]
+        self.bos_token_id = self.special_tokens.get(BOS)
+        self.eos_token_ids = frozenset(_token_id(token) for token in eos_token_ids)
+        self._ordinary = {rank: token for token, rank in encoding._mergeable_ranks.items()}
+        self._special = {token: name.encode() for name, token in self.special_tokens.items()}
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, n_vocab: int | None = None) -> "Tokenizer":
+        """The tokenizer of a model folder; its pickle is read without running any of it."""
+        return cls(read_encoding(Path(folder)), n_vocab)
+
+    def token_id(self, name: str) -> int:
+        """The id of a special token, by its text."""
+        if name not in self.special_tokens:
+            known = ", ".join(self.special_tokens) or "none"
+            raise TokenizerError(f"the tokenizer has no special token {name!r}; it has: {known}")
+        return self.special_tokens[name]
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, allow_special: bool = False
+    ) -> list[int]:
+        """Token ids of `text`, after `<|bos|>` unless the text brings its own or there is none."""
+        if not isinstance(text, str):
+            raise TokenizerError(f"only text can be encoded, not {type(text).__name__}")
+        tokens = encode_text(self.encoding, text, allow_special)
+        bos = self.bos_token_id
+        if add_special_tokens and bos is not None and tokens[:1] != [bos]:
+            tokens.insert(0, bos)
+        return tokens
+
+    def decode(self, tokens: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of `tokens`, whatever ids the model came up with."""
+        pieces = (self._shown_bytes(token, skip_special_tokens) for token in tokens)
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that `token` decodes to; those of U+FFFD where the id has no token."""
+        return self._shown_bytes(token, skip_special=False)
+
+    def token_byte_lengths(self, n_vocab: int) -> list[int]:
+        """Bytes of text behind each id, for bits per byte; 0 for special and unknown ids."""
+        return [len(self._ordinary.get(token, b"")) for token in range(n_vocab)]
+
+    def detokenizer(self, skip_special_tokens: bool = False) -> "StreamingDetokenizer":
+        """A fresh detokenizer for one stream of ids."""
+        return StreamingDetokenizer(self, skip_special_tokens)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a talk, by default up to where the assistant's next answer starts.
+
+        Messages are {"role": "user", "content": "..."} and so on: perhaps one "system" first, then
+        "user" and "assistant" in turns. Nothing inside a message counts as a special token.
+        """
+        turns = _turns(messages)
+        if add_generation_prompt and turns[-1][0] == "assistant":
+            raise RequestError(
+                "the last message is the assistant's: end with a user message,"
+                " or pass add_generation_prompt=False"
+            )
+        tokens = [self.token_id(BOS)]
+        for role, content in turns:
+            tokens.append(self.token_id(f"<|{role}_start|>"))
+            tokens += self.encode(content, add_special_tokens=False)
+            tokens.append(self.token_id(f"<|{role}_end|>"))
+        if add_generation_prompt:
+            tokens.append(self.token_id("<|assistant_start|>"))
+        return tokens
+
+    def _shown_bytes(self, token: int, skip_special: bool) -> bytes:
+        token = _token_id(token)
+        if token in self._special:
+            return b"" if skip_special else self._special[token]
+        return self._ordinary.get(token, _REPLACEMENT)
+
+
+class StreamingDetokenizer:
+    """Text from ids that come one at a time; holds back bytes until they make a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add_token(self, token: int) -> str:
+        """The text that has become certain with `token`; often "" in mid-character."""
+        return self._decoder.decode(self._tokenizer._shown_bytes(token, self._skip_special))
+
+    def finalize(self) -> str:
+        """The rest, an unfinished character as U+FFFD; the next token starts a new stream."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _token_id(token: object) -> int:
+    try:
+        number = -1 if isinstance(token, bool) else operator.index(token)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise TokenizerError(f"a token id is a whole number from 0, not {ascii(token)[:60]}")
+    return number
+
+
+def _turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """The (role, content) pairs that have tokens of their own: user and assistant, in turns."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise RequestError(f"messages are a list of dictionaries, not {type(messages).__name__}")
+    pairs = [_turn(number, message) for number, message in enumerate(messages, 1)]
+    has_system = bool(pairs) and pairs[0][0] == "system"
+    turns = pairs[has_system:]
+    if not turns:
+        raise RequestError("the list of messages has no user message")
+    for position, (role, _) in enumerate(turns):
+        due = ("user", "assistant")[position % 2]
+        if role != due:
+            raise RequestError(
+                f"message {position + 1 + has_system} is the {role}'s where the {due}'s is due:"
+                " at most one system message, then user and assistant in turns"
+            )
+    if has_system:
+        turns[0] = ("user", f"{pairs[0][1]}\n\n{turns[0][1]}")
+    return turns
+
+
+def _turn(number: int, message: Mapping[str, str]) -> tuple[str, str]:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"message {number} is not a dictionary but {type(message).__name__}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        shown = ascii(role)[:60] if "role" in message else "missing"
+        raise RequestError(f"message {number}: its role is {shown}, not one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        shown = type(content).__name__ if "content" in message else "missing"
+        raise RequestError(f"message {number}: its content is {shown}, not text")
+    return role, content

@@ -1,0 +1,35 @@
+"""What the tests share: the fixture models, loaded once in float32."""
+
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from cognica_mlx.model import PoEModel
+from mlx_poe import load
+from mlx_poe.tokenizer import Tokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures"
+GOLDENS = ("flat-d8", "gqa-logop-d8", "stage-on-flat", "chain-on-stage")
+
+
+@cache
+def fixture(name: str) -> tuple[PoEModel, Tokenizer]:
+    """A fixture model by folder name, or a built-in one by its own, in float32."""
+    folder = FIXTURES / name
+    return load(folder if folder.is_dir() else name, dtype="float32")
+
+
+@cache
+def goldens(name: str) -> dict[str, mx.array]:
+    """The known answers of a golden model."""
+    answers = mx.load(str(FIXTURES / name / "goldens.safetensors"))
+    assert isinstance(answers, dict)
+    return answers
+
+
+@pytest.fixture(params=GOLDENS)
+def golden(request: pytest.FixtureRequest) -> tuple[PoEModel, dict[str, mx.array]]:
+    """Every golden model with its answers."""
+    return fixture(request.param)[0], goldens(request.param)
