@@ -315,7 +315,7 @@ class PoEModel(nn.Module):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Full-depth logits (flat) or Log-OP scores of tokens (B, T): (B, T, V) float32."""
-        return self.full_scores(dict(enumerate(self._boundaries(tokens, self.poe_n_stages - 1))))
+        return self.full_scores(dict(enumerate(self.boundaries(tokens))))
 
     def forward_stage(self, tokens: mx.array, stage: int) -> mx.array:
         """Logits at the boundary of `stage` alone, (B, T, V) float32.
@@ -323,12 +323,11 @@ class PoEModel(nn.Module):
         Raises RequestError where the model has no such stage.
         """
         self.check_stage(stage)
-        return self.stage_logits(stage, self._boundaries(tokens, stage)[-1])
+        return self.stage_logits(stage, self.boundaries(tokens, stage)[-1])
 
     def forward_all_stages(self, tokens: mx.array) -> list[mx.array]:
         """Logits at every stage boundary in one pass: `poe_n_stages` of (B, T, V) float32."""
-        boundaries = self._boundaries(tokens, self.poe_n_stages - 1)
-        return [self.stage_logits(k, hidden) for k, hidden in enumerate(boundaries)]
+        return [self.stage_logits(k, hidden) for k, hidden in enumerate(self.boundaries(tokens))]
 
     def check_stage(self, stage: int, what: str = "stage") -> None:
         """Raise RequestError unless the model has this stage."""
@@ -337,7 +336,9 @@ class PoEModel(nn.Module):
                 f"{what} {stage}: this model has stages 0 to {self.poe_n_stages - 1}"
             )
 
-    def _boundaries(self, tokens: mx.array, last_stage: int) -> list[Hidden]:
+    def boundaries(self, tokens: mx.array, last_stage: int | None = None) -> list[Hidden]:
+        """What every stage up to `last_stage` (all of them) gives out for tokens (B, T)."""
+        last_stage = self.poe_n_stages - 1 if last_stage is None else last_stage
         hidden, boundaries = self.embed(tokens), []
         for stage in range(last_stage + 1):
             hidden = self.run_layers(hidden, self.config.stage_range(stage))

@@ -21,6 +21,14 @@ from cognica_mlx.convert.sources import Source, locate_base
 from cognica_mlx.errors import CheckpointError, ConfigError
 from cognica_mlx.model import PoEModel
 
+_LAYER = re.compile(r"h\.(\d{1,6})\.")
+_VALUE_EMBED = re.compile(r"h\.(\d{1,6})\.attn\.(value_embed|ve_gate)\.weight")
+# Sizes that some tensor must have room for, by all their names.
+_SIZES: tuple[str, ...] = (
+    *("n_layer", "num_hidden_layers", "new_layers", "frozen_layers"),
+    *("n_head", "num_attention_heads", "n_kv_head", "num_key_value_heads", "head_dim"),
+    *("n_embd", "hidden_size", "intermediate_size", "vocab_size"),
+)
 _PREFIXES = ("_orig_mod.", "gpt.", "model.")
 # Position tables that some exports carry along; they are computed here.
 _BUFFERS = re.compile(r"(.*\.)?(cos|sin|inv_freq)")
@@ -91,11 +99,12 @@ def _read_base(source: Source, fields: Mapping[str, Any]) -> Checkpoint:
 
 
 def _stack(source: Source, fields: Mapping[str, Any], base: Checkpoint) -> Checkpoint:
-    config = PoEConfig.from_dict(fields, base=base.config)
     delta = _named(read_tensors(source.folder, "delta"), source)
+    completed = {"frozen_layers": base.config.n_layer, **_with_depth(fields, delta)}
+    config = PoEConfig.from_dict(completed, base=base.config)
     expected = {"lm_head_stage.weight", "wte.weight", "resid_lambdas", "x0_lambdas"}
     for name in delta:
-        layer = re.match(r"h\.(\d+)\.", name)
+        layer = _LAYER.match(name)
         if name not in expected and not (layer and int(layer[1]) >= base.config.n_layer):
             raise CheckpointError(f"{source.name}: a delta may not hold {name}")
     for name in sorted(expected - delta.keys()):
@@ -125,12 +134,10 @@ def _named(tensors: Mapping[str, mx.array], source: Source) -> dict[str, mx.arra
 
 
 def _complete(fields: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, Any]:
-    """Add to a configuration what the tensors' own names and shapes tell."""
-    config = {k: v for k, v in fields.items() if v is not None}
-    layers = [int(m[1]) for name in weights if (m := re.match(r"h\.(\d+)\.", name))]
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    if layers and not config.keys() & {"n_layer", "num_hidden_layers"}:
-        config["n_layer"] = max(layers) + 1
+    """Add to a base's configuration what the tensors' own names and shapes tell."""
+    config = _with_depth(fields, weights)
+    # Tensors of other ranks are named by check_weights.
+    shapes = {name: tensor.shape for name, tensor in weights.items() if tensor.ndim == 2}
     if "wte.weight" in shapes:
         rows, width = shapes["wte.weight"]
         if not config.keys() & {"n_embd", "hidden_size"}:
@@ -138,14 +145,32 @@ def _complete(fields: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dic
         config.setdefault("vocab_size", rows)
     if not config.get("intermediate_size") and "h.0.mlp.c_fc.weight" in shapes:
         config["intermediate_size"] = shapes["h.0.mlp.c_fc.weight"][0]
-    gates = [shape[0] for name, shape in shapes.items() if name.endswith("ve_gate.weight")]
-    if gates and not config.keys() & {"n_kv_head", "num_key_value_heads"}:
-        config["n_kv_head"] = gates[0]
+    n_head = config.get("n_head", config.get("num_attention_heads"))
+    q_rows, k_rows = (shapes.get(f"h.0.attn.c_{part}.weight", (0,))[0] for part in "qk")
+    if q_rows and k_rows and isinstance(n_head, int) and n_head > 0:
+        if not config.get("head_dim"):
+            config["head_dim"] = q_rows // n_head
+        if not config.keys() & {"n_kv_head", "num_key_value_heads"}:
+            config["n_kv_head"] = n_head * k_rows // q_rows
     config["value_embed_layers"] = sorted(
-        int(name.split(".")[1]) for name in shapes if name.endswith(".value_embed.weight")
+        {int(m[1]) for name in weights if (m := _VALUE_EMBED.fullmatch(name))}
     )
     if "lm_head_stages.0.weight" in shapes:
         config.setdefault("per_stage_head", True)
+    return config
+
+
+def _with_depth(fields: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, Any]:
+    """Add where the layers end, unless `fields` say it. ConfigError for a size beyond reason."""
+    config = {k: v for k, v in fields.items() if v is not None}
+    longest = max(size for tensor in weights.values() for size in (0, *tensor.shape))
+    for key, value in config.items():
+        # Refused now: a model of such a size could not even be laid out to compare it.
+        if key in _SIZES and isinstance(value, int) and value > longest:
+            raise ConfigError(f"{key}: {value}, but no tensor is larger than {longest}")
+    layers = [int(m[1]) for name in weights if (m := _LAYER.match(name))]
+    if layers and not config.keys() & {"n_layer", "num_hidden_layers", "new_layers"}:
+        config["n_layer"] = max(layers) + 1
     return config
 
 

@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
@@ -41,7 +41,7 @@ def read_tensors(folder: Path, stem: str) -> dict[str, mx.array]:
     if not index.is_file():
         raise CheckpointError(f"{folder} holds no {stem}.safetensors and no {index.name}")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
     tensors: dict[str, mx.array] = {}
     for shard in sorted({str(name) for name in weight_map.values()}):
@@ -57,9 +57,9 @@ def read_tensors(folder: Path, stem: str) -> dict[str, mx.array]:
 
 
 def _read_file(path: Path) -> dict[str, mx.array]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
         # Checks the header against the file's true length, which mx.load does only when read.
         with safe_open(path, framework="np"):
             pass
@@ -70,4 +70,6 @@ def _read_file(path: Path) -> dict[str, mx.array]:
             f"{path} is damaged or not whole ({reason}); fetch it again"
         ) from None
     assert isinstance(tensors, dict)
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors")
     return tensors

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 
 from cognica_mlx.errors import CheckpointError
 
@@ -34,39 +33,58 @@ def locate(name: str | Path, revision: str | None = None) -> Source:
     `revision` is a branch, tag or commit of the hub repository. huggingface_hub's own variables
     (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) apply. Raises CheckpointError where there is no such thing.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if revision:
-            raise CheckpointError(
-                f"{name} is a local folder: a revision ({revision}) has no meaning"
-            )
-        return Source(folder, str(name), from_hub=False)
-    if folder.exists():
+    folder = _existing(name)
+    if folder is None:
+        return _fetch(str(name), revision)
+    if not folder.is_dir():
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
-    text = str(name)
-    if not _HUB_ID.fullmatch(text) or ".." in text:
-        raise CheckpointError(f"{name}: no such folder, and not a hub id of the form owner/name")
-    try:
-        snapshot = snapshot_download(text, revision=revision, allow_patterns=list(FILES))
-    except (OSError, HFValidationError, ValueError) as error:
-        # huggingface_hub's errors for a missing repository, a refused one and being offline are
-        # all OSErrors; their first line says which.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{text}: no such folder here, and the hub did not give it ({reason})"
-        ) from None
-    return Source(Path(snapshot), text, from_hub=True)
+    if revision:
+        raise CheckpointError(f"{name} is a local folder: a revision ({revision}) has no meaning")
+    return Source(folder, str(folder), from_hub=False)
 
 
 def locate_base(reference: str, delta: Source) -> Source:
     """Find the base that `delta` names: relative to its folder, or by hub id."""
     if not delta.from_hub:
-        beside = (delta.folder / Path(reference).expanduser()).resolve()
-        if beside.is_dir():
+        beside = _existing(reference, delta.folder)
+        if beside and beside.is_dir():
+            beside = beside.resolve()
             return Source(beside, str(beside), from_hub=False)
-    elif not _HUB_ID.fullmatch(reference) or ".." in reference:
+        return locate(reference)
+    if not _is_hub_id(reference):
         raise CheckpointError(
             f"{delta.name} comes from the hub and names {reference!r} as its base, "
             "which is not a hub id"
         )
-    return locate(reference)
+    return _fetch(reference, None)
+
+
+def _existing(name: str | Path, beside: Path = Path()) -> Path | None:
+    """The file or folder of that name, relative to `beside`; None where there is none."""
+    try:
+        path = beside / Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        # No name that could be one: too long, a NUL within, the ~ of a user that does not exist.
+        return None
+
+
+def _is_hub_id(text: str) -> bool:
+    return bool(_HUB_ID.fullmatch(text)) and ".." not in text
+
+
+def _fetch(hub_id: str, revision: str | None) -> Source:
+    if not _is_hub_id(hub_id):
+        raise CheckpointError(f"{hub_id}: no such folder, and not a hub id of the form owner/name")
+    try:
+        # A pattern's * reaches into subfolders too, and nothing there is ours.
+        snapshot = snapshot_download(
+            hub_id, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"]
+        )
+    except Exception as error:
+        # Errors of its HTTP library come through too, and which one that is changes.
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise CheckpointError(
+            f"{hub_id}: no such folder here, and the hub did not give it ({reason})"
+        ) from None
+    return Source(Path(snapshot), hub_id, from_hub=True)

@@ -7,6 +7,7 @@ from importlib import import_module
 
 VERBS = {
     "generate": "mlx_poe.commands.generate",
+    "calibrate": "mlx_poe.commands.calibrate",
 }
 
 

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
+from cognica_mlx.config import HEAD_MODES
 from cognica_mlx.convert.checkpoint import read_checkpoint
 from cognica_mlx.convert.safetensors_files import read_json
 from cognica_mlx.convert.sources import Source, locate
@@ -51,7 +52,9 @@ def load(
         raise RequestError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if quantize is not None and quantize not in QUANTIZE_BITS:
         raise RequestError(f"quantize {quantize}: can be {', '.join(map(str, QUANTIZE_BITS))} bits")
-    source = find_model(path_or_hf_repo or DEFAULT_MODEL, revision)
+    if head_mode is not None and head_mode not in HEAD_MODES:
+        raise RequestError(f"head_mode {head_mode!r} is none of {', '.join(HEAD_MODES)}")
+    source = find_model(DEFAULT_MODEL if path_or_hf_repo is None else path_or_hf_repo, revision)
     checkpoint = read_checkpoint(source)
     config = checkpoint.config
     if head_mode is not None:
@@ -76,9 +79,9 @@ def load(
 
 def find_model(name: str | Path, revision: str | None = None) -> Source:
     """A folder, a built-in name or a hub id; CheckpointError where there is none."""
-    built_in = _BUILT_IN / str(name)
-    if Path(name).name == str(name) and built_in.is_dir() and not Path(name).is_dir():
-        return Source(built_in, str(name), from_hub=False)
+    built_in = {folder.name: folder for folder in _BUILT_IN.iterdir()}.get(str(name))
+    if built_in and not Path(name).is_dir():
+        return replace(locate(built_in, revision), name=str(name))
     return locate(name, revision)
 
 
@@ -94,6 +97,6 @@ def _eos_token_ids(source: Source) -> frozenset[int]:
     if ids is None:
         return frozenset()
     ids = ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(token, int) for token in ids):
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise CheckpointError(f"{path}: eos_token_id {ids} are not token ids")
     return frozenset(ids)

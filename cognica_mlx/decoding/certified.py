@@ -5,7 +5,8 @@ stages would hardly overturn it. A block of certified drafts is emitted at once,
 stay pending in the deeper stages. A block with an uncertified draft is verified as a whole, in one
 batch with all that is pending; its certified drafts count as accepted.
 
-Each step, be it a block of drafts or a verification, is one graph and one host synchronisation.
+A block of drafts is one graph and one host synchronisation, and so is a verification; only where
+`draft_margin` stops drafting does the host look at each draft.
 The output agrees with the full model's as often as WAND's does; with a temperature, certified
 drafts are drawn from the draft stage's distribution and the others follow the full model's.
 """
@@ -52,15 +53,10 @@ class Certified(Speculative):
         emitted = 0
         while emitted < budget:
             count = min(self.num_draft_tokens, budget - emitted)
-            draft = self.draft(state, tokens, count)
+            draft = self.draft(state, tokens, count, self.draft_margin)
             mx.eval(draft.tokens, draft.logprobs, draft.margins)
-            margins = [number(lead) for lead in draft.margins]
-            weak = [i for i, lead in enumerate(margins) if lead < (self.draft_margin or 0)]
-            if weak:
-                draft.shorten(weak[0])
-                state.rollback(draft.first + weak[0] + 1)
-            certified = [lead > self.needed for lead in margins[: len(draft)]]
-            if all(certified) and not weak:
+            certified = [number(lead) > self.needed for lead in draft.margins]
+            if all(certified) and not draft.stopped:
                 self.drafted += len(draft)
                 decoded = [
                     DecodedToken.read(drafted, logprob, self.draft_stage, from_draft=True)

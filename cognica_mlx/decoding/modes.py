@@ -85,6 +85,8 @@ def make_policy(
     if mode == "compose":
         stages = given.get("stages", range(model.poe_n_stages))
         return Plain(composed_target(model, stages, given.get("stage_weights")), sampler)
+    if calibration and given.keys() <= {"safety"}:
+        given.update(calibration.options.get(mode, {}))
     if "p99_bounds" in MODES[mode] and "p99_bounds" not in given:
         given["p99_bounds"] = _bounds(model, calibration)
     if mode == "wand":

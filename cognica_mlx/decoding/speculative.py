@@ -31,7 +31,8 @@ class Draft:
 
     tokens (1, 1) int; log_probs (1, V), what each was drawn from, empty when greedy; logprobs (1,)
     of the tokens; margins (1,) by which the draft's best score led. `first` is the position of the
-    token before them, `context` what the repetition penalty looked back on at that position.
+    token before them, `context` what the repetition penalty looked back on at that position;
+    `stopped` says that the next draft was too weak to be one.
     """
 
     first: int
@@ -40,14 +41,10 @@ class Draft:
     log_probs: list[mx.array] = field(default_factory=list)
     logprobs: list[mx.array] = field(default_factory=list)
     margins: list[mx.array] = field(default_factory=list)
+    stopped: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def shorten(self, count: int) -> None:
-        """Keep only the first `count` drafts."""
-        for entries in (self.tokens, self.log_probs, self.logprobs, self.margins):
-            del entries[count:]
 
     def joined(self) -> mx.array:
         """The drafted tokens, (n,) int32."""
@@ -111,7 +108,8 @@ class Speculative:
             scores = self.sampler.process(scores, context)
             lead = margin(scores)
             if stop_below is not None and number(lead) < stop_below:
-                return draft
+                draft.stopped = True
+                break
             if self.sampler.greedy:
                 chosen = mx.argmax(scores, axis=-1)
             else:

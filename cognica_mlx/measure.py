@@ -1,0 +1,157 @@
+"""Measuring a model's stages on a text: what WAND needs, and which mode should pay.
+
+- in: a model, token sequences, the byte length of every token
+- out: a `Calibration`; nothing is written
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from cognica_mlx.calibration import Calibration
+from cognica_mlx.decoding.loop import decode
+from cognica_mlx.decoding.plain import Plain
+from cognica_mlx.decoding.targets import full_target
+from cognica_mlx.decoding.wand import exit_margins
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel
+from cognica_mlx.replay import DRAFT_LENGTHS, Costs, Trace, best_options, replay_speculative
+from cognica_mlx.sampling import Sampler, logprob_of, margin
+
+CONTINUATION_PROMPT = 16
+MIN_TOKENS = 100
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """What the stages predict at T positions; K stages, of which the last stands for the full
+    model. best (K, T) token ids, margins (K, T), margin_loss (K - 1, T); nll (K + 1, T - 1), in
+    nats, of the token that came, for each stage boundary and then the full model."""
+
+    best: np.ndarray
+    margins: np.ndarray
+    margin_loss: np.ndarray
+    nll: np.ndarray
+
+
+def calibrate(
+    model: PoEModel,
+    texts: Sequence[Sequence[int]],
+    token_bytes: Sequence[int],
+    *,
+    continuations: int = 16,
+    continuation_tokens: int = 64,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measure `model` on token sequences, each starting as the model's texts do (BOS first).
+
+    `token_bytes` holds the UTF-8 length of every token, 0 for special ones. Margins, agreement and
+    bits per byte are taken on the texts as they are; acceptance and the modes' promises on
+    `continuations` greedy continuations of the texts' beginnings.
+
+    Raises RequestError for a text too short to say anything.
+    """
+    texts = [text for text in texts if len(text) > 1]
+    total = sum(map(len, texts))
+    if total < MIN_TOKENS:
+        raise RequestError(f"the text has {total} tokens; calibration needs at least {MIN_TOKENS}")
+    if model.poe_n_stages < 2:
+        raise RequestError("this model has a single stage: there is nothing to calibrate")
+    measured = []
+    for i, text in enumerate(texts):
+        measured.append(_predict(model, text))
+        if progress:
+            progress("reading", i + 1, len(texts))
+    loss = np.concatenate([m.margin_loss for m in measured], axis=1)
+    percentiles = np.maximum(np.percentile(loss, (50, 90, 99), axis=1).T, 0)
+    bounds = [float(p99) for p99 in percentiles[:, 2]]
+    best = np.concatenate([m.best for m in measured], axis=1)
+    nll = np.concatenate([m.nll for m in measured], axis=1).sum(axis=1)
+    n_bytes = sum(token_bytes[token] for text in texts for token in text[1:])
+    traces = _continue(model, texts, continuations, continuation_tokens, progress)
+    costs = Costs.of(model)
+    needed = exit_margins(model, bounds, safety=1.0)
+    chosen = best_options(traces, costs, needed, model.pools_stages)
+    speedups = {
+        mode: costs.full_token * replay.tokens / replay.cost for mode, (_, replay) in chosen.items()
+    }
+    recommended = max(speedups, key=lambda mode: speedups[mode])
+    config = model.config
+    return Calibration(
+        stage_layers=config.stage_layers + config.specialist_layers,
+        p99_bounds=tuple(round(bound, 4) for bound in bounds),
+        margin_loss=tuple(tuple(round(float(p), 4) for p in row) for row in percentiles),  # type: ignore[misc]
+        top1_agreement=tuple(round(float(a), 4) for a in (best == best[-1]).mean(axis=1)[:-1]),
+        bits_per_byte=tuple(round(float(n), 4) for n in nll / math.log(2) / max(n_bytes, 1)),
+        acceptance={
+            str(stage): [
+                round(replay_speculative(traces, costs, stage, n, None).acceptance, 4)
+                for n in DRAFT_LENGTHS
+            ]
+            for stage in range(model.poe_n_stages - 1)
+        },
+        options={mode: options for mode, (options, _) in chosen.items()},
+        speedups={mode: round(s, 3) for mode, s in speedups.items()},
+        recommended=recommended if speedups[recommended] > 1 else "full",
+        text={"tokens": total, "bytes": n_bytes, "continued_tokens": sum(_lengths(traces))},
+    )
+
+
+def _lengths(traces: Sequence[Trace]) -> list[int]:
+    return [trace.hits.shape[1] for trace in traces]
+
+
+def _predict(model: PoEModel, text: Sequence[int]) -> _Predictions:
+    tokens = mx.array([list(text)], dtype=mx.int32)
+    boundaries = model.boundaries(tokens)
+    logits = [model.stage_logits(k, hidden)[0] for k, hidden in enumerate(boundaries)]
+    full = model.full_scores(dict(enumerate(boundaries)))[0]
+    nll = mx.stack([-logprob_of(z[:-1], tokens[0, 1:]) for z in (*logits, full)])
+    if model.pools_stages:
+        logits = [model.pool(logits[: k + 1]) for k in range(len(logits))]
+    scores = [*logits[:-1], full]
+    best = mx.stack([mx.argmax(z, axis=-1) for z in scores])
+    margins = mx.stack([margin(z) for z in scores])
+    # What the lead of stage k's best token has become one step on: negative once overtaken.
+    leads = mx.stack([_lead(z, best[k]) for k, z in enumerate(scores[1:])])
+    mx.eval(best, margins, leads, nll)
+    return _Predictions(
+        np.array(best), np.array(margins), np.array(margins[:-1] - leads), np.array(nll)
+    )
+
+
+def _lead(scores: mx.array, tokens: mx.array) -> mx.array:
+    """By how much tokens (T,) lead all others under scores (T, V)."""
+    own = mx.take_along_axis(scores, tokens[:, None], axis=-1)
+    others = mx.put_along_axis(scores, tokens[:, None], mx.array(-mx.inf, scores.dtype), axis=-1)
+    return own[:, 0] - mx.max(others, axis=-1)
+
+
+def _continue(
+    model: PoEModel,
+    texts: Sequence[Sequence[int]],
+    count: int,
+    length: int,
+    progress: Progress | None,
+) -> list[Trace]:
+    """What the stages predict along the full model's own greedy continuations."""
+    policy, traces = Plain(full_target(model), Sampler()), []
+    for i in range(count):
+        text = texts[i % len(texts)]
+        # A text used again is continued from further on.
+        end = min(CONTINUATION_PROMPT * (1 + i // len(texts)), len(text))
+        prompt = list(text[:end])
+        decoded = decode(model, prompt, policy, max_tokens=length)
+        found = _predict(model, prompt + [one.token for one in decoded])
+        hits = found.best == found.best[-1]
+        traces.append(Trace(hits[:-1, end - 1 : -1], found.margins[:-1, end - 1 : -1]))
+        if progress:
+            progress("continuing", i + 1, count)
+    return traces

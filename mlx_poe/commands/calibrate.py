@@ -1,0 +1,188 @@
+"""mlx_poe.calibrate: measure a model's stages on the user's text, and keep it beside the model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
+from cognica_mlx.errors import RequestError
+from cognica_mlx.measure import calibrate
+from mlx_poe.commands.options import add_model_flags, make_parser, run
+from mlx_poe.load import find_model, load
+from mlx_poe.tokenizer import Tokenizer
+
+SEGMENT_TOKENS = 512
+
+EXAMPLES = """\
+  mlx_poe.calibrate --model path/to/model --data notes.txt
+  mlx_poe.calibrate --model path/to/specialist --data chats.jsonl --num-tokens 8192
+  mlx_poe.calibrate --data notes.txt --output here.json --json"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = make_parser(
+        "mlx_poe.calibrate",
+        "Measure what each stage of a model is worth on a text: the bounds that the modes wand and "
+        "certified need, agreement, acceptance, bits per byte. The result lies beside the model as "
+        f"{CALIBRATION_FILE}, where mlx_poe.generate finds it.",
+        EXAMPLES,
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="a text file, - for stdin, or .jsonl with a text or chat messages a line "
+        '({"text": "…"} or {"messages": [{"role": "user", "content": "…"}, …]})',
+    )
+    parser.add_argument(
+        "--num-tokens",
+        type=int,
+        default=16384,
+        help="most tokens of the text to read (default: 16384)",
+    )
+    parser.add_argument(
+        "--continuations",
+        type=int,
+        default=16,
+        help="greedy continuations on which acceptance is measured (default: 16)",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write here instead of beside the model")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, no table")
+    add_model_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run(build_parser(), _calibrate, argv)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    for name in ("num_tokens", "continuations"):
+        if getattr(args, name) < 1:
+            raise RequestError(f"--{name.replace('_', '-')} must be at least 1")
+    output = Path(args.output) if args.output else None
+    if output is not None and not output.absolute().parent.is_dir():
+        raise RequestError(f"--output {output}: there is no folder {output.absolute().parent}")
+    data = _read_data(args.data)
+    model, tokenizer = load(
+        args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
+    )
+    texts = _segments(data, tokenizer, args.num_tokens)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        tasks: dict[str, int] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)  # type: ignore[arg-type]
+
+        calibration = calibrate(
+            model,
+            texts,
+            tokenizer.token_byte_lengths(model.config.vocab_size),
+            continuations=args.continuations,
+            progress=show,
+        )
+    path = output or find_model(args.model, args.revision).folder / CALIBRATION_FILE
+    calibration.save(path)
+    if args.json:
+        print(path.read_text(encoding="utf-8"), end="")
+    else:
+        _print_tables(calibration)
+    print(f"written to {path}", file=sys.stderr)
+    return 0
+
+
+def _read_data(name: str) -> list[str | list[dict[str, str]]]:
+    """Texts and chats. RequestError for a line that is neither."""
+    if name == "-":
+        return [sys.stdin.read()]
+    text = Path(name).read_text(encoding="utf-8", errors="replace")
+    if not name.endswith(".jsonl"):
+        return [text]
+    items: list[str | list[dict[str, str]]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            items.append(entry["messages"] if "messages" in entry else str(entry["text"]))
+        except (ValueError, KeyError, TypeError):
+            raise RequestError(
+                f"{name}, line {number}: expected a JSON object with text or messages"
+            ) from None
+    return items
+
+
+def _segments(
+    data: Sequence[str | list[dict[str, str]]], tokenizer: Tokenizer, num_tokens: int
+) -> list[list[int]]:
+    """Token sequences of up to SEGMENT_TOKENS, each beginning with BOS, `num_tokens` in all."""
+    segments: list[list[int]] = []
+    for item in data:
+        if isinstance(item, str):
+            tokens = tokenizer.encode(item)
+        else:
+            answered = item[-1:] and item[-1].get("role") == "assistant"
+            tokens = tokenizer.apply_chat_template(item, add_generation_prompt=not answered)
+        bos, body = tokens[:1], tokens[1:]
+        for start in range(0, len(body), SEGMENT_TOKENS - 1):
+            segments.append(bos + body[start : start + SEGMENT_TOKENS - 1])
+    kept: list[list[int]] = []
+    for segment in segments:
+        room = num_tokens - sum(map(len, kept))
+        if room <= 1:
+            break
+        kept.append(segment[:room])
+    return kept
+
+
+def _print_tables(calibration: Calibration) -> None:
+    console = Console()
+    last = len(calibration.top1_agreement)
+    stages = Table(title="Stages, on the text")
+    for heading in ("stage", "top-1 agreement", "bits per byte", "p50", "p90", "p99 bound"):
+        stages.add_column(heading, justify="right")
+    for stage in range(last + 1):
+        row = [str(stage), "", f"{calibration.bits_per_byte[stage]:.4f}", "", "", ""]
+        if stage < last:
+            row[1] = f"{calibration.top1_agreement[stage]:.1%}"
+            row[3:] = [f"{loss:.3f}" for loss in calibration.margin_loss[stage]]
+        stages.add_row(*row)
+    stages.add_row("full", "100.0%", f"{calibration.bits_per_byte[-1]:.4f}", "", "", "")
+    console.print(stages)
+    console.print(
+        "p50 to p99: what the step to the next stage takes from the best token's margin.\n"
+    )
+    drafts = Table(title="Acceptance of drafts, on the model's own continuations")
+    drafts.add_column("draft stage", justify="right")
+    lengths = len(next(iter(calibration.acceptance.values())))
+    for length in range(1, lengths + 1):
+        drafts.add_column(f"{length}", justify="right")
+    for stage_name, rates in calibration.acceptance.items():
+        drafts.add_row(stage_name, *(f"{rate:.0%}" for rate in rates))
+    console.print(drafts)
+    modes = Table(title="What the modes promise, if decoding costs the bytes it reads")
+    for heading in ("mode", "speed-up", "best options"):
+        modes.add_column(heading)
+    for mode, speedup in calibration.speedups.items():
+        best = " ".join(
+            f"--{name.replace('_', '-')} "
+            + (",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+            for name, value in calibration.options[mode].items()
+        )
+        modes.add_row(mode, f"{speedup:.2f}x", best)
+    console.print(modes)
+    console.print(f"recommended: --mode {calibration.recommended}")

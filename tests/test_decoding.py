@@ -1,0 +1,381 @@
+"""Every mode against the known answers, and against its rule with everything computed afresh."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import FIXTURES, GOLDENS, fixture, goldens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cognica_mlx.decoding.loop import DecodedToken, decode
+from cognica_mlx.decoding.modes import MODES, ModeOptions, make_policy
+from cognica_mlx.decoding.wand import exit_margins
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel, log_op
+from cognica_mlx.sampling import Sampler, SamplingOptions
+from cognica_mlx.state import DecodingState
+
+TINY = json.loads((FIXTURES / "poe-tiny-goldens.json").read_text())
+MODELS = (*GOLDENS, "poe-tiny")
+INF = float("inf")
+
+
+def run(
+    model: PoEModel,
+    prompt: list[int],
+    mode: str,
+    count: int = 40,
+    sampling: SamplingOptions | None = None,
+    state: DecodingState | None = None,
+    **options,
+) -> list[DecodedToken]:
+    policy = make_policy(model, Sampler(sampling), mode, ModeOptions(**options))
+    return list(decode(model, prompt, policy, max_tokens=count, state=state))
+
+
+def ids(decoded: list[DecodedToken]) -> list[int]:
+    return [one.token for one in decoded]
+
+
+def prompts(name: str) -> list[list[int]]:
+    """A short prompt and one beyond every window."""
+    if name == "poe-tiny":
+        long = [t for entry in TINY["base"] for t in entry["prompt"] + entry["full"]]
+        return [TINY["base"][0]["prompt"], (long * 2)[:650]]
+    return [goldens(name)["greedy.prompt"].tolist(), goldens(name)["long.tokens"][0].tolist()]
+
+
+def stage_scores(model: PoEModel, tokens: list[int], start: int) -> list[np.ndarray]:
+    """From one plain forward without any cache: the scores (T, V) of every stage, the running
+    Log-OP where the model pools, and of the full model last, from position `start` on."""
+    stages = model.forward_all_stages(mx.array([tokens]))
+    if model.pools_stages:
+        stages = [model.pool(stages[: k + 1]) for k in range(len(stages))]
+    return [np.array(z[0, start:]) for z in (*stages, model(mx.array([tokens])))]
+
+
+def lead(scores: np.ndarray) -> float:
+    second, best = np.sort(scores)[-2:]
+    return float(best - second)
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_greedy_full_and_stages_match_the_goldens(name):
+    (model, _), answers = fixture(name), goldens(name)
+    prompt = answers["greedy.prompt"].tolist()
+    assert ids(run(model, prompt, "full", 48)) == answers["greedy.full"].tolist()
+    for stage in range(4):
+        decoded = run(model, prompt, "stage", 48, stage=stage)
+        assert ids(decoded) == answers[f"greedy.stage_{stage}"].tolist()
+        assert {one.stage for one in decoded} == {stage}
+
+
+@pytest.mark.parametrize("entry", TINY["base"], ids=lambda e: str(e["prompt"][1:3]))
+def test_trained_model_matches_its_goldens(entry):
+    model, _ = fixture("poe-tiny")
+    for key, answer in entry.items():
+        if key == "full":
+            assert ids(run(model, entry["prompt"], "full", len(answer))) == answer
+        elif key != "prompt":
+            stage = int(key.removeprefix("stage_"))
+            assert ids(run(model, entry["prompt"], "stage", len(answer), stage=stage)) == answer
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_speculation_gives_the_full_models_tokens(name):
+    model, _ = fixture(name)
+    for prompt, length in zip(prompts(name), (24, 12), strict=True):
+        prefilled = DecodingState(model)
+        full = run(model, prompt, "full", length, state=prefilled)
+        prefilled.rollback(len(prompt) - 1)
+        for draft_stage in range(model.poe_n_stages):
+            for count in range(1, 9):
+                decoded = run(
+                    model,
+                    prompt,
+                    "speculative",
+                    length,
+                    state=prefilled.fork(),
+                    draft_stage=draft_stage,
+                    num_draft_tokens=count,
+                    draft_margin=0.5 if count == 5 else None,
+                )
+                assert ids(decoded) == ids(full), (draft_stage, count)
+                for ours, theirs in zip(decoded, full, strict=True):
+                    assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+                    assert ours.stage == (draft_stage if ours.from_draft else theirs.stage)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prefix_and_compose_mix_what_they_say(name):
+    model, _ = fixture(name)
+    prompt, last = prompts(name)[0], model.poe_n_stages - 1
+    stages = model.forward_all_stages(mx.array([prompt]))
+    first = run(model, prompt, "prefix", 1, max_stages=2)[0]
+    mixed = log_op(stages[:2], [0.5, 0.5]) if model.pools_stages else stages[1]
+    assert first.token == mixed[0, -1].argmax().item() and first.stage == 1
+    weights = [3.0, -1.0]
+    first = run(model, prompt, "compose", 1, stages=[last, 0], stage_weights=weights)[0]
+    mixed = log_op([stages[last], stages[0]], [1.5, -0.5])
+    assert first.token == mixed[0, -1].argmax().item() and first.stage == last
+    everything = ids(run(model, prompt, "compose", 12))
+    stages = model.forward_all_stages(mx.array([prompt + everything]))
+    mixed = log_op(stages, [1 / len(stages)] * len(stages))[0]
+    assert everything == mixed.argmax(axis=-1).tolist()[len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("bound", "safety", "exits"), [(0.2, 1.0, None), (1.0, 0.5, None), (0.3, 1.0, [1])]
+)
+def test_wand_equals_its_rule_recomputed_from_scratch(name, bound, safety, exits):
+    model, _ = fixture(name)
+    steps = model.poe_n_stages - 1
+    bounds, depths = [bound] * steps, set()
+    for prompt in prompts(name):
+        decoded = run(model, prompt, "wand", p99_bounds=bounds, safety=safety, exit_stages=exits)
+        scores = stage_scores(model, prompt + ids(decoded)[:-1], len(prompt) - 1)
+        for i, one in enumerate(decoded):
+            may_leave = [
+                k
+                for k in (range(steps) if exits is None else exits)
+                if lead(scores[k][i]) > safety * sum(bounds[k:])
+            ]
+            depth = min(may_leave, default=steps)
+            best = scores[depth if depth < steps else -1][i].argmax()
+            assert (one.token, one.stage) == (best, depth)
+            depths.add(depth)
+    assert len(depths) > 1, "a test in which all tokens leave at one stage shows little"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mode", ["wand", "certified"])
+def test_bounds_of_infinity_mean_full_depth_and_of_zero_stage_0(name, mode):
+    model, _ = fixture(name)
+    steps = model.poe_n_stages - 1
+    for prompt in prompts(name):
+        full, shallow = run(model, prompt, "full"), run(model, prompt, "stage", stage=0)
+        decoded = run(model, prompt, mode, p99_bounds=[INF] * steps)
+        assert ids(decoded) == ids(full)
+        assert ids(run(model, prompt, mode, p99_bounds=[INF] * steps, safety=0.0)) == ids(full)
+        decoded = run(model, prompt, mode, p99_bounds=[0.0] * steps)
+        assert ids(decoded) == ids(shallow) and {d.stage for d in decoded} == {0}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("count", "stop"), [(1, None), (3, None), (4, 0.4), (8, 1.0)])
+def test_certified_equals_its_rule_recomputed_from_scratch(name, count, stop):
+    """A draft is the draft stage's best token and stands if certified or if it is the full model's
+    best as well; every other token is the full model's."""
+    model, _ = fixture(name)
+    steps, kinds = model.poe_n_stages - 1, set()
+    bounds = [0.2] * steps
+    for stage in range(steps):
+        for prompt in prompts(name):
+            decoded = run(
+                model,
+                prompt,
+                "certified",
+                20,
+                p99_bounds=bounds,
+                draft_stage=stage,
+                num_draft_tokens=count,
+                draft_margin=stop,
+            )
+            scores = stage_scores(model, prompt + ids(decoded)[:-1], len(prompt) - 1)
+            for i, one in enumerate(decoded):
+                certified = lead(scores[stage][i]) > sum(bounds[stage:])
+                full = one.token == scores[-1][i].argmax()
+                if one.from_draft:
+                    assert one.token == scores[stage][i].argmax() and one.stage == stage
+                    assert certified or full
+                else:
+                    assert full and one.stage == steps
+                kinds.add((one.from_draft, certified, full))
+    assert (True, True, False) in kinds or name == "poe-tiny", "no certified draft ever differed"
+    assert (True, False, True) in kinds or stop is not None, "no uncertified draft was verified"
+
+
+@pytest.mark.parametrize("mode", ["full", "wand", "speculative", "certified"])
+@pytest.mark.parametrize("name", ["flat-d8", "gqa-logop-d8"])
+def test_no_position_runs_twice_through_a_stage_unless_rolled_back(name, mode):
+    model, _ = fixture(name)
+    state, prompt = DecodingState(model), prompts(name)[1]
+    rolled_back = [0] * model.poe_n_stages
+    rollback = state.rollback
+
+    def counting(position: int) -> None:
+        for stage, filled in enumerate(state.filled):
+            rolled_back[stage] += max(filled - position, 0)
+        rollback(position)
+
+    state.rollback = counting  # type: ignore[method-assign]
+    options = (
+        {"p99_bounds": [0.2] * (model.poe_n_stages - 1)} if "p99_bounds" in MODES[mode] else {}
+    )
+    run(model, prompt, mode, 60, state=state, **options)
+    for stage, filled in enumerate(state.filled):
+        assert state.positions_run[stage] == filled + rolled_back[stage]
+    if mode == "full":
+        assert rolled_back == [0] * model.poe_n_stages
+
+
+@pytest.mark.parametrize("name", ["flat-d8", "gqa-logop-d8"])
+def test_repetition_penalty_is_the_same_one_token_or_many_at_a_time(name):
+    model, _ = fixture(name)
+    sampling = SamplingOptions(repetition_penalty=1.4, repetition_context_size=12)
+
+    for prompt in ([3], prompts(name)[0]):
+        decoded = ids(run(model, prompt, "full", 24, sampling))
+        scores = stage_scores(model, prompt + decoded[:-1], len(prompt) - 1)[-1]
+        for i, token in enumerate(decoded):
+            for seen in set((prompt + decoded[:i])[-12:]):
+                scores[i][seen] *= 1.4 if scores[i][seen] < 0 else 1 / 1.4
+            assert token == scores[i].argmax()
+        assert ids(run(model, prompt, "speculative", 24, sampling, num_draft_tokens=4)) == decoded
+        inf = [INF] * (model.poe_n_stages - 1)
+        assert ids(run(model, prompt, "wand", 24, sampling, p99_bounds=inf)) == decoded
+        assert ids(run(model, prompt, "certified", 24, sampling, p99_bounds=inf)) == decoded
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("flat-d8", "full", {}),
+        ("flat-d8", "speculative", {"num_draft_tokens": 2}),
+        ("flat-d8", "speculative", {"num_draft_tokens": 3, "draft_margin": 0.3}),
+        ("gqa-logop-d8", "speculative", {"num_draft_tokens": 2, "draft_stage": 1}),
+    ],
+)
+def test_sampled_tokens_follow_the_full_models_distribution(name, mode, options):
+    """Chi-squared over the first two tokens, the draft's and the verifier's filters included."""
+    model, _ = fixture(name)
+    prompt, trials, width = goldens(name)["greedy.prompt"].tolist()[:6], 1000, 4
+    sampling = {"temp": 1.3, "top_k": width, "repetition_penalty": 1.2}
+    state = DecodingState(model)
+    seen: dict[tuple[int, int], int] = {}
+    sampler = Sampler(SamplingOptions(seed=11, **sampling))
+    policy = make_policy(model, sampler, mode, ModeOptions(**options))
+    for _ in range(trials):
+        first, second = ids(list(decode(model, prompt, policy, max_tokens=2, state=state)))
+        seen[first, second] = seen.get((first, second), 0) + 1
+
+    def distribution(tokens: list[int]) -> dict[int, float]:
+        scores = sampler.process(model(mx.array([tokens]))[0, -1:], sampler.context(tokens))
+        probs = mx.exp(sampler.log_probs(scores))[0]
+        return {int(t): probs[t].item() for t in np.argsort(np.array(probs))[-width:]}
+
+    statistic, cells = 0.0, 0
+    for first, p in distribution(prompt).items():
+        for second, q in distribution([*prompt, first]).items():
+            expected = trials * p * q
+            cells += 1
+            statistic += (seen.pop((first, second), 0) - expected) ** 2 / expected
+    assert not seen, "a token outside the filters was drawn"
+    # The 99.9th percentile of chi-squared with 15 degrees of freedom.
+    assert cells == 16 and statistic < 37.7
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_modes_share_one_state_and_switch_at_any_time(data):
+    """A talk that changes its mode at every turn: each turn equals one from a fresh state."""
+    name = data.draw(st.sampled_from(["flat-d8", "gqa-logop-d8", "stage-on-flat"]))
+    model, _ = fixture(name)
+    state = DecodingState(model, slack=24, max_pending=48)
+    source, text = goldens(name)["long.tokens"][0].tolist(), []
+    for _ in range(data.draw(st.integers(2, 4))):
+        text = text + source[: data.draw(st.integers(1, 160))]
+        mode = data.draw(st.sampled_from(list(MODES)))
+        options = {}
+        if "p99_bounds" in MODES[mode]:
+            options["p99_bounds"] = [data.draw(st.sampled_from([0.1, 0.5]))] * (
+                model.poe_n_stages - 1
+            )
+        if mode == "stage":
+            options["stage"] = data.draw(st.integers(0, model.poe_n_stages - 1))
+        count = data.draw(st.integers(1, 70))
+        ours = run(model, text, mode, count, state=state, **options)
+        assert [(d.token, d.stage) for d in ours] == [
+            (d.token, d.stage) for d in run(model, text, mode, count, **options)
+        ]
+        text = text + ids(ours)
+        held = state.tokens
+        assert held == text[: len(held)] and len(held) >= len(text) - 1
+
+
+def test_stopping_early_leaves_just_what_was_taken():
+    model, _ = fixture("flat-d8")
+    prompt, state = prompts("flat-d8")[0], DecodingState(model)
+    policy = make_policy(model, Sampler(), "speculative", ModeOptions(num_draft_tokens=6))
+    taken = []
+    stream = decode(model, prompt, policy, max_tokens=40, state=state)
+    for decoded in stream:
+        taken.append(decoded.token)
+        if len(taken) == 5:
+            break
+    stream.close()
+    assert state.tokens == (prompt + taken)[: state.length]
+    assert state.length >= len(prompt) + 4
+
+
+@pytest.mark.parametrize("name", ["flat-d8", "gqa-logop-d8"])
+def test_shallow_modes_leave_the_deeper_stages_empty(name):
+    model, _ = fixture(name)
+    state = DecodingState(model)
+    run(model, prompts(name)[1], "stage", state=state, stage=1)
+    assert state.filled[2:] == [0, 0] and state.positions_run[2:] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [
+        ("fast", {}, "mode 'fast' is none of full"),
+        ("full", {"stage": 1}, "stage belongs to mode stage, not to full"),
+        ("stage", {"stage": 7}, "stage 7: this model has stages 0 to 3"),
+        ("stage", {"stage": -1}, "stage -1"),
+        ("prefix", {"max_stages": 0}, "max_stages 0"),
+        ("compose", {"stages": []}, "at least one stage"),
+        ("compose", {"stages": [0, 0]}, "twice"),
+        ("compose", {"stages": [0, 4]}, "stage 4"),
+        ("compose", {"stages": [0, 1], "stage_weights": [1.0]}, "1 weights for 2 stages"),
+        ("compose", {"stages": [0, 1], "stage_weights": [1.0, -1.0]}, "more than 0"),
+        ("wand", {}, "no calibration"),
+        ("certified", {}, "no calibration"),
+        ("wand", {"p99_bounds": [1.0]}, "1 given, but this model has 3"),
+        ("wand", {"p99_bounds": [1.0, 1.0, -1.0]}, "at least 0"),
+        ("wand", {"p99_bounds": [1.0] * 3, "safety": -1.0}, "safety -1.0"),
+        ("wand", {"p99_bounds": [1.0] * 3, "exit_stages": [5]}, "exit stage 5"),
+        ("speculative", {"draft_stage": 4}, "draft_stage 4"),
+        ("speculative", {"num_draft_tokens": 0}, "num_draft_tokens 0"),
+        ("speculative", {"draft_margin": -0.1}, "draft_margin"),
+        ("certified", {"draft_stage": 3, "p99_bounds": [1.0] * 3}, "nothing is left to skip"),
+    ],
+)
+def test_senseless_requests_are_named(mode, options, message):
+    model, _ = fixture("flat-d8")
+    with pytest.raises(RequestError, match=message):
+        make_policy(model, Sampler(), mode, ModeOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "message"),
+    [
+        ([], 5, "empty"),
+        ([1], 0, "max_tokens 0"),
+        ([320], 5, "token id 320"),
+        ([-1], 5, "token id -1"),
+    ],
+)
+def test_senseless_prompts_are_named(prompt, count, message):
+    model, _ = fixture("flat-d8")
+    with pytest.raises(RequestError, match=message):
+        run(model, prompt, "full", count)
+
+
+def test_exit_margins_add_up_the_bounds_that_remain():
+    model, _ = fixture("flat-d8")
+    assert exit_margins(model, [7.0, 3.0, 2.0], 0.5) == [6.0, 2.5, 1.0]
+    assert exit_margins(model, [1.0, INF, 2.0], 0.0) == [INF, INF, 0.0]
