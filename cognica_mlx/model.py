@@ -107,22 +107,10 @@ class Attention(nn.Module):
         # The scale of 1.2 on queries and on keys is folded into attention's own.
         self._scale = QK_SCALE**2 * self.head_dim**-0.5
 
-    def _heads(self, x: mx.array, offset: int | None = None) -> mx.array:
-        """(B, T, H * head_dim) -> (B, H, T, head_dim); with an offset rotated and normalised."""
+    def _heads(self, x: mx.array) -> mx.array:
+        """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
         batch, length, _ = x.shape
-        x = x.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
-        if offset is None:
-            return x
-        x = mx.fast.rope(
-            x,
-            self.head_dim,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=self._freqs,
-        )
-        return norm(x)
+        return x.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
 
     def __call__(
         self,
@@ -131,8 +119,17 @@ class Attention(nn.Module):
         mask: mx.array | str | None,
         cache: SlidingCache | None,
     ) -> mx.array:
-        offset = cache.offset if cache else 0
-        q, k = self._heads(self.c_q(u), offset), self._heads(self.c_k(u), offset)
+        # Queries and keys are rotated and normalised together: half as many kernels.
+        qk = mx.fast.rope(
+            self._heads(mx.concatenate([self.c_q(u), self.c_k(u)], axis=-1)),
+            self.head_dim,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=cache.offset if cache else 0,
+            freqs=self._freqs,
+        )
+        q, k = mx.split(norm(qk), [self.n_head], axis=1)
         v = self._heads(self.c_v(u))
         if "value_embed" in self:
             gate = 3 * mx.sigmoid(self.ve_gate(u[..., :VALUE_GATE_CHANNELS]))  # (B, T, n_kv_head)

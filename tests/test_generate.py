@@ -1,6 +1,7 @@
 """Generating text: prompts of any kind, streaming, stop strings, sampling, kept states."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -113,7 +114,8 @@ def test_half_a_character_at_the_end_is_shown_as_replaced(monkeypatch):
     def emit_emoji(*_: object, **__: object) -> Iterator[DecodedToken]:
         yield from (DecodedToken(token, -1.0, 3) for token in emoji)
 
-    monkeypatch.setattr("mlx_poe.generate.decode", emit_emoji)
+    # By its name the package holds the function, not the module.
+    monkeypatch.setattr(sys.modules["mlx_poe.generate"], "decode", emit_emoji)
     for count, pieces in ((4, ["", "", "", "\U0001f600"]), (3, ["", "", "\ufffd"])):
         assert [r.text for r in stream(max_tokens=count)] == pieces
         assert [r.text for r in stream(max_tokens=count, stop="\ufffd\ufffd")] == pieces
