@@ -1,0 +1,241 @@
+"""Calibration: what is measured, what is kept, what the modes make of it."""
+
+import json
+import math
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import FIXTURES, fixture
+
+from cognica_mlx.calibration import CALIBRATION_FILE, Calibration, published_bounds
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.decoding.loop import decode
+from cognica_mlx.decoding.modes import ModeOptions, make_policy
+from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.measure import calibrate
+from cognica_mlx.model import PoEModel
+from cognica_mlx.replay import (
+    Costs,
+    Trace,
+    replay_certified,
+    replay_speculative,
+    replay_wand,
+)
+from cognica_mlx.sampling import Sampler
+from mlx_poe import load
+
+HELD_OUT = (FIXTURES / "heldout.txt").read_text().strip().split("\n\n")
+# Beginnings that the calibration text does not hold.
+PROMPTS = [
+    *HELD_OUT,
+    "The capital of France is",
+    "Once upon a time",
+    "The planets of the solar system are:",
+    "Tom has 12 apples. Tom gives 5 to Mia.",
+    "The chemical symbol of gold is",
+    "7 + 8 =",
+    "Count from one to ten:",
+    "PROSPERO:\nMy brave spirit!",
+]
+
+
+@pytest.fixture(scope="module")
+def measured() -> Calibration:
+    model, tokenizer = fixture("poe-tiny")
+    texts = [tokenizer.encode(text) for text in HELD_OUT]
+    return calibrate(
+        model,
+        texts,
+        tokenizer.token_byte_lengths(model.config.vocab_size),
+        continuations=4,
+        continuation_tokens=24,
+    )
+
+
+def test_measurements_are_what_they_are_called(measured):
+    model, tokenizer = fixture("poe-tiny")
+    lengths = tokenizer.token_byte_lengths(model.config.vocab_size)
+    nll, hits, losses, n_bytes, count = np.zeros(5), np.zeros(3), [[], [], []], 0, 0
+    for text in HELD_OUT:
+        tokens = tokenizer.encode(text)
+        stages = [np.array(z[0]) for z in model.forward_all_stages(mx.array([tokens]))]
+        full = np.array(model(mx.array([tokens]))[0])
+        for row, z in enumerate([*stages, full]):
+            log_probs = z - np.log(np.exp(z).sum(-1, keepdims=True))
+            nll[row] -= log_probs[np.arange(len(tokens) - 1), tokens[1:]].sum()
+        for k, after in enumerate([stages[1], stages[2], full]):
+            for z, y in zip(stages[k], after, strict=True):
+                best = z.argmax()
+                lead = z[best] - np.delete(z, best).max()
+                losses[k].append(lead - (y[best] - np.delete(y, best).max()))
+            hits[k] += (stages[k].argmax(-1) == full.argmax(-1)).sum()
+        n_bytes += len(text.encode())
+        count += len(tokens)
+        assert sum(lengths[t] for t in tokens[1:]) == len(text.encode())
+    assert measured.bits_per_byte == pytest.approx(nll / math.log(2) / n_bytes, abs=1e-3)
+    assert measured.top1_agreement == pytest.approx(hits / count, abs=1e-3)
+    for k in range(3):
+        expected = np.percentile(losses[k], (50, 90, 99))
+        assert measured.margin_loss[k] == pytest.approx(np.maximum(expected, 0), abs=1e-2)
+    assert measured.p99_bounds == pytest.approx([row[2] for row in measured.margin_loss])
+    assert measured.text["bytes"] == n_bytes and measured.text["tokens"] == count
+
+
+def test_acceptance_is_what_speculation_does(measured):
+    """The replay of a recorded text makes the very drafts that decoding makes."""
+    model, tokenizer = fixture("poe-tiny")
+    prompt, length = tokenizer.encode("Once upon a time"), 40
+    full = [d.token for d in decode(model, prompt, _policy("full"), max_tokens=length)]
+    text = prompt + full
+    stages = model.forward_all_stages(mx.array([text]))[:3]
+    best = np.stack([np.array(z[0].argmax(-1)) for z in stages])[:, len(prompt) - 1 : -1]
+    sorted_scores = [np.sort(np.array(z[0]), -1)[len(prompt) - 1 : -1] for z in stages]
+    margins = np.stack([z[:, -1] - z[:, -2] for z in sorted_scores])
+    trace = Trace(best == np.array(full), margins)
+    for stage, count, stop in [(0, 3, None), (0, 4, 1.0), (2, 2, None), (1, 8, 0.5)]:
+        policy = _policy(
+            "speculative", draft_stage=stage, num_draft_tokens=count, draft_margin=stop
+        )
+        decoded = list(decode(model, prompt, policy, max_tokens=length))
+        replay = replay_speculative([trace], Costs.of(model), stage, count, stop)
+        # They may part in the last round, which decoding cuts short.
+        assert abs(sum(d.from_draft for d in decoded) - replay.kept) <= count
+        assert abs(policy.drafted - replay.drafted) <= count
+
+
+def _policy(mode: str, **options):
+    model, _ = fixture("poe-tiny")
+    return make_policy(model, Sampler(), mode, ModeOptions(**options))
+
+
+def test_shipped_calibration_keeps_99_percent_agreement_at_well_below_full_depth():
+    model, tokenizer = fixture("poe-tiny")
+    assert model.calibration is not None
+    agreeing = total = depth = 0
+    for mode in ("wand", "certified"):
+        for prompt in PROMPTS:
+            tokens = tokenizer.encode(prompt)
+            policy = make_policy(model, Sampler(), mode, calibration=model.calibration)
+            decoded = list(decode(model, tokens, policy, max_tokens=48))
+            made = [d.token for d in decoded]
+            full = model(mx.array([tokens + made[:-1]]))[0, len(tokens) - 1 :].argmax(-1)
+            agreeing += sum(int(a == b) for a, b in zip(full.tolist(), made, strict=True))
+            total += len(made)
+            depth += sum(d.stage + 1 for d in decoded)
+    assert agreeing / total >= 0.99
+    assert depth / total < 0.7 * model.poe_n_stages
+
+
+def test_replayed_costs_add_up():
+    """Ten tokens, one of them wrong at stage 0 and weak; costs of 1 a stage and 10 a head."""
+    hits = np.ones((3, 10), dtype=bool)
+    hits[0, 4] = False
+    margins = np.full((3, 10), 5.0)
+    margins[0, 4] = 0.1
+    trace, costs = Trace(hits, margins), Costs((1, 1, 1, 1), (10, 10, 10, 10), 10)
+    assert costs.full_token == 14
+    wand = replay_wand([trace], costs, [4.0, 2.0, 1.0], (0,), pools_stages=False)
+    assert (wand.tokens, wand.agreeing) == (10, 10)
+    assert wand.cost == 10 * (1 + 10) + 1 * (3 + 10)
+    wand = replay_wand([trace], costs, [6.0, 2.0, 1.0], (0, 1), pools_stages=False)
+    assert wand.cost == 10 * (1 + 10) + 10 * (1 + 10)
+    # Rounds of two drafts emit 3 tokens, 2 (the draft at 4 is refused), 3 and 3.
+    rounds = replay_speculative([trace], costs, 0, 2, None)
+    assert (rounds.tokens, rounds.kept, rounds.drafted) == (11, 7, 8)
+    everything = replay_certified([trace], costs, 0, 5, None, [0.0])
+    assert (everything.tokens, everything.agreeing) == (10, 9)
+    assert everything.cost == 10 * (1 + 10)
+
+
+def test_costs_are_the_bytes_of_the_real_shapes():
+    shape = {
+        "n_layer": 24,
+        "n_head": 12,
+        "n_embd": 1536,
+        "vocab_size": 32768,
+        "sequence_len": 2048,
+        "poe_every": 6,
+    }
+    costs = Costs.of(PoEModel(PoEConfig.from_dict(shape)))
+    # MODEL: 56.6 MB a layer and 100.7 MB for the head in bfloat16; built weights are float32.
+    assert sum(costs.stages) / 2 == pytest.approx(24 * 56.6e6, rel=1e-3)
+    assert costs.full_head / 2 == pytest.approx(100.7e6, rel=1e-3)
+    ratio = costs.full_token / (costs.through(0) + costs.heads[0])
+    assert ratio == pytest.approx(3.31, abs=0.01)
+
+
+def test_file_survives_a_round_trip(measured, tmp_path):
+    path = tmp_path / CALIBRATION_FILE
+    measured.save(path)
+    model, _ = fixture("poe-tiny")
+    assert json.loads(path.read_text()) == json.loads(json.dumps(measured.__dict__))
+    again = Calibration.load(path, model.config)
+    assert again.p99_bounds == measured.p99_bounds and again.options["wand"]
+    assert [p.name for p in tmp_path.iterdir()] == [CALIBRATION_FILE]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"p99_bounds": 3}', "\x00"])
+def test_damaged_file_is_named(content, tmp_path):
+    path = tmp_path / CALIBRATION_FILE
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=CALIBRATION_FILE):
+        Calibration.load(path, fixture("poe-tiny")[0].config)
+
+
+def test_file_of_another_model_is_refused(measured, tmp_path):
+    path = tmp_path / CALIBRATION_FILE
+    replace(measured, stage_layers=(4, 4)).save(path)
+    with pytest.raises(CheckpointError, match="does not have"):
+        Calibration.load(path, fixture("poe-tiny")[0].config)
+
+
+def test_calibration_steers_only_what_was_not_said():
+    model, _ = load(dtype="float32")
+    file = model.calibration
+    assert file is not None
+    policy = make_policy(model, Sampler(), "speculative", calibration=file)
+    assert policy.num_draft_tokens == file.options["speculative"]["num_draft_tokens"]
+    policy = make_policy(
+        model, Sampler(), "speculative", ModeOptions(num_draft_tokens=7), calibration=file
+    )
+    assert (policy.num_draft_tokens, policy.draft_margin) == (7, None)
+    policy = make_policy(model, Sampler(), "wand", ModeOptions(safety=2.0), calibration=file)
+    assert policy.exits[0] == pytest.approx(2 * sum(file.p99_bounds))
+    policy = make_policy(
+        model, Sampler(), "wand", ModeOptions(p99_bounds=[1.0] * 3), calibration=file
+    )
+    assert policy.exits == {0: 3.0, 1: 2.0, 2: 1.0}
+
+
+def test_published_bounds_serve_the_one_model_they_were_measured_on():
+    base = PoEConfig(24, 12, 1536, 32768, 2048, stage_layers=(6, 6, 6, 6))
+    assert published_bounds(base) == (7.09, 3.03, 2.15)
+    assert published_bounds(replace(base, stage_layers=(12, 12))) is None
+    assert published_bounds(replace(base, n_layer=28, specialist_layers=(4,))) is None
+    assert published_bounds(fixture("poe-tiny")[0].config) is None
+
+
+def test_too_short_a_text_is_refused():
+    model, _ = fixture("poe-tiny")
+    with pytest.raises(RequestError, match="has 20 tokens"):
+        calibrate(model, [[1] * 20], [1] * 2048)
+
+
+def test_pooling_model_calibrates_on_its_running_pool():
+    model, _ = fixture("gqa-logop-d8")
+    texts = [list(range(1, 120))]
+    found = calibrate(model, texts, [1] * 320, continuations=2, continuation_tokens=8)
+    stages = [np.array(z[0]) for z in model.forward_all_stages(mx.array(texts))]
+    pools = [np.array(model.pool([mx.array(s) for s in stages[: k + 1]])) for k in range(4)]
+    losses = []
+    for before, after in zip(pools[2], pools[3], strict=True):
+        best = before.argmax()
+        losses.append(
+            before[best]
+            - np.delete(before, best).max()
+            - (after[best] - np.delete(after, best).max())
+        )
+    assert found.p99_bounds[2] == pytest.approx(np.percentile(losses, 99), abs=1e-3)
+    assert "exit_stages" in found.options["wand"] and len(found.bits_per_byte) == 5

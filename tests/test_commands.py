@@ -1,0 +1,389 @@
+"""The commands as a user meets them: what is on which stream, how they end, what they survive."""
+
+import json
+import os
+import pickle
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiktoken
+from conftest import FIXTURES, fixture
+from reference import write_checkpoint
+
+from mlx_poe import generate, load
+
+PROMPT = "The capital of France is"
+COMMAND = (sys.executable, "-m", "mlx_poe", "generate", "--dtype", "float32")
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+# What the surroundings of the tests may have set, and a user's need not.
+FOREIGN = {"PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHONUTF8", "FORCE_COLOR", "NO_COLOR", "TERM"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+
+
+def run(
+    *args: str | bytes, command: tuple[str, ...] = COMMAND, stdin: bytes = b"", **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a command to its end; whatever it does, it leaves no traceback."""
+    result = subprocess.run(
+        [*command, *args], input=stdin, capture_output=True, env=ENVIRONMENT | environment
+    )
+    assert b"Traceback" not in result.stderr, result.stderr.decode()
+    assert b"Exception ignored" not in result.stderr, result.stderr.decode()
+    return result
+
+
+def start(*args: str, **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*COMMAND, *args],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        # Tests started in the background would hand down an ignored Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
+def assert_one_line(result: subprocess.CompletedProcess[bytes], status: int, named: str) -> None:
+    """One line on stderr that names the matter, nothing on stdout."""
+    message = result.stderr.decode()
+    assert message.startswith("mlx_poe.generate: error: "), message
+    assert message.count("\n") == 1 and message.endswith("\n"), message
+    assert named in message
+    assert result.returncode == status
+    assert result.stdout == b""
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Path:
+    """A random model of single bytes, without a special token to stop at."""
+    folder = tmp_path_factory.mktemp("endless")
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "sequence_len": 128, "vocab_size": 256}
+    write_checkpoint(folder, 5, **shape)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    encoding = tiktoken.Encoding(
+        "bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={}
+    )
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    return folder
+
+
+@cache
+def text_of(prompt: Any, name: str = "poe-tiny", **options: Any) -> str:
+    """What the library gives for the same request."""
+    return generate(*fixture(name), prompt, **options)
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+def test_text_goes_to_stdout_and_nothing_else_anywhere():
+    result = run("--prompt", PROMPT, "--max-tokens", "30")
+    assert result.stdout.decode() == text_of(PROMPT, max_tokens=30) + "\n"
+    assert result.stderr == b""
+    assert result.returncode == 0
+
+
+def test_the_installed_script_reads_stdin():
+    script = str(Path(sys.executable).parent / "mlx_poe.generate")
+    flags = ("--dtype", "float32", "--prompt", "-", "--max-tokens", "12")
+    result = run(*flags, command=(script,), stdin=PROMPT.encode())
+    assert result.stdout.decode() == text_of(PROMPT, max_tokens=12) + "\n"
+    assert (result.stderr, result.returncode) == (b"", 0)
+
+
+def test_json_is_all_that_stdout_holds():
+    flags = ("--json", "--verbose", "--mode", "speculative", "--num-draft-tokens", "4")
+    result = run("--prompt", "\u00c0 Paris,", "--max-tokens", "16", *flags)
+    assert result.stdout.count(b"\n") == 1
+    answer = json.loads(result.stdout)
+    assert answer["prompt"] == "\u00c0 Paris,"
+    assert answer["text"] == text_of("\u00c0 Paris,", max_tokens=16)
+    assert (answer["model"], answer["mode"]) == ("poe-tiny", "speculative")
+    assert "".join(token["text"] for token in answer["tokens"]) == answer["text"]
+    assert len(answer["tokens"]) == answer["generation_tokens"] == 16
+    assert answer["finish_reason"] == "length"
+    drafted = [token for token in answer["tokens"] if token["from_draft"]]
+    assert 0 < len(drafted) <= answer["drafted_tokens"]
+    assert {token["stage"] for token in drafted} == {0}
+    assert answer["prompt_tps"] > 0 and answer["generation_tps"] > 0
+    assert result.returncode == 0
+
+
+def test_statistics_go_to_stderr():
+    flags = ("--verbose", "--mode", "speculative")
+    result = run("--prompt", PROMPT, "--max-tokens", "12", *flags)
+    assert result.stdout.decode() == text_of(PROMPT, max_tokens=12) + "\n"
+    lines = result.stderr.decode().splitlines()
+    assert lines[1].startswith("Prompt: 6 tokens, ")
+    assert lines[2].startswith("Generation: 12 tokens, ")
+    assert re.fullmatch(r"Peak memory: \d+\.\d+ GB", lines[3])
+    assert re.fullmatch(r"Stages: 0: \d+, 3: \d+ \(mean depth [1-4]\.\d\d of 4\)", lines[4])
+    assert re.fullmatch(r"Acceptance: \d+ of \d+ draft tokens \(\d+\.\d%\)", lines[5])
+
+
+def test_text_ends_before_any_of_the_stop_strings():
+    result = run("--prompt", PROMPT, "--stop", "no such text", "--stop", " French")
+    text = text_of(PROMPT, max_tokens=40)
+    assert result.stdout.decode() == text[: text.index(" French")] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "prompt"),
+    [
+        ((), [{"role": "user", "content": "Say hello."}]),
+        (
+            ("--system-prompt", "Be kind."),
+            [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say hello."}],
+        ),
+        (("--ignore-chat-template",), "Say hello."),
+    ],
+    ids=["chat", "system", "bare"],
+)
+def test_a_specialist_is_spoken_to_in_turns(flags, prompt):
+    model = ("--model", "poe-tiny-chat", "--max-tokens", "12")
+    result = run("--prompt", "Say hello.", *model, *flags)
+    model_and_tokenizer = fixture("poe-tiny-chat")
+    assert result.stdout.decode() == generate(*model_and_tokenizer, prompt, max_tokens=12) + "\n"
+
+
+def test_help_shows_examples():
+    result = run("--help", LC_ALL="C")
+    text = result.stdout.decode()
+    assert (result.stderr, result.returncode) == (b"", 0)
+    examples = text[text.index("examples:") :]
+    assert examples.count("mlx_poe.generate --") >= 3
+    for flag in ("--model", "--prompt", "--max-tokens", "--mode", "--num-draft-tokens", "--stop"):
+        assert flag in text
+
+
+# --- colour ---------------------------------------------------------------------------------------
+
+
+def test_colours_are_for_terminals_unless_forced():
+    plain = text_of(PROMPT, max_tokens=30, mode="wand", safety=0.3) + "\n"
+    flags = ("--prompt", PROMPT, "--max-tokens", "30", "--mode", "wand", "--safety", "0.3")
+    piped = run(*flags, "--color-stages", TERM="xterm")
+    assert piped.stdout.decode() == plain
+    forced = run(*flags, "--color-stages", FORCE_COLOR="1", TERM="xterm").stdout.decode()
+    assert ANSI.sub("", forced) == plain
+    assert len(set(ANSI.findall(forced)) - {"\x1b[0m"}) >= 2  # a colour for each depth
+    refused = run(*flags, "--color-stages", FORCE_COLOR="1", NO_COLOR="1", TERM="xterm")
+    assert refused.stdout.decode() == plain
+    unasked = run(*flags, FORCE_COLOR="1", TERM="xterm")
+    assert unasked.stdout.decode() == plain
+
+
+def test_colours_show_on_a_terminal():
+    ours, theirs = pty.openpty()
+    subprocess.run(
+        [*COMMAND, "--prompt", PROMPT, "--max-tokens", "3", "--color-stages"],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT | {"TERM": "xterm"},
+    )
+    shown = os.read(ours, 1000).decode()
+    os.close(ours)
+    os.close(theirs)
+    assert ANSI.sub("", shown).strip() == text_of(PROMPT, max_tokens=3).strip()
+    assert "\x1b[" in shown
+
+
+def test_colours_leave_the_text_alone(endless):
+    expected = generate(*load(endless, dtype="float32"), "Once", max_tokens=60)
+    assert "\r" in expected and "\v" in expected
+    flags = ("--model", str(endless), "--prompt", "Once", "--max-tokens", "60", "--color-stages")
+    colored = run(*flags, FORCE_COLOR="1", TERM="xterm")
+    assert ANSI.sub("", colored.stdout.decode()) == expected + "\n"
+
+
+# --- requests that make no sense ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ((), "--prompt"),
+        (("--prompt", "x", "--deep"), "--deep"),
+        (("--prompt", "x", "--max-tokens", "many"), "--max-tokens"),
+        (("--prompt", "x", "--mode", "deep"), "--mode"),
+        (("--prompt", "x", "--mode", "compose", "--stages", "0,,1"), "--stages"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "-"), "the prompt is empty"),
+        (("--prompt", "x", "--mode", "stage", "--stage", "9"), "stage 9"),
+        (("--prompt", "x", "--stage", "0"), "stage belongs to mode stage, not to full"),
+        (("--prompt", "x", "--max-tokens", "0"), "max_tokens 0"),
+        (("--prompt", "x", "--temp", "-1"), "temp -1.0"),
+        (("--prompt", "x", "--system-prompt", "y"), "--system-prompt needs a specialist"),
+    ],
+    ids=str,
+)
+def test_usage_errors_are_one_line_and_status_2(flags, named):
+    assert_one_line(run(*flags), 2, named)
+
+
+@pytest.mark.parametrize("verb", [(), ("dance",), ("two\nlines",)], ids=str)
+def test_an_unknown_verb_is_answered_with_those_there_are(verb):
+    result = run(*verb, command=(sys.executable, "-m", "mlx_poe"))
+    message = result.stderr.decode()
+    assert message.startswith("mlx_poe: error: ")
+    assert message.count("\n") == 1
+    assert "generate" in message and repr("".join(verb))[1:-1] in message
+    assert (result.stdout, result.returncode) == (b"", 2)
+
+
+def test_the_verbs_are_listed():
+    result = run("--help", command=(sys.executable, "-m", "mlx_poe"))
+    assert b"generate" in result.stdout
+    assert (result.stderr, result.returncode) == (b"", 0)
+
+
+# --- work that fails ------------------------------------------------------------------------------
+
+
+class Harm:
+    """Unpickles to a call that leaves a file behind."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch '{self.canary}'",)
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
+def booby_trap(folder: Path) -> None:
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(Harm(folder / "ran")))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (truncate, "model.safetensors is damaged or not whole"),
+        (booby_trap, "system': refused, nothing was run"),
+    ],
+)
+def test_failed_work_is_one_line_and_status_1(tmp_path, damage, named):
+    # A name over two lines is still one line of error.
+    folder = Path(shutil.copytree(FIXTURES / "flat-d8", tmp_path / "a\nmodel"))
+    damage(folder)
+    result = run("--prompt", "x", "--json", "--model", str(folder))
+    assert_one_line(result, 1, named)
+    assert not (folder / "ran").exists()
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [(), ("--verbose",)], ids=str)
+def test_ctrl_c_keeps_what_there_is(endless, flags):
+    forever = ("--prompt", "hello", "--max-tokens", str(10**9))
+    running = start("--model", str(endless), *forever, *flags, stdout=subprocess.PIPE)
+    assert running.stdout is not None
+    begun = running.stdout.read(40)  # it streams: this arrives long before the end
+    running.send_signal(signal.SIGINT)
+    rest, errors = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert b"Traceback" not in errors
+    assert (b"Generation: " in errors) == bool(flags)
+    text = (begun + rest).decode()
+    expected = generate(*load(endless, dtype="float32"), "hello", max_tokens=60)
+    assert text.endswith("\n")
+    assert text[:12] == expected[:12]
+
+
+def test_ctrl_c_under_json_is_json_still(endless):
+    flags = ("--json", "--prompt", "hello", "--max-tokens", str(10**9))
+    running = start("--model", str(endless), *flags, stdout=subprocess.PIPE)
+    # There is nothing to read before the end, so keep asking until it has begun to generate.
+    while running.poll() is None:
+        try:
+            output, errors = running.communicate(timeout=1.5)
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGINT)
+    assert running.returncode == 130
+    assert b"Traceback" not in errors
+    assert len(json.loads(output)["tokens"]) > 0
+
+
+def test_a_reader_that_leaves_ends_it_quietly(endless):
+    flags = ("--prompt", "hello", "--max-tokens", str(10**9))
+    running = start("--model", str(endless), *flags, stdout=subprocess.PIPE)
+    assert running.stdout is not None and running.stderr is not None
+    assert len(running.stdout.read(10)) == 10
+    running.stdout.close()
+    assert running.stderr.read() == b""
+    assert running.wait() == 0
+    running.stderr.close()
+
+
+@pytest.mark.parametrize(
+    "flags", [("--json",), ("--help",), ("--color-stages", "--verbose"), ()], ids=str
+)
+def test_a_reader_that_has_left_already(flags):
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    running = start("--prompt", PROMPT, "--max-tokens", "3", *flags, stdout=ours)
+    os.close(ours)
+    _, errors = running.communicate()
+    assert errors == b""
+    assert running.returncode == 0
+
+
+def test_a_closed_stdin_is_an_empty_prompt():
+    shell = ("sh", "-c", 'exec "$0" "$@" <&-', *COMMAND)
+    assert_one_line(run("--prompt", "-", command=shell), 2, "the prompt is empty")
+
+
+def test_a_full_disk_is_one_line():
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    shell = ("sh", "-c", 'exec "$0" "$@" >/dev/full', *COMMAND)
+    assert_one_line(run("--prompt", PROMPT, "--json", command=shell), 1, "No space left")
+
+
+# --- bytes that are no text -----------------------------------------------------------------------
+
+LOCALES = [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "utf-8"}, {"PYTHONIOENCODING": "ascii"}]
+
+
+@pytest.mark.parametrize("environment", LOCALES, ids=str)
+def test_stdin_that_is_no_text(environment):
+    result = run(
+        "--prompt", "-", "--json", "--max-tokens", "4", stdin=b"caf\xff\xc3 x", **environment
+    )
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert re.fullmatch(r"caf[\ufffd?]+ x", answer["prompt"])
+    assert len(answer["tokens"]) == 4
+
+
+def test_a_prompt_argument_that_is_no_text():
+    result = run("--prompt", b"caf\xff", "--json", "--max-tokens", "4", PYTHONIOENCODING="utf-8")
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout)["tokens"]) == 4
+
+
+@pytest.mark.parametrize("environment", LOCALES, ids=str)
+def test_text_that_the_locale_cannot_write(endless, environment):
+    expected = generate(*load(endless, dtype="float32"), "Once", max_tokens=20) + "\n"
+    assert not expected.isascii()
+    flags = ("--model", str(endless), "--prompt", "Once", "--max-tokens", "20")
+    result = run(*flags, **environment)
+    assert result.returncode == 0
+    shown = result.stdout.decode()
+    assert shown in (expected, expected.encode("ascii", "replace").decode())
