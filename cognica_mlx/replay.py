@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
 
 from cognica_mlx.model import PoEModel
 
@@ -199,4 +199,4 @@ def best_options(
 
 
 def _nbytes(module: nn.Module) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+    return tree_reduce(lambda total, array: total + array.nbytes, module.parameters(), 0)

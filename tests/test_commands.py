@@ -292,7 +292,7 @@ def test_failed_work_is_one_line_and_status_1(tmp_path, damage, named):
 @pytest.mark.parametrize("flags", [(), ("--verbose",)], ids=str)
 def test_ctrl_c_keeps_what_there_is(endless, flags):
     forever = ("--prompt", "hello", "--max-tokens", str(10**9))
-    running = start("--model", str(endless), *forever, *flags, stdout=subprocess.PIPE)
+    running = start("--model", str(endless), *forever, *flags, stdout=subprocess.PIPE, bufsize=0)
     assert running.stdout is not None
     begun = running.stdout.read(40)  # it streams: this arrives long before the end
     running.send_signal(signal.SIGINT)
@@ -301,9 +301,9 @@ def test_ctrl_c_keeps_what_there_is(endless, flags):
     assert b"Traceback" not in errors
     assert (b"Generation: " in errors) == bool(flags)
     text = (begun + rest).decode()
-    expected = generate(*load(endless, dtype="float32"), "hello", max_tokens=60)
-    assert text.endswith("\n")
-    assert text[:12] == expected[:12]
+    assert len(text) > 1 and text.endswith("\n")
+    expected = generate(*load(endless, dtype="float32"), "hello", max_tokens=len(text) + 100)
+    assert expected.startswith(text[: min(len(text) - 1, 100)])
 
 
 def test_ctrl_c_under_json_is_json_still(endless):
