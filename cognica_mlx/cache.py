@@ -1,4 +1,4 @@
-"""The keys and values of one layer: a bounded sliding window that can be rolled back.
+"""The keys and values of one layer: a bounded sliding window that can be rolled back, its mask.
 
 Rows lie in order in a buffer that is longer than the window. New rows go behind the last; when
 the buffer is full, the part still needed moves to the front. So one new token needs no mask and
@@ -104,3 +104,18 @@ class SlidingCache:
     def arrays(self) -> list[mx.array]:
         """The buffers, for evaluation and for counting bytes."""
         return [a for a in (self._keys, self._values) if a is not None]
+
+
+def window_mask(window: int, offset: int, length: int) -> mx.array | str | None:
+    """The mask for queries at positions offset .. offset + length - 1.
+
+    The keys are those of the `min(offset, window)` positions before them, then their own. None
+    where all is visible, "causal" where the window hides nothing, else (length, keys) bool.
+    """
+    if length == 1:
+        return None
+    if offset + length <= window + 1:
+        return "causal"
+    queries = mx.arange(offset, offset + length)[:, None]
+    keys = mx.arange(offset - min(offset, window), offset + length)[None]
+    return (keys <= queries) & (queries - keys <= window)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from cognica_mlx.cache import SlidingCache
+from cognica_mlx.cache import SlidingCache, window_mask
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, PoEConfig
 from cognica_mlx.errors import RequestError
@@ -341,18 +341,3 @@ class PoEModel(nn.Module):
             hidden = self.run_layers(hidden, self.config.stage_range(stage))
             boundaries.append(hidden)
         return boundaries
-
-
-def window_mask(window: int, offset: int, length: int) -> mx.array | str | None:
-    """The mask for queries at positions offset .. offset + length - 1.
-
-    The keys are those of the `min(offset, window)` positions before them, then their own. None
-    where all is visible, "causal" where the window hides nothing, else (length, keys) bool.
-    """
-    if length == 1:
-        return None
-    if offset + length <= window + 1:
-        return "causal"
-    queries = mx.arange(offset, offset + length)[:, None]
-    keys = mx.arange(offset - min(offset, window), offset + length)[None]
-    return (keys <= queries) & (queries - keys <= window)

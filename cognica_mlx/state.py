@@ -30,6 +30,7 @@ from cognica_mlx.model import Hidden, PoEModel
 SLACK = 128
 MAX_PENDING = 256
 PREFILL_STEP_SIZE = 512
+UNREAD = 128
 
 Progress = Callable[[int, int], None]
 
@@ -121,10 +122,14 @@ class DecodingState:
     @property
     def tokens(self) -> list[int]:
         """The token ids appended so far. Waits for those still being computed."""
-        for tokens in self._unread:
-            self._tokens += tokens.reshape(-1).tolist()  # type: ignore[arg-type]
-        self._unread = []
+        self._read(len(self._unread))
         return self._tokens
+
+    def _read(self, count: int) -> None:
+        """Turn the oldest `count` arrays of token ids into numbers; waits for them."""
+        for tokens in self._unread[:count]:
+            self._tokens += tokens.reshape(-1).tolist()  # type: ignore[arg-type]
+        del self._unread[:count]
 
     def append(self, tokens: Sequence[int] | mx.array) -> None:
         """Add tokens to the text: ids, or a (1, T) int array, which may still be unevaluated.
@@ -139,6 +144,9 @@ class DecodingState:
         self._boundaries[0].append(self.model.embed(tokens, self._previous_token()))
         self._boundaries[0].forget_before(min(self.filled[0], self.length - self.slack))
         self._unread.append(tokens)
+        if len(self._unread) > 2 * UNREAD:
+            # Long since computed: without this a long text would keep an array for every token.
+            self._read(UNREAD)
 
     def check_ids(self, tokens: Sequence[int]) -> None:
         """Raise RequestError for a token id outside the vocabulary."""
@@ -166,7 +174,8 @@ class DecodingState:
         """Run all that is pending before `stage` through it, in one batch.
 
         Returns the boundary activations of the positions it ran, None where none was pending.
-        Raises RequestError for a stage beyond `depth`.
+        An interruption (Ctrl-C) half-way leaves the state empty, never inconsistent. Raises
+        RequestError for a stage beyond `depth`.
         """
         self.model.check_stage(stage)
         if stage > self.depth:
@@ -176,12 +185,18 @@ class DecodingState:
         start, stop = self.filled[stage], self._boundaries[stage].stop
         if start == stop:
             return None
-        hidden = self._boundaries[stage].read(start, stop)
-        hidden = self.model.run_layers(hidden, self.model.config.stage_range(stage), self._caches)
-        self.filled[stage] = stop
-        self.positions_run[stage] += stop - start
-        self._boundaries[stage + 1].append(hidden)
-        self._tidy(stage)
+        layers = self.model.config.stage_range(stage)
+        try:
+            hidden = self._boundaries[stage].read(start, stop)
+            hidden = self.model.run_layers(hidden, layers, self._caches)
+            self.filled[stage] = stop
+            self.positions_run[stage] += stop - start
+            self._boundaries[stage + 1].append(hidden)
+            self._tidy(stage)
+        except BaseException:
+            # Interrupted between two layers, they stand at different positions: start afresh.
+            self._clear()
+            raise
         return hidden
 
     def _tidy(self, stage: int) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -239,3 +242,66 @@ def test_pooling_model_calibrates_on_its_running_pool():
         )
     assert found.p99_bounds[2] == pytest.approx(np.percentile(losses, 99), abs=1e-3)
     assert "exit_stages" in found.options["wand"] and len(found.bits_per_byte) == 5
+
+
+def command(*argv: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_poe", "calibrate", *argv],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_command_measures_a_text_and_writes_beside_the_model(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(FIXTURES / "flat-d8", folder)
+    done = command(
+        "--model", str(folder), "--data", str(FIXTURES / "heldout.txt"), "--num-tokens", "700",
+        "--continuations", "2", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0 and "written to" in done.stderr
+    printed = json.loads(done.stdout)
+    assert printed == json.loads((folder / CALIBRATION_FILE).read_text())
+    assert printed["text"]["tokens"] <= 700
+    model, _ = load(folder, dtype="float32")
+    assert model.calibration is not None and len(model.calibration.p99_bounds) == 3
+    make_policy(model, Sampler(), "wand", calibration=model.calibration)
+
+
+def test_command_reads_chats_and_prints_tables(tmp_path):
+    data = tmp_path / "chats.jsonl"
+    lines = (FIXTURES / "poe-tiny-chat-calibration.jsonl").read_text().splitlines()
+    data.write_text("\n".join([*lines[:8], "", '{"text": "The capital of Peru is Lima."}']))
+    out = tmp_path / "out.json"
+    done = command(
+        "--model", "poe-tiny-chat", "--data", str(data), "--continuations", "1",
+        "--output", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0 and out.is_file()
+    for title in ("Stages, on the text", "Acceptance of drafts", "recommended: --mode"):
+        assert title in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "stdin", "status", "message"),
+    [
+        (["--data", "nowhere.txt"], None, 1, "nowhere.txt"),
+        (["--data", "-"], "too short", 2, "at least 100"),
+        (["--data", "-", "--num-tokens", "0"], "x", 2, "--num-tokens"),
+        (["--data", "-", "--output", "no/such/folder/x.json"], "x", 2, "no/such/folder"),
+        ([], None, 2, "--data"),
+    ],
+)
+def test_command_names_what_is_wrong(argv, stdin, status, message):
+    done = command(*argv, stdin=stdin)
+    assert done.returncode == status and message in done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
+
+
+def test_command_names_the_line_that_is_no_entry(tmp_path):
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"text": "fine"}\n{"words": "?"}\n')
+    done = command("--data", str(data))
+    assert done.returncode == 2 and "bad.jsonl, line 2" in done.stderr

@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import tiktoken
 from conftest import FIXTURES, fixture
 from reference import write_checkpoint
 
-from mlx_poe import generate, load
+from mlx_poe import GenerationResponse, generate, load, stream_generate
+from mlx_poe.commands import generate as generate_command
 
 PROMPT = "The capital of France is"
 COMMAND = (sys.executable, "-m", "mlx_poe", "generate", "--dtype", "float32")
@@ -306,18 +308,16 @@ def test_ctrl_c_keeps_what_there_is(endless, flags):
     assert expected.startswith(text[: min(len(text) - 1, 100)])
 
 
-def test_ctrl_c_under_json_is_json_still(endless):
-    flags = ("--json", "--prompt", "hello", "--max-tokens", str(10**9))
-    running = start("--model", str(endless), *flags, stdout=subprocess.PIPE)
-    # There is nothing to read before the end, so keep asking until it has begun to generate.
-    while running.poll() is None:
-        try:
-            output, errors = running.communicate(timeout=1.5)
-        except subprocess.TimeoutExpired:
-            running.send_signal(signal.SIGINT)
-    assert running.returncode == 130
-    assert b"Traceback" not in errors
-    assert len(json.loads(output)["tokens"]) > 0
+def test_ctrl_c_under_json_is_json_still(monkeypatch, capsys):
+    def interrupted(*args: Any, **options: Any) -> Iterator[GenerationResponse]:
+        yield from islice(stream_generate(*args, **options), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_command, "stream_generate", interrupted)
+    assert generate_command.main(["--json", "--prompt", PROMPT, "--dtype", "float32"]) == 130
+    output, errors = capsys.readouterr()
+    assert json.loads(output)["text"] == text_of(PROMPT, max_tokens=3)
+    assert errors == ""
 
 
 def test_a_reader_that_leaves_ends_it_quietly(endless):

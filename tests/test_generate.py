@@ -366,6 +366,8 @@ def test_prompts_of_no_known_kind(prompt):
         ({"stop": ["x", ""]}, "a stop string is empty"),
         ({"temp": -0.1}, "temp -0.1"),
         ({"temp": float("nan")}, "temp nan"),
+        ({"temp": float("inf"), "top_k": 5}, "temp inf"),
+        ({"temp": 1e-45}, "temp 1e-45"),
         ({"top_p": 1.5}, "top_p 1.5"),
         ({"top_p": -1}, "top_p -1"),
         ({"min_p": 2}, "min_p 2"),
@@ -442,6 +444,13 @@ def test_a_repetition_penalty_breaks_a_loop():
         return len(runs) - len(set(runs))
 
     assert repeats(plain) > 20 > repeats(penalised)
+
+
+def test_the_penalty_may_look_back_on_everything():
+    options = {"max_tokens": 40, "repetition_penalty": 1.3}
+    all_of_it = stream(repetition_context_size=60, **options)
+    assert tokens_of(all_of_it) == tokens_of(stream(repetition_context_size=10**20, **options))
+    assert tokens_of(all_of_it) != tokens_of(stream(repetition_context_size=4, **options))
 
 
 # --- kept states ----------------------------------------------------------------------------------

@@ -285,6 +285,14 @@ def test_a_delta_on_a_base_with_own_heads_equals_the_oracle(tmp_path):
     assert_equals_oracle(model, Reference.from_folder(folder))
 
 
+def test_heads_of_a_cascade_may_be_padded_differently(tmp_path):
+    write_base(tmp_path / "base")
+    folder = write_stage(tmp_path / "stage")
+    oracle = Reference.from_folder(folder)
+    change_tensors(folder, lambda t: t.update({k: v[:301] for k, v in t.items() if len(v) == 320}))
+    assert_equals_oracle(load(folder, dtype="float32")[0], oracle)
+
+
 @pytest.mark.parametrize(
     ("head_mode", "key"), [("dual", "full"), ("base", "base"), ("specialist", "spec")]
 )
@@ -448,6 +456,17 @@ BASE_FAULTS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = 
         ConfigError,
         "stage_layers: [2, 1] adds up to 3",
     ),
+    **{
+        f"{key} is {str(value)[:6]}": (edited({key: value}), ConfigError, key.removeprefix("poe_"))
+        for key, value in (
+            ("rope_theta", "big"),
+            ("rope_theta", 10**400),
+            ("poe_alpha", [1]),
+            ("poe_stage_layers", 4),
+            ("window_pattern", 7),
+            ("head_mode", ["dual"]),
+        )
+    },
     **{
         f"{key} is absurd": (edited({key: 10**12}), ConfigError, f"{key}: {10**12}")
         for key in ("n_layer", "n_head", "n_embd", "vocab_size", "intermediate_size")
@@ -650,6 +669,7 @@ DELTA_FAULTS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] =
     "of another width": (edited({"n_embd": 128}), ConfigError, "n_embd: 128 in the specialist"),
     "over another depth": (edited({"frozen_layers": 3}), ConfigError, "frozen_layers"),
     "of another length": (edited({"new_layers": 2}), ConfigError, "new_layers: 2"),
+    "of a length in words": (edited({"new_layers": "one"}), ConfigError, "new_layers: 'one'"),
     "of absurd depth": (
         edited({"n_layer": 10**12, "new_layers": 10**12 - 4}),
         ConfigError,

@@ -8,9 +8,8 @@ from conftest import GOLDENS, fixture, goldens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cognica_mlx.cache import SlidingCache
+from cognica_mlx.cache import SlidingCache, window_mask
 from cognica_mlx.errors import RequestError, RollbackError
-from cognica_mlx.model import window_mask
 from cognica_mlx.state import DecodingState
 
 TOLERANCE = 1e-4
@@ -224,6 +223,37 @@ def test_appended_tokens_may_still_be_unevaluated():
     walk.tokens.append(9)
     walk.state.append(mx.array([[4]]) + 5)
     walk.check(3)
+
+
+def test_an_interruption_half_way_leaves_an_empty_state(monkeypatch):
+    walk = Walk("flat-d8")
+    walk.add(20)
+    walk.check(3)
+    walk.add(5)
+    block = type(walk.model.h[0])
+    calls, original = [], block.__call__
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(block, "__call__", interrupted)
+    walk.state.advance(0)
+    with pytest.raises(KeyboardInterrupt):
+        walk.state.advance(1)
+    assert walk.state.length == 0 and walk.state.tokens == []
+    walk.state.append(walk.tokens)
+    walk.check(3)
+
+
+def test_token_arrays_do_not_pile_up():
+    walk = Walk("flat-d8")
+    for _ in range(700):
+        walk.add(1)
+    assert len(walk.state._unread) <= 256
+    walk.check(0)
 
 
 @pytest.mark.parametrize("token", [-1, 320])

@@ -11,6 +11,7 @@ from dataclasses import fields
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from cognica_mlx.decoding.modes import ModeOptions
 from cognica_mlx.errors import RequestError
@@ -129,7 +130,17 @@ def _consume(
         status = INTERRUPTED
     if not args.json:
         print(flush=True)
+    if args.color_stages and console.is_terminal and not args.json:
+        _print_legend(responses)
     return status
+
+
+def _print_legend(responses: Sequence[GenerationResponse]) -> None:
+    """Which colour is which stage, on stderr."""
+    legend = Text("stages:")
+    for stage in sorted({r.stage for r in responses}):
+        legend.append(f" {stage}", style=STAGE_COLORS[stage % len(STAGE_COLORS)])
+    Console(stderr=True).print(legend)
 
 
 class _PromptProgress:
