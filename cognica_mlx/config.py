@@ -14,6 +14,9 @@ from typing import Any
 
 from cognica_mlx.errors import ConfigError
 
+# Beyond any meaningful setting, and within what every float type can hold.
+MAX_NUMBER = 1e30
+
 HEAD_MODES = ("dual", "base", "specialist")
 
 # Other spellings of the same field, as Hugging Face models use them.
@@ -63,8 +66,14 @@ class PoEConfig:
         for name in ("n_kv_head", "head_dim", "intermediate_size"):
             self._check_count(name, getattr(self, name), least=0)
         for name in ("stage_layers", "specialist_layers"):
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is not a list")
             for count in getattr(self, name):
                 self._check_count(name, count, least=1)
+        for name in ("rope_theta", "poe_alpha"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not abs(value) < MAX_NUMBER:
+                raise ConfigError(f"{name}: {value!r} is not a number")
         if not self.head_dim and self.n_embd % self.n_head:
             raise ConfigError(
                 f"head_dim: n_embd {self.n_embd} does not divide into n_head {self.n_head} heads; "
@@ -148,15 +157,17 @@ class PoEConfig:
     ) -> PoEConfig:
         n_layer, frozen = known.get("n_layer"), fields.get("frozen_layers")
         new = fields.get("new_layers")
-        if n_layer is None and frozen is not None and new:
-            n_layer = frozen + new
         if frozen is None and base is not None:
             frozen = base.n_layer
+        if n_layer is None and isinstance(frozen, int) and isinstance(new, int):
+            n_layer = frozen + new
         if n_layer is None or frozen is None:
             raise ConfigError(
                 "frozen_layers: a specialist needs frozen_layers, and n_layer or new_layers"
             )
         cls._check_count("frozen_layers", frozen, least=1)
+        if new is not None:
+            cls._check_count("new_layers", new, least=1)
         cls._check_count("n_layer", n_layer, least=frozen + 1)
         if new and frozen + new != n_layer:
             raise ConfigError(

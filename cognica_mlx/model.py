@@ -305,10 +305,9 @@ class PoEModel(nn.Module):
         return norm(hidden.x - self.backout_lambda * hidden.backout)
 
     def _head_logits(self, h: mx.array, heads: Sequence[nn.Module]) -> mx.array:
-        z = sum(
-            (head(h).astype(mx.float32) for head in heads[1:]), start=heads[0](h).astype(mx.float32)
-        )
-        return SOFTCAP * mx.tanh(z[..., : self.config.vocab_size] / SOFTCAP)
+        size = self.config.vocab_size
+        first, *others = (head(h)[..., :size].astype(mx.float32) for head in heads)
+        return SOFTCAP * mx.tanh(sum(others, start=first) / SOFTCAP)
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Full-depth logits (flat) or Log-OP scores of tokens (B, T): (B, T, V) float32."""

@@ -16,6 +16,9 @@ import mlx.core as mx
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import log_softmax
 
+# Scores divided by less overflow; by more, they are all the same to a float32.
+MIN_TEMP, MAX_TEMP = 1e-6, 1e6
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -30,9 +33,13 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, high in (("temp", float("inf")), ("top_p", 1.0), ("min_p", 1.0)):
-            if not 0 <= getattr(self, name) <= high:
-                raise RequestError(f"{name} {getattr(self, name)} is not between 0 and {high}")
+        if self.temp != 0 and not MIN_TEMP <= self.temp <= MAX_TEMP:
+            raise RequestError(
+                f"temp {self.temp} is neither 0 (greedy) nor between {MIN_TEMP} and {MAX_TEMP}"
+            )
+        for name in ("top_p", "min_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RequestError(f"{name} {getattr(self, name)} is not between 0 and 1")
         if self.top_k < 0:
             raise RequestError(f"top_k {self.top_k} is negative (0 turns it off)")
         if self.repetition_penalty is not None and not self.repetition_penalty > 0:
@@ -73,7 +80,7 @@ class Sampler:
         """
         if context is None or self._penalty is None:
             return scores
-        rows, size = scores.shape[0], self.options.repetition_context_size
+        rows, size = scores.shape[0], min(self.options.repetition_context_size, context.size)
         ends = mx.arange(context.size - rows, context.size)[:, None]
         # Where the text is still short the first token stands in for what is not there; a token
         # seen twice is penalised once.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import index
 from typing import Any
 
 import mlx.core as mx
@@ -133,14 +134,22 @@ def generate(model: PoEModel, tokenizer: Tokenizer, prompt: Prompt, **options: A
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt of any kind. RequestError where it is empty."""
-    if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
+    """The token ids of a prompt of any kind. RequestError where it is empty or of no such kind."""
+    if hasattr(prompt, "tolist"):  # an array, of MLX's or NumPy's
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        kind = type(prompt).__name__
+        raise RequestError(f"a prompt is text, token ids or messages in a list, not {kind}")
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise RequestError("the prompt is empty; give some text, token ids or messages")
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
     if isinstance(prompt[0], Mapping):
         return tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
-    return [int(token) for token in prompt]  # type: ignore[arg-type]
+    try:
+        return [index(token) for token in prompt]  # type: ignore[arg-type]
+    except TypeError:
+        raise RequestError("a prompt of token ids may hold whole numbers only") from None
 
 
 def _sort_options(options: Mapping[str, Any]) -> tuple[SamplingOptions, ModeOptions]:

@@ -427,6 +427,11 @@ def test_without_a_seed_every_run_is_another():
     assert len(runs) > 1
 
 
+def test_every_draw_is_another():
+    drawn = tokens_of(stream(max_tokens=30, temp=1000.0, seed=1))
+    assert len(set(drawn)) > 20  # of 2048 tokens that are all about as likely
+
+
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
 def test_filters_that_leave_one_token_are_greedy(options):
     drawn = stream(max_tokens=20, temp=2.0, seed=3, **options)

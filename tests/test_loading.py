@@ -210,6 +210,15 @@ def test_position_tables_are_passed_over_and_padding_may_differ(tmp_path):
     assert_equals_oracle(load(folder, dtype="float32")[0], oracle)
 
 
+@pytest.mark.parametrize(
+    ("eos", "expected"), [("7", {7}), ("[7, 8]", {7, 8}), ("null", set()), ("[]", set())]
+)
+def test_generation_defaults_add_tokens_to_stop_at(tmp_path, eos, expected):
+    folder = write_base(tmp_path)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
+    assert load(folder)[1].eos_token_ids == {292, 296} | expected  # <|bos|>, <|assistant_end|>
+
+
 def test_lazy_loading_gives_the_same_model(tmp_path):
     folder = write_base(tmp_path)
     assert_equals_oracle(load(folder, dtype="float32", lazy=True)[0], Reference.from_folder(folder))

@@ -15,7 +15,7 @@ from rich.table import Table
 from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
 from cognica_mlx.errors import RequestError
 from cognica_mlx.measure import calibrate
-from mlx_poe.commands.options import add_model_flags, make_parser, run
+from mlx_poe.commands.options import add_model_flags, make_parser, read_stdin, run
 from mlx_poe.load import find_model, load
 from mlx_poe.tokenizer import Tokenizer
 
@@ -108,7 +108,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _read_data(name: str) -> list[str | list[dict[str, str]]]:
     """Texts and chats. RequestError for a line that is neither."""
     if name == "-":
-        return [sys.stdin.read()]
+        return [read_stdin()]
     text = Path(name).read_text(encoding="utf-8", errors="replace")
     if not name.endswith(".jsonl"):
         return [text]

@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
+from rich.color import ColorSystem
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.style import Style
 from rich.text import Text
 
 from cognica_mlx.decoding.modes import ModeOptions
@@ -23,6 +25,7 @@ from mlx_poe.commands.options import (
     add_model_flags,
     add_sampling_flags,
     make_parser,
+    read_stdin,
     run,
     taken,
 )
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = read_stdin() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise RequestError("the prompt is empty; give some text with --prompt")
     model, tokenizer = load(
@@ -113,7 +116,8 @@ def _consume(
     progress: _PromptProgress,
 ) -> int:
     """Collect the responses, printing each as it comes; Ctrl-C ends it with what there is."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
+    paints = args.color_stages and console.color_system is not None and not console.no_color
     status = 0
     try:
         for response in stream:
@@ -121,18 +125,20 @@ def _consume(
             responses.append(response)
             if args.json:
                 continue
-            if args.color_stages:
-                color = STAGE_COLORS[response.stage % len(STAGE_COLORS)]
-                console.out(response.text, style=color, end="", highlight=False)
-            else:
-                print(response.text, end="", flush=True)
+            print(_paint(response) if paints else response.text, end="", flush=True)
     except KeyboardInterrupt:
         status = INTERRUPTED
     if not args.json:
         print(flush=True)
-    if args.color_stages and console.is_terminal and not args.json:
-        _print_legend(responses)
+        if paints:
+            _print_legend(responses)
     return status
+
+
+def _paint(response: GenerationResponse) -> str:
+    # Style.render leaves the text alone, where rich's console would drop its control characters.
+    style = Style.parse(STAGE_COLORS[response.stage % len(STAGE_COLORS)])
+    return style.render(response.text, color_system=ColorSystem.STANDARD)
 
 
 def _print_legend(responses: Sequence[GenerationResponse]) -> None:

@@ -7,9 +7,11 @@ and turns them into exit statuses: 2 for a request that makes no sense, 1 for wo
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from io import TextIOWrapper
+from typing import Any, NoReturn
 
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.errors import PoEError, RequestError
@@ -18,9 +20,17 @@ from mlx_poe.load import DEFAULT_MODEL, DTYPES, QUANTIZE_BITS
 INTERRUPTED = 130
 
 
-def make_parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that shows a usage error as the one line that all our errors are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {_one_line(message)} (--help shows the flags)\n")
+
+
+def make_parser(prog: str, description: str, examples: str) -> Parser:
     """A parser whose help ends with examples."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=prog,
         description=description,
         epilog=f"examples:\n{examples}",
@@ -35,19 +45,44 @@ def run(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse, run, and return the exit status; no traceback for anything a user can cause."""
-    args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # What the terminal's encoding lacks is shown as "?", rather than ending the work.
+            stream.reconfigure(errors="replace")
     try:
-        return command(args)
+        try:
+            status = command(parser.parse_args(argv))
+        except SystemExit as done:
+            status = int(done.code or 0)
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (`| head`): nothing more to say, and nowhere to say it.
-        sys.stdout = None
+        _silence_stdout()
         return 0
     except (PoEError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {_one_line(str(error))}", file=sys.stderr)
+        if not isinstance(error, PoEError):
+            _silence_stdout()
         return 2 if isinstance(error, RequestError) else 1
+
+
+def read_stdin() -> str:
+    """All of stdin as text; bytes that are no UTF-8 become U+FFFD, a closed stdin is empty."""
+    return sys.stdin.buffer.read().decode("utf-8", errors="replace") if sys.stdin else ""
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.splitlines())
+
+
+def _silence_stdout() -> None:
+    """Send what is still buffered nowhere, so that Python does not try it again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
