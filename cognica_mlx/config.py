@@ -16,6 +16,7 @@ from cognica_mlx.errors import ConfigError
 
 # Beyond any meaningful setting, and within what every float type can hold.
 MAX_NUMBER = 1e30
+MAX_LAYERS = 10_000
 
 HEAD_MODES = ("dual", "base", "specialist")
 
@@ -63,6 +64,8 @@ class PoEConfig:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_len"):
             self._check_count(name, getattr(self, name), least=1)
+        if self.n_layer > MAX_LAYERS:
+            raise ConfigError(f"n_layer: {self.n_layer} is beyond {MAX_LAYERS}")
         for name in ("n_kv_head", "head_dim", "intermediate_size"):
             self._check_count(name, getattr(self, name), least=0)
         for name in ("stage_layers", "specialist_layers"):
@@ -263,5 +266,5 @@ def _known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _even_stages(n_layer: Any, poe_every: Any) -> tuple[int, ...]:
     PoEConfig._check_count("n_layer", n_layer, least=1)
     PoEConfig._check_count("poe_every", poe_every, least=1)
-    starts = range(0, n_layer, poe_every)
+    starts = range(0, min(n_layer, MAX_LAYERS), poe_every)
     return tuple(min(poe_every, n_layer - start) for start in starts)

@@ -102,7 +102,7 @@ class DecodingState:
             raise RequestError(f"slack {slack} and max_pending {max_pending} must be at least 1")
         self.model = model
         self.slack, self.max_pending = slack, max_pending
-        self.depth = model.poe_n_stages - 1
+        self._depth = model.poe_n_stages - 1
         self.positions_run = [0] * model.poe_n_stages
         self._clear()
 
@@ -118,6 +118,11 @@ class DecodingState:
     def length(self) -> int:
         """Positions appended so far."""
         return self._boundaries[0].stop
+
+    @property
+    def depth(self) -> int:
+        """The deepest stage that is kept ready; `set_depth` changes it."""
+        return self._depth
 
     @property
     def tokens(self) -> list[int]:
@@ -255,7 +260,7 @@ class DecodingState:
         by running the whole text again, one prefill.
         """
         self.model.check_stage(depth, "depth")
-        self.depth = depth
+        self._depth = depth
         if any(self._forgotten(stage) for stage in range(depth + 1)):
             tokens = list(self.tokens)
             self._clear()
@@ -292,7 +297,7 @@ class DecodingState:
     def fork(self) -> DecodingState:
         """An independent copy: either may go on without the other noticing. Shares arrays."""
         other = DecodingState(self.model, slack=self.slack, max_pending=self.max_pending)
-        other.depth, other.filled = self.depth, list(self.filled)
+        other._depth, other.filled = self._depth, list(self.filled)
         other.positions_run = list(self.positions_run)
         other._tokens = list(self.tokens)
         other._caches = [cache.fork() for cache in self._caches]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from operator import index
 from typing import Any
@@ -94,38 +95,38 @@ def stream_generate(
         progress=prompt_progress_callback,
     )
     prompt_seconds = 0.0
-    for count, decoded in enumerate(decoded_tokens, start=1):
-        now = time.perf_counter()
-        if count == 1:
-            prompt_seconds, started = now - started, now
-        finish_reason = "length" if count == max_tokens else None
-        text = ""
-        if decoded.token in tokenizer.eos_token_ids:
-            finish_reason = "stop"
-        else:
-            text = stops.add(detokenizer.add_token(decoded.token))
-        if finish_reason and not stops.found:
-            text += stops.add(detokenizer.finalize()) + stops.rest()
-        if stops.found:
-            finish_reason = "stop"
-        yield GenerationResponse(
-            text=text,
-            token=decoded.token,
-            logprob=decoded.logprob,
-            stage=decoded.stage,
-            from_draft=decoded.from_draft,
-            prompt_tokens=len(tokens),
-            prompt_tps=len(tokens) / prompt_seconds,
-            generation_tokens=count,
-            # The first token belongs to the prompt's time.
-            generation_tps=(count - 1) / (now - started) if count > 1 else 0.0,
-            peak_memory=mx.get_peak_memory() / 1e9,
-            drafted_tokens=policy.drafted,
-            finish_reason=finish_reason,
-        )
-        if finish_reason:
-            decoded_tokens.close()
-            return
+    with closing(decoded_tokens):
+        for count, decoded in enumerate(decoded_tokens, start=1):
+            now = time.perf_counter()
+            if count == 1:
+                prompt_seconds, started = now - started, now
+            finish_reason = "length" if count == max_tokens else None
+            text = ""
+            if decoded.token in tokenizer.eos_token_ids:
+                finish_reason = "stop"
+            else:
+                text = stops.add(detokenizer.add_token(decoded.token))
+            if finish_reason and not stops.found:
+                text += stops.add(detokenizer.finalize()) + stops.rest()
+            if stops.found:
+                finish_reason = "stop"
+            yield GenerationResponse(
+                text=text,
+                token=decoded.token,
+                logprob=decoded.logprob,
+                stage=decoded.stage,
+                from_draft=decoded.from_draft,
+                prompt_tokens=len(tokens),
+                prompt_tps=len(tokens) / prompt_seconds,
+                generation_tokens=count,
+                # The first token belongs to the prompt's time.
+                generation_tps=(count - 1) / (now - started) if count > 1 else 0.0,
+                peak_memory=mx.get_peak_memory() / 1e9,
+                drafted_tokens=policy.drafted,
+                finish_reason=finish_reason,
+            )
+            if finish_reason:
+                return
 
 
 def generate(model: PoEModel, tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> str:

@@ -300,8 +300,11 @@ def test_command_names_what_is_wrong(argv, stdin, status, message):
     assert "Traceback" not in done.stderr and not done.stdout
 
 
-def test_command_names_the_line_that_is_no_entry(tmp_path):
+@pytest.mark.parametrize(
+    "line", ['{"words": "?"}', '{"messages": 5}', '{"messages": ["x"]}', "no", "[" * 100_000]
+)
+def test_command_names_the_line_that_is_no_entry(line, tmp_path):
     data = tmp_path / "bad.jsonl"
-    data.write_text('{"text": "fine"}\n{"words": "?"}\n')
+    data.write_text('{"text": "one\u2028line"}\n' + line + "\n")
     done = command("--data", str(data))
     assert done.returncode == 2 and "bad.jsonl, line 2" in done.stderr

@@ -137,6 +137,7 @@ def test_to_dict_reads_back_equal(name):
         ({"n_layer": None}, "n_layer"),
         ({"n_layer": 0}, "n_layer"),
         ({"n_layer": "4"}, "n_layer"),
+        ({"n_layer": 10**12, "poe_every": 1}, "n_layer"),
         ({"n_head": 3}, "head_dim"),
         ({"n_kv_head": 3}, "n_kv_head"),
         ({"head_dim": 15}, "head_dim"),

@@ -113,17 +113,24 @@ def _read_data(name: str) -> list[str | list[dict[str, str]]]:
     if not name.endswith(".jsonl"):
         return [text]
     items: list[str | list[dict[str, str]]] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines: JSON strings may hold the other characters that it splits at.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            items.append(entry["messages"] if "messages" in entry else str(entry["text"]))
-        except (ValueError, KeyError, TypeError):
+            items.append(_chat(entry["messages"]) if "messages" in entry else str(entry["text"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise RequestError(
                 f"{name}, line {number}: expected a JSON object with text or messages"
             ) from None
     return items
+
+
+def _chat(messages: object) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise TypeError("messages are a list of objects")
+    return messages
 
 
 def _segments(

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cognica_mlx.decoding.modes import MODES
@@ -45,6 +46,9 @@ def run(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse, run, and return the exit status; no traceback for anything a user can cause."""
+    if sys.stderr is None:
+        # Closed by the caller; what is printed to None would land on stdout.
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             # What the terminal's encoding lacks is shown as "?", rather than ending the work.
@@ -64,6 +68,9 @@ def run(
         # The reader has gone (`| head`): nothing more to say, and nowhere to say it.
         _silence_stdout()
         return 0
+    except MemoryError:
+        print(f"{parser.prog}: error: out of memory; try --quantize 4", file=sys.stderr)
+        return 1
     except (PoEError, OSError) as error:
         print(f"{parser.prog}: error: {_one_line(str(error))}", file=sys.stderr)
         if not isinstance(error, PoEError):
@@ -72,8 +79,12 @@ def run(
 
 
 def read_stdin() -> str:
-    """All of stdin as text; bytes that are no UTF-8 become U+FFFD, a closed stdin is empty."""
-    return sys.stdin.buffer.read().decode("utf-8", errors="replace") if sys.stdin else ""
+    """All of stdin as text, but for a last newline: `echo` adds one, and the model would see it.
+
+    Bytes that are no UTF-8 become U+FFFD, a closed stdin is empty.
+    """
+    text = sys.stdin.buffer.read().decode("utf-8", errors="replace") if sys.stdin else ""
+    return text.removesuffix("\n")
 
 
 def _one_line(message: str) -> str:
