@@ -113,21 +113,25 @@ def _policy(mode: str, **options):
     return make_policy(model, Sampler(), mode, ModeOptions(**options))
 
 
-def test_shipped_calibration_keeps_99_percent_agreement_at_well_below_full_depth():
+@pytest.mark.parametrize("mode", ["wand", "certified", "speculative"])
+def test_shipped_calibration_keeps_99_percent_agreement_at_well_below_full_depth(mode):
+    """Run it with `-n 0 -s` for the figures that the README gives."""
     model, tokenizer = fixture("poe-tiny")
     assert model.calibration is not None
     agreeing = total = depth = 0
-    for mode in ("wand", "certified"):
-        for prompt in PROMPTS:
-            tokens = tokenizer.encode(prompt)
-            policy = make_policy(model, Sampler(), mode, calibration=model.calibration)
-            decoded = list(decode(model, tokens, policy, max_tokens=48))
-            made = [d.token for d in decoded]
-            full = model(mx.array([tokens + made[:-1]]))[0, len(tokens) - 1 :].argmax(-1)
-            agreeing += sum(int(a == b) for a, b in zip(full.tolist(), made, strict=True))
-            total += len(made)
-            depth += sum(d.stage + 1 for d in decoded)
-    assert agreeing / total >= 0.99
+    for prompt in PROMPTS:
+        tokens = tokenizer.encode(prompt)
+        policy = make_policy(model, Sampler(), mode, calibration=model.calibration)
+        decoded = list(decode(model, tokens, policy, max_tokens=64))
+        made = [d.token for d in decoded]
+        full = model(mx.array([tokens + made[:-1]]))[0, len(tokens) - 1 :].argmax(-1)
+        agreeing += sum(int(a == b) for a, b in zip(full.tolist(), made, strict=True))
+        total += len(made)
+        depth += sum(d.stage + 1 for d in decoded)
+    print(
+        f"\n{mode}: {agreeing / total:.1%} of {total} tokens agree, mean depth {depth / total:.2f}"
+    )
+    assert agreeing / total >= (1 if mode == "speculative" else 0.99)
     assert depth / total < 0.7 * model.poe_n_stages
 
 

@@ -388,6 +388,12 @@ def test_senseless_prompts_are_named(prompt, count, message):
         run(model, prompt, "full", count)
 
 
+def test_more_drafts_than_a_state_can_roll_back_are_refused():
+    model, _ = fixture("flat-d8")
+    with pytest.raises(RequestError, match="the 4 positions"):
+        run(model, [1], "speculative", state=DecodingState(model, slack=4), num_draft_tokens=5)
+
+
 def test_exit_margins_add_up_the_bounds_that_remain():
     model, _ = fixture("flat-d8")
     assert exit_margins(model, [7.0, 3.0, 2.0], 0.5) == [6.0, 2.5, 1.0]

@@ -100,6 +100,11 @@ class Speculative:
         Appends it and the drafts but the last, and runs them through the draft stages. Nothing is
         waited for, unless `stop_below` asks for each margin.
         """
+        if count > state.slack:
+            raise RequestError(
+                f"num_draft_tokens {count} is more than the {state.slack} positions that this "
+                "state can roll back"
+            )
         draft = Draft(state.length, self.sampler.context(tokens))
         context, token = draft.context, as_row(tokens[-1])
         for _ in range(count):
