@@ -242,13 +242,19 @@ SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
 
 
+def flatten(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A nanochat meta file's entries on one level; any other form as it is."""
+    if not isinstance(fields.get("model_config"), Mapping):
+        return fields
+    # The stages may stand only among the training options.
+    options = fields.get("user_config") or {}
+    training = {k: v for k, v in options.items() if k.startswith("poe_")}
+    return {**training, **fields, **fields["model_config"], "model_config": None}
+
+
 def _known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of any configuration form, under the dataclass's own names."""
-    if isinstance(fields.get("model_config"), Mapping):
-        # A nanochat meta file: the stages may stand only among the training options.
-        options = fields.get("user_config") or {}
-        training = {k: v for k, v in options.items() if k.startswith("poe_")}
-        fields = {**training, **fields, **fields["model_config"]}
+    fields = flatten(fields)
     names = {*PoEConfig.__dataclass_fields__, "poe_every"}
     known: dict[str, Any] = {}
     for key, value in fields.items():

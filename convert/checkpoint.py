@@ -1,6 +1,7 @@
-"""A Hugging Face style checkpoint folder, base or specialist delta, as configuration and weights.
+"""A checkpoint folder, base or specialist delta, as configuration and weights.
 
-- in: a `Source`; config.json and safetensors under any of the known name prefixes
+- in: a `Source`: Hugging Face style (config.json and safetensors) or nanochat's (meta_*.json and
+  model_*.pt, the latest step), under any of the known name prefixes
 - out: `PoEConfig` and the model's own parameter names with lazy arrays, shapes checked
 - deltas are followed to their root base and stacked, nearest wte and lambdas winning
 """
@@ -10,17 +11,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from cognica_mlx.config import PoEConfig
+from cognica_mlx.config import PoEConfig, flatten
 from cognica_mlx.convert.safetensors_files import read_json, read_tensors
 from cognica_mlx.convert.sources import Source, locate_base
+from cognica_mlx.convert.torch_files import TorchFile
 from cognica_mlx.errors import CheckpointError, ConfigError
 from cognica_mlx.model import PoEModel
 
+_META = re.compile(r"meta_(\d{1,9})\.json")
 _LAYER = re.compile(r"h\.(\d{1,6})\.")
 _VALUE_EMBED = re.compile(r"h\.(\d{1,6})\.attn\.(value_embed|ve_gate)\.weight")
 # Sizes that some tensor must have room for, by all their names.
@@ -39,10 +43,14 @@ _FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as stored: its configuration, and its weights by parameter name, unevaluated."""
+    """A model as stored: its configuration, its weights by parameter name, its tokenizer's folder.
+
+    Weights from safetensors are not read yet; those of a `.pt` file are copies.
+    """
 
     config: PoEConfig
     weights: dict[str, mx.array]
+    tokenizer_folder: Path
 
 
 def read_checkpoint(source: Source) -> Checkpoint:
@@ -60,7 +68,7 @@ def _read(source: Source, chain: tuple[Source, ...]) -> Checkpoint:
         raise CheckpointError(f"the chain of bases goes in a circle: {_walk(*chain, source)}")
     chain = (*chain, source)
     fields = _read_config(source)
-    reference = fields.get("base_model_name_or_path")
+    reference = fields.get("base_model_name_or_path") or fields.get("base_model_dir")
     try:
         if not reference:
             return _read_base(source, fields)
@@ -79,27 +87,49 @@ def _walk(*chain: Source) -> str:
 
 def _read_config(source: Source) -> dict[str, Any]:
     path = source.folder / "config.json"
-    if not path.is_file() and any(source.folder.glob("meta_*.json")):
-        raise CheckpointError(
-            f"{source.name} is a nanochat checkpoint (.pt); so far only safetensors can be read"
-        )
-    if not path.is_file():
+    if path.is_file():
+        return read_json(path)
+    meta = _latest_meta(source)
+    if meta is None:
         raise CheckpointError(f"{source.name} holds no config.json: is it a model folder?")
-    return read_json(path)
+    return dict(flatten(read_json(meta)))
+
+
+def _latest_meta(source: Source) -> Path | None:
+    """nanochat's description of its latest step; None in a folder of another kind."""
+    steps = {int(m[1]): p for p in source.folder.iterdir() if (m := _META.fullmatch(p.name))}
+    return steps[max(steps)] if steps else None
+
+
+def _tensors(source: Source, stem: str) -> dict[str, mx.array]:
+    """The tensors of a safetensors `stem`, or of nanochat's latest step, under their own names."""
+    meta = _latest_meta(source)
+    if (source.folder / "config.json").is_file() or meta is None:
+        return read_tensors(source.folder, stem)
+    file = TorchFile(meta.with_name(meta.name.replace("meta_", "model_")).with_suffix(".pt"))
+    return {name: file.read(name) for name in file.shapes()}
+
+
+def _tokenizer_folder(source: Source) -> Path | None:
+    """Where a checkpoint's tokenizer lies: beside it, or where nanochat keeps it for all."""
+    own, shared = source.folder, source.folder.resolve().parent.parent / "tokenizer"
+    if (own / "tokenizer.pkl").is_file() or source.from_hub or _latest_meta(source) is None:
+        return own if (own / "tokenizer.pkl").is_file() else None
+    return shared if (shared / "tokenizer.pkl").is_file() else None
 
 
 def _read_base(source: Source, fields: Mapping[str, Any]) -> Checkpoint:
-    weights = _named(read_tensors(source.folder, "model"), source)
+    weights = _named(_tensors(source, "model"), source)
     config = PoEConfig.from_dict(_complete(fields, weights))
     # Checkpoints of early nanochat lack these, and mean no scaling.
     weights.setdefault("resid_lambdas", mx.ones((config.n_layer,)))
     weights.setdefault("x0_lambdas", mx.zeros((config.n_layer,)))
     check_weights(config, weights, source.name)
-    return Checkpoint(config, weights)
+    return Checkpoint(config, weights, _tokenizer_folder(source) or source.folder)
 
 
 def _stack(source: Source, fields: Mapping[str, Any], base: Checkpoint) -> Checkpoint:
-    delta = _named(read_tensors(source.folder, "delta"), source)
+    delta = _named(_tensors(source, "delta"), source)
     completed = {"frozen_layers": base.config.n_layer, **_with_depth(fields, delta)}
     config = PoEConfig.from_dict(completed, base=base.config)
     expected = {"lm_head_stage.weight", "wte.weight", "resid_lambdas", "x0_lambdas"}
@@ -113,7 +143,7 @@ def _stack(source: Source, fields: Mapping[str, Any], base: Checkpoint) -> Check
     delta[head] = delta.pop("lm_head_stage.weight")
     weights = {**base.weights, **delta}
     check_weights(config, weights, source.name)
-    return Checkpoint(config, weights)
+    return Checkpoint(config, weights, _tokenizer_folder(source) or base.tokenizer_folder)
 
 
 def _named(tensors: Mapping[str, mx.array], source: Source) -> dict[str, mx.array]:

@@ -36,8 +36,8 @@ def load(
 ) -> tuple[PoEModel, Tokenizer]:
     """Load a base or specialist model and its tokenizer.
 
-    `path_or_hf_repo` is a folder in the Hugging Face layout, a hub id, or a built-in model
-    ("poe-tiny", the default, or "poe-tiny-chat"). Weights are read straight from the safetensors.
+    `path_or_hf_repo` is a folder in the Hugging Face layout or nanochat's, a hub id, or a built-in
+    model ("poe-tiny", the default, or "poe-tiny-chat"). Weights are read straight from its files.
 
     `dtype` is "float32", "bfloat16" or "float16"; by default float32 on the CPU back end, whose
     half precision is slow, and bfloat16 on a GPU. `quantize` is a number of bits (2, 3, 4, 5, 6 or
@@ -61,7 +61,7 @@ def load(
         if not config.specialist_layers:
             raise RequestError(f"head_mode {head_mode!r}: {source.name} is not a specialist")
         config = replace(config, head_mode=head_mode)
-    tokenizer = Tokenizer.from_folder(source.folder, n_vocab=config.vocab_size)
+    tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder, n_vocab=config.vocab_size)
     tokenizer.eos_token_ids |= _eos_token_ids(source)
     model = PoEModel(config)
     kind = DTYPES[dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")]

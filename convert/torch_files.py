@@ -1,0 +1,344 @@
+"""PyTorch checkpoints in: a `.pt` file's tensors by name, without PyTorch and without trust.
+
+- In: what `torch.save` writes for a state dict, a zip of one pickle and the raw storages of
+  float32, bfloat16 or float16 tensors, plain or as Parameters.
+- Out: names and shapes at once; each tensor when asked for, copied from the mapped file. The file
+  must stay as it is while a `TorchFile` is in use.
+- No unpickler runs. pickletools takes the pickle apart, which never executes it, and a small
+  machine here replays the few instructions that a state dict is made of. It has nothing to import,
+  call or set attributes with. Any other instruction, and any other global, is refused by name.
+- Nothing is inflated, extracted or believed: sizes, offsets and strides are checked against the
+  file before a tensor is touched. Nested values are never hashed, compared or walked, so their
+  depth needs no limit.
+- Whatever is wrong with a file is one CheckpointError that names it.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickletools
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from cognica_mlx.errors import CheckpointError
+
+MOST_DIRECTORY_BYTES = 4 * 2**20  # 300 storages take 30 thousand bytes
+MOST_PICKLE_BYTES = 16 * 2**20  # and 30 thousand in the pickle
+MOST_STEPS = 1_000_000  # a tensor takes 40 pickle instructions
+MOST_AXES = 32  # numpy's limit before 2.0
+# Shared and expanded tensors may outgrow the file, but not without end.
+MOST_GROWTH, GROWTH_ROOM = 4, 64 * 2**20
+
+_STORAGES = {
+    "torch.FloatStorage": mx.float32,
+    "torch.BFloat16Storage": mx.bfloat16,
+    "torch.HalfStorage": mx.float16,
+}
+_ORDERED_DICT = "collections.OrderedDict"
+_TENSOR = "torch._utils._rebuild_tensor_v2"
+_PARAMETER = "torch._utils._rebuild_parameter"
+_GLOBALS = {*_STORAGES, _ORDERED_DICT, _TENSOR, _PARAMETER}
+
+_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+_NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, lengths of name and extra
+
+
+class _Global(NamedTuple):
+    """Stands where unpickling would have imported something."""
+
+    name: str
+
+
+class _Storage(NamedTuple):
+    """A storage: its first byte in the file, its number of elements, their type."""
+
+    start: int
+    numel: int
+    dtype: mx.Dtype
+
+
+class _Tensor(NamedTuple):
+    """A tensor's view of its storage, in elements; any values until `_check` has seen them."""
+
+    storage: Any
+    offset: Any
+    shape: Any
+    strides: Any
+
+
+class TorchFile:
+    """A `.pt` file's tensors by name, mapped and not held.
+
+    Raises CheckpointError, naming the file, for whatever is missing, damaged, unreadable or
+    refused; after this only `read` of an unknown name can fail.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            archive = _Archive(self.path)
+            self._data = archive.data
+            start, size = archive.record("data.pkl", MOST_PICKLE_BYTES)
+            content = _replay(self._data[start : start + size], archive.storage)
+            self._tensors = _select(content, len(self._data))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} {error}") from error.__cause__
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        except (
+            Exception
+        ) as error:  # what zipfile, pickletools and bad stacks raise is no fixed list
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise CheckpointError(
+                f"{path} is damaged or no PyTorch checkpoint ({reason}): fetch it again"
+            ) from error
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by name, in the file's order; reads no tensor."""
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> mx.array:
+        """A copy of the tensor `name`, of shape `shapes()[name]`, in the type that it is stored in.
+
+        Raises CheckpointError where the file holds no tensor of that name.
+        """
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.path} holds no tensor {_shown(name)}")
+        (start, _, dtype), offset, shape, strides = self._tensors[name]
+        if 0 in shape:
+            return mx.zeros(shape, dtype)
+        width = dtype.size
+        steps = tuple(stride * width for stride in strides)
+        # As bits: numpy has no bfloat16, and a NaN keeps its own.
+        bits: np.ndarray[Any, Any] = np.ndarray(
+            shape, f"<u{width}", self._data, start + offset * width, steps
+        )
+        # Most are aligned and contiguous: then `require` copies nothing, and mx.array once.
+        return mx.array(np.require(bits, requirements=["C", "A"])).view(dtype)
+
+
+class _Archive:
+    """A zip that torch.save wrote: the mapped file, and where each record lies in it."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file() or not path.stat().st_size:
+            raise CheckpointError("is empty" if path.is_file() else "is missing or not a file")
+        with _CarefulFile(path) as file:
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if self.data[:1] == b"\x80":
+                raise CheckpointError(
+                    "is a bare pickle, PyTorch's format before 1.6, which is not read:"
+                    " load it where you trust it and save it again with a recent PyTorch"
+                )
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    entries = archive.infolist()
+            except zipfile.BadZipFile as error:
+                what = "is cut short or damaged" if self.data[:2] == b"PK" else "is no checkpoint"
+                raise CheckpointError(f"{what} ({error}): fetch it again") from error
+        roots = [e.filename[:-9] for e in entries if e.filename.partition("/")[2] == "data.pkl"]
+        if len(roots) != 1 or not roots[0]:
+            raise CheckpointError("does not hold one data.pkl, so torch.save did not write it")
+        self._entries: dict[str, zipfile.ZipInfo] = {}
+        for entry in entries:
+            root, *inner = entry.filename.split("/")
+            if root != roots[0] or ".." in (root, *inner) or "\\" in entry.filename:
+                raise CheckpointError(f"holds {_shown(entry.filename)}, which is outside its root")
+            if "/".join(inner) in self._entries:
+                raise CheckpointError(f"holds {_shown(entry.filename)} twice")
+            self._entries["/".join(inner)] = entry
+        if "byteorder" in self._entries:  # absent before PyTorch 2.1
+            start, size = self.record("byteorder", 16)
+            if self.data[start : start + size] != b"little":
+                raise CheckpointError("was written in another byte order than little-endian")
+
+    def record(self, name: str, most: int) -> tuple[int, int]:
+        """The first byte and the size of an uncompressed record that is whole and within `most`."""
+        if name not in self._entries:
+            raise CheckpointError(f"lacks its record {_shown(name)}")
+        entry = self._entries[name]
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise CheckpointError(
+                f"has {_shown(name)} compressed or encrypted, which torch.save never does:"
+                " pack it again without compression"
+            )
+        start, size = entry.header_offset, entry.file_size
+        if size > most or size != entry.compress_size:
+            raise CheckpointError(f"claims {size} bytes for {_shown(name)}, which cannot be")
+        if 0 <= start <= len(self.data) - _LOCAL_HEADER.size:
+            # Only the entry's own header knows where its data starts: torch.save pads it there.
+            signature, *lengths = _LOCAL_HEADER.unpack_from(self.data, start)
+            start += _LOCAL_HEADER.size + sum(lengths)
+            if signature == b"PK\x03\x04" and start + size <= len(self.data):
+                return start, size
+        raise CheckpointError(f"has no whole record {_shown(name)} where its directory says")
+
+    def storage(self, key: object) -> _Storage:
+        """The storage of a persistent id: ("storage", its class, its record, a device, numel)."""
+        if type(key) is not tuple or [type(k) for k in key] != [str, _Global, str, str, int]:
+            raise ValueError("a persistent id is not a storage's")
+        kind, (cls,), number, _, numel = key
+        if kind != "storage" or cls not in _STORAGES:
+            raise ValueError("a persistent id is not a storage's")
+        record, dtype = f"data/{number}", _STORAGES[cls]
+        start, size = self.record(record, len(self.data))
+        if numel * dtype.size != size:
+            raise CheckpointError(
+                f"has {size} bytes in {_shown(record)}, which its tensors do not fit"
+            )
+        return _Storage(start, numel, dtype)
+
+
+class _CarefulFile(io.FileIO):
+    """For zipfile, which would read a directory of any size and make much more of it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As FileIO, up to MOST_DIRECTORY_BYTES; without a size zipfile reads only the end."""
+        if size is not None and size > MOST_DIRECTORY_BYTES:
+            raise CheckpointError("has a zip directory far larger than a checkpoint needs")
+        return super().read(size) or b""
+
+
+def _replay(data: bytes, storage: Callable[[object], _Storage]) -> object:
+    """What the pickle in `data` stands for, made of plain values, _Globals and _Tensors."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, object] = {}
+
+    def take(count: int) -> list[Any]:
+        if not 0 <= count <= len(stack):
+            raise ValueError("the pickle takes more than it has made")
+        start = len(stack) - count
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for step, (opcode, arg, _) in enumerate(pickletools.genops(data)):
+        name = opcode.name
+        if step == MOST_STEPS:
+            raise CheckpointError(f"has over {MOST_STEPS} pickle instructions: not a checkpoint")
+        if name in _TEXT or name in _NUMBERS:
+            stack.append(arg)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else arg] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name == "TUPLE" or name in _TUPLES:
+            count = len(stack) - marks.pop() if name == "TUPLE" else _TUPLES[name]
+            stack.append(tuple(take(count)))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = take(len(stack) - marks.pop() if name == "SETITEMS" else 2)
+            _set_items(stack[-1], items)
+        elif name == "GLOBAL":
+            stack.append(_global(*str(arg).split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            stack.append(_global(*take(2)))
+        elif name == "BINPERSID":
+            stack.append(storage(*take(1)))
+        elif name == "REDUCE":
+            stack.append(_rebuild(*take(2)))
+        elif name == "BUILD":
+            # A Module's state_dict() carries its parts' versions this way: dropped, not set.
+            target, state = take(2)
+            if type(target) is not OrderedDict or type(state) is not dict:
+                raise CheckpointError("sets an object's attributes: refused, nothing was run")
+            stack.append(target)
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise CheckpointError(
+                f"uses the pickle instruction {name}, which no state dict needs:"
+                " refused, nothing was run"
+            )
+    if len(stack) != 1:
+        raise ValueError("the pickle does not end in one value")
+    return stack[0]
+
+
+def _global(module: object, name: object = "") -> _Global:
+    full_name = f"{module}.{name}" if type(module) is type(name) is str else "a non-name"
+    if full_name not in _GLOBALS:
+        raise CheckpointError(f"asks for {_shown(full_name)}: refused, nothing was run")
+    return _Global(full_name)
+
+
+def _set_items(target: object, items: list[Any]) -> None:
+    keys, values = items[::2], items[1::2]
+    if not isinstance(target, dict) or len(keys) != len(values):
+        raise ValueError("it sets items where there is no dictionary")
+    if any(type(key) is not str for key in keys):  # hashing a deep tuple overflows the C stack
+        raise ValueError("it has dictionary keys that are not text")
+    target.update(zip(keys, values, strict=True))
+
+
+def _rebuild(function: object, args: object) -> object:
+    """What a call stands for: an empty OrderedDict, or a tensor."""
+    if type(function) is not _Global or type(args) is not tuple:
+        raise ValueError("it calls what is no function")
+    if function.name == _ORDERED_DICT and not args:
+        return OrderedDict()
+    if function.name == _TENSOR and len(args) == 6:
+        return _Tensor(*args[:4])
+    if function.name == _TENSOR and len(args) == 7:  # of a negation not yet carried out, say
+        raise CheckpointError("holds a tensor with extra metadata: save its clone() instead")
+    if function.name == _PARAMETER and len(args) == 3 and type(args[0]) is _Tensor:
+        return args[0]
+    raise CheckpointError(f"calls {function.name} in no known way: refused, nothing was run")
+
+
+def _select(content: object, length: int) -> dict[str, _Tensor]:
+    """The tensors of the dictionary `content`, checked; `length` is the file's."""
+    if not isinstance(content, dict):
+        raise CheckpointError("does not hold a dictionary of tensors")
+    tensors: dict[str, _Tensor] = {}
+    for name, value in content.items():
+        if type(value) is _Tensor:
+            tensors[name] = _check(value, f"has a tensor {_shown(name)}")
+        elif not isinstance(value, str | int | float | None):
+            kind = type(value).__name__.lstrip("_")
+            raise CheckpointError(f"holds {_shown(name)}, a {kind} and not a tensor")
+    if not tensors:
+        raise CheckpointError("holds no tensors")
+    total = sum(prod(t.shape) * t.storage.dtype.size for t in tensors.values())
+    if total > MOST_GROWTH * length + GROWTH_ROOM:
+        raise CheckpointError(f"would unfold its {length} bytes into far larger tensors: refused")
+    return tensors
+
+
+def _check(tensor: _Tensor, what: str) -> _Tensor:
+    """`tensor`, proved to lie within its storage; `what` begins the errors."""
+    storage, offset, shape, strides = tensor
+    if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
+        raise CheckpointError(f"{what} that is none")
+    if len(shape) != len(strides) or len(shape) > MOST_AXES:
+        raise CheckpointError(f"{what} with damaged axes")
+    if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
+        raise CheckpointError(f"{what} with a size or stride that is no whole number >= 0")
+    if any(n >= 2**31 for n in shape):
+        raise CheckpointError(f"{what} with an axis longer than MLX can have")
+    # The stride of an axis of one element means nothing and may be anything.
+    strides = tuple(s if n > 1 else 0 for n, s in zip(shape, strides, strict=True))
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if 0 not in shape and last >= storage.numel:
+        raise CheckpointError(f"{what} that leaves its storage of {storage.numel} elements")
+    return _Tensor(storage, offset, shape, strides)
+
+
+def _shown(name: str) -> str:
+    return ascii(name[:120])
