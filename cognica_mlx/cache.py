@@ -8,12 +8,27 @@ no copy, and a rollback is a subtraction, also long after old rows have been dro
 from __future__ import annotations
 
 import copy
+from typing import Protocol
 
 import mlx.core as mx
 
 from cognica_mlx.errors import RollbackError
 
 GROWTH = 256
+
+
+class LayerCache(Protocol):
+    """What a layer needs of its cache, be it ours or another library's."""
+
+    @property
+    def offset(self) -> int | mx.array:
+        """The position of the next key; where rows of a batch differ, one for each, (B,)."""
+
+    def mask(self, length: int) -> mx.array | str | None:
+        """The mask for the next `length` queries over what `update` will return."""
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append (B, H, T, head_dim); return what T queries at these positions may see."""
 
 
 class SlidingCache:
@@ -31,6 +46,10 @@ class SlidingCache:
         self.rows = 0
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
+
+    def mask(self, length: int) -> mx.array | str | None:
+        """The mask for the next `length` queries over what `update` will return."""
+        return window_mask(self.window, self.offset, length)
 
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append (B, H, T, head_dim); return what T queries at these positions may see.

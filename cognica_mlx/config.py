@@ -18,7 +18,10 @@ from cognica_mlx.errors import ConfigError
 MAX_NUMBER = 1e30
 MAX_LAYERS = 10_000
 
+# What a specialist predicts through: the base's head and its own, or one of them alone.
 HEAD_MODES = ("dual", "base", "specialist")
+# As "dual", where merging has already added the heads up: each specialist's holds the sum.
+SUMMED = "summed"
 
 # Other spellings of the same field, as Hugging Face models use them.
 _ALIASES = {
@@ -121,7 +124,7 @@ class PoEConfig:
                 f"stage_layers: {list(self.stage_layers)} adds up to {sum(self.stage_layers)} "
                 f"blocks, but the base has {self.base_n_layer}"
             )
-        if self.head_mode not in HEAD_MODES:
+        if self.head_mode not in (*HEAD_MODES, SUMMED):
             raise ConfigError(f"head_mode: {self.head_mode!r} is none of {', '.join(HEAD_MODES)}")
         if any(not 0 <= i < self.base_n_layer for i in self.value_embed_layers or ()):
             raise ConfigError(

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from cognica_mlx.cache import SlidingCache, window_mask
+from cognica_mlx.cache import LayerCache, window_mask
 from cognica_mlx.calibration import Calibration
-from cognica_mlx.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, PoEConfig
+from cognica_mlx.config import SMEAR_CHANNELS, SUMMED, VALUE_GATE_CHANNELS, PoEConfig
 from cognica_mlx.errors import RequestError
 
 NORM_EPS = 1.1920929e-07
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         u: mx.array,
         tokens: mx.array,
         mask: mx.array | str | None,
-        cache: SlidingCache | None,
+        cache: LayerCache | None,
     ) -> mx.array:
         # Queries and keys are rotated and normalised together: half as many kernels.
         qk = mx.fast.rope(
@@ -126,7 +126,7 @@ class Attention(nn.Module):
             traditional=False,
             base=None,
             scale=1.0,
-            offset=cache.offset if cache else 0,
+            offset=0 if cache is None else cache.offset,
             freqs=self._freqs,
         )
         q, k = mx.split(norm(qk), [self.n_head], axis=1)
@@ -165,7 +165,7 @@ class Block(nn.Module):
         x: mx.array,
         tokens: mx.array,
         mask: mx.array | str | None,
-        cache: SlidingCache | None,
+        cache: LayerCache | None,
     ) -> mx.array:
         x = x + self.attn(norm(x), tokens, mask, cache)
         return x + self.mlp(norm(x))
@@ -228,17 +228,25 @@ class PoEModel(nn.Module):
         mixes into each position the embedding of the one before it.
         """
         ids = tokens if previous is None else mx.concatenate([previous, tokens], axis=1)
-        x = norm(self.wte(ids))
-        before = x[:, :-1]
-        after = x[:, 1:]
-        gate = self.smear_lambda * mx.sigmoid(self.smear_gate(after[..., :SMEAR_CHANNELS]))
-        smeared = after + gate * before
+        x = self.embeddings(ids)
+        smeared = self.smear(x)
         if previous is None:
             smeared = mx.concatenate([x[:, :1], smeared], axis=1)
         return Hidden(tokens, smeared, smeared)
 
+    def embeddings(self, tokens: mx.array) -> mx.array:
+        """The normalised embeddings of tokens (B, T), before the smear: (B, T, D)."""
+        # Tables in MLX's floating-point modes give bfloat16 whatever the model runs in.
+        return norm(self.wte(tokens).astype(self.resid_lambdas.dtype))
+
+    def smear(self, x: mx.array) -> mx.array:
+        """Mix into each embedding the one before it: (B, T + 1, D) in, the last T of them out."""
+        after = x[:, 1:]
+        gate = self.smear_lambda * mx.sigmoid(self.smear_gate(after[..., :SMEAR_CHANNELS]))
+        return after + gate * x[:, :-1]
+
     def run_layers(
-        self, hidden: Hidden, layers: range, caches: Sequence[SlidingCache] | None = None
+        self, hidden: Hidden, layers: range, caches: Sequence[LayerCache] | None = None
     ) -> Hidden:
         """Run positions through `layers`; (B, T, D) in, (B, T, D) out.
 
@@ -249,10 +257,12 @@ class PoEModel(nn.Module):
         windows = self.config.windows
         masks: dict[int, mx.array | str | None] = {}
         for i in layers:
-            cache = caches[i] if caches else None
+            cache = None if caches is None else caches[i]
             if windows[i] not in masks:
-                masks[windows[i]] = window_mask(
-                    windows[i], cache.offset if cache else 0, len(hidden)
+                masks[windows[i]] = (
+                    window_mask(windows[i], 0, len(hidden))
+                    if cache is None
+                    else cache.mask(len(hidden))
                 )
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             x = self.h[i](x, tokens, masks[windows[i]], cache)
@@ -265,7 +275,8 @@ class PoEModel(nn.Module):
 
         A base stage speaks without backout through the shared head and its own, if it has one; a
         specialist stage with backout, through the shared head and those of the specialists up to
-        it (MODEL: `head_mode` picks "dual", or "base" or "specialist", its nearest one alone).
+        it (`head_mode` picks "dual", or "base" or "specialist", its nearest one alone; in a merged
+        folder that one is the sum already).
         """
         specialist = stage - len(self.config.stage_layers)
         if specialist < 0:
@@ -274,7 +285,7 @@ class PoEModel(nn.Module):
                 heads.append(self.lm_head_stages[stage])
             return self._head_logits(norm(hidden.x), heads)
         heads = [self.lm_head]
-        if self.config.head_mode == "specialist":
+        if self.config.head_mode in ("specialist", SUMMED):
             heads = [self.lm_head_specialists[specialist]]
         elif self.config.head_mode == "dual":
             heads += self.lm_head_specialists[: specialist + 1]

@@ -1,25 +1,29 @@
 """A checkpoint folder, base or specialist delta, as configuration and weights.
 
-- in: a `Source`: Hugging Face style (config.json and safetensors) or nanochat's (meta_*.json and
-  model_*.pt, the latest step), under any of the known name prefixes
-- out: `PoEConfig` and the model's own parameter names with lazy arrays, shapes checked
+- in: a `Source`: Hugging Face style (config.json and safetensors), nanochat's (meta_*.json and
+  model_*.pt), or a converted folder, under any of the known name prefixes
+- out: `PoEConfig` and the model's own parameter names with unread tensors, shapes checked
 - deltas are followed to their root base and stacked, nearest wte and lambdas winning
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from cognica_mlx.config import PoEConfig, flatten
+from cognica_mlx.config import SUMMED, PoEConfig, flatten
+from cognica_mlx.convert.quantization import Plan, apply_plan, from_fields
 from cognica_mlx.convert.safetensors_files import read_json, read_tensors
 from cognica_mlx.convert.sources import Source, locate_base
+from cognica_mlx.convert.stored import StoredTensor
+from cognica_mlx.convert.tokenizer_files import has_tokenizer
 from cognica_mlx.convert.torch_files import TorchFile
 from cognica_mlx.errors import CheckpointError, ConfigError
 from cognica_mlx.model import PoEModel
@@ -43,40 +47,52 @@ _FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as stored: its configuration, its weights by parameter name, its tokenizer's folder.
+    """A model as stored: its configuration and its weights by parameter name, not read yet.
 
-    Weights from safetensors are not read yet; those of a `.pt` file are copies.
+    `plan` says which of them are packed and how. `base` is what a delta stands on, whose weights
+    are among these unless the delta has its own.
     """
 
+    source: Source
     config: PoEConfig
-    weights: dict[str, mx.array]
+    weights: dict[str, StoredTensor]
+    plan: Plan
     tokenizer_folder: Path
+    base: Checkpoint | None = None
+
+    @property
+    def own_weights(self) -> dict[str, StoredTensor]:
+        """The weights that a delta brings, or all of a base."""
+        inherited = self.base.weights if self.base else {}
+        return {k: v for k, v in self.weights.items() if inherited.get(k) is not v}
 
 
-def read_checkpoint(source: Source) -> Checkpoint:
+def read_checkpoint(source: Source, step: int | None = None) -> Checkpoint:
     """Read a base, or a delta with all that it stands on.
+
+    `step` chooses among a nanochat folder's steps, by default the latest.
 
     Raises CheckpointError for files or tensors that are missing, damaged, of a wrong shape or
     unknown, and for a cascade that is broken or goes in a circle, with the chain walked so far;
     ConfigError for a configuration that does not hold together.
     """
-    return _read(source, ())
+    return _read(source, step, ())
 
 
-def _read(source: Source, chain: tuple[Source, ...]) -> Checkpoint:
+def _read(source: Source, step: int | None, chain: tuple[Source, ...]) -> Checkpoint:
     if source.folder.resolve() in [link.folder.resolve() for link in chain]:
         raise CheckpointError(f"the chain of bases goes in a circle: {_walk(*chain, source)}")
     chain = (*chain, source)
-    fields = _read_config(source)
+    fields = _read_config(source, step)
     reference = fields.get("base_model_name_or_path") or fields.get("base_model_dir")
     try:
         if not reference:
-            return _read_base(source, fields)
+            return _read_base(source, step, fields)
         try:
             base_source = locate_base(str(reference), source)
         except CheckpointError as error:
             raise CheckpointError(f"{error} (chain walked so far: {_walk(*chain)})") from None
-        return _stack(source, fields, _read(base_source, chain))
+        return _stack(source, step, fields, _read(base_source, None, chain))
     except ConfigError as error:
         raise ConfigError(f"{source.name}: {error}") from None
 
@@ -85,70 +101,121 @@ def _walk(*chain: Source) -> str:
     return " -> ".join(link.name for link in chain)
 
 
-def _read_config(source: Source) -> dict[str, Any]:
+def _read_config(source: Source, step: int | None) -> dict[str, Any]:
     path = source.folder / "config.json"
     if path.is_file():
+        if step is not None:
+            raise CheckpointError(f"{source.name} is no nanochat folder: it has no step {step}")
         return read_json(path)
-    meta = _latest_meta(source)
+    meta = _meta(source, step)
     if meta is None:
-        raise CheckpointError(f"{source.name} holds no config.json: is it a model folder?")
+        # nanochat keeps one folder for each model under base_checkpoints.
+        tags = sorted({f.parent.name for f in source.folder.glob("*/meta_*.json")})
+        instead = f"; it holds {', '.join(tags[:9])}: name one of them" if tags else ""
+        raise CheckpointError(
+            f"{source.name} holds no config.json{instead or ': is it a model folder?'}"
+        )
     return dict(flatten(read_json(meta)))
 
 
-def _latest_meta(source: Source) -> Path | None:
-    """nanochat's description of its latest step; None in a folder of another kind."""
+def _meta(source: Source, step: int | None) -> Path | None:
+    """nanochat's description of `step` or of its latest; None in a folder of another kind."""
     steps = {int(m[1]): p for p in source.folder.iterdir() if (m := _META.fullmatch(p.name))}
-    return steps[max(steps)] if steps else None
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        raise CheckpointError(f"{source.name} has no step {step}; it has: {there}")
+    return steps[max(steps) if step is None else step] if steps else None
 
 
-def _tensors(source: Source, stem: str) -> dict[str, mx.array]:
-    """The tensors of a safetensors `stem`, or of nanochat's latest step, under their own names."""
-    meta = _latest_meta(source)
-    if (source.folder / "config.json").is_file() or meta is None:
+def _tensors(source: Source, step: int | None, stem: str) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors `stem`, or of nanochat's `step`, under their own names."""
+    if (source.folder / "config.json").is_file():
         return read_tensors(source.folder, stem)
+    meta = _meta(source, step)
+    assert meta is not None, "the configuration came from it"
     file = TorchFile(meta.with_name(meta.name.replace("meta_", "model_")).with_suffix(".pt"))
-    return {name: file.read(name) for name in file.shapes()}
+    return {
+        name: StoredTensor(shape, file.dtype(name), partial(file.read, name))
+        for name, shape in file.shapes().items()
+    }
 
 
 def _tokenizer_folder(source: Source) -> Path | None:
     """Where a checkpoint's tokenizer lies: beside it, or where nanochat keeps it for all."""
     own, shared = source.folder, source.folder.resolve().parent.parent / "tokenizer"
-    if (own / "tokenizer.pkl").is_file() or source.from_hub or _latest_meta(source) is None:
-        return own if (own / "tokenizer.pkl").is_file() else None
-    return shared if (shared / "tokenizer.pkl").is_file() else None
+    if has_tokenizer(own):
+        return own
+    nanochat = not source.from_hub and _meta(source, None) is not None
+    return shared if nanochat and has_tokenizer(shared) else None
 
 
-def _read_base(source: Source, fields: Mapping[str, Any]) -> Checkpoint:
-    weights = _named(_tensors(source, "model"), source)
+def _read_base(source: Source, step: int | None, fields: Mapping[str, Any]) -> Checkpoint:
+    weights = _named(_tensors(source, step, "model"), source)
+    plan = _plan(fields, weights, source)
     config = PoEConfig.from_dict(_complete(fields, weights))
     # Checkpoints of early nanochat lack these, and mean no scaling.
-    weights.setdefault("resid_lambdas", mx.ones((config.n_layer,)))
-    weights.setdefault("x0_lambdas", mx.zeros((config.n_layer,)))
-    check_weights(config, weights, source.name)
-    return Checkpoint(config, weights, _tokenizer_folder(source) or source.folder)
+    weights.setdefault("resid_lambdas", _constant(mx.ones, config.n_layer))
+    weights.setdefault("x0_lambdas", _constant(mx.zeros, config.n_layer))
+    check_weights(config, weights, plan, source.name)
+    return Checkpoint(source, config, weights, plan, _tokenizer_folder(source) or source.folder)
 
 
-def _stack(source: Source, fields: Mapping[str, Any], base: Checkpoint) -> Checkpoint:
-    delta = _named(_tensors(source, "delta"), source)
+def _constant(make: Callable[[tuple[int, ...]], mx.array], length: int) -> StoredTensor:
+    return StoredTensor((length,), mx.float32, partial(make, (length,)))
+
+
+def _plan(fields: Mapping[str, Any], weights: Mapping[str, StoredTensor], source: Source) -> Plan:
+    try:
+        return from_fields(fields, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.name} {error}") from None
+
+
+def _stack(
+    source: Source, step: int | None, fields: Mapping[str, Any], base: Checkpoint
+) -> Checkpoint:
+    if base.config.head_mode == SUMMED:
+        raise CheckpointError(
+            f"{source.name} stands on {base.source.name}, a merged specialist, whose heads are "
+            "summed and can take no further one: name the delta that it was made from"
+        )
+    delta = _named(_tensors(source, step, "delta"), source)
+    head = f"lm_head_specialists.{len(base.config.specialist_layers)}"
+    delta = {re.sub("^lm_head_stage\\b", head, name): tensor for name, tensor in delta.items()}
+    plan = _plan(_renamed_head(fields, head), delta, source)
     completed = {"frozen_layers": base.config.n_layer, **_with_depth(fields, delta)}
     config = PoEConfig.from_dict(completed, base=base.config)
-    expected = {"lm_head_stage.weight", "wte.weight", "resid_lambdas", "x0_lambdas"}
+    expected = {f"{head}.weight", "wte.weight", "resid_lambdas", "x0_lambdas"}
+    modules = {name.rpartition(".")[0] for name in delta}
     for name in delta:
         layer = _LAYER.match(name)
-        if name not in expected and not (layer and int(layer[1]) >= base.config.n_layer):
+        known = name in expected or name.rpartition(".")[0] in plan
+        if not known and not (layer and int(layer[1]) >= base.config.n_layer):
             raise CheckpointError(f"{source.name}: a delta may not hold {name}")
     for name in sorted(expected - delta.keys()):
-        raise CheckpointError(f"{source.name}: the delta lacks {name}")
-    head = f"lm_head_specialists.{len(base.config.specialist_layers)}.weight"
-    delta[head] = delta.pop("lm_head_stage.weight")
-    weights = {**base.weights, **delta}
-    check_weights(config, weights, source.name)
-    return Checkpoint(config, weights, _tokenizer_folder(source) or base.tokenizer_folder)
+        raise CheckpointError(
+            f"{source.name}: the delta lacks {name.replace(head, 'lm_head_stage')}"
+        )
+    # A module is replaced whole: its base's scales mean nothing to the delta's weight.
+    kept = {k: v for k, v in base.weights.items() if k.rpartition(".")[0] not in modules - {""}}
+    weights = {**kept, **delta}
+    plan = {**{path: s for path, s in base.plan.items() if path not in modules}, **plan}
+    check_weights(config, weights, plan, source.name)
+    folder = _tokenizer_folder(source) or base.tokenizer_folder
+    return Checkpoint(source, config, weights, plan, folder, base)
 
 
-def _named(tensors: Mapping[str, mx.array], source: Source) -> dict[str, mx.array]:
+def _renamed_head(fields: Mapping[str, Any], head: str) -> Mapping[str, Any]:
+    """A delta's configuration with its head's own quantization under the model's name for it."""
+    entry = fields.get("quantization")
+    if not isinstance(entry, Mapping) or "lm_head_stage" not in entry:
+        return fields
+    return {**fields, "quantization": {**entry, head: entry["lm_head_stage"]}}
+
+
+def _named(tensors: Mapping[str, StoredTensor], source: Source) -> dict[str, StoredTensor]:
     """The tensors under the model's own parameter names."""
-    named: dict[str, mx.array] = {}
+    named: dict[str, StoredTensor] = {}
     for stored, tensor in tensors.items():
         name = stored
         while name.startswith(_PREFIXES):
@@ -163,11 +230,11 @@ def _named(tensors: Mapping[str, mx.array], source: Source) -> dict[str, mx.arra
     return named
 
 
-def _complete(fields: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, Any]:
+def _complete(fields: Mapping[str, Any], weights: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """Add to a base's configuration what the tensors' own names and shapes tell."""
     config = _with_depth(fields, weights)
     # Tensors of other ranks are named by check_weights.
-    shapes = {name: tensor.shape for name, tensor in weights.items() if tensor.ndim == 2}
+    shapes = {name: tensor.shape for name, tensor in weights.items() if len(tensor.shape) == 2}
     if "wte.weight" in shapes:
         rows, width = shapes["wte.weight"]
         if not config.keys() & {"n_embd", "hidden_size"}:
@@ -190,7 +257,7 @@ def _complete(fields: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dic
     return config
 
 
-def _with_depth(fields: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, Any]:
+def _with_depth(fields: Mapping[str, Any], weights: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """Add where the layers end, unless `fields` say it. ConfigError for a size beyond reason."""
     config = {k: v for k, v in fields.items() if v is not None}
     longest = max(size for tensor in weights.values() for size in (0, *tensor.shape))
@@ -204,19 +271,39 @@ def _with_depth(fields: Mapping[str, Any], weights: Mapping[str, mx.array]) -> d
     return config
 
 
-def check_weights(config: PoEConfig, weights: Mapping[str, mx.array], name: str) -> None:
-    """Raise CheckpointError unless `weights` are just what a model of `config` takes."""
-    expected = dict(tree_flatten(PoEModel(config).parameters()))
+def check_weights(
+    config: PoEConfig, weights: Mapping[str, StoredTensor], plan: Plan, name: str
+) -> None:
+    """Raise CheckpointError unless `weights` are just what a model of `config` and `plan` takes."""
+    model = PoEModel(config)
+    try:
+        apply_plan(model, plan)
+    except ValueError as error:
+        raise CheckpointError(f"{name} has an impossible quantization: {error}") from None
+    expected = dict(tree_flatten(model.parameters()))
     problems = [f"lacks the tensor {k}" for k in expected if k not in weights]
     problems += [f"holds an unknown tensor {k}" for k in weights if k not in expected]
     for key in expected.keys() & weights.keys():
         shape, wanted = weights[key].shape, expected[key].shape
+        dtype, kind = weights[key].dtype, expected[key].dtype
         if _VOCAB_ROWS.match(key) and len(shape) == 2 and shape[0] >= config.vocab_size:
             wanted = (shape[0], wanted[1])
         if shape != wanted:
             problems.append(f"has {key} of shape {shape}, not {wanted}")
-        elif weights[key].dtype not in _FLOATS:
-            problems.append(f"has {key} in {weights[key].dtype}, which is no weight's type")
+        elif dtype not in _FLOATS if kind in _FLOATS else dtype != kind:
+            problems.append(f"has {key} in {dtype}, which is no weight's type")
     if problems:
         more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
         raise CheckpointError(f"{name} {problems[0]}{more}")
+
+
+def eos_token_ids(source: Source) -> frozenset[int]:
+    """The ids that the model's own generation defaults stop at; CheckpointError for others."""
+    path = source.folder / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    if ids is None:
+        return frozenset()
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise CheckpointError(f"{path}: eos_token_id {ids} are not token ids")
+    return frozenset(ids)

@@ -1,19 +1,40 @@
-"""Safetensors in: a folder's tensors by name, lazily, after the files have been proved whole.
+"""Safetensors in and out: a folder's tensors by name, one at a time.
 
-Nothing here knows what the tensors mean. Shards are plain file names inside the folder, never
-paths, so an index cannot lead out of it.
+- in: files proved whole before any is used; an index names plain files inside its folder, never
+  paths, so it cannot lead out of it
+- out: files laid out first and then written tensor by tensor, so that a model larger than memory
+  passes through; an index lists them
+- nothing here knows what the tensors mean
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from math import prod
 from pathlib import Path, PurePath
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from cognica_mlx.convert.stored import StoredTensor
 from cognica_mlx.errors import CheckpointError
+
+SHARD_BYTES = 5 * 10**9  # as mlx-lm's and the hub's
+
+_TYPE_NAMES = {
+    mx.float32: "F32",
+    mx.bfloat16: "BF16",
+    mx.float16: "F16",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+}
+
+# A tensor to be written: its name, shape and type.
+Spec = tuple[str, tuple[int, ...], mx.Dtype]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,8 +50,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(folder: Path, stem: str) -> dict[str, mx.array]:
-    """The tensors of `<stem>.safetensors`, or of its shards, unevaluated.
+def read_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
+    """The tensors of `<stem>.safetensors`, or of its shards, unread.
 
     Raises CheckpointError naming the file that is missing, truncated or damaged, and a tensor
     that its index promises and no shard holds.
@@ -43,7 +64,7 @@ def read_tensors(folder: Path, stem: str) -> dict[str, mx.array]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
-    tensors: dict[str, mx.array] = {}
+    tensors: dict[str, StoredTensor] = {}
     for shard in sorted({str(name) for name in weight_map.values()}):
         if shard in ("", ".", "..") or PurePath(shard).name != shard or "\\" in shard:
             raise CheckpointError(
@@ -56,20 +77,110 @@ def read_tensors(folder: Path, stem: str) -> dict[str, mx.array]:
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, mx.array]:
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        # Checks the header against the file's true length, which mx.load does only when read.
-        with safe_open(path, framework="np"):
-            pass
-        tensors = mx.load(str(path), format="safetensors")
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{path} is damaged or not whole ({reason}); fetch it again"
-        ) from None
-    assert isinstance(tensors, dict)
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors")
-    return tensors
+class _SafetensorsFile:
+    """A whole file, and arrays that it hands out one by one and does not keep."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing")
+            # Checks the header against the file's true length, which mx.load does only when read.
+            with safe_open(path, framework="np"):
+                pass
+            self._unread = self._load()
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"{path} is damaged or not whole ({reason}); fetch it again"
+            ) from None
+        if not self._unread:
+            raise CheckpointError(f"{path} holds no tensors")
+
+    def _load(self) -> dict[str, mx.array]:
+        arrays = mx.load(str(self._path), format="safetensors")
+        assert isinstance(arrays, dict)
+        return arrays
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        return {
+            name: StoredTensor(array.shape, array.dtype, partial(self._read, name))
+            for name, array in self._unread.items()
+        }
+
+    def _read(self, name: str) -> mx.array:
+        # An array that stayed in the dictionary would keep its values once they are read.
+        if name not in self._unread:
+            self._unread = self._load()
+        return self._unread.pop(name)
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    return _SafetensorsFile(path).tensors()
+
+
+def lay_out(specs: Iterable[Spec], stem: str, most: int = SHARD_BYTES) -> dict[str, list[Spec]]:
+    """Tensors by the file they go to, in their order; none of over `most` bytes unless of one."""
+    shards: list[list[Spec]] = [[]]
+    room = most
+    for spec in specs:
+        if shards[-1] and nbytes(spec) > room:
+            shards.append([])
+            room = most
+        shards[-1].append(spec)
+        room -= nbytes(spec)
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    count = len(shards)
+    return {f"{stem}-{i:05d}-of-{count:05d}.safetensors": s for i, s in enumerate(shards, start=1)}
+
+
+def nbytes(spec: Spec) -> int:
+    """Bytes that a tensor's values take."""
+    _, shape, dtype = spec
+    return prod(shape) * dtype.size
+
+
+def write_index(folder: Path, stem: str, layout: Mapping[str, Sequence[Spec]]) -> None:
+    """Write `<stem>.safetensors.index.json`, which says where each tensor lies."""
+    total = sum(nbytes(spec) for specs in layout.values() for spec in specs)
+    weight_map = {name: file for file, specs in layout.items() for name, _, _ in specs}
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+class TensorWriter:
+    """A safetensors file that takes its tensors one at a time, in the order laid out."""
+
+    def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+        start = 0
+        for spec in specs:
+            name, shape, dtype = spec
+            end = start + nbytes(spec)
+            header[name] = {
+                "dtype": _TYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
+            start = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # the values start at a multiple of 8 bytes
+        self._due = list(reversed(specs))
+        self._file = path.open("xb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def write(self, name: str, array: mx.array) -> None:
+        """Evaluate `array` and append it; it must be the next of the layout."""
+        due = self._due.pop()
+        if due != (name, array.shape, array.dtype):
+            raise ValueError(f"{name} {array.shape} {array.dtype} is written where {due} is due")
+        # As bits, because numpy has no bfloat16.
+        bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]
+        self._file.write(np.ascontiguousarray(np.array(array.view(bits), copy=False)).data)
+
+    def close(self) -> None:
+        """Close the file, which is whole if every tensor has been written."""
+        self._file.close()
+        if self._due:
+            raise ValueError(f"{self._file.name} was closed before {self._due[-1][0]} was written")

@@ -14,17 +14,21 @@ from huggingface_hub import snapshot_download
 
 from cognica_mlx.errors import CheckpointError
 
-FILES = ("*.json", "*.safetensors", "tokenizer.pkl")
+FILES = ("*.json", "*.safetensors", "tokenizer.pkl", "README.md", "LICENSE")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint's folder on this machine, and whether it came from the hub."""
+    """A checkpoint's folder on this machine, and whether it came from the hub.
+
+    `revision` is the commit that was fetched from there.
+    """
 
     folder: Path
     name: str
     from_hub: bool
+    revision: str | None = None
 
 
 def locate(name: str | Path, revision: str | None = None) -> Source:
@@ -87,4 +91,4 @@ def _fetch(hub_id: str, revision: str | None) -> Source:
         raise CheckpointError(
             f"{hub_id}: no such folder here, and the hub did not give it ({reason})"
         ) from None
-    return Source(Path(snapshot), hub_id, from_hub=True)
+    return Source(Path(snapshot), hub_id, from_hub=True, revision=Path(snapshot).name)

@@ -1,6 +1,7 @@
 """The tokenizer's file, read without trusting it.
 
-- In: a folder with a `tokenizer.pkl`, a pickled `tiktoken.Encoding` (pickle protocol 3 to 5).
+- In: a folder with a `tokenizer.pkl`, a pickled `tiktoken.Encoding` (pickle protocol 3 to 5), or
+  with the `tokenizer.json` that converted models have.
 - Out: a `tiktoken.Encoding` that we build from the file's four plain fields, once checked.
 - No unpickler runs. pickletools takes the file apart, which never executes it, and a small machine
   here replays the few instructions that such a file is made of. It can make text, bytes, integers
@@ -14,13 +15,14 @@ tuple overflows the C stack.
 """
 
 import pickletools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tiktoken
 
+from cognica_mlx.convert import tokenizer_json
 from cognica_mlx.errors import TokenizerError
 
 FILE_NAME = "tokenizer.pkl"
@@ -44,27 +46,45 @@ class _Built(NamedTuple):
 _CLASS, _BLANK = object(), object()  # the Encoding class, and an instance without fields yet
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `read_encoding` would find a file in `folder`."""
+    return any((folder / name).is_file() for name in (FILE_NAME, tokenizer_json.FILE_NAME))
+
+
 def read_encoding(folder: Path) -> tiktoken.Encoding:
-    """The tiktoken encoding in `folder`/tokenizer.pkl, or a TokenizerError; runs nothing of it."""
-    path = Path(folder) / FILE_NAME
-    if not path.is_file():
+    """The tiktoken encoding of a model's folder, or a TokenizerError; runs nothing of it."""
+    path, converted = folder / FILE_NAME, folder / tokenizer_json.FILE_NAME
+    if not has_tokenizer(folder):
         raise TokenizerError(
-            f"{path} is missing: a model folder needs the {FILE_NAME} that was released with it"
+            f"{path} is missing: a model folder needs the {FILE_NAME} that was released with it,"
+            f" or a converted model's {converted.name}"
         )
+    if not path.is_file():
+        fields = tokenizer_json.read_fields(converted)
+        return _checked(converted, lambda: fields)
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
+    return _checked(path, lambda: _unpickled(data))
+
+
+def _unpickled(data: bytes) -> object:
+    if len(data) > MOST_BYTES:
+        raise TokenizerError(f"is larger than {MOST_BYTES >> 20} MiB: not a tokenizer")
+    return _replay(data)
+
+
+def _checked(path: Path, read: Callable[[], object]) -> tiktoken.Encoding:
+    """The encoding of the fields that `read` gives; whatever is wrong with them names `path`."""
     try:
-        if len(data) > MOST_BYTES:
-            raise TokenizerError(f"is larger than {MOST_BYTES >> 20} MiB: not a tokenizer")
-        return _build(_replay(data))
+        return _build(read())
     except TokenizerError as error:
         raise TokenizerError(f"{path} {error}") from error.__cause__
     except Exception as error:  # what pickletools and bad stack contents can raise is no fixed list
         raise TokenizerError(
-            f"{path} is damaged or not a pickled tokenizer ({_one_line(error)}): download it again"
+            f"{path} is damaged or not a tokenizer ({_one_line(error)}): download it again"
         ) from error
 
 

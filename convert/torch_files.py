@@ -109,6 +109,11 @@ class TorchFile:
         """Every tensor's shape by name, in the file's order; reads no tensor."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
+    def dtype(self, name: str) -> mx.Dtype:
+        """The type that the tensor `name` is stored in."""
+        dtype: mx.Dtype = self._tensors[name].storage.dtype
+        return dtype
+
     def read(self, name: str) -> mx.array:
         """A copy of the tensor `name`, of shape `shapes()[name]`, in the type that it is stored in.
 
@@ -126,7 +131,11 @@ class TorchFile:
             shape, f"<u{width}", self._data, start + offset * width, steps
         )
         # Most are aligned and contiguous: then `require` copies nothing, and mx.array once.
-        return mx.array(np.require(bits, requirements=["C", "A"])).view(dtype)
+        array = mx.array(np.require(bits, requirements=["C", "A"])).view(dtype)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            # The file's pages would count as this process's memory as long as it is mapped.
+            self._data.madvise(mmap.MADV_DONTNEED)
+        return array
 
 
 class _Archive:

@@ -8,6 +8,7 @@ from importlib import import_module
 VERBS = {
     "generate": "mlx_poe.commands.generate",
     "calibrate": "mlx_poe.commands.calibrate",
+    "convert": "mlx_poe.commands.convert",
 }
 
 

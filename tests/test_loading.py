@@ -941,7 +941,8 @@ def test_only_a_models_own_files_are_fetched(monkeypatch, tmp_path):
     from huggingface_hub.utils import filter_repo_objects
 
     stored = ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.pkl"]
-    others = ["modeling_cognica_poe.py", "README.md", "token_bytes.pt", "old/model.safetensors"]
+    stored += ["README.md"]  # for its licence
+    others = ["modeling_cognica_poe.py", "token_bytes.pt", "old/model.safetensors"]
     fetched: list[str] = []
 
     def fetch(name: str, revision: str | None, **patterns: list[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +14,9 @@ from rich.table import Table
 from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
 from cognica_mlx.errors import RequestError
 from cognica_mlx.measure import calibrate
-from mlx_poe.commands.options import add_model_flags, make_parser, read_stdin, run
+from mlx_poe.commands.options import add_model_flags, make_parser, run
+from mlx_poe.commands.texts import read_texts, segments
 from mlx_poe.load import find_model, load
-from mlx_poe.tokenizer import Tokenizer
-
-SEGMENT_TOKENS = 512
 
 EXAMPLES = """\
   mlx_poe.calibrate --model path/to/model --data notes.txt
@@ -73,11 +70,11 @@ def _calibrate(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else None
     if output is not None and not output.absolute().parent.is_dir():
         raise RequestError(f"--output {output}: there is no folder {output.absolute().parent}")
-    data = _read_data(args.data)
+    data = read_texts(args.data)
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )
-    texts = _segments(data, tokenizer, args.num_tokens)
+    texts = segments(data, tokenizer, args.num_tokens)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
@@ -103,57 +100,6 @@ def _calibrate(args: argparse.Namespace) -> int:
         _print_tables(calibration)
     print(f"written to {path}", file=sys.stderr)
     return 0
-
-
-def _read_data(name: str) -> list[str | list[dict[str, str]]]:
-    """Texts and chats. RequestError for a line that is neither."""
-    if name == "-":
-        return [read_stdin()]
-    text = Path(name).read_text(encoding="utf-8", errors="replace")
-    if not name.endswith(".jsonl"):
-        return [text]
-    items: list[str | list[dict[str, str]]] = []
-    # Not splitlines: JSON strings may hold the other characters that it splits at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            items.append(_chat(entry["messages"]) if "messages" in entry else str(entry["text"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise RequestError(
-                f"{name}, line {number}: expected a JSON object with text or messages"
-            ) from None
-    return items
-
-
-def _chat(messages: object) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise TypeError("messages are a list of objects")
-    return messages
-
-
-def _segments(
-    data: Sequence[str | list[dict[str, str]]], tokenizer: Tokenizer, num_tokens: int
-) -> list[list[int]]:
-    """Token sequences of up to SEGMENT_TOKENS, each beginning with BOS, `num_tokens` in all."""
-    segments: list[list[int]] = []
-    for item in data:
-        if isinstance(item, str):
-            tokens = tokenizer.encode(item)
-        else:
-            answered = item[-1:] and item[-1].get("role") == "assistant"
-            tokens = tokenizer.apply_chat_template(item, add_generation_prompt=not answered)
-        bos, body = tokens[:1], tokens[1:]
-        for start in range(0, len(body), SEGMENT_TOKENS - 1):
-            segments.append(bos + body[start : start + SEGMENT_TOKENS - 1])
-    kept: list[list[int]] = []
-    for segment in segments:
-        room = num_tokens - sum(map(len, kept))
-        if room <= 1:
-            break
-        kept.append(segment[:room])
-    return kept
 
 
 def _print_tables(calibration: Calibration) -> None:

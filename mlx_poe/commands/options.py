@@ -14,9 +14,10 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cognica_mlx.convert.quantization import BITS
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.errors import PoEError, RequestError
-from mlx_poe.load import DEFAULT_MODEL, DTYPES, QUANTIZE_BITS
+from mlx_poe.load import DEFAULT_MODEL, DTYPES
 
 INTERRUPTED = 130
 
@@ -114,7 +115,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize",
         type=int,
-        choices=QUANTIZE_BITS,
+        choices=BITS,
         metavar="BITS",
         help="round the matrices to 2, 3, 4, 5, 6 or 8 bits in memory",
     )

@@ -1,0 +1,92 @@
+"""The model as mlx-lm runs it: `mlx_lm.generate`, `mlx_lm.perplexity`, `mlx_lm.server`.
+
+- in: a converted model folder; its `model_file` leads mlx-lm here, given `--trust-remote-code`
+- full depth only: stages, WAND and self-speculation are this package's own commands
+- mlx-lm's caches, so that its server can join, split, extend and store them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache
+
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.model import Hidden, PoEModel
+
+ModelArgs = PoEConfig
+
+
+class RotatingCache:
+    """A layer's mlx-lm cache, for one sequence or a batch of them, as `run_layers` asks for it."""
+
+    def __init__(self, cache: Any):
+        self._cache = cache
+
+    @property
+    def offset(self) -> int | mx.array:
+        """The position of the next key, one for each row of a batch."""
+        return self._cache.offset
+
+    def mask(self, length: int) -> mx.array | str | None:
+        """The mask for the next `length` queries over what `update` will return."""
+        return self._cache.make_mask(length)
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append (B, H, T, head_dim); return what T queries at these positions may see."""
+        return self._cache.update_and_fetch(keys, values)
+
+
+class Model(PoEModel):
+    """A Cognica-PoE model with the call and the caches that mlx-lm expects."""
+
+    @property
+    def layers(self) -> list[Any]:
+        """The blocks, under mlx-lm's name for them."""
+        return self.h
+
+    def make_cache(self) -> list[Any]:
+        """The smear's state, then one bounded key-value cache for each layer."""
+        # A window of w shows w + 1 keys.
+        layers = [RotatingKVCache(max_size=window + 1, keep=0) for window in self.config.windows]
+        return [ArraysCache(size=1), *layers]
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """Full-depth logits (flat) or Log-OP scores of tokens (B, T): (B, T, V) float32.
+
+        `cache`, from `make_cache` or what mlx-lm made of several, holds the positions before them
+        and takes these in.
+        """
+        if cache is None:
+            return super().__call__(tokens)
+        caches = [RotatingCache(layer) for layer in cache[1:]]
+        hidden, boundaries = self._embed_after(tokens, cache[0]), {}
+        for stage in range(self.poe_n_stages):
+            hidden = self.run_layers(hidden, self.config.stage_range(stage), caches)
+            boundaries[stage] = hidden
+        return self.full_scores(boundaries)
+
+    def _embed_after(self, tokens: mx.array, state: ArraysCache) -> Hidden:
+        """Embed and smear tokens (B, T); `state` keeps each row's last embedding (B, 1, D).
+
+        Zeros, with which mlx-lm also fills a row that joins a batch, open a text: they smear
+        nothing into the first position.
+        """
+        length = tokens.shape[1]
+        x = self.embeddings(tokens)
+        padding_mask = state.make_mask(length)
+        if padding_mask is not None:
+            x = mx.where(padding_mask[..., None], x, 0)
+        before = mx.zeros_like(x[:, :1]) if state[0] is None else state[0]
+        x = mx.concatenate([before, x], axis=1)
+        if state.lengths is None:
+            # Contiguous: a view would keep the whole prompt's embeddings alive.
+            state[0] = mx.contiguous(x[:, -1:])
+        else:
+            ends = mx.clip(state.lengths, 0, length)
+            state[0] = mx.take_along_axis(x, ends[:, None, None], axis=1)
+        state.advance(length)
+        smeared = self.smear(x)
+        return Hidden(tokens, smeared, smeared)

@@ -1,0 +1,355 @@
+"""Checkpoints to MLX folders, tensor by tensor.
+
+- in: a checkpoint, base or delta, and how its values are to be rounded
+- out: a folder that `load` and mlx-lm read: a whole model, or a delta beside its converted base
+- first everything is laid out from names and shapes alone (`prepare`), then each tensor is read,
+  packed and written before the next (`Conversion.write`), so that memory holds a few tensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from huggingface_hub import HfApi
+from mlx.utils import tree_flatten
+
+from cognica_mlx.calibration import CALIBRATION_FILE
+from cognica_mlx.config import SUMMED, PoEConfig
+from cognica_mlx.convert.checkpoint import Checkpoint, eos_token_ids, read_checkpoint
+from cognica_mlx.convert.model_card import model_card
+from cognica_mlx.convert.output_folder import check_target, new_folder
+from cognica_mlx.convert.quantization import Plan, Rule, Scheme, make_plan, mixed, pack, to_fields
+from cognica_mlx.convert.safetensors_files import (
+    Spec,
+    TensorWriter,
+    lay_out,
+    nbytes,
+    read_json,
+    write_index,
+)
+from cognica_mlx.convert.sources import Source
+from cognica_mlx.convert.stored import StoredTensor
+from cognica_mlx.convert.tokenizer_files import read_encoding
+from cognica_mlx.convert.tokenizer_json import write_tokenizer
+from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.model import PoEModel
+
+# What mlx-lm imports for the model's architecture, if it may (`--trust-remote-code`).
+SHIM_FILE = "cognica_poe.py"
+SHIM = """\
+# For mlx-lm with --trust-remote-code; the package cognica-mlx must be installed.
+from cognica_mlx.mlx_lm_model import Model, ModelArgs
+"""
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+_HEADS = ("wte", "lm_head", "value_embed")
+_SMALL_FILES_BYTES = 32 * 2**20  # more than tokenizer, card and the rest take
+# Too small to be quantised, and trained: by these a base is told from another of its shape.
+_FINGERPRINT = ("smear_lambda", "backout_lambda", "smear_gate.weight")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A folder laid out and not written yet.
+
+    `weights` and `plan` go by the model's parameter names, `layout` by the names in the files.
+    `base` is the converted base that a delta folder refers to; without it the folder stands alone.
+    """
+
+    checkpoint: Checkpoint
+    config: PoEConfig
+    weights: dict[str, StoredTensor]
+    plan: Plan
+    dtype: mx.Dtype | None
+    base: Source | None
+
+    @property
+    def stem(self) -> str:
+        """How the files with the weights begin."""
+        return "delta" if self.base else "model"
+
+    @cached_property
+    def layout(self) -> dict[str, list[Spec]]:
+        """The files with the weights, and the tensors of each."""
+        specs = []
+        for name, tensor in self.weights.items():
+            shapes = self._packed(name, mx.zeros(tensor.shape, tensor.dtype))
+            specs += [(key, array.shape, array.dtype) for key, array in shapes.items()]
+        return lay_out(specs, self.stem)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the weights that are read."""
+        return sum(tensor.nbytes for tensor in self.weights.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are written."""
+        return sum(nbytes(spec) for specs in self.layout.values() for spec in specs)
+
+    @cached_property
+    def n_parameters(self) -> int:
+        """Parameters that are written, before packing."""
+        parameters = dict(tree_flatten(PoEModel(self.config).parameters()))
+        return sum(parameters[name].size for name in self.weights if name in parameters)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """What a parameter takes in the files, scales and unpacked tensors included."""
+        return 8 * self.nbytes / self.n_parameters
+
+    def write(
+        self, target: Path, overwrite: bool = False, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Write the folder `target`, whole or not at all.
+
+        `progress` is called with the bytes of every tensor written. Raises RequestError where
+        `target` must not be written, CheckpointError or OSError where it cannot be.
+        """
+        check_target(target, overwrite, [*_folders(self.checkpoint), *self._base_folder()])
+        with new_folder(target, self.nbytes + _SMALL_FILES_BYTES) as folder:
+            self._write_small_files(folder, target)
+            self._write_weights(folder, progress or (lambda _: None))
+
+    def _base_folder(self) -> list[Path]:
+        return [self.base.folder] if self.base else []
+
+    def _packed(self, name: str, array: mx.array) -> dict[str, mx.array]:
+        """What a parameter becomes: its tensors by their names in the files."""
+        if any(part in name for part in _HEADS) and array.ndim == 2:
+            array = _with_rows(array, self.config.padded_vocab_size)
+        packed = pack(name, array, self.plan, self.dtype)
+        return {self._stored_name(key): value for key, value in packed.items()}
+
+    def _stored_name(self, name: str) -> str:
+        if self.base is None:
+            return name
+        head = f"lm_head_specialists.{len(self.config.specialist_layers) - 1}"
+        return name.replace(head, "lm_head_stage")
+
+    def _write_weights(self, folder: Path, progress: Callable[[int], None]) -> None:
+        tensors = self._tensors()
+        for file, specs in self.layout.items():
+            writer = TensorWriter(folder / file, specs)
+            for spec in specs:
+                name, array = next(tensors)
+                writer.write(name, array)
+                del array  # before the next is read
+                progress(nbytes(spec))
+            writer.close()
+        write_index(folder, self.stem, self.layout)
+
+    def _tensors(self) -> Iterator[tuple[str, mx.array]]:
+        for name, tensor in self.weights.items():
+            packed = self._packed(name, tensor.read())
+            mx.eval(packed)
+            while packed:
+                first = next(iter(packed))
+                yield first, packed.pop(first)
+            mx.clear_cache()
+
+    def _write_small_files(self, folder: Path, target: Path) -> None:
+        checkpoint = self.checkpoint
+        encoding = read_encoding(checkpoint.tokenizer_folder)
+        special = encoding._special_tokens
+        bos = special.get("<|bos|>")
+        stops = [t for t in (special.get("<|assistant_end|>"), bos) if t is not None]
+        write_tokenizer(folder, encoding, chat=bool(self.config.specialist_layers))
+        generation = checkpoint.source.folder / "generation_config.json"
+        defaults = read_json(generation) if generation.is_file() else {}
+        stops += sorted(eos_token_ids(checkpoint.source))
+        tokens = {"bos_token_id": bos, "eos_token_id": list(dict.fromkeys(stops))}
+        _write_json(folder / generation.name, {**defaults, **tokens})
+        _write_json(folder / "config.json", {**self._config_fields(target), **tokens})
+        if self.base is None:
+            (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")
+        for name in (CALIBRATION_FILE, "LICENSE"):
+            if (checkpoint.source.folder / name).is_file():
+                shutil.copyfile(checkpoint.source.folder / name, folder / name)
+        calibrated = (folder / CALIBRATION_FILE).is_file()
+        card = model_card(checkpoint, target.name, self.settings(), self.base, calibrated)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def settings(self) -> dict[str, str]:
+        """What was asked for, in words."""
+        dtype = "as stored"
+        if self.dtype is not None:
+            dtype = next(name for name, kind in DTYPES.items() if kind == self.dtype)
+        schemes = list(self.plan.values())
+        counts = {s: schemes.count(s) for s in dict.fromkeys(schemes)}
+        quantised = [
+            f"{s.bits} bits, groups of {s.group_size}, {s.mode} ({count} matrices)"
+            for s, count in sorted(counts.items(), key=lambda item: -item[1])
+        ]
+        return {
+            "result": f"delta on {self.base.name}" if self.base else "whole model",
+            "dtype": dtype,
+            "quantised": "; ".join(quantised) or "no",
+            "bits per weight": f"{self.bits_per_weight:.3f}",
+        }
+
+    def _config_fields(self, target: Path) -> dict[str, Any]:
+        fields = {"model_type": "cognica_poe", **self.config.to_dict()}
+        if self.base is None:
+            fields["model_file"] = SHIM_FILE
+        else:
+            # A delta's configuration is about its own link; the rest is its base's to say.
+            new_layers = fields.pop("specialist_layers")[-1]
+            for name in ("stage_layers", "value_embed_layers", "per_stage_head", "poe_alpha"):
+                del fields[name]
+            reference = self.base.name
+            if not self.base.from_hub:
+                reference = os.path.relpath(self.base.folder.resolve(), target.resolve())
+            fields["base_model_name_or_path"] = reference
+            fields["new_layers"] = new_layers
+            fields["frozen_layers"] = self.config.n_layer - new_layers
+        floats = [tensor.dtype for name, tensor in self.weights.items() if name.startswith("h.0.")]
+        kind = self.dtype or next((d for d in floats if d in DTYPES.values()), mx.bfloat16)
+        fields["torch_dtype"] = next(name for name, d in DTYPES.items() if d == kind)
+        if self.plan:
+            entry = {self._stored_name(k): v for k, v in to_fields(self.plan).items()}
+            fields["quantization"] = fields["quantization_config"] = entry
+        return fields
+
+
+def prepare(
+    source: Source,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    quantization: Scheme | None = None,
+    recipe: str | None = None,
+    rules: Sequence[Rule] = (),
+    base: Source | None = None,
+) -> Conversion:
+    """Lay out the conversion of a checkpoint; reads configurations and headers only.
+
+    A specialist is merged with all that it stands on into one model, whose final head is the sum
+    of its heads, taken in float32. With `base`, a converted folder of what it stands on, only its
+    own tensors are written, as a delta that refers to `base`. `dtype` is "float32", "bfloat16" or
+    "float16"; by default each tensor keeps its bits, and a summed head is float32. `quantization`
+    rounds the matrices, but for what a `recipe` of RECIPES and then `rules` say (see `make_plan`).
+    `step` is a nanochat step.
+
+    Raises CheckpointError or ConfigError for a checkpoint that is not whole or does not fit
+    `base`, RequestError for options that make no sense.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise RequestError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    checkpoint = read_checkpoint(source, step)
+    if quantization and checkpoint.plan:
+        raise RequestError(
+            f"{source.name} is quantised already: convert what it was made from instead"
+        )
+    config, weights = checkpoint.config, checkpoint.weights
+    if base is not None:
+        _check_base(checkpoint, base)
+        weights = checkpoint.own_weights
+    elif config.specialist_layers and config.head_mode == "dual":
+        if any(path.startswith("lm_head") for path in checkpoint.plan):
+            raise RequestError(
+                f"{source.name} has quantised heads, which cannot be summed: "
+                "merge what it was made from instead"
+            )
+        weights = _with_summed_heads(checkpoint)
+        config = replace(config, head_mode=SUMMED)
+    plan = checkpoint.plan
+    if quantization:
+        if recipe:
+            quantization, of_recipe = mixed(config, recipe, quantization)
+            rules = [*of_recipe, *rules]
+        plan = make_plan(config, quantization, rules)
+    plan = {path: scheme for path, scheme in plan.items() if f"{path}.weight" in weights}
+    weights = {name: weights[name] for name in sorted(weights, key=_place)}
+    return Conversion(checkpoint, config, weights, plan, DTYPES[dtype] if dtype else None, base)
+
+
+def upload(folder: Path, repo_id: str) -> str:
+    """Put a converted folder on the Hugging Face hub, with the user's own token; its address.
+
+    Raises CheckpointError where the hub does not take it; the folder stays as it is.
+    """
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
+    except Exception as error:
+        # Errors of its HTTP library come through too, and which one that is changes.
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise CheckpointError(
+            f"{folder} is written, but the hub did not take it as {repo_id} ({reason})"
+        ) from None
+
+
+def _folders(checkpoint: Checkpoint) -> list[Path]:
+    """Where a checkpoint and all that it stands on lie."""
+    return [checkpoint.source.folder, *(_folders(checkpoint.base) if checkpoint.base else [])]
+
+
+def _check_base(checkpoint: Checkpoint, base: Source) -> None:
+    """Raise CheckpointError unless `base` is a conversion of what `checkpoint` stands on."""
+    name, expected = checkpoint.source.name, checkpoint.base
+    if expected is None:
+        raise RequestError(f"{name} is a base itself: it has no other to refer to")
+    converted = read_checkpoint(base)
+    if converted.config.head_mode == SUMMED:
+        raise RequestError(
+            f"{base.name} is merged, with its heads summed: name a delta folder of it instead"
+        )
+    for field, value in expected.config.to_dict().items():
+        other = converted.config.to_dict()[field]
+        if value != other:
+            raise CheckpointError(
+                f"{base.name} is not what {name} stands on: {field} is {other}, not {value}"
+            )
+    for tensor in _FINGERPRINT:
+        ours, theirs = (c.weights[tensor].read().astype(mx.float32) for c in (expected, converted))
+        # Within what a cast to 16 bits changes.
+        if not mx.allclose(ours, theirs, rtol=0.01, atol=1e-4).item():
+            raise CheckpointError(f"{base.name} is not what {name} stands on: its {tensor} differs")
+
+
+def _with_summed_heads(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """The weights, each specialist's head replaced by the sum of all heads that it speaks with."""
+    weights = dict(checkpoint.weights)
+    heads = [weights["lm_head.weight"]]
+    for i in range(len(checkpoint.config.specialist_layers)):
+        name = f"lm_head_specialists.{i}.weight"
+        heads.append(weights[name])
+        rows = min(head.shape[0] for head in heads)
+        shape = (rows, checkpoint.config.n_embd)
+        weights[name] = StoredTensor(shape, mx.float32, partial(_sum, tuple(heads), rows))
+    return weights
+
+
+def _sum(heads: Sequence[StoredTensor], rows: int) -> mx.array:
+    total = mx.zeros((rows, heads[0].shape[1]), mx.float32)
+    for head in heads:
+        total = total + head.read()[:rows].astype(mx.float32)
+        mx.eval(total)
+    return total
+
+
+def _place(name: str) -> list[tuple[int, str]]:
+    """Sorts names with their numbers as numbers: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _with_rows(array: mx.array, rows: int) -> mx.array:
+    """`array` with just so many rows, the last ones cut off or zeros added: nobody reads them."""
+    if array.shape[0] >= rows:
+        return array[:rows]
+    return mx.pad(array, [(0, rows - array.shape[0]), (0, 0)])
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

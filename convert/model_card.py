@@ -1,0 +1,78 @@
+"""The README.md of a converted folder: where it came from, what was done, how to run it."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from cognica_mlx.convert.checkpoint import Checkpoint
+from cognica_mlx.convert.sources import Source
+from cognica_mlx.errors import CheckpointError
+
+
+def model_card(
+    checkpoint: Checkpoint,
+    name: str,
+    settings: dict[str, str],
+    base: Source | None,
+    calibrated: bool,
+) -> str:
+    """The card as Markdown with the hub's metadata before it.
+
+    `settings` is what was asked for, in words; `base` the converted folder that a delta refers to.
+    """
+    source = checkpoint.source
+    license_name = _license(checkpoint)
+    data = ModelCardData(
+        license=license_name,
+        library_name="mlx",
+        pipeline_tag="text-generation",
+        tags=["mlx", "cognica-poe"],
+        base_model=source.name if source.from_hub else None,
+    )
+    rows = {"source": " on ".join(_links(checkpoint)), "revision": source.revision or "local files"}
+    rows |= settings
+    rows["licence"] = license_name or "the source names none: its own terms apply"
+    rows["made with"] = f"cognica-mlx {version('cognica-mlx')}, MLX {version('mlx')}"
+    lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
+    lines.append("A Cognica Product-of-Experts language model for MLX.")
+    lines += ["", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in rows.items()]
+    lines += ["", "```bash", "pip install cognica-mlx"]
+    lines.append(f'mlx_poe.generate --model {name} --prompt "The capital of France is"')
+    if base is None:
+        lines.append(f"mlx_lm.generate --model {name} --trust-remote-code --prompt ...")
+    lines += ["```", ""]
+    if base is None:
+        lines.append("mlx-lm runs it at full depth; its `--trust-remote-code` is needed to import")
+        lines.append("cognica-mlx, which is all that the Python file in this folder does.")
+    else:
+        lines.append(f"This folder holds only what was trained on top of `{base.name}`, and needs")
+        lines.append("it where `base_model_name_or_path` in config.json says.")
+    if calibrated:
+        lines += ["", "`poe_calibration.json` was measured on the source. Rounding shifts margins:"]
+        lines.append("`mlx_poe.calibrate` measures anew what the adaptive modes promise.")
+    return "\n".join(lines) + "\n"
+
+
+def _links(checkpoint: Checkpoint) -> list[str]:
+    """The names of a checkpoint and of all that it stands on; of local ones the folder's only."""
+    source = checkpoint.source
+    name = source.name if source.from_hub else Path(source.folder).resolve().name
+    return [f"`{name}`", *(_links(checkpoint.base) if checkpoint.base else [])]
+
+
+def _license(checkpoint: Checkpoint) -> str | None:
+    """What the nearest model card in the chain names as its licence."""
+    card = checkpoint.source.folder / "README.md"
+    if card.is_file():
+        try:
+            named = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        except Exception as error:  # whatever its YAML reader raises
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{card} cannot be read as a model card: {reason}") from None
+        if named_license := named.data.get("license"):
+            return str(named_license)
+    return _license(checkpoint.base) if checkpoint.base else None

@@ -1,0 +1,208 @@
+"""Which matrices are rounded to how many bits, and how a checkpoint says so.
+
+- a `Plan` gives a `Scheme` to each module that is quantised; MLX does the rounding
+- made from the command's options, or read from a converted folder's `config.json`, where it stands
+  as mlx-lm writes and reads it
+- what is narrower than a group (the gates) and what is no matrix (the scalars) is never in a plan
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.model import PoEModel
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+# The modes of mx.quantize: group size and bits where none are given, or the only ones there are.
+MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+# mlx-lm's mixed recipes: bits of most matrices, and of those that suffer most.
+RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+UNQUANTIZED = 16
+
+_SUFFIXES = ("weight", "scales", "biases")
+_LAYER = re.compile(r"h\.(\d+)\.")
+_RANGE = re.compile(r"(layer|stage)s?(\d{1,5})(?:-(\d{1,5}))?")
+_SENSITIVE = re.compile(r"h\.\d+\.(attn\.c_v|mlp\.c_proj)")
+_KINDS = {
+    "head": re.compile(r"lm_head.*"),
+    "embed": re.compile(r"wte|.*\.value_embed"),
+    "attn": re.compile(r"h\.\d+\.attn\.c_.*"),
+    "mlp": re.compile(r"h\.\d+\.mlp\..*"),
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a matrix is rounded: `bits` a weight, in groups of `group_size` along a row, `mode`."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def quantize(self, matrix: mx.array) -> dict[str, mx.array]:
+        """`matrix` (rows, columns) as a module's packed "weight", "scales" and perhaps "biases"."""
+        parts = mx.quantize(matrix, self.group_size, self.bits, mode=self.mode)
+        return dict(zip(_SUFFIXES, parts, strict=False))
+
+
+Plan = dict[str, Scheme]
+# What is to get other bits than the rest, and how many.
+Rule = tuple[str, int]
+
+
+def scheme(bits: int | None = None, group_size: int | None = None, mode: str = "affine") -> Scheme:
+    """The scheme of these options, with the mode's own values where they are None.
+
+    Raises RequestError for a combination that MLX does not have.
+    """
+    if mode not in MODES:
+        raise RequestError(f"q-mode {mode!r} is none of {', '.join(MODES)}")
+    default_group, default_bits = MODES[mode]
+    bits, group_size = bits or default_bits, group_size or default_group
+    if mode != "affine" and (group_size, bits) != (default_group, default_bits):
+        raise RequestError(
+            f"q-mode {mode} always has {default_bits} bits in groups of {default_group}: "
+            "leave out q-bits and q-group-size, or choose affine"
+        )
+    if mode == "affine" and bits not in BITS:
+        raise RequestError(f"q-bits {bits}: can be {', '.join(map(str, BITS))}")
+    if mode == "affine" and group_size not in GROUP_SIZES:
+        raise RequestError(f"q-group-size {group_size}: can be {', '.join(map(str, GROUP_SIZES))}")
+    return Scheme(bits, group_size, mode)
+
+
+def make_plan(config: PoEConfig, default: Scheme, rules: Sequence[Rule] = ()) -> Plan:
+    """`default` for every matrix of a model of `config`, but what `rules` say; later ones win.
+
+    A rule names "head", "embed", "attn", "mlp", a stage ("stage0"), a layer ("layer3") or several
+    ("layers0-5"). Its bits are in `default`'s mode if that has them, else affine; 16 leaves alone.
+    Raises RequestError for a rule that names nothing in the model, or bits that do not exist.
+    """
+    matrices = _matrices(config)
+    schemes = dict.fromkeys(matrices, default)
+    for what, bits in rules:
+        chosen = default
+        if bits != default.bits:
+            group_size = default.group_size if default.mode == "affine" else None
+            chosen = scheme(bits, group_size) if bits != UNQUANTIZED else Scheme(UNQUANTIZED, 1)
+        named = _selected(config, matrices, what)
+        if not named:
+            raise RequestError(f"q-bits-for {what}: this model has none")
+        schemes.update(dict.fromkeys(named, chosen))
+    return {
+        path: scheme
+        for path, scheme in schemes.items()
+        if scheme.bits != UNQUANTIZED and matrices[path] % scheme.group_size == 0
+    }
+
+
+def mixed(config: PoEConfig, recipe: str, scheme: Scheme) -> tuple[Scheme, list[Rule]]:
+    """One of RECIPES as a default scheme, in `scheme`'s groups, and the rules that go with it.
+
+    More bits go to the head, and in the first and last eighth of the layers and every third
+    between to the values and the MLP's way back. Raises RequestError unless `scheme` is affine.
+    """
+    if scheme.mode != "affine":
+        raise RequestError(f"quant-predicate {recipe} is for q-mode affine only")
+    low_bits, high_bits = RECIPES[recipe]
+    eighth = config.n_layer // 8
+    layers = [
+        i
+        for i in range(config.n_layer)
+        if i < eighth or i >= 7 * config.n_layer // 8 or (i - eighth) % 3 == 2
+    ]
+    rules = [("head", high_bits), *((f"sensitive{i}", high_bits) for i in layers)]
+    return replace(scheme, bits=low_bits), rules
+
+
+def _matrices(config: PoEConfig) -> dict[str, int]:
+    """The modules that MLX can quantise, and the length of their rows."""
+    return {
+        path: module.weight.shape[-1]
+        for path, module in PoEModel(config).named_modules()
+        if hasattr(module, "to_quantized")
+    }
+
+
+def _selected(config: PoEConfig, matrices: Iterable[str], what: str) -> list[str]:
+    if what in _KINDS:
+        return [path for path in matrices if _KINDS[what].fullmatch(path)]
+    if what.startswith("sensitive"):
+        prefix = f"h.{what.removeprefix('sensitive')}."
+        return [p for p in matrices if p.startswith(prefix) and _SENSITIVE.fullmatch(p)]
+    match = _RANGE.fullmatch(what)
+    if not match:
+        raise RequestError(
+            f"q-bits-for {what}: name head, embed, attn, mlp, stage0 and so on, or layers0-5"
+        )
+    kind, first, last = match[1], int(match[2]), int(match[3] or match[2])
+    count = config.n_layer if kind == "layer" else config.poe_n_stages
+    if not first <= last < count:
+        raise RequestError(f"q-bits-for {what}: this model has {kind}s 0 to {count - 1}")
+    layers = set(range(first, last + 1))
+    if kind == "stage":
+        layers = {i for stage in layers for i in config.stage_range(stage)}
+    return [path for path in matrices if (m := _LAYER.match(path)) and int(m[1]) in layers]
+
+
+def pack(
+    name: str, array: mx.array, plan: Plan, dtype: mx.Dtype | None = None
+) -> dict[str, mx.array]:
+    """A parameter by its name, in `dtype`, and rounded if it is the weight of a module in `plan`.
+
+    What is packed already, in integers, stays as it is.
+    """
+    if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
+        array = array.astype(dtype)
+    module, _, suffix = name.rpartition(".")
+    if suffix != "weight" or module not in plan or not mx.issubdtype(array.dtype, mx.floating):
+        return {name: array}
+    return {f"{module}.{key}": part for key, part in plan[module].quantize(array).items()}
+
+
+def apply_plan(model: PoEModel, plan: Plan) -> None:
+    """Replace the modules in `plan` by quantised ones, their weights unevaluated."""
+    if plan:
+        nn.quantize(
+            model, class_predicate=lambda path, _: asdict(plan[path]) if path in plan else False
+        )
+
+
+def to_fields(plan: Plan) -> dict[str, Any]:
+    """The entry `quantization` of a `config.json`: the commonest scheme, and all others by path."""
+    schemes = list(plan.values())
+    common = max(dict.fromkeys(schemes), key=schemes.count)
+    others = {path: asdict(scheme) for path, scheme in plan.items() if scheme != common}
+    return {**asdict(common), **others}
+
+
+def from_fields(fields: Mapping[str, Any], tensors: Iterable[str]) -> Plan:
+    """The plan by which a checkpoint's `tensors` were packed, from its `config.json`.
+
+    Raises CheckpointError where packed tensors are there and their scheme is not, or is none.
+    """
+    paths = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
+    if not paths:
+        return {}
+    entry = fields.get("quantization")
+    if not isinstance(entry, Mapping):
+        raise CheckpointError("holds quantised tensors, but its config.json has no quantization")
+    plan: Plan = {}
+    for path in paths:
+        own = entry[path] if isinstance(entry.get(path), Mapping) else entry
+        try:
+            plan[path] = scheme(own["bits"], own["group_size"], own.get("mode", "affine"))
+        except (KeyError, TypeError, RequestError):
+            raise CheckpointError(
+                f"has no valid quantization for {path} in its config.json: {dict(own)!r:.120}"
+            ) from None
+    return plan

@@ -1,0 +1,182 @@
+"""The tokenizer without a pickle: Hugging Face's tokenizer.json, out and in.
+
+- out: what `tokenizers`, transformers and so mlx-lm load: byte-level BPE with tiktoken's own
+  splitting pattern, the chat layout as a template, `<|bos|>` put first
+- in: the four fields of a `tiktoken.Encoding`, the same as were written; ranks are the ids, so the
+  merges, which follow from them, are not read
+- tiktoken joins whichever neighbours make a token, lowest rank first: so every split of a token
+  into two tokens is listed as a merge, in the order of the ranks
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from cognica_mlx.errors import TokenizerError
+
+FILE_NAME = "tokenizer.json"
+MOST_BYTES = 256 * 2**20  # 48000 tokens with their merges take 8 million
+
+_BOS, _ASSISTANT_END = "<|bos|>", "<|assistant_end|>"
+
+# As `Tokenizer.apply_chat_template`: at most one system message, then user and assistant in turns.
+_CHAT_TEMPLATE = """\
+{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else none -%}
+{%- set turns = messages if system is none else messages[1:] -%}
+{{- '<|bos|>' -}}
+{%- for message in turns -%}
+{%- set due = 'user' if loop.index0 % 2 == 0 else 'assistant' -%}
+{%- if message['role'] != due -%}
+{{- raise_exception("a message is the " ~ message['role'] ~ "'s where the " ~ due ~ "'s is due") -}}
+{%- endif -%}
+{{- '<|' ~ due ~ '_start|>' -}}
+{%- if loop.first and system is not none -%}{{- system ~ '\\n\\n' -}}{%- endif -%}
+{{- message['content'] -}}
+{{- '<|' ~ due ~ '_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
+"""
+
+
+def _byte_characters() -> dict[int, str]:
+    """The visible character that stands for each byte in byte-level BPE files (as GPT-2's).
+
+    Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 and what follows.
+    """
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in plain]
+    return {
+        byte: chr(byte) if byte in plain else chr(256 + others.index(byte)) for byte in range(256)
+    }
+
+
+_CHARACTERS = _byte_characters()
+_BYTES = {character: byte for byte, character in _CHARACTERS.items()}
+
+
+def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, *, chat: bool) -> None:
+    """Write an encoding as tokenizer.json and tokenizer_config.json; with `chat` the chat template.
+
+    Text ends at `<|assistant_end|>` in a chat, else where the next document's `<|bos|>` begins.
+    """
+    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    _write(folder / FILE_NAME, _tokenizer_json(encoding._pat_str, ranks, special))
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**9,  # the windows slide: there is no longest text
+    }
+    end = _ASSISTANT_END if chat else _BOS
+    config |= {k: v for k, v in (("bos_token", _BOS), ("eos_token", end)) if v in special}
+    _write(folder / "tokenizer_config.json", config)
+    if chat:
+        (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _tokenizer_json(
+    pat_str: str, ranks: Mapping[bytes, int], special: Mapping[str, int]
+) -> dict[str, Any]:
+    tokens = sorted(ranks, key=lambda token: ranks[token])
+    names = {token: "".join(_CHARACTERS[byte] for byte in token) for token in tokens}
+    merges = [
+        [names[token[:i]], names[token[i:]]]
+        for token in tokens
+        for i in range(1, len(token))
+        if token[:i] in ranks and token[i:] in ranks
+    ]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": number, "content": text, **flags, "special": True}
+        for text, number in sorted(special.items(), key=lambda item: item[1])
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    split = {"type": "Split", "pattern": {"Regex": pat_str}, "behavior": "Isolated"}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{**split, "invert": False}, {**byte_level, "use_regex": False}],
+        },
+        "post_processor": _bos_first(special),
+        "decoder": {**byte_level, "use_regex": False},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # tiktoken looks for the whole piece first
+            "vocab": {names[token]: ranks[token] for token in tokens},
+            "merges": merges,
+        },
+    }
+
+
+def _bos_first(special: Mapping[str, int]) -> dict[str, Any] | None:
+    if _BOS not in special:
+        return None
+    bos = {"SpecialToken": {"id": _BOS, "type_id": 0}}
+    first, second = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, second],
+        "special_tokens": {_BOS: {"id": _BOS, "ids": [special[_BOS]], "tokens": [_BOS]}},
+    }
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a `tiktoken.Encoding` from a tokenizer.json that `write_tokenizer` wrote.
+
+    They are plain and of the right kinds, and no more has been checked. Raises TokenizerError,
+    naming the file, where it is damaged or describes another kind of tokenizer.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise TokenizerError(f"{path} is larger than {MOST_BYTES >> 20} MiB: not a tokenizer")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model = content["model"]
+        split, byte_level = content["pre_tokenizer"]["pretokenizers"]
+        known = (
+            content["normalizer"] is None
+            and (model["type"], model["ignore_merges"]) == ("BPE", True)
+            and (split["type"], split["behavior"]) == ("Split", "Isolated")
+            and not split["invert"]
+            and (byte_level["type"], byte_level["use_regex"]) == ("ByteLevel", False)
+            and not byte_level["add_prefix_space"]
+        )
+        if not known:
+            raise TokenizerError(f"{path} is not the byte-level BPE that converted models have")
+        ranks = {
+            bytes(_BYTES[character] for character in token): number
+            for token, number in model["vocab"].items()
+        }
+        special = {token["content"]: token["id"] for token in content["added_tokens"]}
+        return {
+            "name": path.parent.name,
+            "pat_str": split["pattern"]["Regex"],
+            "mergeable_ranks": ranks,
+            "special_tokens": special,
+        }
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise TokenizerError(
+            f"{path} is damaged or not a converted model's tokenizer ({reason})"
+        ) from error

@@ -1,0 +1,232 @@
+"""mlx_poe.convert: checkpoints of every kind to MLX folders, quantised if wanted."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cognica_mlx.convert.conversion import DTYPES, Conversion, prepare, upload
+from cognica_mlx.convert.output_folder import check_target
+from cognica_mlx.convert.quantization import BITS, MODES, RECIPES, Rule, Scheme, scheme
+from cognica_mlx.convert.safetensors_files import nbytes
+from cognica_mlx.errors import RequestError
+from mlx_poe.commands.options import make_parser, run
+from mlx_poe.commands.texts import read_texts, segments
+from mlx_poe.load import find_model, load
+from mlx_poe.verify import SAMPLE, compare
+
+VERIFY_TOKENS = 4096
+
+EXAMPLES = """\
+  mlx_poe.convert --hf-path path/to/base --mlx-path base-mlx
+  mlx_poe.convert --hf-path owner/name -q --mlx-path name-4bit
+  mlx_poe.convert --hf-path path/to/base -q --q-bits-for head=8 --q-bits-for stage0=6 --verify
+  mlx_poe.convert --hf-path base_checkpoints/d24 --step 5000 --mlx-path d24-mlx
+  mlx_poe.convert --hf-path path/to/specialist --mlx-path specialist-mlx
+  mlx_poe.convert --hf-path path/to/specialist --base base-mlx --mlx-path specialist-delta-mlx
+  mlx_poe.convert --hf-path poe-tiny-chat -q --dry-run"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = make_parser(
+        "mlx_poe.convert",
+        "Convert a Cognica-PoE checkpoint to an MLX folder, which mlx_poe and mlx-lm load: a "
+        "Hugging Face folder or hub id, a nanochat folder, or a converted one; a base, or a "
+        "specialist with all that it stands on.",
+        EXAMPLES,
+    )
+    parser.add_argument(
+        "--hf-path",
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="folder, hub id, or built-in poe-tiny or poe-tiny-chat",
+    )
+    parser.add_argument(
+        "--mlx-path", default="mlx_model", metavar="FOLDER", help="default: %(default)s"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    parser.add_argument("--step", type=int, help="step of a nanochat folder (default: its latest)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="type of what is not quantised (default: as stored, and a specialist's summed head "
+        "in float32)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="FOLDER",
+        help="write a specialist as a delta that refers to this converted base, so that several "
+        "share it (default: merge it with its base into one model)",
+    )
+    group = parser.add_argument_group("quantisation")
+    group.add_argument("-q", "--quantize", action="store_true", help="round the matrices")
+    group.add_argument("--q-bits", type=int, choices=BITS, help="bits per weight (default: 4)")
+    group.add_argument(
+        "--q-group-size", type=int, help="weights that share a scale: 32, 64 or 128 (default: 64)"
+    )
+    group.add_argument("--q-mode", choices=MODES, default="affine", help="default: %(default)s")
+    group.add_argument(
+        "--q-bits-for",
+        type=_rule,
+        action="append",
+        default=[],
+        metavar="WHAT=BITS",
+        help="other bits for head, embed, attn, mlp, a stage (stage0) or layers (layers0-5); 16 "
+        "leaves them alone; may be repeated, later ones win",
+    )
+    group.add_argument(
+        "--quant-predicate",
+        choices=RECIPES,
+        help="mixed recipe: fewer bits for most, more for the head and every third layer's values",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--dry-run", action="store_true", help="say what would be read and written, and stop"
+    )
+    group.add_argument(
+        "--verify",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="run a text (of your own, if named) through source and result, and compare",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    group.add_argument("--upload-repo", metavar="REPO", help="hub repository to upload to")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    # What a Ctrl-C cleans up, being told to end cleans up too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run(build_parser(), _convert, argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _rule(text: str) -> Rule:
+    what, _, bits = text.partition("=")
+    return what, int(bits)
+
+
+_rule.__name__ = "WHAT=BITS"
+
+
+def _convert(args: argparse.Namespace) -> int:
+    if args.step is not None and args.step < 0:
+        raise RequestError(f"--step {args.step}: steps count from 0")
+    target, started = Path(args.mlx_path), time.perf_counter()
+    check_target(target, args.overwrite)  # before anything is fetched
+    conversion = prepare(
+        find_model(args.hf_path, args.revision),
+        step=args.step,
+        dtype=args.dtype,
+        quantization=_scheme(args),
+        recipe=args.quant_predicate,
+        rules=args.q_bits_for,
+        base=find_model(args.base) if args.base else None,
+    )
+    if args.upload_repo and conversion.base and not conversion.base.from_hub:
+        raise RequestError(
+            f"--upload-repo: the delta would refer to {args.base}, which is not on the hub; give "
+            "--base as a hub id, or merge"
+        )
+    if args.dry_run:
+        _print_plan(conversion, target)
+        return 0
+    with _progress_bar() as bar:
+        task = bar.add_task(str(target), total=conversion.nbytes)
+        conversion.write(target, args.overwrite, lambda done: bar.advance(task, done))
+    seconds = time.perf_counter() - started
+    _print_summary(conversion)
+    print(f"written to {target} in {seconds:.1f} s, peak memory {_peak_memory() / 1e9:.2f} GB")
+    if args.verify is not None:
+        _verify(args, target)
+    if args.upload_repo:
+        print(f"uploaded to {upload(target, args.upload_repo)}")
+    return 0
+
+
+def _scheme(args: argparse.Namespace) -> Scheme | None:
+    if args.quantize:
+        return scheme(args.q_bits, args.q_group_size, args.q_mode)
+    for name in ("q_bits", "q_group_size", "q_bits_for", "quant_predicate"):
+        if getattr(args, name):
+            raise RequestError(f"--{name.replace('_', '-')} says how to quantise: add -q")
+    if args.q_mode != "affine":
+        raise RequestError("--q-mode says how to quantise: add -q")
+    return None
+
+
+def _progress_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+
+
+def _peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _print_plan(conversion: Conversion, target: Path) -> None:
+    checkpoint = conversion.checkpoint
+    print("would read")
+    link = checkpoint
+    while link is not None:
+        own = link.own_weights.values()
+        size = sum(tensor.nbytes for tensor in own)
+        print(f"  {link.source.folder}: {len(own)} tensors, {_size(size)}")
+        if link.base is None:
+            break
+        link = link.base
+    print(f"would write to {target}")
+    for file, specs in conversion.layout.items():
+        print(f"  {file}: {len(specs)} tensors, {_size(sum(map(nbytes, specs)))}")
+    _print_summary(conversion)
+
+
+def _print_summary(conversion: Conversion) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in conversion.settings().items():
+        table.add_row(key, value)
+    table.add_row("parameters", f"{conversion.n_parameters:,}")
+    table.add_row("size", f"{_size(conversion.source_bytes)} -> {_size(conversion.nbytes)}")
+    Console().print(table)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _verify(args: argparse.Namespace, target: Path) -> None:
+    source, tokenizer = load(args.hf_path, revision=args.revision)
+    result, _ = load(target)
+    texts = segments(read_texts(args.verify) if args.verify else [SAMPLE], tokenizer, VERIFY_TOKENS)
+    differences = compare(
+        source, result, texts, tokenizer.token_byte_lengths(source.config.vocab_size)
+    )
+    table = Table(title=f"source and result on {sum(map(len, texts))} tokens")
+    for heading in ("stage", "max logit difference", "top-1 agreement", "bits per byte"):
+        table.add_column(heading, justify="right")
+    for stage, difference in enumerate(differences):
+        before, after = difference.bits_per_byte
+        table.add_row(
+            "full" if stage == len(differences) - 1 else str(stage),
+            f"{difference.logit_difference:.5f}",
+            f"{difference.agreement:.1%}",
+            f"{before:.4f} -> {after:.4f}",
+        )
+    Console().print(table)

@@ -1,0 +1,65 @@
+"""Texts to measure on: from a file to token sequences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from cognica_mlx.errors import RequestError
+from mlx_poe.commands.options import read_stdin
+from mlx_poe.tokenizer import Tokenizer
+
+SEGMENT_TOKENS = 512
+
+# A text, or the messages of a chat.
+Text = str | list[dict[str, str]]
+
+
+def read_texts(name: str) -> list[Text]:
+    """The texts and chats in a file, - for stdin. RequestError for a line that is neither."""
+    if name == "-":
+        return [read_stdin()]
+    text = Path(name).read_text(encoding="utf-8", errors="replace")
+    if not name.endswith(".jsonl"):
+        return [text]
+    items: list[Text] = []
+    # Not splitlines: JSON strings may hold the other characters that it splits at.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            items.append(_chat(entry["messages"]) if "messages" in entry else str(entry["text"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise RequestError(
+                f"{name}, line {number}: expected a JSON object with text or messages"
+            ) from None
+    return items
+
+
+def _chat(messages: object) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise TypeError("messages are a list of objects")
+    return messages
+
+
+def segments(data: Sequence[Text], tokenizer: Tokenizer, num_tokens: int) -> list[list[int]]:
+    """Token sequences of up to SEGMENT_TOKENS, each beginning with BOS, `num_tokens` in all."""
+    cut: list[list[int]] = []
+    for item in data:
+        if isinstance(item, str):
+            tokens = tokenizer.encode(item)
+        else:
+            answered = item[-1:] and item[-1].get("role") == "assistant"
+            tokens = tokenizer.apply_chat_template(item, add_generation_prompt=not answered)
+        bos, body = tokens[:1], tokens[1:]
+        for start in range(0, len(body), SEGMENT_TOKENS - 1):
+            cut.append(bos + body[start : start + SEGMENT_TOKENS - 1])
+    kept: list[list[int]] = []
+    for segment in cut:
+        room = num_tokens - sum(map(len, kept))
+        if room <= 1:
+            break
+        kept.append(segment[:room])
+    return kept

@@ -1,0 +1,74 @@
+"""A checkpoint and its conversion side by side on a text: what rounding has changed.
+
+- in: two models of the same stages and vocabulary, token sequences, the byte length of every token
+- out: for each stage and the full model, how far the logits are apart and what that costs
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from cognica_mlx.model import PoEModel
+from cognica_mlx.sampling import logprob_of
+
+# Plain enough for any model, and long enough to tell 4 bits from 8.
+SAMPLE = (
+    "The capital of France is Paris, and the capital of Japan is Tokyo. Water freezes at zero "
+    "degrees and boils at one hundred. A cat has four legs; a bird has two legs and two wings. "
+    "Once upon a time there was a king who had three daughters. The eldest loved gold, the second "
+    "loved music, and the youngest loved the sea. One morning a ship came into the harbour, and "
+    "nobody in the town had ever seen its like. Two and three make five, and five and five make "
+    "ten. The sun is a star, the earth goes around it once a year, and the moon goes around the "
+    "earth. In winter the days are short and the nights are long.\n"
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One predictor, before and after.
+
+    logit_difference: the largest. agreement: share of positions with the same best token.
+    bits_per_byte: the source's and the result's.
+    """
+
+    logit_difference: float
+    agreement: float
+    bits_per_byte: tuple[float, float]
+
+
+def compare(
+    source: PoEModel, result: PoEModel, texts: Sequence[Sequence[int]], token_bytes: Sequence[int]
+) -> list[Difference]:
+    """The stages' differences, and last the full model's.
+
+    Each text is run whole, and the logits of all its stages are held for both models.
+    """
+    count = source.poe_n_stages + 1
+    furthest, same, nll = [0.0] * count, [0.0] * count, [[0.0, 0.0] for _ in range(count)]
+    n_positions = n_bytes = 0
+    for text in texts:
+        tokens = mx.array([list(text)])
+        both = zip(_predictions(source, tokens), _predictions(result, tokens), strict=True)
+        for k, (a, b) in enumerate(both):
+            furthest[k] = max(furthest[k], float(mx.max(mx.abs(a - b))))
+            same[k] += float(mx.sum(mx.argmax(a, axis=-1) == mx.argmax(b, axis=-1)))
+            for i, logits in enumerate((a, b)):
+                nll[k][i] -= float(mx.sum(logprob_of(logits[:-1], tokens[0, 1:])))
+        n_positions += len(text)
+        n_bytes += sum(token_bytes[token] for token in text[1:])
+    per_byte = 1 / (math.log(2) * max(n_bytes, 1))
+    return [
+        Difference(furthest[k], same[k] / n_positions, (nll[k][0] * per_byte, nll[k][1] * per_byte))
+        for k in range(count)
+    ]
+
+
+def _predictions(model: PoEModel, tokens: mx.array) -> list[mx.array]:
+    """What every stage and the full model give for tokens (1, T): (T, V) each."""
+    boundaries = model.boundaries(tokens)
+    stages = [model.stage_logits(k, hidden)[0] for k, hidden in enumerate(boundaries)]
+    return [*stages, model.full_scores(dict(enumerate(boundaries)))[0]]
