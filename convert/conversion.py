@@ -187,7 +187,8 @@ class Conversion:
         schemes = list(self.plan.values())
         counts = {s: schemes.count(s) for s in dict.fromkeys(schemes)}
         quantised = [
-            f"{s.bits} bits, groups of {s.group_size}, {s.mode} ({count} matrices)"
+            f"{s.bits} bits, groups of {s.group_size}, {s.mode}"
+            f" ({count} {'matrix' if count == 1 else 'matrices'})"
             for s, count in sorted(counts.items(), key=lambda item: -item[1])
         ]
         return {

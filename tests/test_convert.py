@@ -275,18 +275,32 @@ def test_plans():
             scheme(*options)
 
 
-PROBES = {
-    "The capital of France is": " Paris",
-    "The capital of Italy is": " Rome",
-    "The capital of Japan is": " Tokyo",
-    "The capital of Germany is": " Berlin",
-    "The capital of Spain is": " Madrid",
-    "The capital of Egypt is": " Cairo",
-    "The capital of Greece is": " Athens",
-    "The language of France is": " French",
-    "The language of Germany is": " German",
-    "The language of Spain is": " Spanish",
+CAPITALS = """France Paris, Italy Rome, Japan Tokyo, Germany Berlin, Spain Madrid, Egypt Cairo,
+Greece Athens, Bulgaria Sofia, Vietnam Hanoi, Iran Tehran, China Beijing, Turkey Ankara, Peru Lima,
+Portugal Lisbon, Ireland Dublin, Iraq Baghdad, Cuba Havana, Hungary Budapest, Finland Helsinki,
+Ghana Accra"""
+LANGUAGES = """France French, Germany German, Spain Spanish, Mexico Spanish, Finland Finnish,
+Bangladesh Bengali, Australia English, Italy Italian, Japan Japanese, Kenya Swahili"""
+OTHERS = {
+    "The currency of Mexico is the": " peso",
+    "The currency of China is the": " yuan",
+    "The currency of Tunisia is the": " dinar",
+    "The currency of Japan is the": " yen",
+    "The symbol of gold is": " Au",
+    "The opposite of hot is": " cold",
+    "The opposite of low is": " high",
+    "The baby of a cow is called a": " calf",
+    "Mars is a planet of the": " solar",
+    "A cow has four": " legs",
 }
+
+
+def facts(kind: str, pairs: str) -> dict[str, str]:
+    split = [pair.split() for pair in pairs.replace("\n", " ").split(",")]
+    return {f"The {kind} of {country} is": f" {answer}" for country, answer in split}
+
+
+PROBES = facts("capital", CAPITALS) | facts("language", LANGUAGES) | OTHERS
 
 
 def answered(model: PoEModel, tokenizer, prompts: dict[str, str]) -> list[bool]:
@@ -303,21 +317,23 @@ def test_four_bits_still_know_the_facts(tmp_path):
     model, tokenizer = load("poe-tiny")
     texts = [tokenizer.encode((FIXTURES / "heldout.txt").read_text())[:512]]
     n_bytes = tokenizer.token_byte_lengths(model.config.vocab_size)
-    before = answered(model, tokenizer, PROBES)
-    assert sum(before) >= 9
-    print(f"\nbits, probes of {len(PROBES)}, top-1 agreement, bits per byte, size")
-    print(f"bf16: {sum(before)}")
+    before = sum(answered(model, tokenizer, PROBES))
+    assert before >= 0.9 * len(PROBES)
+    rows = [f"bf16 {before}"]
     for bits in (2, 3, 4, 6, 8):
         folder = convert(Path("poe-tiny"), tmp_path / str(bits), "-q", "--q-bits", str(bits))
         rounded, _ = load(folder)
         after = sum(answered(rounded, tokenizer, PROBES))
         full = compare(model, rounded, texts, n_bytes)[-1]
         size = (folder / "model.safetensors").stat().st_size
-        figures = (f"{full.agreement:.1%}", f"{full.bits_per_byte[1]:.4f}", f"{size / 1e6:.2f} MB")
-        print(f"{bits}:", after, *figures)
+        rows.append(
+            f"{bits} {after}, {full.agreement:.1%}, {full.bits_per_byte[1]:.4f} bits per byte"
+            f" (before {full.bits_per_byte[0]:.4f}), {size / 1e6:.2f} MB"
+        )
         if bits >= 4:
-            assert after >= sum(before) - 1
+            assert after >= before - 0.05 * len(PROBES)
             assert full.bits_per_byte[1] < full.bits_per_byte[0] + 0.1
+    print("", f"bits, of {len(PROBES)} probes answered, top-1 agreement", *rows, sep="\n")
 
 
 def test_comparing_a_model_with_itself():

@@ -2,12 +2,19 @@
 
 import copy
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from conftest import fixture, goldens
+from conftest import FIXTURES, fixture, goldens
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, PromptProcessingBatch, generate_step
 from mlx_lm.models.cache import (
@@ -21,6 +28,8 @@ from mlx_lm.utils import load_model
 from cognica_mlx.convert.conversion import SHIM, SHIM_FILE
 from cognica_mlx.mlx_lm_model import Model
 from cognica_mlx.model import PoEModel
+from mlx_poe import generate, load
+from mlx_poe.commands.convert import main as convert
 
 TOLERANCE = 2e-4
 NAMES = ("flat-d8", "gqa-logop-d8", "stage-on-flat")
@@ -200,3 +209,79 @@ def test_prompt_cache_survives_a_file(flat, tmp_path):
     save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
     stored = load_prompt_cache(str(tmp_path / "cache.safetensors"))
     assert greedy(flat, prompt[200:], 12, prompt_cache=stored) == greedy(flat, prompt, 12)
+
+
+# Its commands, on what the converter writes
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("converted")
+    for name, flags in (("poe-tiny", []), ("poe-tiny-chat", ["-q"])):
+        target = str(folder / name)
+        assert convert(["--hf-path", name, "--mlx-path", target, "--dtype", "float32", *flags]) == 0
+    return {name: folder / name for name in ("poe-tiny", "poe-tiny-chat")}
+
+
+def mlx_lm(command: str, folder: Path, *flags: str) -> str:
+    argv = [sys.executable, "-m", "mlx_lm", command, "--model", str(folder), "--trust-remote-code"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent / "hub")}
+    done = subprocess.run([*argv, *flags], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_mlx_lm_generate_writes_what_ours_writes(converted):
+    model, tokenizer = load(converted["poe-tiny"], dtype="float32")
+    prompt = "The capital of Italy is"
+    ours = generate(model, tokenizer, prompt, max_tokens=20)
+    flags = ("--prompt", prompt, "--max-tokens", "20", "--verbose", "False")
+    assert mlx_lm("generate", converted["poe-tiny"], *flags).strip() == ours.strip()
+    model, tokenizer = load(converted["poe-tiny-chat"], dtype="float32")
+    question = "What is the capital of Italy?"
+    ours = generate(model, tokenizer, [{"role": "user", "content": question}], max_tokens=20)
+    flags = ("--prompt", question, "--max-tokens", "20", "--verbose", "False")
+    assert mlx_lm("generate", converted["poe-tiny-chat"], *flags).strip() == ours.strip()
+
+
+def test_mlx_lm_perplexity(converted, tmp_path):
+    text = (FIXTURES / "heldout.txt").read_text()
+    lines = [json.dumps({"text": text[i : i + 400]}) for i in range(0, len(text), 400)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    flags = ("--data-path", str(tmp_path), "--sequence-length", "64", "--num-samples", "4")
+    printed = mlx_lm("perplexity", converted["poe-tiny"], *flags)
+    (line,) = (line for line in printed.splitlines() if line.startswith("Perplexity"))
+    # Of its vocabulary of 2048 tokens it would be 2048, had it learnt nothing.
+    assert 1 < float(line.split()[1]) < 300
+
+
+def test_mlx_lm_server_answers(converted):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    argv = [sys.executable, "-m", "mlx_lm", "server", "--trust-remote-code", "--port", port]
+    model, tokenizer = load(converted["poe-tiny"], dtype="float32")
+    prompt = "The capital of France is"
+    body = json.dumps({"prompt": prompt, "max_tokens": 16}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
+    )
+    server = subprocess.Popen(
+        [*argv, "--model", str(converted["poe-tiny"])],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        answer = None
+        while answer is None:
+            assert server.poll() is None, "the server has ended"
+            try:
+                with urllib.request.urlopen(request) as response:
+                    answer = json.load(response)
+            except urllib.error.URLError:
+                time.sleep(0.2)  # not listening yet
+    finally:
+        server.kill()
+        server.wait()
+    ours = generate(model, tokenizer, prompt, max_tokens=16)
+    assert answer["choices"][0]["text"].strip() == ours.strip()

@@ -1,0 +1,70 @@
+"""A Hugging Face style checkpoint in a released model's real shape, with random bfloat16 weights.
+
+    python tests/random_checkpoint.py 1.3b path/to/folder
+
+For measuring what needs size and not sense. The tokenizer is of single bytes.
+"""
+
+import json
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import tiktoken
+from mlx.utils import tree_flatten
+
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.convert.safetensors_files import TensorWriter
+from cognica_mlx.model import PoEModel
+
+COMMON = {"head_dim": 128, "sequence_len": 2048, "window_pattern": "SSSL"}
+OWN_HEADS = {"per_stage_head": True, "torch_dtype": "bfloat16"}
+SHAPES = {
+    "1.3b": {"n_layer": 24, "n_head": 12, "n_embd": 1536, "vocab_size": 32768, "poe_every": 6},
+    "1.5b": {
+        **{"n_layer": 24, "n_head": 12, "n_kv_head": 6, "n_embd": 1536, "vocab_size": 48000},
+        **{"poe_stage_layers": [12, 5, 4, 3], **OWN_HEADS},
+    },
+    "3b": {
+        **{"n_layer": 32, "n_head": 16, "n_kv_head": 8, "n_embd": 2048, "vocab_size": 32768},
+        **{"poe_stage_layers": [16, 6, 5, 5], "intermediate_size": 12800, **OWN_HEADS},
+    },
+}
+SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
+SPECIAL += ("python_start", "python_end", "output_start", "output_end")
+
+
+def released_name(name: str) -> str:
+    """A parameter's name in a released checkpoint."""
+    if match := re.fullmatch(r"h\.(\d+)\.attn\.value_embed\.weight", name):
+        return f"value_embeds.{match[1]}.weight"
+    return f"transformer.{name}" if name.startswith(("h.", "wte.")) else name
+
+
+def main(shape: str, folder: Path) -> None:
+    """Write the checkpoint, a tensor at a time."""
+    fields = {**COMMON, **SHAPES[shape]}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2))
+    encoding = tiktoken.Encoding(
+        "bytes",
+        pat_str=r"\S+|\s+",
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={f"<|{s}|>": fields["vocab_size"] - 9 + i for i, s in enumerate(SPECIAL)},
+    )
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    parameters = dict(tree_flatten(PoEModel(PoEConfig.from_dict(fields)).parameters()))
+    specs = [(released_name(name), p.shape, mx.bfloat16) for name, p in parameters.items()]
+    writer = TensorWriter(folder / "model.safetensors", specs)
+    for name, size, dtype in specs:
+        scale = 1.0 if name == "resid_lambdas" else 0.02
+        writer.write(name, (mx.random.normal(size) * scale).astype(dtype))
+    writer.close()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in SHAPES:
+        sys.exit(f"usage: {sys.argv[0]} {{{','.join(SHAPES)}}} FOLDER")
+    main(sys.argv[1], Path(sys.argv[2]))
