@@ -185,7 +185,7 @@ class PoEModel(nn.Module):
         self.config = config
         self.calibration: Calibration | None = None
         rows, width = config.padded_vocab_size, config.n_embd
-        self.wte = nn.Embedding(rows, width)
+        self.wte: nn.Module = nn.Embedding(rows, width)
         self.smear_gate = nn.Linear(SMEAR_CHANNELS, 1, bias=False)
         self.smear_lambda = mx.zeros((1,))
         self.backout_lambda = mx.zeros((1,))

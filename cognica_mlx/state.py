@@ -10,6 +10,9 @@
 - `filled[0] >= filled[1] >= ...`, and a position runs through a stage once, rollbacks aside
 - it knows nothing about sampling, modes or text; one sequence (B = 1)
 
+A state can pass to another model over the same base (`switch`): what both compute alike is kept.
+For that the activations where the base ends are held back as far as `keep_trunk` says.
+
 Stages deeper than `depth` are not kept ready: when more than `max_pending` positions wait before
 such a stage they are forgotten, and `set_depth` fills the stage by running the text again from
 its tokens, which costs one prefill. Up to `max_pending` positions a deeper stage catches up from
@@ -26,6 +29,7 @@ import mlx.core as mx
 from cognica_mlx.cache import SlidingCache
 from cognica_mlx.errors import RequestError, RollbackError
 from cognica_mlx.model import Hidden, PoEModel
+from cognica_mlx.stacking import shared_stages
 
 SLACK = 128
 MAX_PENDING = 256
@@ -93,15 +97,24 @@ class DecodingState:
     """Keys, values, pending activations and tokens of one sequence under one model.
 
     `slack` positions can always be rolled back, counted from the furthest one reached;
-    `max_pending` positions may wait before a stage. `positions_run[k]` counts the positions that
-    have gone through stage k, those later rolled back included.
+    `max_pending` positions may wait before a stage. What the base gives out for the last
+    `keep_trunk` positions stays at hand, for other specialists than this model's.
+    `positions_run[k]` counts the positions that have gone through stage k, those later rolled back
+    included.
     """
 
-    def __init__(self, model: PoEModel, *, slack: int = SLACK, max_pending: int = MAX_PENDING):
+    def __init__(
+        self,
+        model: PoEModel,
+        *,
+        slack: int = SLACK,
+        max_pending: int = MAX_PENDING,
+        keep_trunk: int = 0,
+    ):
         if slack < 1 or max_pending < 1:
             raise RequestError(f"slack {slack} and max_pending {max_pending} must be at least 1")
         self.model = model
-        self.slack, self.max_pending = slack, max_pending
+        self.slack, self.max_pending, self.keep_trunk = slack, max_pending, keep_trunk
         self._depth = model.poe_n_stages - 1
         self.positions_run = [0] * model.poe_n_stages
         self._clear()
@@ -187,9 +200,13 @@ class DecodingState:
             raise RequestError(
                 f"stage {stage} is beyond the depth kept ready; call set_depth first"
             )
-        start, stop = self.filled[stage], self._boundaries[stage].stop
-        if start == stop:
+        if not self.pending(stage):
             return None
+        return self._run(stage, self._boundaries[stage].stop)
+
+    def _run(self, stage: int, stop: int) -> Hidden:
+        """Run the positions from where `stage` is filled to, up to `stop`, through it."""
+        start = self.filled[stage]
         layers = self.model.config.stage_range(stage)
         try:
             hidden = self._boundaries[stage].read(start, stop)
@@ -206,16 +223,22 @@ class DecodingState:
 
     def _tidy(self, stage: int) -> None:
         """Keep the boundaries around `stage` bounded after it has advanced."""
-        recent = self.length - self.slack
-        self._boundaries[stage].forget_before(min(self.filled[stage], recent))
+        self._boundaries[stage].forget_before(min(self.filled[stage], self._recent(stage)))
         deeper = stage + 1
         if deeper == len(self.filled):
-            self._boundaries[deeper].forget_before(recent)
+            self._boundaries[deeper].forget_before(self._recent(deeper))
         elif self.pending(deeper) > self.max_pending:
             if deeper <= self.depth:
                 self.advance(deeper)
             else:
-                self._boundaries[deeper].forget_before(recent)
+                self._boundaries[deeper].forget_before(self._recent(deeper))
+
+    def _recent(self, stage: int) -> int:
+        """The first of the positions that are held before `stage` whatever else."""
+        kept = self.slack
+        if stage == len(self.model.config.stage_layers):
+            kept = max(kept, self.keep_trunk)
+        return self.length - kept
 
     def boundary(self, stage: int, start: int, stop: int) -> Hidden:
         """Activations that `stage` gave out for positions start .. stop - 1, (1, T, D) each.
@@ -265,6 +288,12 @@ class DecodingState:
             tokens = list(self.tokens)
             self._clear()
             self.prefill(tokens, depth, progress=progress)
+        for stage in range(depth + 1):
+            # Only what `keep_trunk` has held can be so much: in chunks, as a prompt.
+            while self.pending(stage) > self.max_pending:
+                last = self._boundaries[stage].stop
+                self._run(stage, min(self.filled[stage] + PREFILL_STEP_SIZE, last))
+                mx.eval(self._arrays())
 
     @property
     def earliest_rollback(self) -> int:
@@ -294,14 +323,31 @@ class DecodingState:
         self.filled = [min(filled, position) for filled in self.filled]
         self._tokens = self.tokens[:position]
 
+    def switch(self, model: PoEModel) -> DecodingState:
+        """The same text under another model over the same base; this state stays as it is.
+
+        The stages that compute alike in both (`shared_stages`) keep what they have. The next one
+        takes up what they have given out, as far as `keep_trunk` has held it back; beyond that,
+        `set_depth` runs the text again. Where no stage is alike, the new state is empty.
+        """
+        count = shared_stages(self.model, model, self.tokens)
+        other = DecodingState(
+            model, slack=self.slack, max_pending=self.max_pending, keep_trunk=self.keep_trunk
+        )
+        if not count:
+            return other
+        other.filled[:count] = self.filled[:count]
+        other._tokens = list(self.tokens)
+        last = model.config.stage_range(count - 1)[-1]
+        other._caches[: last + 1] = [cache.fork() for cache in self._caches[: last + 1]]
+        other._boundaries[: count + 1] = [b.fork() for b in self._boundaries[: count + 1]]
+        return other
+
     def fork(self) -> DecodingState:
         """An independent copy: either may go on without the other noticing. Shares arrays."""
-        other = DecodingState(self.model, slack=self.slack, max_pending=self.max_pending)
-        other._depth, other.filled = self._depth, list(self.filled)
+        other = self.switch(self.model)
+        other._depth = self._depth
         other.positions_run = list(self.positions_run)
-        other._tokens = list(self.tokens)
-        other._caches = [cache.fork() for cache in self._caches]
-        other._boundaries = [boundary.fork() for boundary in self._boundaries]
         return other
 
     def _arrays(self) -> list[mx.array]:

@@ -1,0 +1,150 @@
+"""Specialists at run time: one base in memory, and whatever stands on it attached by name.
+
+Each adds only its own blocks, head and lambdas, and the rows of the embedding table that it
+changed. The base is not copied, reloaded or touched.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
+from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
+from cognica_mlx.convert.quantization import apply_plan, make_plan, pack, scheme
+from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.model import PoEModel
+from cognica_mlx.stacking import share_base
+from mlx_poe.load import find_model
+
+# Trained, small and never packed: by these a base is told from another of its shape.
+_FINGERPRINT = ("smear_lambda", "backout_lambda", "smear_gate.weight")
+
+
+class Specialists:
+    """The specialists over `base`, by name; `use` gives the model to decode with."""
+
+    def __init__(self, base: PoEModel):
+        self.base = base
+        self._models: dict[str, PoEModel] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The specialists attached, in the order of attaching."""
+        return tuple(self._models)
+
+    def attach(
+        self,
+        name: str,
+        path_or_hf_repo: str | Path,
+        *,
+        revision: str | None = None,
+        quantize: int | None = None,
+    ) -> PoEModel:
+        """Load a specialist, or a chain of them, that stands on the base; its model.
+
+        `path_or_hf_repo` and `revision` are as `load`'s; `quantize` is a number of bits to which
+        its own matrices are rounded. Raises RequestError for a name that is taken, CheckpointError
+        or ConfigError for a checkpoint that is damaged or stands on another base.
+        """
+        if name in self._models:
+            raise RequestError(f"{name} is attached already: detach it first, or choose a name")
+        checkpoint = read_checkpoint(find_model(path_or_hf_repo, revision))
+        shared = self._link_in_memory(checkpoint)
+        model = self._stack(checkpoint, shared, quantize)
+        calibration = checkpoint.source.folder / CALIBRATION_FILE
+        if calibration.is_file():
+            model.calibration = Calibration.load(calibration, model.config)
+        self._models[name] = model
+        return model
+
+    def use(self, name: str | None) -> PoEModel:
+        """The base with the specialist `name` on top, or with None the base itself.
+
+        Raises RequestError where nothing of that name is attached.
+        """
+        if name is None:
+            return self.base
+        if name not in self._models:
+            known = ", ".join(self._models) or "none"
+            raise RequestError(f"no specialist {name} is attached; attached: {known}")
+        return self._models[name]
+
+    def detach(self, name: str) -> None:
+        """Forget a specialist; its memory is free once nothing decodes with it any more."""
+        self.use(name)
+        del self._models[name]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that a specialist adds to the base's."""
+        held = {id(array) for array in dict(tree_flatten(self.base.parameters())).values()}
+        own = dict(tree_flatten(self.use(name).parameters()))
+        return sum(array.nbytes for array in own.values() if id(array) not in held)
+
+    def _link_in_memory(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The link of the checkpoint's chain that the base in memory is."""
+        link = checkpoint.base
+        while link is not None and link.config != self.base.config:
+            link = link.base
+        name = checkpoint.source.name
+        if link is None:
+            raise CheckpointError(f"{name} does not stand on the model in memory: shapes differ")
+        ours = dict(tree_flatten(self.base.parameters()))
+        for tensor in _FINGERPRINT:
+            theirs = link.weights[tensor].read().astype(mx.float32)
+            # Within what a cast to 16 bits changes.
+            if not mx.allclose(ours[tensor].astype(mx.float32), theirs, rtol=0.01, atol=1e-4):
+                raise CheckpointError(
+                    f"{name} stands on {link.source.name}, which is not the model in memory: "
+                    f"its {tensor} differs"
+                )
+        return link
+
+    def _stack(self, checkpoint: Checkpoint, link: Checkpoint, quantize: int | None) -> PoEModel:
+        config, dtype = checkpoint.config, self.base.resid_lambdas.dtype
+        own = {k: v for k, v in checkpoint.weights.items() if link.weights.get(k) is not v}
+        own = {k: v for k, v in own.items() if not k.startswith("wte.")}
+        plan = {path: s for path, s in checkpoint.plan.items() if f"{path}.weight" in own}
+        if quantize:
+            if plan:
+                raise RequestError(f"{checkpoint.source.name} is quantised already")
+            plan = make_plan(config, scheme(quantize))
+            plan = {path: s for path, s in plan.items() if f"{path}.weight" in own}
+        model = PoEModel(config)
+        apply_plan(model, plan)
+        share_base(model, self.base, *self._changed_rows(checkpoint, link))
+        arrays: dict[str, mx.array] = {}
+        for name, tensor in own.items():
+            arrays |= pack(name, tensor.read(), plan, dtype)
+            mx.eval(arrays)
+        model.update(tree_unflatten(list(arrays.items())))
+        model.eval()
+        return model
+
+    def _changed_rows(self, checkpoint: Checkpoint, link: Checkpoint) -> tuple[list[int], mx.array]:
+        """The tokens whose embedding is not the base's, and theirs."""
+        theirs, ours = _table(checkpoint), _table(link)
+        count = min(theirs.shape[0], ours.shape[0], checkpoint.config.padded_vocab_size)
+        changed = mx.any(theirs[:count] != ours[:count], axis=1).tolist()
+        rows = [row for row, differs in enumerate(changed) if differs]  # type: ignore[arg-type]
+        values = theirs[mx.array(rows, mx.int32)].astype(self.base.resid_lambdas.dtype)
+        mx.eval(values)
+        return rows, values
+
+
+def _table(checkpoint: Checkpoint) -> mx.array:
+    """A checkpoint's embeddings, (rows, D), unpacked."""
+    weight = checkpoint.weights["wte.weight"].read()
+    if "wte" not in checkpoint.plan:
+        return weight
+    how, biases = checkpoint.plan["wte"], checkpoint.weights.get("wte.biases")
+    return mx.dequantize(
+        weight,
+        checkpoint.weights["wte.scales"].read(),
+        biases.read() if biases else None,
+        group_size=how.group_size,
+        bits=how.bits,
+        mode=how.mode,
+    )
