@@ -16,7 +16,7 @@ import numpy as np
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.decoding.loop import decode
 from cognica_mlx.decoding.plain import Plain
-from cognica_mlx.decoding.targets import full_target
+from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
@@ -127,6 +127,15 @@ def _predict(model: PoEModel, text: Sequence[int]) -> _Predictions:
     )
 
 
+def _drafts(model: PoEModel, text: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """What each stage of a specialist drafts along a text: best tokens and margins, (K, T)."""
+    boundaries = dict(enumerate(model.boundaries(mx.array([list(text)], dtype=mx.int32))))
+    targets = [draft_target(model, stage, "summed") for stage in boundaries]
+    scores = [target.scores(boundaries)[0] for target in targets]
+    best = mx.stack([mx.argmax(z, axis=-1) for z in scores])
+    return np.array(best), np.array(mx.stack([margin(z) for z in scores]))
+
+
 def _lead(scores: mx.array, tokens: mx.array) -> mx.array:
     """By how much tokens (T,) lead all others under scores (T, V)."""
     own = mx.take_along_axis(scores, tokens[:, None], axis=-1)
@@ -149,9 +158,14 @@ def _continue(
         end = min(CONTINUATION_PROMPT * (1 + i // len(texts)), len(text))
         prompt = list(text[:end])
         decoded = decode(model, prompt, policy, max_tokens=length)
-        found = _predict(model, prompt + [one.token for one in decoded])
-        hits = found.best == found.best[-1]
-        traces.append(Trace(hits[:-1, end - 1 : -1], found.margins[:-1, end - 1 : -1]))
+        tokens = prompt + [one.token for one in decoded]
+        found, part = _predict(model, tokens), np.s_[:-1, end - 1 : -1]
+        hits, margins = (found.best == found.best[-1])[part], found.margins[part]
+        drafts = (hits, margins)
+        if model.config.specialist_layers:
+            best, leads = _drafts(model, tokens)
+            drafts = ((best == found.best[-1])[part], leads[part])
+        traces.append(Trace(hits, margins, *drafts))
         if progress:
             progress("continuing", i + 1, count)
     return traces

@@ -284,14 +284,26 @@ class PoEModel(nn.Module):
             if self.config.per_stage_head:
                 heads.append(self.lm_head_stages[stage])
             return self._head_logits(norm(hidden.x), heads)
-        heads = [self.lm_head]
+        return self._head_logits(self._after_backout(hidden), self._final_heads(specialist))
+
+    def draft_logits(self, stage: int, hidden: Hidden) -> mx.array:
+        """A base stage's activations, without backout, through the heads of the final prediction.
+
+        (B, T, V) float32. Of no meaning to the base, but a specialist's drafts come out better.
+        """
+        last = len(self.config.specialist_layers) - 1
+        return self._head_logits(norm(hidden.x), self._final_heads(last))
+
+    def _final_heads(self, specialist: int) -> list[nn.Module]:
+        """The heads that a specialist stage speaks through; their logits add up."""
+        heads: list[nn.Module] = [self.lm_head]
         if self.config.head_mode in ("specialist", SUMMED):
             heads = [self.lm_head_specialists[specialist]]
         elif self.config.head_mode == "dual":
             heads += self.lm_head_specialists[: specialist + 1]
         else:
             heads += self.lm_head_specialists[:specialist]
-        return self._head_logits(self._after_backout(hidden), heads)
+        return heads
 
     def full_scores(self, hidden: Mapping[int, Hidden]) -> mx.array:
         """The full-depth prediction, (B, T, V) float32, from the boundaries in `full_boundaries`.

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_reduce
 
+from cognica_mlx.config import SUMMED
 from cognica_mlx.model import PoEModel
 
 DRAFT_LENGTHS = range(1, 9)
@@ -27,11 +28,12 @@ ADVISED_MARGINS = (None, 0.3, 0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes of weights that one pass reads: through each stage, through its predictor's heads, and
-    through the full model's heads."""
+    """Bytes of weights that one pass reads: through each stage, through its predictor's heads,
+    through the heads that it drafts with, and through the full model's heads."""
 
     stages: tuple[int, ...]
     heads: tuple[int, ...]
+    draft_heads: tuple[int, ...]
     full_head: int
 
     @classmethod
@@ -49,13 +51,16 @@ class Costs:
         for stage in range(model.poe_n_stages):
             specialist = stage - len(config.stage_layers)
             own = 0
-            if specialist >= 0:
+            if specialist >= 0 and config.head_mode == SUMMED:
+                own = _nbytes(model.lm_head_specialists[specialist]) - shared
+            elif specialist >= 0:
                 own = sum(map(_nbytes, model.lm_head_specialists[: specialist + 1]))
             elif config.per_stage_head:
                 own = _nbytes(model.lm_head_stages[stage])
             heads.append(shared + own)
         full_head = sum(heads) if model.pools_stages else heads[-1]
-        return cls(tuple(stages), tuple(heads), full_head)
+        drafts = [full_head if config.specialist_layers else head for head in heads]
+        return cls(tuple(stages), tuple(heads), tuple(drafts), full_head)
 
     @property
     def full_token(self) -> int:
@@ -70,10 +75,13 @@ class Costs:
 @dataclass(frozen=True)
 class Trace:
     """Predictions along one text of T tokens: `hits[k, t]` says whether stage k's best token is the
-    full model's, `margins[k, t]` by how much its best score leads; K - 1 stages, full left out."""
+    full model's, `margins[k, t]` by how much its best score leads; K - 1 stages, full left out.
+    draft_hits, draft_margins: the same of what each stage drafts, where that is something else."""
 
     hits: np.ndarray
     margins: np.ndarray
+    draft_hits: np.ndarray
+    draft_margins: np.ndarray
 
 
 @dataclass
@@ -97,8 +105,9 @@ def replay_speculative(
     traces: Sequence[Trace], costs: Costs, draft_stage: int, count: int, stop_below: float | None
 ) -> Replay:
     """Speculation, greedy: see `decoding.speculative`."""
-    never = [float("inf")] * len(traces[0].margins)
-    return replay_certified(traces, costs, draft_stage, count, stop_below, never)
+    drafts = [(trace.draft_hits[draft_stage], trace.draft_margins[draft_stage]) for trace in traces]
+    head = costs.draft_heads[draft_stage]
+    return _replay_drafts(drafts, costs, draft_stage, head, count, stop_below, float("inf"))
 
 
 def replay_certified(
@@ -110,19 +119,34 @@ def replay_certified(
     exit_margins: Sequence[float],
 ) -> Replay:
     """Certified speculation, greedy: see `decoding.certified`."""
+    drafts = [(trace.hits[draft_stage], trace.margins[draft_stage]) for trace in traces]
+    head, needed = costs.heads[draft_stage], exit_margins[draft_stage]
+    return _replay_drafts(drafts, costs, draft_stage, head, count, stop_below, needed)
+
+
+def _replay_drafts(
+    drafts: Sequence[tuple[np.ndarray, np.ndarray]],
+    costs: Costs,
+    draft_stage: int,
+    head: int,
+    count: int,
+    stop_below: float | None,
+    needed: float,
+) -> Replay:
+    """Rounds of drafts, given as hits and margins along each text; those above `needed` are
+    certified. `head` is what a draft's prediction reads."""
     result = Replay()
     lower = costs.through(draft_stage)
     upper = sum(costs.stages) - lower + costs.full_head
-    for trace in traces:
-        hits, margins = trace.hits[draft_stage], trace.margins[draft_stage]
+    for hits, margins in drafts:
         at = 0
         while at < len(hits):
             block = margins[at : at + count]
             weak = [i for i, m in enumerate(block) if stop_below is not None and m < stop_below]
             length = weak[0] if weak else len(block)
             # A draft too weak to use has still been made.
-            result.cost += (length + bool(weak)) * (lower + costs.heads[draft_stage])
-            certified = block[:length] > exit_margins[draft_stage]
+            result.cost += (length + bool(weak)) * (lower + head)
+            certified = block[:length] > needed
             kept = hits[at : at + length] | certified
             accepted = length if kept.all() else int(kept.argmin())
             result.drafted += length

@@ -96,7 +96,8 @@ def test_acceptance_is_what_speculation_does(measured):
     best = np.stack([np.array(z[0].argmax(-1)) for z in stages])[:, len(prompt) - 1 : -1]
     sorted_scores = [np.sort(np.array(z[0]), -1)[len(prompt) - 1 : -1] for z in stages]
     margins = np.stack([z[:, -1] - z[:, -2] for z in sorted_scores])
-    trace = Trace(best == np.array(full), margins)
+    hits = best == np.array(full)
+    trace = Trace(hits, margins, hits, margins)
     for stage, count, stop in [(0, 3, None), (0, 4, 1.0), (2, 2, None), (1, 8, 0.5)]:
         policy = _policy(
             "speculative", draft_stage=stage, num_draft_tokens=count, draft_margin=stop
@@ -141,7 +142,8 @@ def test_replayed_costs_add_up():
     hits[0, 4] = False
     margins = np.full((3, 10), 5.0)
     margins[0, 4] = 0.1
-    trace, costs = Trace(hits, margins), Costs((1, 1, 1, 1), (10, 10, 10, 10), 10)
+    trace = Trace(hits, margins, hits, margins)
+    costs = Costs((1, 1, 1, 1), (10, 10, 10, 10), (10, 10, 10, 10), 10)
     assert costs.full_token == 14
     wand = replay_wand([trace], costs, [4.0, 2.0, 1.0], (0,), pools_stages=False)
     assert (wand.tokens, wand.agreeing) == (10, 10)

@@ -39,7 +39,8 @@ class Certified(Speculative):
         num_draft_tokens: int = 3,
         draft_margin: float | None = None,
     ):
-        super().__init__(model, sampler, draft_stage, num_draft_tokens, draft_margin)
+        # The bounds are about the stage's own prediction.
+        super().__init__(model, sampler, draft_stage, num_draft_tokens, draft_margin, "base")
         if draft_stage == self.depth:
             raise RequestError(
                 f"draft_stage {draft_stage} is the last one: nothing is left to skip"

@@ -28,7 +28,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "prefix": ("max_stages",),
     "compose": ("stages", "stage_weights"),
     "wand": ("safety", "p99_bounds", "exit_stages"),
-    "speculative": ("draft_stage", "num_draft_tokens", "draft_margin"),
+    "speculative": ("draft_stage", "num_draft_tokens", "draft_margin", "draft_head"),
     "certified": ("safety", "p99_bounds", "draft_stage", "num_draft_tokens", "draft_margin"),
 }
 
@@ -40,7 +40,8 @@ class ModeOptions:
     stage: the boundary that `stage` predicts from (0). max_stages: how many stages `prefix` runs
     (all). stages, stage_weights: what `compose` mixes (all, equally). safety: factor on the bounds
     (1.0). p99_bounds: one for each step between stages. exit_stages: where `wand` may leave (all).
-    draft_stage (0), num_draft_tokens (3), draft_margin (off): how drafts are made.
+    draft_stage (0), num_draft_tokens (3), draft_margin (off), draft_head (summed): how drafts are
+    made.
     """
 
     stage: int | None = None
@@ -53,6 +54,7 @@ class ModeOptions:
     draft_stage: int | None = None
     num_draft_tokens: int | None = None
     draft_margin: float | None = None
+    draft_head: str | None = None
 
 
 def make_policy(
@@ -85,8 +87,8 @@ def make_policy(
     if mode == "compose":
         stages = given.get("stages", range(model.poe_n_stages))
         return Plain(composed_target(model, stages, given.get("stage_weights")), sampler)
-    if calibration and given.keys() <= {"safety"}:
-        given.update(calibration.options.get(mode, {}))
+    if calibration and given.keys() <= {"safety", "draft_head"}:
+        given = {**calibration.options.get(mode, {}), **given}
     if "p99_bounds" in MODES[mode] and "p99_bounds" not in given:
         given["p99_bounds"] = _bounds(model, calibration)
     if mode == "wand":

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from cognica_mlx.decoding.loop import DecodedToken, advance_through, as_row, number
-from cognica_mlx.decoding.targets import full_target, prefix_target
+from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, logprob_of, margin
@@ -56,7 +56,8 @@ class Speculative:
     """Draft with the stages up to `draft_stage`, verify with all of them.
 
     `num_draft_tokens` is the most that a round drafts; with `draft_margin` drafting stops where
-    the draft's two best scores are closer than that, and that draft is not used.
+    the draft's two best scores are closer than that, and that draft is not used. `draft_head`
+    says what drafts for a specialist: see `draft_target`.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Speculative:
         draft_stage: int = 0,
         num_draft_tokens: int = 3,
         draft_margin: float | None = None,
+        draft_head: str = "summed",
     ):
         model.check_stage(draft_stage, "draft_stage")
         if not 1 <= num_draft_tokens <= 64:
@@ -78,7 +80,7 @@ class Speculative:
         self.drafted = 0
         self.depth = self.prefill_stage = model.poe_n_stages - 1
         self.target = full_target(model)
-        self.drafter = prefix_target(model, draft_stage + 1)
+        self.drafter = draft_target(model, draft_stage, draft_head)
 
     def run(self, state: DecodingState, token: int, budget: int) -> Iterator[DecodedToken]:
         """Emit at least `budget` tokens, a round at a time."""

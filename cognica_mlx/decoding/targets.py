@@ -13,6 +13,9 @@ import mlx.core as mx
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import Hidden, PoEModel, log_op
 
+# How a specialist's drafts are made.
+DRAFT_HEADS = ("summed", "base")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -48,6 +51,17 @@ def prefix_target(model: PoEModel, max_stages: int) -> Target:
     return Target(
         stages, lambda hidden: model.pool([model.stage_logits(k, hidden[k]) for k in stages])
     )
+
+
+def draft_target(model: PoEModel, stage: int, draft_head: str) -> Target:
+    """What drafts at `stage`: its own prediction with "base"; with "summed", where a specialist
+    stands on the base, the base stage's activations through all the heads that are summed."""
+    if draft_head not in DRAFT_HEADS:
+        raise RequestError(f"draft_head {draft_head!r} is none of {', '.join(DRAFT_HEADS)}")
+    stages = model.config.stage_layers
+    if draft_head == "base" or stage >= len(stages) or not model.config.specialist_layers:
+        return prefix_target(model, stage + 1)
+    return Target((stage,), lambda hidden: model.draft_logits(stage, hidden[stage]))
 
 
 def composed_target(

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from cognica_mlx.convert.quantization import BITS
 from cognica_mlx.decoding.modes import MODES
+from cognica_mlx.decoding.targets import DRAFT_HEADS
 from cognica_mlx.errors import PoEError, RequestError
 from mlx_poe.load import DEFAULT_MODEL, DTYPES
 
@@ -186,6 +187,12 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         "--draft-margin",
         type=float,
         help="speculative, certified: stop drafting where the best two scores are closer than this",
+    )
+    group.add_argument(
+        "--draft-head",
+        choices=DRAFT_HEADS,
+        help="speculative: a specialist's drafts through all its heads or the base's (default: "
+        "summed)",
     )
 
 
