@@ -6,6 +6,7 @@ changed. The base is not copied, reloaded or touched.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
@@ -125,26 +126,24 @@ class Specialists:
 
     def _changed_rows(self, checkpoint: Checkpoint, link: Checkpoint) -> tuple[list[int], mx.array]:
         """The tokens whose embedding is not the base's, and theirs."""
-        theirs, ours = _table(checkpoint), _table(link)
+        dtype = self.base.resid_lambdas.dtype
+        theirs, ours = _table(checkpoint, dtype), _table(link, dtype)
         count = min(theirs.shape[0], ours.shape[0], checkpoint.config.padded_vocab_size)
         changed = mx.any(theirs[:count] != ours[:count], axis=1).tolist()
         rows = [row for row, differs in enumerate(changed) if differs]  # type: ignore[arg-type]
-        values = theirs[mx.array(rows, mx.int32)].astype(self.base.resid_lambdas.dtype)
+        values = theirs[mx.array(rows, mx.int32)]
         mx.eval(values)
         return rows, values
 
 
-def _table(checkpoint: Checkpoint) -> mx.array:
-    """A checkpoint's embeddings, (rows, D), unpacked."""
-    weight = checkpoint.weights["wte.weight"].read()
+def _table(checkpoint: Checkpoint, dtype: mx.Dtype) -> mx.array:
+    """A checkpoint's embeddings as a model of `dtype` sees them, (rows, D)."""
+
+    def read(part: str) -> mx.array:
+        return pack(part, checkpoint.weights[f"wte.{part}"].read(), {}, dtype)[part]
+
     if "wte" not in checkpoint.plan:
-        return weight
-    how, biases = checkpoint.plan["wte"], checkpoint.weights.get("wte.biases")
-    return mx.dequantize(
-        weight,
-        checkpoint.weights["wte.scales"].read(),
-        biases.read() if biases else None,
-        group_size=how.group_size,
-        bits=how.bits,
-        mode=how.mode,
-    )
+        return read("weight")
+    biases = read("biases") if "wte.biases" in checkpoint.weights else None
+    how = asdict(checkpoint.plan["wte"])
+    return mx.dequantize(read("weight"), read("scales"), biases, **how).astype(dtype)

@@ -1,0 +1,250 @@
+"""Tool calls: the system text that offers functions, and the call read from what comes back.
+
+- In: functions as JSON text, a dictionary or a list of them (`name`, `description`, `parameters`);
+  then the model's text, piece by piece.
+- Out: the system text in the one layout that the tool specialist was trained on, the plain text
+  before a call, the call, and what is wrong with it in words.
+- Nothing here runs a function. A call is the model's guess: it may invent names and arguments.
+- Bad functions are a RequestError. A bad call is no exception but a `problem`: models make them.
+"""
+
+import json
+import reprlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cognica_mlx.errors import RequestError
+
+CALL_MARK = "<functioncall>"
+MAX_CALL = 64 * 1024
+MAX_NESTING = 64
+
+Functions = str | dict[str, Any] | Sequence[dict[str, Any]]
+
+_OFFER = (
+    "You are a helpful assistant with access to the following functions. Use them if required -\n"
+)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "number": (int, float),
+    "integer": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
+}
+_REPR = reprlib.Repr()
+_REPR.maxstring = 60
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that the model asks for, by name, and its arguments."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+def tool_system_prompt(functions: Functions) -> str:
+    """The system text that offers `functions`, laid out anew whatever layout they came in."""
+    # Only this layout works: on compact JSON the model answers in prose.
+    layouts = (
+        json.dumps(function, indent=4, ensure_ascii=False) for function in read_functions(functions)
+    )
+    return _OFFER + "\n\n".join(layouts)
+
+
+def read_functions(functions: Functions) -> list[dict[str, Any]]:
+    """The functions as plain dictionaries, each with a name; RequestError if they are not."""
+    try:
+        text = functions if isinstance(functions, str) else json.dumps(functions, allow_nan=False)
+        read = _from_json(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the functions are not JSON: {error}") from None
+    listed = read if isinstance(read, list) else [read]
+    if not listed:
+        raise RequestError("the list of functions is empty")
+    for number, function in enumerate(listed, 1):
+        if not isinstance(function, dict):
+            raise RequestError(f"function {number} has type {_kind(function)}, not object")
+        if not isinstance(function.get("name"), str) or not function["name"]:
+            raise RequestError(f'function {number} has no "name"')
+        if not isinstance(function.get("parameters", {}), dict):
+            raise RequestError(f"function {number}: its parameters are not an object")
+    return listed
+
+
+class ToolCallParser:
+    """Finds the first tool call in text that comes in pieces, wherever the pieces are cut.
+
+    Feed it until `done`: then `call` is the call, or `problem` says why there is none that can be
+    used, and whatever follows is junk. Without a call all the text comes back as it is.
+    """
+
+    def __init__(self) -> None:
+        self.call: ToolCall | None = None
+        self.problem: str | None = None
+        self._held = ""  # perhaps the start of the mark
+        self._begun = False
+        self._json: list[str] = []
+        self._length = 0
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    @property
+    def done(self) -> bool:
+        """Whether a call was read to its end, for better or worse."""
+        return self.call is not None or self.problem is not None
+
+    def feed(self, text: str) -> str:
+        """Take the next piece; the text that is certain to come before any call."""
+        plain = ""
+        if not self._begun:
+            plain, mark, text = (self._held + text).partition(CALL_MARK)
+            self._begun = bool(mark)
+            starts = (n for n in range(1, len(CALL_MARK)) if plain.endswith(CALL_MARK[:n]))
+            certain = len(plain) - (0 if mark else max(starts, default=0))
+            plain, self._held = plain[:certain], plain[certain:]
+        for char in text:
+            if self.done:
+                break
+            self._read(char)
+        return plain
+
+    def finish(self) -> str:
+        """The text held back, once no more will come; a call not closed by now is a problem."""
+        if self._begun and not self.done:
+            self.problem = "the call was begun and never closed"
+        text, self._held = self._held, ""
+        return text
+
+    def _read(self, char: str) -> None:
+        """Take one character of the call.
+
+        Counting braces outside of strings finds the end, in quoted arguments too; without the
+        single quotes around those the call is JSON.
+        """
+        self._length += 1
+        if self._length > MAX_CALL:
+            self.problem = f"the call is longer than {MAX_CALL} characters"
+        elif self._in_string:
+            if self._escaped and char == "'":
+                self._json.pop()  # JSON knows no \'
+            self._json.append(char)
+            self._in_string = self._escaped or char != '"'
+            self._escaped = char == "\\" and not self._escaped
+        elif self._depth == 0 and char != "{":
+            if not char.isspace():
+                self.problem = "the call is not an object"
+        elif self._depth != 1 or char != "'":
+            self._json.append(char)
+            self._in_string = char == '"'
+            self._depth += (char == "{") - (char == "}")
+            if self._depth == 0:
+                self._close()
+
+    def _close(self) -> None:
+        try:
+            call = _from_json("".join(self._json))
+            arguments = call.get("arguments", {})
+            if isinstance(arguments, str):
+                arguments = _from_json(arguments)
+        except ValueError as error:
+            self.problem = f"the call is not JSON: {error}"
+            return
+        if not isinstance(call.get("name"), str) or not call["name"]:
+            self.problem = 'the call has no "name"'
+        elif not isinstance(arguments, dict):
+            self.problem = f"the call's arguments have type {_kind(arguments)}, not object"
+        else:
+            self.call = ToolCall(call["name"], arguments)
+
+
+def check_call(call: ToolCall, functions: Functions) -> list[str]:
+    """What is wrong with the call by the functions' own schemas; an empty list if nothing is.
+
+    Looks at the name, at arguments missing or invented, and at `type` and `enum`, in arrays' items
+    and objects' properties too. Other constraints are not checked.
+    """
+    schemas = {f["name"]: f.get("parameters", {}) for f in read_functions(functions)}
+    if call.name not in schemas:
+        return [f"there is no function {_shown(call.name)}; there is: {', '.join(schemas)}"]
+    # A function that names no parameters takes none, whereas a bare object may hold anything.
+    schema = {"properties": {}, **schemas[call.name]}
+    return list(_problems(call.arguments, schema, ""))
+
+
+def _problems(value: Any, schema: Any, where: str) -> Iterator[str]:
+    """Where `value` departs from `schema`; a part of that which makes no sense asks nothing."""
+    if not isinstance(schema, dict):
+        return
+    kinds = schema.get("type")
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if isinstance(kinds, list) and not any(_is(value, kind) for kind in kinds):
+        yield f"argument {where} has type {_kind(value)}, not {' or '.join(map(str, kinds))}"
+        return
+    enum = schema.get("enum")
+    if isinstance(enum, list) and value not in enum:
+        yield f"argument {where} is {_shown(value)}, none of {', '.join(map(_shown, enum))}"
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _problems(item, schema.get("items"), f"{where}[{index}]")
+    if isinstance(value, dict):
+        prefix = f"{where}." if where else ""
+        properties, required = schema.get("properties"), schema.get("required")
+        for name in required if isinstance(required, list) else []:
+            if isinstance(name, str) and name not in value:
+                yield f"argument {prefix}{name} is missing"
+        if not isinstance(properties, dict):
+            return
+        for name, item in value.items():
+            if name in properties:
+                yield from _problems(item, properties[name], f"{prefix}{name}")
+            elif not schema.get("additionalProperties"):
+                yield f"there is no argument {_shown(prefix + name)}"
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if not isinstance(kind, str) or kind not in _TYPES:
+        return True
+    if isinstance(value, bool):  # an int to Python, no number to JSON
+        return kind == "boolean"
+    if kind == "integer" and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, _TYPES[kind])
+
+
+def _kind(value: Any) -> str:
+    return next(kind for kind in ("integer", *_TYPES) if _is(value, kind))
+
+
+def _shown(value: Any) -> str:
+    """`value` on one short line, safe to print whatever the model wrote."""
+    return _REPR.repr(value)
+
+
+def _from_json(text: str) -> Any:
+    """What `text` holds. ValueError where it is no JSON, or too deep for those who walk it."""
+    try:
+        # Not strict: the model may write a line break inside a string.
+        value = json.loads(text, strict=False, parse_constant=_refuse)
+    except RecursionError:
+        value = None
+    else:
+        if _is_shallow(value, MAX_NESTING):
+            return value
+    raise ValueError(f"nested more than {MAX_NESTING} deep")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number in JSON")
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return True
+    return levels > 0 and all(_is_shallow(item, levels - 1) for item in value)

@@ -1,0 +1,260 @@
+"""Specialists over one base in memory, and states that pass from one to the other."""
+
+import json
+from functools import cache
+
+import mlx.core as mx
+import pytest
+from conftest import FIXTURES, fixture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from test_loading import write_base, write_stage
+
+from cognica_mlx.convert.conversion import prepare
+from cognica_mlx.convert.quantization import scheme
+from cognica_mlx.convert.sources import locate
+from cognica_mlx.errors import CheckpointError, PoEError, RequestError
+from cognica_mlx.stacking import PatchedEmbedding, shared_stages
+from cognica_mlx.state import DecodingState
+from mlx_poe import generate, load, stream_generate
+from mlx_poe.load import find_model
+from mlx_poe.specialists import Specialists
+
+TINY = json.loads((FIXTURES / "poe-tiny-goldens.json").read_text())
+NAMES = ("chat", "math", "tool")
+
+
+@cache
+def attached() -> Specialists:
+    specialists = Specialists(fixture("poe-tiny")[0])
+    for name in NAMES:
+        specialists.attach(name, f"poe-tiny-{name}")
+    return specialists
+
+
+def some_tokens(length: int, seed: int = 0) -> list[int]:
+    return mx.random.randint(0, 2039, (length,), key=mx.random.key(seed)).tolist()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_attached_specialist_is_the_loaded_one(name):
+    model, alone = attached().use(name), fixture(f"poe-tiny-{name}")[0]
+    assert model.config == alone.config
+    tokens = mx.array([[2039, 2040, *some_tokens(600), 2041, 2042]])
+    pairs = zip(model.forward_all_stages(tokens), alone.forward_all_stages(tokens), strict=True)
+    for ours, theirs in [(model(tokens), alone(tokens)), *pairs]:
+        assert mx.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "speculative"}, {"mode": "speculative", "draft_head": "base"}]
+)
+def test_goldens_of_every_specialist(name, options):
+    model, tokenizer = attached().use(name), fixture("poe-tiny")[1]
+    for case in TINY[name]:
+        count = len(case["full"])
+        responses = stream_generate(model, tokenizer, case["prompt"], max_tokens=count, **options)
+        assert [r.token for r in responses] == case["full"]
+
+
+def test_the_base_is_untouched_and_shared():
+    base, _ = load("poe-tiny", dtype="float32")
+    tokens = mx.array([[2039, *some_tokens(40)]])
+    before = [base(tokens), *base.forward_all_stages(tokens)]
+    arrays = {id(a) for _, a in tree_flatten(base.parameters())}
+    specialists = Specialists(base)
+    for name in NAMES:
+        specialists.attach(name, f"poe-tiny-{name}")
+        mx.eval(specialists.use(name)(tokens))
+        own = dict(tree_flatten(specialists.use(name).parameters()))
+        new = [k for k, a in own.items() if id(a) not in arrays]
+        # Two blocks of six matrices, a head, two vectors and the rows that it changed.
+        assert len(new) == 16
+        assert own["wte.own"].shape == (8, 128)
+        assert specialists.nbytes(name) == sum(own[k].nbytes for k in new)
+        assert specialists.nbytes(name) < sum(a.nbytes for a in own.values()) / 5
+    specialists.detach("math")
+    assert specialists.names == ("chat", "tool")
+    after = [base(tokens), *base.forward_all_stages(tokens)]
+    assert all(mx.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    assert specialists.use(None) is base
+    with pytest.raises(RequestError, match="no specialist math is attached; attached: chat, tool"):
+        specialists.use("math")
+    with pytest.raises(RequestError, match="attached already"):
+        specialists.attach("chat", "poe-tiny-chat")
+
+
+def test_chains_stack_on_their_root_and_on_their_middle():
+    alone = fixture("chain-on-stage")[0]
+    tokens = mx.array([list(range(1, 200))])
+    for lower in ("flat-d8", "stage-on-flat"):
+        specialists = Specialists(fixture(lower)[0])
+        model = specialists.attach("chain", FIXTURES / "chain-on-stage")
+        assert model.lm_head is fixture(lower)[0].lm_head
+        assert mx.array_equal(model(tokens), alone(tokens))
+
+
+def test_quantised_bases_and_deltas(tmp_path):
+    base, _ = load("poe-tiny", quantize=8)
+    specialists = Specialists(base)
+    model = specialists.attach("plain", "poe-tiny-chat")
+    packed = specialists.attach("packed", "poe-tiny-chat", quantize=8)
+    assert isinstance(model.wte, PatchedEmbedding)
+    assert packed.h[8].mlp.c_fc.bits == 8
+    assert specialists.nbytes("packed") < 0.4 * specialists.nbytes("plain")
+    tokens = mx.array([[2039, 2040, 448, 274, 264, 313, 278, 1610, 63, 2041, 2042]])
+    exact = fixture("poe-tiny-chat")[0](tokens)
+    for one in (model, packed):
+        assert mx.abs(one(tokens) - exact).max().item() < 3
+    # A converted delta whose table is packed as its base's: only the rows that differ are kept.
+    prepare(find_model("poe-tiny"), quantization=scheme(8)).write(tmp_path / "base")
+    conversion = prepare(
+        find_model("poe-tiny-chat"), quantization=scheme(8), base=locate(tmp_path / "base")
+    )
+    conversion.write(tmp_path / "delta")
+    converted = Specialists(load(tmp_path / "base")[0]).attach("chat", tmp_path / "delta")
+    assert isinstance(converted.wte, PatchedEmbedding)
+    assert 1 <= len(converted.wte.rows) <= 8
+    assert mx.array_equal(converted(tokens), load(tmp_path / "delta")[0](tokens))
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_a_specialist_of_another_base_is_refused(tmp_path, seed):
+    write_base(tmp_path / "base", seed=1)
+    write_base(tmp_path / "other", seed=seed)
+    write_stage(tmp_path / "stage")
+    specialists = Specialists(load(tmp_path / "other")[0])
+    with pytest.raises(CheckpointError, match="not the model in memory"):
+        specialists.attach("stage", tmp_path / "stage")
+    for wrong in ("poe-tiny-chat", "poe-tiny", tmp_path / "nowhere"):
+        with pytest.raises(PoEError):
+            specialists.attach("stage", wrong)
+    assert specialists.names == ()
+
+
+# States
+
+
+def states_agree(state: DecodingState, tokens: list[int]) -> None:
+    """The full prediction after the state's text is a fresh forward's."""
+    model = state.model
+    state.set_depth(model.poe_n_stages - 1)
+    state.append([7])
+    for stage in range(model.poe_n_stages):
+        state.advance(stage)
+    hidden = {k: state.boundary(k, len(tokens), len(tokens) + 1) for k in model.full_boundaries}
+    ours, fresh = model.full_scores(hidden), model(mx.array([[*tokens, 7]]))[:, -1:]
+    assert mx.abs(ours - fresh).max().item() < 1e-4
+    state.rollback(len(tokens))
+
+
+def test_a_prompt_runs_through_the_base_once():
+    specialists, tokens = attached(), [2039, 2040, *some_tokens(900), 2041, 2042]
+    state = DecodingState(specialists.use("chat"), keep_trunk=2048)
+    state.prefill(tokens, 4)
+    other = state.switch(specialists.use("math"))
+    states_agree(other, tokens)
+    # The base's stages ran the one new token, the specialist's own all.
+    assert other.positions_run == [1, 1, 1, 1, len(tokens) + 1]
+    states_agree(state, tokens)
+    back = other.switch(specialists.use("chat"))
+    states_agree(back, tokens)
+    assert back.positions_run[:4] == [1, 1, 1, 1]
+
+
+def test_what_is_not_alike_is_run_again():
+    specialists, text = attached(), [2039, *some_tokens(100)]
+    base, chat = specialists.use(None), specialists.use("chat")
+    assert shared_stages(base, chat, text) == 4
+    # The chat tokens' rows are the specialist's own.
+    assert shared_stages(base, chat, [*text, 2041]) == 0
+    assert shared_stages(chat, specialists.use("tool"), [*text, 2041]) == 4
+    assert shared_stages(chat, fixture("poe-tiny-chat")[0], text) == 0
+    assert shared_stages(chat, chat, text) == 5
+    chain, stage = fixture("chain-on-stage")[0], fixture("stage-on-flat")[0]
+    assert shared_stages(chain, stage, text) == 0
+    upper = Specialists(stage).attach("chain", FIXTURES / "chain-on-stage")
+    agree = mx.array_equal(upper.resid_lambdas[:10], stage.resid_lambdas)
+    assert shared_stages(upper, stage, [1, 2]) in ((5, 4) if agree else (0, 1, 2, 3, 4))
+    state = DecodingState(base, keep_trunk=512)
+    state.prefill([*text, 2041], 3)
+    other = state.switch(chat)
+    assert other.length == 0
+    other.prefill([*text, 2041], 4)
+    states_agree(other, [*text, 2041])
+
+
+def test_texts_longer_than_what_is_kept_are_run_again():
+    specialists, tokens = attached(), [2039, 2040, *some_tokens(1500)]
+    state = DecodingState(specialists.use("chat"), keep_trunk=512)
+    state.prefill(tokens, 4)
+    other = state.switch(specialists.use("tool"))
+    states_agree(other, tokens)
+    assert other.positions_run[0] > len(tokens)
+
+
+def test_what_is_kept_is_bounded():
+    sizes = []
+    for length in (2000, 6000):
+        state = DecodingState(attached().use("chat"), keep_trunk=600)
+        state.prefill([2039, *some_tokens(length)], 4)
+        sizes.append(state.nbytes)
+    assert sizes[1] < 1.05 * sizes[0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("append"), st.integers(1, 300)),
+            st.tuples(st.just("advance"), st.integers(0, 4)),
+            st.tuples(st.just("rollback"), st.integers(1, 100)),
+            st.tuples(st.just("switch"), st.sampled_from((*NAMES, None))),
+        ),
+        min_size=3,
+        max_size=10,
+    )
+)
+def test_any_sequence_of_switches_stays_exact(steps):
+    specialists = attached()
+    state, tokens = DecodingState(specialists.use("chat"), keep_trunk=700), []
+    for number, (what, value) in enumerate(steps):
+        if what == "append":
+            new = some_tokens(value, number)
+            state.prefill(new, state.depth)
+            tokens += new
+        elif what == "advance":
+            depth = min(value, state.model.poe_n_stages - 1)
+            state.set_depth(depth)
+            for stage in range(depth + 1):
+                state.advance(stage)
+        elif what == "rollback":
+            position = max(len(tokens) - value, state.earliest_rollback)
+            if position < len(tokens):
+                state.rollback(position)
+                del tokens[position:]
+        else:
+            state = state.switch(specialists.use(value))
+            if not state.length:
+                state.prefill(tokens, state.depth)
+        assert state.tokens == tokens
+    if tokens:
+        states_agree(state, tokens)
+
+
+def test_generation_goes_on_after_a_switch():
+    specialists, tokenizer = attached(), fixture("poe-tiny")[1]
+    case = TINY["math"][0]
+    chat, math = specialists.use("chat"), specialists.use("math")
+    state = DecodingState(chat, keep_trunk=1024)
+    generate(chat, tokenizer, case["prompt"], max_tokens=5, state=state)
+    state = state.switch(math)
+    count = len(case["full"])
+    tokens = [
+        r.token
+        for r in stream_generate(math, tokenizer, case["prompt"], max_tokens=count, state=state)
+    ]
+    assert tokens == case["full"]
+    assert state.positions_run[0] <= count + 1
