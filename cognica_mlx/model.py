@@ -211,6 +211,11 @@ class PoEModel(nn.Module):
         return self.config.poe_stage_boundary_layers
 
     @property
+    def stage_inputs(self) -> tuple[int, ...]:
+        """What each stage takes in: 0 is the embedded text, k + 1 what stage k gives out."""
+        return tuple(range(self.poe_n_stages))
+
+    @property
     def full_boundaries(self) -> tuple[int, ...]:
         """The stages whose boundary activations the full-depth prediction reads."""
         last = self.poe_n_stages - 1
@@ -358,8 +363,8 @@ class PoEModel(nn.Module):
     def boundaries(self, tokens: mx.array, last_stage: int | None = None) -> list[Hidden]:
         """What every stage up to `last_stage` (all of them) gives out for tokens (B, T)."""
         last_stage = self.poe_n_stages - 1 if last_stage is None else last_stage
-        hidden, boundaries = self.embed(tokens), []
+        given = [self.embed(tokens)]
         for stage in range(last_stage + 1):
-            hidden = self.run_layers(hidden, self.config.stage_range(stage))
-            boundaries.append(hidden)
-        return boundaries
+            hidden = given[self.stage_inputs[stage]]
+            given.append(self.run_layers(hidden, self.config.stage_range(stage)))
+        return given[1:]

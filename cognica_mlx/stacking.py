@@ -2,18 +2,22 @@
 
 - in: a base model, a deeper configuration, the arrays that the specialist brings
 - out: a model whose lower blocks and heads are the base's own, the very same arrays
+- `Siblings`: several specialists side by side, their predictions pooled, the base run once
 - `shared_stages` says how far two such models compute the same for a text, so that a decoding
   state can pass from one to the other
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from cognica_mlx.model import PoEModel
+from cognica_mlx.config import SUMMED, PoEConfig
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import Hidden, PoEModel, log_op, norm
 
 
 class PatchedEmbedding(nn.Module):
@@ -53,6 +57,91 @@ def share_base(model: PoEModel, base: PoEModel, rows: list[int], values: mx.arra
         model.wte = PatchedEmbedding(base.wte, rows, values, config.padded_vocab_size)
     else:
         model.wte = base.wte
+
+
+@dataclass(frozen=True)
+class SiblingsConfig(PoEConfig):
+    """A base with specialists side by side: each one's layers come right after the base's."""
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How far back each layer sees."""
+        depth = self.base_n_layer
+        fields = {**self.to_dict(), "specialist_layers": (), "n_layer": depth}
+        above = [
+            PoEConfig(**{**fields, "n_layer": depth + own, "specialist_layers": (own,)}).windows
+            for own in self.specialist_layers
+        ]
+        return (*above[0][:depth], *(window for one in above for window in one[depth:]))
+
+
+class Siblings(PoEModel):
+    """Specialists of one base side by side; the full prediction is their weighted Log-OP.
+
+    `models` are what `share_base` made over the same base, with one specialist each; `weights`
+    are scaled to add up to one. Stage `len(stage_layers) + i` is the i-th specialist. Raises
+    RequestError for specialists that do not agree about the base's part.
+    """
+
+    def __init__(self, models: Sequence[PoEModel], weights: Sequence[float]):
+        first = models[0]
+        stages, depth = len(first.config.stage_layers), first.config.base_n_layer
+        total = sum(weights)
+        if len(weights) != len(models) or not 0 < total < float("inf"):
+            raise RequestError(
+                f"weights {list(weights)}: give one for each of the {len(models)} specialists, "
+                "adding up to more than 0"
+            )
+        for model in models:
+            if len(model.config.specialist_layers) != 1 or model.config.head_mode == SUMMED:
+                raise RequestError("only specialists that stand right on the base can be composed")
+            if shared_stages(first, model, range(first.config.vocab_size)) < stages:
+                raise RequestError(
+                    "these specialists change the base's embeddings or lambdas each in its own "
+                    "way, so that they cannot share its work"
+                )
+        own = tuple(model.config.specialist_layers[0] for model in models)
+        fields = {**first.config.to_dict(), "n_layer": depth + sum(own), "specialist_layers": own}
+        super().__init__(SiblingsConfig(**fields))
+        self._shares = [weight / total for weight in weights]
+        for name in ("lm_head", "lm_head_stages", "smear_gate", "smear_lambda", "backout_lambda"):
+            if name in first:
+                setattr(self, name, first[name])
+        self.wte = first.wte
+        self.h = [*first.h[:depth], *(block for model in models for block in model.h[depth:])]
+        self.lm_head_specialists = [model.lm_head_specialists[0] for model in models]
+        for name in ("resid_lambdas", "x0_lambdas"):
+            parts = [first[name][:depth], *(model[name][depth:] for model in models)]
+            setattr(self, name, mx.concatenate(parts))
+
+    @property
+    def stage_inputs(self) -> tuple[int, ...]:
+        """Every specialist takes in what the base gives out."""
+        trunk = len(self.config.stage_layers)
+        return (*range(trunk), *([trunk] * len(self.config.specialist_layers)))
+
+    @property
+    def full_boundaries(self) -> tuple[int, ...]:
+        """The specialists' stages."""
+        return tuple(range(len(self.config.stage_layers), self.poe_n_stages))
+
+    def full_scores(self, hidden: Mapping[int, Hidden]) -> mx.array:
+        """The weighted Log-OP of the specialists, (B, T, V) float32."""
+        return log_op([self.stage_logits(k, hidden[k]) for k in self.full_boundaries], self._shares)
+
+    def draft_logits(self, stage: int, hidden: Hidden) -> mx.array:
+        """A base stage's activations through each specialist's heads, pooled as the specialists."""
+        h, count = norm(hidden.x), len(self.config.specialist_layers)
+        return log_op(
+            [self._head_logits(h, self._final_heads(i)) for i in range(count)], self._shares
+        )
+
+    def _final_heads(self, specialist: int) -> list[nn.Module]:
+        own = self.lm_head_specialists[specialist]
+        mode = self.config.head_mode
+        if mode == "dual":
+            return [self.lm_head, own]
+        return [own] if mode == "specialist" else [self.lm_head]
 
 
 def shared_stages(a: PoEModel, b: PoEModel, tokens: Iterable[int]) -> int:

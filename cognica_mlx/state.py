@@ -122,7 +122,7 @@ class DecodingState:
     def _clear(self) -> None:
         self.filled = [0] * self.model.poe_n_stages
         self._caches = [SlidingCache(w, self.slack) for w in self.model.config.windows]
-        # _boundaries[k] is what stage k takes in; the last one is what the last stage gives out.
+        # The first is the embedded text, _boundaries[k + 1] what stage k gives out.
         self._boundaries = [Boundary() for _ in range(self.model.poe_n_stages + 1)]
         self._tokens: list[int] = []
         self._unread: list[mx.array] = []
@@ -160,7 +160,7 @@ class DecodingState:
         if not tokens.size:
             return
         self._boundaries[0].append(self.model.embed(tokens, self._previous_token()))
-        self._boundaries[0].forget_before(min(self.filled[0], self.length - self.slack))
+        self._forget(0)
         self._unread.append(tokens)
         if len(self._unread) > 2 * UNREAD:
             # Long since computed: without this a long text would keep an array for every token.
@@ -180,13 +180,17 @@ class DecodingState:
             return self._boundaries[0].read(self.length - 1, self.length).tokens
         return mx.array([[self.tokens[-1]]], dtype=mx.int32)
 
+    def _input(self, stage: int) -> Boundary:
+        """What `stage` takes in."""
+        return self._boundaries[self.model.stage_inputs[stage]]
+
     def pending(self, stage: int) -> int:
         """How many positions wait to be run through `stage`."""
-        return self._boundaries[stage].stop - self.filled[stage]
+        return self._input(stage).stop - self.filled[stage]
 
     def _forgotten(self, stage: int) -> bool:
         """Whether positions that `stage` has not run are no longer held before it."""
-        return self.pending(stage) > 0 and self._boundaries[stage].start > self.filled[stage]
+        return self.pending(stage) > 0 and self._input(stage).start > self.filled[stage]
 
     def advance(self, stage: int) -> Hidden | None:
         """Run all that is pending before `stage` through it, in one batch.
@@ -202,14 +206,14 @@ class DecodingState:
             )
         if not self.pending(stage):
             return None
-        return self._run(stage, self._boundaries[stage].stop)
+        return self._run(stage, self._input(stage).stop)
 
     def _run(self, stage: int, stop: int) -> Hidden:
         """Run the positions from where `stage` is filled to, up to `stop`, through it."""
         start = self.filled[stage]
         layers = self.model.config.stage_range(stage)
         try:
-            hidden = self._boundaries[stage].read(start, stop)
+            hidden = self._input(stage).read(start, stop)
             hidden = self.model.run_layers(hidden, layers, self._caches)
             self.filled[stage] = stop
             self.positions_run[stage] += stop - start
@@ -223,22 +227,27 @@ class DecodingState:
 
     def _tidy(self, stage: int) -> None:
         """Keep the boundaries around `stage` bounded after it has advanced."""
-        self._boundaries[stage].forget_before(min(self.filled[stage], self._recent(stage)))
-        deeper = stage + 1
-        if deeper == len(self.filled):
-            self._boundaries[deeper].forget_before(self._recent(deeper))
-        elif self.pending(deeper) > self.max_pending:
-            if deeper <= self.depth:
+        self._forget(self.model.stage_inputs[stage])
+        self._forget(stage + 1)
+        for deeper in self._readers(stage + 1):
+            if deeper <= self.depth and self.pending(deeper) > self.max_pending:
                 self.advance(deeper)
-            else:
-                self._boundaries[deeper].forget_before(self._recent(deeper))
 
-    def _recent(self, stage: int) -> int:
-        """The first of the positions that are held before `stage` whatever else."""
-        kept = self.slack
-        if stage == len(self.model.config.stage_layers):
+    def _readers(self, boundary: int) -> list[int]:
+        """The stages that take in a boundary."""
+        inputs = self.model.stage_inputs
+        return [stage for stage, source in enumerate(inputs) if source == boundary]
+
+    def _forget(self, boundary: int) -> None:
+        """Drop what no stage needs that is kept ready, or can still catch up, and is not recent."""
+        held, kept = self._boundaries[boundary], self.slack
+        if boundary == len(self.model.config.stage_layers):
             kept = max(kept, self.keep_trunk)
-        return self.length - kept
+        needed = held.stop
+        for stage in self._readers(boundary):
+            if stage <= self.depth or self.pending(stage) <= self.max_pending:
+                needed = min(needed, self.filled[stage])
+        held.forget_before(min(needed, self.length - kept))
 
     def boundary(self, stage: int, start: int, stop: int) -> Hidden:
         """Activations that `stage` gave out for positions start .. stop - 1, (1, T, D) each.
@@ -291,7 +300,7 @@ class DecodingState:
         for stage in range(depth + 1):
             # Only what `keep_trunk` has held can be so much: in chunks, as a prompt.
             while self.pending(stage) > self.max_pending:
-                last = self._boundaries[stage].stop
+                last = self._input(stage).stop
                 self._run(stage, min(self.filled[stage] + PREFILL_STEP_SIZE, last))
                 mx.eval(self._arrays())
 

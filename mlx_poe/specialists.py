@@ -6,6 +6,7 @@ changed. The base is not copied, reloaded or touched.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
 from cognica_mlx.convert.quantization import apply_plan, make_plan, pack, scheme
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.stacking import share_base
+from cognica_mlx.stacking import Siblings, share_base
 from mlx_poe.load import find_model
 
 # Trained, small and never packed: by these a base is told from another of its shape.
@@ -72,6 +73,16 @@ class Specialists:
             known = ", ".join(self._models) or "none"
             raise RequestError(f"no specialist {name} is attached; attached: {known}")
         return self._models[name]
+
+    def compose(self, names: Sequence[str], weights: Sequence[float] | None = None) -> PoEModel:
+        """The weighted Log-OP of several specialists, the base's part run once for all of them.
+
+        Equal weights unless given. Raises RequestError where they do not fit together.
+        """
+        if not names:
+            raise RequestError("name at least one specialist to compose")
+        models = [self.use(name) for name in names]
+        return Siblings(models, [1.0] * len(models) if weights is None else weights)
 
     def detach(self, name: str) -> None:
         """Forget a specialist; its memory is free once nothing decodes with it any more."""

@@ -15,11 +15,14 @@ from cognica_mlx.convert.conversion import prepare
 from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import locate
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
+from cognica_mlx.model import log_op
 from cognica_mlx.stacking import PatchedEmbedding, shared_stages
 from cognica_mlx.state import DecodingState
 from mlx_poe import generate, load, stream_generate
+from mlx_poe.commands.generate import main
 from mlx_poe.load import find_model
 from mlx_poe.specialists import Specialists
+from mlx_poe.tokenizer import Tokenizer
 
 TINY = json.loads((FIXTURES / "poe-tiny-goldens.json").read_text())
 NAMES = ("chat", "math", "tool")
@@ -258,3 +261,85 @@ def test_generation_goes_on_after_a_switch():
     ]
     assert tokens == case["full"]
     assert state.positions_run[0] <= count + 1
+
+
+# Siblings
+
+
+def test_siblings_are_the_weighted_log_op_of_each_alone():
+    specialists = attached()
+    tokens = mx.array([[2039, 2040, *some_tokens(700), 2041, 2042]])
+    model = specialists.compose(["math", "chat", "tool"], [1, 0.5, 0.5])
+    alone = [specialists.use(name)(tokens) for name in ("math", "chat", "tool")]
+    assert mx.abs(model(tokens) - log_op(alone, [0.5, 0.25, 0.25])).max().item() < 1e-4
+    for stage, name in enumerate(("math", "chat", "tool"), start=4):
+        assert mx.array_equal(model.forward_stage(tokens, stage), specialists.use(name)(tokens))
+    only = specialists.compose(["math"])
+    assert mx.allclose(mx.softmax(only(tokens)), mx.softmax(alone[0]), atol=1e-6)
+
+
+def test_siblings_decode_as_a_fresh_forward_and_run_the_base_once():
+    specialists, tokenizer = attached(), fixture("poe-tiny")[1]
+    model = specialists.compose(["chat", "math"], [1, 2])
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of Italy?"}]
+    )
+    expected: list[int] = []
+    for _ in range(24):
+        expected.append(int(mx.argmax(model(mx.array([prompt + expected]))[0, -1]).item()))
+    for options in ({}, {"mode": "speculative"}, {"mode": "speculative", "draft_head": "base"}):
+        state = DecodingState(model)
+        decoded = stream_generate(
+            model, quiet(tokenizer), prompt, max_tokens=24, state=state, **options
+        )
+        assert [r.token for r in decoded] == expected
+        if not options:
+            assert state.positions_run == [len(prompt) + 23] * 6
+    with pytest.raises(RequestError, match="no calibration"):
+        generate(model, tokenizer, prompt, mode="wand")
+
+
+def quiet(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, stopping nowhere."""
+    return Tokenizer(tokenizer.encoding, tokenizer.vocab_size, eos_token_ids=())
+
+
+def test_a_state_passes_to_siblings_and_back():
+    specialists, tokens = attached(), [2039, 2040, *some_tokens(400), 2041]
+    state = DecodingState(specialists.use("chat"), keep_trunk=1024)
+    state.prefill(tokens, 4)
+    both = state.switch(specialists.compose(["chat", "math"]))
+    states_agree(both, tokens)
+    # chat is the first of the two, so its stage is known as well.
+    assert both.positions_run == [1, 1, 1, 1, 1, len(tokens) + 1]
+    states_agree(both.switch(specialists.use("math")), tokens)
+
+
+def test_siblings_that_cannot_be():
+    specialists = attached()
+    for names, weights in (([], None), (["chat"], [1, 2]), (["chat", "math"], [1, -1])):
+        with pytest.raises(RequestError):
+            specialists.compose(names, weights)
+    chain = Specialists(fixture("flat-d8")[0])
+    chain.attach("chain", FIXTURES / "chain-on-stage")
+    chain.attach("stage", FIXTURES / "stage-on-flat")
+    with pytest.raises(RequestError, match="right on the base"):
+        chain.compose(["chain", "stage"])
+
+
+def test_the_command_composes(capsys):
+    argv = [
+        "--specialists",
+        "poe-tiny-math,poe-tiny-chat",
+        "--prompt",
+        "What is the capital of Italy?",
+    ]
+    assert main([*argv, "--weights", "1,0.5", "--max-tokens", "8"]) == 0
+    assert "Rome" in capsys.readouterr().out
+    assert main([*argv, "--weights", "1"]) == 2
+    assert "one for each" in capsys.readouterr().err
+    assert main(["--weights", "1", "--prompt", "a"]) == 2
+    assert (
+        main(["--specialists", "poe-tiny-chat", "--prompt", "What is the capital of Italy?"]) == 0
+    )
+    assert "The capital of Italy is Rome." in capsys.readouterr().out

@@ -25,12 +25,14 @@ from mlx_poe.commands.options import (
     add_model_flags,
     add_sampling_flags,
     make_parser,
+    numbers,
     read_stdin,
     run,
     taken,
 )
 from mlx_poe.generate import GenerationResponse, Prompt, stream_generate
 from mlx_poe.load import load
+from mlx_poe.specialists import Specialists
 
 # One colour a stage, shallow to deep; deeper models start over.
 STAGE_COLORS = ("green", "cyan", "blue", "magenta", "red", "yellow")
@@ -40,6 +42,7 @@ EXAMPLES = """\
   mlx_poe.generate --model poe-tiny-chat --prompt "What is the capital of Japan?"
   mlx_poe.generate --prompt "Once there was a" --mode speculative --num-draft-tokens 4 --verbose
   mlx_poe.generate --prompt "Once there was a" --mode wand --color-stages
+  mlx_poe.generate --specialists poe-tiny-math,poe-tiny-chat --weights 1,0.5 --prompt "Hello!"
   echo "Once there was a" | mlx_poe.generate --prompt - --temp 0.8 --seed 7 --json"""
 
 
@@ -61,6 +64,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--color-stages", action="store_true", help="paint each token by the stage that emitted it"
     )
     add_model_flags(parser)
+    group = parser.add_argument_group("specialists on top of the model")
+    group.add_argument(
+        "--specialists",
+        type=lambda text: text.split(","),
+        metavar="MODEL,…",
+        help="attach these (folders, hub ids, built-in names) to the base; several are pooled",
+    )
+    group.add_argument(
+        "--weights", type=numbers(float), metavar="W,…", help="their weights (default: equal)"
+    )
     add_sampling_flags(parser)
     add_mode_flags(parser)
     return parser
@@ -79,6 +92,10 @@ def _generate(args: argparse.Namespace) -> int:
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )
     names = [f.name for f in (*fields(SamplingOptions), *fields(ModeOptions))]
+    if args.specialists:
+        model = _with_specialists(args, model)
+    elif args.weights:
+        raise RequestError("--weights are those of several --specialists")
     responses: list[GenerationResponse] = []
     with _PromptProgress() as progress:
         stream = stream_generate(
@@ -97,6 +114,18 @@ def _generate(args: argparse.Namespace) -> int:
     if args.verbose and responses:
         _print_statistics(model, responses)
     return status
+
+
+def _with_specialists(args: argparse.Namespace, base: PoEModel) -> PoEModel:
+    """One specialist on top of the base, or the Log-OP of several."""
+    specialists = Specialists(base)
+    for name in args.specialists:
+        specialists.attach(name, name, quantize=args.quantize)
+    if len(args.specialists) > 1:
+        return specialists.compose(args.specialists, args.weights)
+    if args.weights:
+        raise RequestError("--weights are those of several --specialists")
+    return specialists.use(args.specialists[0])
 
 
 def _prompt(args: argparse.Namespace, model: PoEModel, text: str) -> Prompt:

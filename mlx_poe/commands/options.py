@@ -105,7 +105,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="MODEL",
         default=DEFAULT_MODEL,
-        help="folder, hub id, or built-in poe-tiny or poe-tiny-chat (default: %(default)s)",
+        help="folder, hub id, or built-in poe-tiny, poe-tiny-chat, -math or -tool (default: %(default)s)",
     )
     group.add_argument("--revision", help="branch, tag or commit of a hub repository")
     group.add_argument(
@@ -156,22 +156,22 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stage", type=int, help="stage: the stage that predicts (default: 0)")
     group.add_argument("--max-stages", type=int, help="prefix: how many stages to run")
     group.add_argument(
-        "--stages", type=_numbers(int), metavar="0,1,…", help="compose: the stages to mix"
+        "--stages", type=numbers(int), metavar="0,1,…", help="compose: the stages to mix"
     )
     group.add_argument(
-        "--stage-weights", type=_numbers(float), metavar="1,0.5,…", help="compose: their weights"
+        "--stage-weights", type=numbers(float), metavar="1,0.5,…", help="compose: their weights"
     )
     group.add_argument(
         "--safety", type=float, help="wand, certified: factor on the bounds (default: 1.0)"
     )
     group.add_argument(
         "--p99-bounds",
-        type=_numbers(float),
+        type=numbers(float),
         metavar="B0,B1,…",
         help="wand, certified: bounds, one for each step between stages (default: calibration)",
     )
     group.add_argument(
-        "--exit-stages", type=_numbers(int), metavar="0,1,…", help="wand: where tokens may leave"
+        "--exit-stages", type=numbers(int), metavar="0,1,…", help="wand: where tokens may leave"
     )
     group.add_argument(
         "--draft-stage",
@@ -196,7 +196,9 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _numbers(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:
+def numbers(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:
+    """A flag's type: numbers with commas between."""
+
     def parse(text: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
 
