@@ -35,7 +35,8 @@ def load(
 
     `path_or_hf_repo` is a folder in the Hugging Face layout or nanochat's, one that
     `mlx_poe.convert` wrote, a hub id, or a built-in model ("poe-tiny", the default, and its
-    specialists "poe-tiny-chat", "poe-tiny-math" and "poe-tiny-tool"). Weights are read straight from its files.
+    specialists "poe-tiny-chat", "poe-tiny-math" and "poe-tiny-tool"). Weights are read straight
+    from its files.
 
     `dtype` is "float32", "bfloat16" or "float16"; by default float32 on the CPU back end, whose
     half precision is slow, and bfloat16 on a GPU. `quantize` is a number of bits (2, 3, 4, 5, 6 or

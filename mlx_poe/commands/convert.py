@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         metavar="MODEL",
-        help="folder, hub id, or built-in poe-tiny, poe-tiny-chat, -math or -tool",
+        help="folder, hub id, or built-in poe-tiny, poe-tiny-chat …",
     )
     parser.add_argument(
         "--mlx-path", default="mlx_model", metavar="FOLDER", help="default: %(default)s"

@@ -105,7 +105,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="MODEL",
         default=DEFAULT_MODEL,
-        help="folder, hub id, or built-in poe-tiny, poe-tiny-chat, -math or -tool (default: %(default)s)",
+        help="folder, hub id, or built-in poe-tiny, poe-tiny-chat … (default: %(default)s)",
     )
     group.add_argument("--revision", help="branch, tag or commit of a hub repository")
     group.add_argument(
