@@ -47,6 +47,11 @@ class SlidingCache:
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
 
+    @property
+    def limit(self) -> int:
+        """The most rows that are ever held."""
+        return self.window + 2 * self.slack
+
     def mask(self, length: int) -> mx.array | str | None:
         """The mask for the next `length` queries over what `update` will return."""
         return window_mask(self.window, self.offset, length)
@@ -58,7 +63,7 @@ class SlidingCache:
         """
         length = keys.shape[2]
         visible = min(self.offset, self.window) + length
-        limit, kept = self.window + 2 * self.slack, min(self.rows, self.window + self.slack)
+        limit, kept = self.limit, min(self.rows, self.window + self.slack)
         if self._keys is None or self._values is None:
             self._keys, self._values = keys[..., :0, :], values[..., :0, :]
         if self.rows + length > limit and kept + length > limit:
@@ -119,6 +124,18 @@ class SlidingCache:
         if self._keys is not None and self._values is not None:
             other._keys, other._values = mx.array(self._keys), mx.array(self._values)
         return other
+
+    def content(self) -> tuple[mx.array, mx.array] | None:
+        """The rows held, keys and values (B, H, rows, head_dim); None before the first."""
+        if self._keys is None or self._values is None:
+            return None
+        return self._keys[..., : self.rows, :], self._values[..., : self.rows, :]
+
+    def restore(self, content: tuple[mx.array, mx.array] | None, offset: int) -> None:
+        """Hold what another cache of this window and slack gave out as its `content`."""
+        self._keys, self._values = content or (None, None)
+        self.rows = 0 if content is None else content[0].shape[2]
+        self.offset = offset
 
     def arrays(self) -> list[mx.array]:
         """The buffers, for evaluation and for counting bytes."""

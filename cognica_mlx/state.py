@@ -22,7 +22,8 @@ the kept activations, in one batch. Stages within `depth` catch up by themselves
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -34,6 +35,7 @@ from cognica_mlx.stacking import shared_stages
 SLACK = 128
 MAX_PENDING = 256
 PREFILL_STEP_SIZE = 512
+HIDDEN_PARTS = ("x", "x0", "backout")
 UNREAD = 128
 
 Progress = Callable[[int, int], None]
@@ -358,6 +360,87 @@ class DecodingState:
         other._depth = self._depth
         other.positions_run = list(self.positions_run)
         return other
+
+    def to_arrays(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
+        """All that `from_arrays` needs to go on from here: arrays, and what JSON can hold."""
+        arrays: dict[str, mx.array] = {}
+        for i, cache in enumerate(self._caches):
+            if content := cache.content():
+                arrays[f"cache.{i}.keys"], arrays[f"cache.{i}.values"] = content
+        for i, boundary in enumerate(self._boundaries):
+            if boundary.start < boundary.stop:
+                hidden = boundary.read(boundary.start, boundary.stop)
+                for name in HIDDEN_PARTS:
+                    if (part := getattr(hidden, name)) is not None:
+                        arrays[f"boundary.{i}.{name}"] = part
+        fields = {
+            "tokens": self.tokens,
+            "filled": self.filled,
+            "offsets": [cache.offset for cache in self._caches],
+            "starts": [boundary.start for boundary in self._boundaries],
+            "stops": [boundary.stop for boundary in self._boundaries],
+            "slack": self.slack,
+            "max_pending": self.max_pending,
+            "keep_trunk": self.keep_trunk,
+        }
+        return arrays, fields
+
+    @classmethod
+    def from_arrays(
+        cls, model: PoEModel, arrays: Mapping[str, mx.array], fields: Mapping[str, Any]
+    ) -> DecodingState:
+        """The state that `to_arrays` gave out, under the same model.
+
+        Raises RequestError where they do not fit the model or each other.
+        """
+        options = {name: fields.get(name) for name in ("slack", "max_pending", "keep_trunk")}
+        numbers = [*options.values()]
+        for name in ("tokens", "filled", "offsets", "starts", "stops"):
+            numbers += fields.get(name) or []
+        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+            raise RequestError("the saved state is damaged: it holds what is no number")
+        state = cls(model, **options)  # type: ignore[arg-type]
+        state.check_ids(fields["tokens"])
+        try:
+            state._restore(arrays, fields)
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise RequestError(f"the saved state does not fit this model ({error})") from None
+        return state
+
+    def _restore(self, arrays: Mapping[str, mx.array], fields: Mapping[str, Any]) -> None:
+        config, width = self.model.config, self.model.config.n_embd
+        for i, (cache, offset) in enumerate(zip(self._caches, fields["offsets"], strict=True)):
+            content = None
+            if offset:
+                content = arrays[f"cache.{i}.keys"], arrays[f"cache.{i}.values"]
+                rows = content[0].shape[2]
+                shape = (1, config.n_kv_head, rows, config.head_dim)
+                enough = min(offset, cache.window) <= rows <= min(offset, cache.limit)
+                if not enough or any(part.shape != shape for part in content):
+                    raise ValueError(f"layer {i}")
+            cache.restore(content, offset)
+        text = mx.array([fields["tokens"]], dtype=mx.int32)
+        spans = zip(self._boundaries, fields["starts"], fields["stops"], strict=True)
+        for i, (boundary, start, stop) in enumerate(spans):
+            boundary.stop = start
+            if start < stop:
+                parts = [arrays.get(f"boundary.{i}.{name}") for name in HIDDEN_PARTS]
+                x, x0, _ = parts
+                span = (1, stop - start, width)
+                if x is None or x0 is None or any(p is not None and p.shape != span for p in parts):
+                    raise ValueError(f"boundary {i}")
+                boundary.append(Hidden(text[:, start:stop], *parts))  # type: ignore[arg-type]
+            if boundary.stop != stop:
+                raise ValueError(f"boundary {i}")
+        filled, ends = fields["filled"], config.poe_stage_boundary_layers
+        fits = self.length == len(fields["tokens"]) and len(filled) == len(self.filled)
+        for stage, count in enumerate(filled if fits else []):
+            layers = self._caches[config.stage_range(stage)[0] : ends[stage] + 1]
+            fits &= all(cache.offset == count for cache in layers)
+            fits &= self._boundaries[stage + 1].stop == count <= self._input(stage).stop
+        if not fits:
+            raise ValueError("its lengths disagree")
+        self.filled, self._tokens = list(filled), list(fields["tokens"])
 
     def _arrays(self) -> list[mx.array]:
         cached = [a for cache in self._caches for a in cache.arrays()]

@@ -6,6 +6,9 @@
   merges, which follow from them, are not read
 - tiktoken joins whichever neighbours make a token, lowest rank first: so every split of a token
   into two tokens is listed as a merge, in the order of the ranks
+- where Hugging Face's side differs: text that looks like a special token is one there, inside a
+  chat message too, while our `Tokenizer` keeps it plain; lone surrogates are refused, not replaced;
+  and mlx-lm's streaming drops one space from the very start of an answer
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import tiktoken
 from cognica_mlx.errors import TokenizerError
 
 FILE_NAME = "tokenizer.json"
-MOST_BYTES = 256 * 2**20  # 48000 tokens with their merges take 8 million
+MOST_BYTES = 32 * 2**20  # 48000 tokens with their merges take 8 million
 
 _BOS, _ASSISTANT_END = "<|bos|>", "<|assistant_end|>"
 
@@ -28,6 +31,13 @@ _BOS, _ASSISTANT_END = "<|bos|>", "<|assistant_end|>"
 _CHAT_TEMPLATE = """\
 {%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else none -%}
 {%- set turns = messages if system is none else messages[1:] -%}
+{%- if not turns -%}{{- raise_exception("the list of messages has no user message") -}}{%- endif -%}
+{%- if add_generation_prompt and turns[-1]['role'] == 'assistant' -%}
+{{- raise_exception("the last message is the assistant's: end with a user message") -}}
+{%- endif -%}
+{%- for message in messages if message['content'] is not string -%}
+{{- raise_exception("the content of a message is not text") -}}
+{%- endfor -%}
 {{- '<|bos|>' -}}
 {%- for message in turns -%}
 {%- set due = 'user' if loop.index0 % 2 == 0 else 'assistant' -%}
@@ -55,6 +65,9 @@ def _byte_characters() -> dict[int, str]:
     }
 
 
+# what changes tokens and tiktoken does not know
+_OTHER_BPE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+_ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _CHARACTERS = _byte_characters()
 _BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 
@@ -63,6 +76,8 @@ def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, *, chat: bool) ->
     """Write an encoding as tokenizer.json and tokenizer_config.json; with `chat` the chat template.
 
     Text ends at `<|assistant_end|>` in a chat, else where the next document's `<|bos|>` begins.
+    Raises TokenizerError where a special token's text is an ordinary token too: the file's one
+    vocabulary cannot hold both.
     """
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
     _write(folder / FILE_NAME, _tokenizer_json(encoding._pat_str, ranks, special))
@@ -87,13 +102,15 @@ def _tokenizer_json(
 ) -> dict[str, Any]:
     tokens = sorted(ranks, key=lambda token: ranks[token])
     names = {token: "".join(_CHARACTERS[byte] for byte in token) for token in tokens}
+    for text in special.keys() & set(names.values()):
+        raise TokenizerError(f"{ascii(text)[:60]} is both a special and an ordinary token")
     merges = [
         [names[token[:i]], names[token[i:]]]
         for token in tokens
         for i in range(1, len(token))
         if token[:i] in ranks and token[i:] in ranks
     ]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    flags = dict.fromkeys(_ADDED_FLAGS, False)
     added = [
         {"id": number, "content": text, **flags, "special": True}
         for text, number in sorted(special.items(), key=lambda item: item[1])
@@ -121,7 +138,8 @@ def _tokenizer_json(
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,  # tiktoken looks for the whole piece first
-            "vocab": {names[token]: ranks[token] for token in tokens},
+            # the special tokens too, or `tokenizers` numbers them on from the vocabulary's size
+            "vocab": {**{names[token]: ranks[token] for token in tokens}, **special},
             "merges": merges,
         },
     }
@@ -152,9 +170,15 @@ def read_fields(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         model = content["model"]
         split, byte_level = content["pre_tokenizer"]["pretokenizers"]
+        added = content["added_tokens"]
         known = (
             content["normalizer"] is None
+            and content["decoder"]["type"] == "ByteLevel"
+            and content["pre_tokenizer"]["type"] == "Sequence"
             and (model["type"], model["ignore_merges"]) == ("BPE", True)
+            and not any(model.get(option) for option in _OTHER_BPE)
+            and all(token["special"] for token in added)
+            and not any(token[flag] for token in added for flag in _ADDED_FLAGS)
             and (split["type"], split["behavior"]) == ("Split", "Isolated")
             and not split["invert"]
             and (byte_level["type"], byte_level["use_regex"]) == ("ByteLevel", False)
@@ -162,11 +186,14 @@ def read_fields(path: Path) -> dict[str, Any]:
         )
         if not known:
             raise TokenizerError(f"{path} is not the byte-level BPE that converted models have")
+        special = {token["content"]: token["id"] for token in added}
+        if len(special) != len(added):
+            raise TokenizerError(f"{path} has a special token twice")
         ranks = {
             bytes(_BYTES[character] for character in token): number
             for token, number in model["vocab"].items()
+            if (token, number) not in special.items()
         }
-        special = {token["content"]: token["id"] for token in content["added_tokens"]}
         return {
             "name": path.parent.name,
             "pat_str": split["pattern"]["Regex"],

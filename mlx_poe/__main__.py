@@ -9,6 +9,7 @@ VERBS = {
     "generate": "mlx_poe.commands.generate",
     "calibrate": "mlx_poe.commands.calibrate",
     "convert": "mlx_poe.commands.convert",
+    "chat": "mlx_poe.commands.chat",
 }
 
 

@@ -63,6 +63,9 @@ def read_functions(functions: Functions) -> list[dict[str, Any]]:
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"the functions are not JSON: {error}") from None
     listed = read if isinstance(read, list) else [read]
+    # As OpenAI's API wraps them.
+    wrapped = [isinstance(f, dict) and f.get("type") == "function" for f in listed]
+    listed = [f.get("function") if w else f for f, w in zip(listed, wrapped, strict=True)]
     if not listed:
         raise RequestError("the list of functions is empty")
     for number, function in enumerate(listed, 1):

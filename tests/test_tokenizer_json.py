@@ -4,10 +4,12 @@ import json
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiktoken
 import tokenizers
 from conftest import FIXTURES
 from hypothesis import given, settings
@@ -16,9 +18,10 @@ from jinja2.exceptions import TemplateError
 from mlx_lm.utils import load_tokenizer
 from transformers import AutoTokenizer
 
+from cognica_mlx.convert import tokenizer_json
 from cognica_mlx.convert.tokenizer_files import has_tokenizer, read_encoding
 from cognica_mlx.convert.tokenizer_json import write_tokenizer
-from cognica_mlx.errors import TokenizerError
+from cognica_mlx.errors import RequestError, TokenizerError
 from mlx_poe import models
 from mlx_poe.tokenizer import Tokenizer
 
@@ -52,6 +55,37 @@ def test_round_trip(tmp_path, folder):
     assert has_tokenizer(tmp_path)
     assert not (tmp_path / "chat_template.jinja").exists()
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "<|bos|>"
+
+
+def test_round_trip_of_a_file_that_transformers_saved_again(written, tmp_path):
+    before = read_encoding(written)
+    AutoTokenizer.from_pretrained(written).save_pretrained(tmp_path / "again")
+    after = read_encoding(tmp_path / "again")
+    for field in ("_pat_str", "_mergeable_ranks", "_special_tokens"):
+        assert getattr(after, field) == getattr(before, field)
+
+
+BYTES = {bytes([byte]): byte for byte in range(256)}
+
+
+def test_special_ids_need_not_follow_the_vocabulary(tmp_path):
+    special = {"<|x|>": 310, "<|bos|>": 300}
+    encoding = tiktoken.Encoding(
+        name="gaps", pat_str=r"\S+|\s+", mergeable_ranks=BYTES, special_tokens=special
+    )
+    write_tokenizer(tmp_path, encoding, chat=False)
+    again, theirs = read_encoding(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert (again._mergeable_ranks, again._special_tokens) == (BYTES, special)
+    assert theirs.encode("h<|x|><|bos|>") == [300, 104, 310, 300]
+    assert theirs.decode([300, 104, 310]) == "<|bos|>h<|x|>"
+
+
+def test_a_special_token_that_is_an_ordinary_one_too_is_refused(tmp_path):
+    encoding = tiktoken.Encoding(
+        name="both", pat_str=r"\S+|\s+", mergeable_ranks=BYTES, special_tokens={"a": 256}
+    )
+    with pytest.raises(TokenizerError, match="'a' is both a special and an ordinary token"):
+        write_tokenizer(tmp_path, encoding, chat=False)
 
 
 PLAIN = st.text(alphabet=st.sampled_from("abehilnorst THE'll 12345.,;!?-\n\r\t é世😀\u00a0\u200d"))
@@ -94,6 +128,29 @@ def test_the_chat_template_is_the_tokenizers_own(written, talk):
         theirs.apply_chat_template([messages[-1], messages[-1]])
 
 
+@pytest.mark.parametrize("prompted", [True, False])
+def test_the_chat_template_takes_the_same_talks(written, prompted):
+    theirs, ours = AutoTokenizer.from_pretrained(written), Tokenizer.from_folder(written)
+    accepted = 0
+    kinds = product(("system", "user", "assistant", "tool"), repeat=3)
+    for roles in (kind[:length] for kind in kinds for length in (1, 2, 3)):
+        messages = [{"role": role, "content": f" {role}\n"} for role in roles]
+        try:
+            expected = ours.apply_chat_template(messages, add_generation_prompt=prompted)
+        except RequestError:
+            with pytest.raises(TemplateError):
+                theirs.apply_chat_template(messages, add_generation_prompt=prompted)
+            continue
+        accepted += 1
+        assert expected == theirs.apply_chat_template(
+            messages, add_generation_prompt=prompted, return_dict=False
+        )
+    assert accepted
+    for content in (None, [{"type": "text", "text": "hi"}]):
+        with pytest.raises(TemplateError, match="is not text"):
+            theirs.apply_chat_template([{"role": "user", "content": content}])
+
+
 def test_mlx_lm_streams_it(written):
     theirs = load_tokenizer(written)
     assert theirs.has_chat_template
@@ -133,6 +190,17 @@ FAULTS = {
     "a bad pattern": changed(
         lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("})
     ),
+    "another decoder": changed(lambda c: c.update(decoder={"type": "WordPiece"})),
+    "another sequence": changed(lambda c: c["pre_tokenizer"].update(type="Whitespace")),
+    "dropout": changed(lambda c: c["model"].update(dropout=0.5)),
+    "a prefix": changed(lambda c: c["model"].update(continuing_subword_prefix="##")),
+    "a suffix": changed(lambda c: c["model"].update(end_of_word_suffix="</w>")),
+    "byte fallback": changed(lambda c: c["model"].update(byte_fallback=True)),
+    "an added token not special": changed(lambda c: c["added_tokens"][0].update(special=False)),
+    "an added token that strips": changed(lambda c: c["added_tokens"][0].update(lstrip=True)),
+    "a special token twice": changed(
+        lambda c: c["added_tokens"].append({**c["added_tokens"][0], "id": 4000})
+    ),
     "a special token of another kind": changed(lambda c: c["added_tokens"].append(7)),
 }
 
@@ -145,6 +213,13 @@ def test_damaged_and_foreign_files(written, fault):
         read_encoding(written)
     assert "tokenizer.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_too_large(written):
+    with (written / "tokenizer.json").open("r+b") as file:
+        file.truncate(tokenizer_json.MOST_BYTES + 1)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is larger than 32 MiB"):
+        read_encoding(written)
 
 
 def test_no_tokenizer_at_all(tmp_path):

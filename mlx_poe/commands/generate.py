@@ -97,7 +97,7 @@ def _generate(args: argparse.Namespace) -> int:
     elif args.weights:
         raise RequestError("--weights are those of several --specialists")
     responses: list[GenerationResponse] = []
-    with _PromptProgress() as progress:
+    with PromptProgress() as progress:
         stream = stream_generate(
             model,
             tokenizer,
@@ -142,7 +142,7 @@ def _consume(
     stream: Iterator[GenerationResponse],
     responses: list[GenerationResponse],
     args: argparse.Namespace,
-    progress: _PromptProgress,
+    progress: PromptProgress,
 ) -> int:
     """Collect the responses, printing each as it comes; Ctrl-C ends it with what there is."""
     console = Console()
@@ -154,23 +154,24 @@ def _consume(
             responses.append(response)
             if args.json:
                 continue
-            print(_paint(response) if paints else response.text, end="", flush=True)
+            print(paint(response) if paints else response.text, end="", flush=True)
     except KeyboardInterrupt:
         status = INTERRUPTED
     if not args.json:
         print(flush=True)
         if paints:
-            _print_legend(responses)
+            print_legend(responses)
     return status
 
 
-def _paint(response: GenerationResponse) -> str:
+def paint(response: GenerationResponse) -> str:
+    """The response's text in the colour of its stage."""
     # Style.render leaves the text alone, where rich's console would drop its control characters.
     style = Style.parse(STAGE_COLORS[response.stage % len(STAGE_COLORS)])
     return style.render(response.text, color_system=ColorSystem.STANDARD)
 
 
-def _print_legend(responses: Sequence[GenerationResponse]) -> None:
+def print_legend(responses: Sequence[GenerationResponse]) -> None:
     """Which colour is which stage, on stderr."""
     legend = Text("stages:")
     for stage in sorted({r.stage for r in responses}):
@@ -178,13 +179,13 @@ def _print_legend(responses: Sequence[GenerationResponse]) -> None:
     Console(stderr=True).print(legend)
 
 
-class _PromptProgress:
+class PromptProgress:
     """A progress bar on stderr for prompts that take more than one chunk."""
 
     def __init__(self) -> None:
         self.bar: Progress | None = None
 
-    def __enter__(self) -> _PromptProgress:
+    def __enter__(self) -> PromptProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
