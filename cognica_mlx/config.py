@@ -250,7 +250,9 @@ def flatten(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(fields.get("model_config"), Mapping):
         return fields
     # The stages may stand only among the training options.
-    options = fields.get("user_config") or {}
+    options = fields.get("user_config")
+    if not isinstance(options, Mapping):
+        options = {}
     training = {k: v for k, v in options.items() if k.startswith("poe_")}
     return {**training, **fields, **fields["model_config"], "model_config": None}
 

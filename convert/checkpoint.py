@@ -260,7 +260,7 @@ def _complete(fields: Mapping[str, Any], weights: Mapping[str, StoredTensor]) ->
 def _with_depth(fields: Mapping[str, Any], weights: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """Add where the layers end, unless `fields` say it. ConfigError for a size beyond reason."""
     config = {k: v for k, v in fields.items() if v is not None}
-    longest = max(size for tensor in weights.values() for size in (0, *tensor.shape))
+    longest = max((size for tensor in weights.values() for size in tensor.shape), default=0)
     for key, value in config.items():
         # Refused now: a model of such a size could not even be laid out to compare it.
         if key in _SIZES and isinstance(value, int) and value > longest:
@@ -278,12 +278,12 @@ def check_weights(
     model = PoEModel(config)
     try:
         apply_plan(model, plan)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{name} has an impossible quantization: {error}") from None
     expected = dict(tree_flatten(model.parameters()))
     problems = [f"lacks the tensor {k}" for k in expected if k not in weights]
     problems += [f"holds an unknown tensor {k}" for k in weights if k not in expected]
-    for key in expected.keys() & weights.keys():
+    for key in [k for k in expected if k in weights]:
         shape, wanted = weights[key].shape, expected[key].shape
         dtype, kind = weights[key].dtype, expected[key].dtype
         if _VOCAB_ROWS.match(key) and len(shape) == 2 and shape[0] >= config.vocab_size:

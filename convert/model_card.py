@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from cognica_mlx.convert.checkpoint import Checkpoint
 from cognica_mlx.convert.sources import Source
 from cognica_mlx.errors import CheckpointError
+
+MOST_CARD_BYTES = 2**20
+_LICENSE = re.compile(r"[\w.+ -]{1,60}")
 
 
 def model_card(
@@ -67,12 +71,16 @@ def _links(checkpoint: Checkpoint) -> list[str]:
 def _license(checkpoint: Checkpoint) -> str | None:
     """What the nearest model card in the chain names as its licence."""
     card = checkpoint.source.folder / "README.md"
-    if card.is_file():
+    if card.is_file() and card.stat().st_size < MOST_CARD_BYTES:
         try:
             named = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
         except Exception as error:  # whatever its YAML reader raises
             reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{card} cannot be read as a model card: {reason}") from None
-        if named_license := named.data.get("license"):
-            return str(named_license)
+            raise CheckpointError(
+                f"{card} is no model card ({reason}): mend what stands between its --- lines, "
+                "or take the file away"
+            ) from None
+        license_name = named.data.get("license")
+        if isinstance(license_name, str) and _LICENSE.fullmatch(license_name):
+            return license_name
     return _license(checkpoint.base) if checkpoint.base else None

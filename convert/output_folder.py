@@ -13,8 +13,10 @@ from cognica_mlx.errors import CheckpointError, RequestError
 
 # What a model folder may hold and still be replaced: nothing that a person keeps only there.
 _REPLACEABLE = (
-    *("*.json", "*.safetensors", "*.py", "*.jinja", "*.pkl", "token_bytes.pt"),
-    *("README.md", "LICENSE*", ".gitattributes"),
+    *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"),
+    *("*.safetensors", "*.safetensors.index.json", "poe_calibration.json", "cognica_poe.py"),
+    *("chat_template.jinja", "tokenizer.pkl", "token_bytes.pt"),
+    *("README.md", "LICENSE", ".gitattributes"),
 )
 
 
@@ -23,6 +25,8 @@ def check_target(target: Path, overwrite: bool, sources: Sequence[Path] = ()) ->
 
     A folder in `sources`, which the new one is made from, never is.
     """
+    if target.resolve() == Path.cwd():
+        raise RequestError(f"{target} is the current folder: name one to be made")
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
@@ -46,34 +50,41 @@ def check_target(target: Path, overwrite: bool, sources: Sequence[Path] = ()) ->
 
 
 @contextmanager
-def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
+def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
     """A folder to fill with about `nbytes`: it becomes `target` if the block ends well.
 
     If not, by an interruption too, it vanishes, and what was at `target` stays. Raises
-    CheckpointError where the disk has no room for it.
+    CheckpointError where the disk has no room for it or will not take it, RequestError where
+    something else has appeared at `target` in the meantime.
     """
     target = target.resolve()
-    parent = next(folder for folder in target.parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if nbytes > free:
-        raise CheckpointError(
-            f"{parent} has {free / 1e9:.2f} GB free, and {nbytes / 1e9:.2f} GB are needed"
-        )
+    parent = next(folder for folder in target.parents if folder.exists())
     mark = secrets.token_hex(4)
-    partial, old = (parent / f".{target.name}.{mark}.{kind}" for kind in ("partial", "old"))
-    partial.mkdir()
+    partial, old = (parent / f".{mark}.{kind}" for kind in ("partial", "old"))
     try:
-        yield partial
+        free = shutil.disk_usage(parent).free
+        if nbytes > free:
+            raise CheckpointError(
+                f"{parent} has {free / 1e9:.2f} GB free, and {nbytes / 1e9:.2f} GB are needed: "
+                "make room, or choose another place"
+            )
+        partial.mkdir()
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            partial.rename(target)
-            return
-        target.rename(old)
+        yield partial
+        check_target(target, overwrite)
+        if target.exists():
+            target.rename(old)
         try:
             partial.rename(target)
         except BaseException:
-            old.rename(target)
+            if old.exists():
+                old.rename(target)
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{target} cannot be written: {reason}; nothing was kept") from None
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)  # interrupted between the two
+        shutil.rmtree(partial, ignore_errors=True)

@@ -30,7 +30,7 @@ UNQUANTIZED = 16
 
 _SUFFIXES = ("weight", "scales", "biases")
 _LAYER = re.compile(r"h\.(\d+)\.")
-_RANGE = re.compile(r"(layer|stage)s?(\d{1,5})(?:-(\d{1,5}))?")
+_RANGE = re.compile(r"(layer|stage)s?([0-9]{1,5})(?:-([0-9]{1,5}))?")
 _SENSITIVE = re.compile(r"h\.\d+\.(attn\.c_v|mlp\.c_proj)")
 _KINDS = {
     "head": re.compile(r"lm_head.*"),
@@ -67,7 +67,10 @@ def scheme(bits: int | None = None, group_size: int | None = None, mode: str = "
     if mode not in MODES:
         raise RequestError(f"q-mode {mode!r} is none of {', '.join(MODES)}")
     default_group, default_bits = MODES[mode]
-    bits, group_size = bits or default_bits, group_size or default_group
+    bits = default_bits if bits is None else bits
+    group_size = default_group if group_size is None else group_size
+    if type(bits) is not int or type(group_size) is not int:
+        raise RequestError(f"q-bits {bits!r} and q-group-size {group_size!r} are whole numbers")
     if mode != "affine" and (group_size, bits) != (default_group, default_bits):
         raise RequestError(
             f"q-mode {mode} always has {default_bits} bits in groups of {default_group}: "
@@ -200,6 +203,8 @@ def from_fields(fields: Mapping[str, Any], tensors: Iterable[str]) -> Plan:
     for path in paths:
         own = entry[path] if isinstance(entry.get(path), Mapping) else entry
         try:
+            if None in (own["bits"], own["group_size"]):
+                raise RequestError("nothing stands for a default here")
             plan[path] = scheme(own["bits"], own["group_size"], own.get("mode", "affine"))
         except (KeyError, TypeError, RequestError):
             raise CheckpointError(

@@ -70,7 +70,8 @@ def read_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{index} names the shard {shard!r}, which is not a plain file name"
             )
-        tensors.update(_read_file(folder / shard))
+        held = _read_file(folder / shard)
+        tensors |= {name: held[name] for name in held if weight_map.get(name, shard) == shard}
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{index} promises {name} in {shard}, which does not hold it")

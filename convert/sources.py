@@ -54,7 +54,8 @@ def locate_base(reference: str, delta: Source) -> Source:
         if beside and beside.is_dir():
             beside = beside.resolve()
             return Source(beside, str(beside), from_hub=False)
-        return locate(reference)
+        # Not relative to the current folder: what stands there is nobody's base.
+        return _fetch(reference, None)
     if not _is_hub_id(reference):
         raise CheckpointError(
             f"{delta.name} comes from the hub and names {reference!r} as its base, "

@@ -23,6 +23,7 @@ import tiktoken
 from cognica_mlx.errors import TokenizerError
 
 FILE_NAME = "tokenizer.json"
+MOST_SPLITS = 50_000_000  # characters of merges; 48000 tokens take 3 million
 MOST_BYTES = 32 * 2**20  # 48000 tokens with their merges take 8 million
 
 _BOS, _ASSISTANT_END = "<|bos|>", "<|assistant_end|>"
@@ -100,10 +101,12 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def _tokenizer_json(
     pat_str: str, ranks: Mapping[bytes, int], special: Mapping[str, int]
 ) -> dict[str, Any]:
+    if sum(len(token) ** 2 for token in ranks) > MOST_SPLITS:
+        raise TokenizerError("has tokens far too long to be listed with all their parts")
     tokens = sorted(ranks, key=lambda token: ranks[token])
     names = {token: "".join(_CHARACTERS[byte] for byte in token) for token in tokens}
     for text in special.keys() & set(names.values()):
-        raise TokenizerError(f"{ascii(text)[:60]} is both a special and an ordinary token")
+        raise TokenizerError(f"has {ascii(text)[:60]} both as a special and as an ordinary token")
     merges = [
         [names[token[:i]], names[token[i:]]]
         for token in tokens

@@ -29,6 +29,7 @@ def load(
     quantize: int | None = None,
     head_mode: str | None = None,
     revision: str | None = None,
+    step: int | None = None,
     lazy: bool = False,
 ) -> tuple[PoEModel, Tokenizer]:
     """Load a base or specialist model and its tokenizer.
@@ -41,8 +42,8 @@ def load(
     `dtype` is "float32", "bfloat16" or "float16"; by default float32 on the CPU back end, whose
     half precision is slow, and bfloat16 on a GPU. `quantize` is a number of bits (2, 3, 4, 5, 6 or
     8) to which the matrices are rounded in memory. `head_mode` picks a specialist's head: "dual",
-    "base" or "specialist". `revision` is a hub branch, tag or commit. With `lazy` no weight is
-    read before it is first used.
+    "base" or "specialist". `revision` is a hub branch, tag or commit, `step` one of a nanochat
+    folder's. With `lazy` no weight is read before it is first used.
 
     Raises CheckpointError, ConfigError or TokenizerError for files that are missing, damaged or
     do not fit together, RequestError for options that do not exist.
@@ -54,7 +55,7 @@ def load(
     if head_mode is not None and head_mode not in HEAD_MODES:
         raise RequestError(f"head_mode {head_mode!r} is none of {', '.join(HEAD_MODES)}")
     source = find_model(DEFAULT_MODEL if path_or_hf_repo is None else path_or_hf_repo, revision)
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, step)
     config = checkpoint.config
     if head_mode is not None:
         if not config.specialist_layers:

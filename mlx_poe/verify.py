@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import logprob_of
 
@@ -45,8 +46,11 @@ def compare(
 ) -> list[Difference]:
     """The stages' differences, and last the full model's.
 
-    Each text is run whole, and the logits of all its stages are held for both models.
+    Each text is run whole, and the logits of all its stages are held for both models. Raises
+    RequestError where there is no text.
     """
+    if not any(len(text) > 1 for text in texts):
+        raise RequestError("the text to compare on is empty")
     count = source.poe_n_stages + 1
     furthest, same, nll = [0.0] * count, [0.0] * count, [[0.0, 0.0] for _ in range(count)]
     n_positions = n_bytes = 0

@@ -1,6 +1,7 @@
 """The converter: every source through every path, what it writes, and what it says."""
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiktoken
 from conftest import FIXTURES, fixture, goldens
 from mlx.utils import tree_flatten
 from safetensors import safe_open
@@ -18,7 +20,8 @@ from cognica_mlx.convert import safetensors_files
 from cognica_mlx.convert.conversion import Conversion, prepare, upload
 from cognica_mlx.convert.quantization import Scheme, make_plan, mixed, scheme
 from cognica_mlx.convert.sources import Source, locate
-from cognica_mlx.errors import CheckpointError, PoEError, RequestError
+from cognica_mlx.convert.tokenizer_json import write_tokenizer
+from cognica_mlx.errors import CheckpointError, PoEError, RequestError, TokenizerError
 from cognica_mlx.model import PoEModel
 from mlx_poe import load
 from mlx_poe.commands.convert import main
@@ -450,6 +453,35 @@ def test_an_end_in_mid_write_leaves_nothing_and_loses_nothing(
         assert "No space left" in capfd.readouterr().err
 
 
+def test_what_appears_at_the_target_meanwhile_is_kept(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "out"
+    write = safetensors_files.TensorWriter.close
+
+    def appear(self: object) -> None:
+        write(self)  # type: ignore[arg-type]
+        target.mkdir()
+        (target / "thesis.txt").write_text("mine")
+
+    monkeypatch.setattr(safetensors_files.TensorWriter, "close", appear)
+    assert main(["--hf-path", "poe-tiny", "--mlx-path", str(target)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert entries(tmp_path) == {"out/thesis.txt": b"mine"}
+
+
+def test_an_interruption_between_the_renames_keeps_the_old(tmp_path, monkeypatch):
+    target = convert(FIXTURES / "flat-d8", tmp_path / "out")
+    before, rename = entries(tmp_path), Path.rename
+
+    def interrupted(self: Path, other: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    assert main(["--hf-path", "poe-tiny", "--mlx-path", str(target), "--overwrite"]) == 130
+    assert entries(tmp_path) == before
+
+
 def test_room_is_looked_for_first(tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -570,3 +602,106 @@ def test_only_a_few_tensors_are_held_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_files.TensorWriter, "write", note)
     conversion.write(tmp_path / "out")
     assert written == list(conversion.weights)
+
+
+# Sources that are not what they seem
+
+
+def test_a_tensor_comes_from_the_shard_that_the_index_names(tmp_path):
+    base = write_base(tmp_path / "base", shards=2)
+    index = base / "model.safetensors.index.json"
+    first, last = sorted({*json.loads(index.read_text())["weight_map"].values()})
+    held = mx.load(str(base / first))
+    stale = {**mx.load(str(base / last)), **{k: mx.zeros_like(v) for k, v in held.items()}}  # type: ignore[dict-item,union-attr]
+    before = load(base)[0](mx.array([[1, 2, 3]]))
+    mx.save_safetensors(str(base / last), stale)
+    assert mx.array_equal(load(base)[0](mx.array([[1, 2, 3]])), before)
+
+
+def test_a_base_with_other_matrices_is_not_the_deltas(tmp_path):
+    base = convert(FIXTURES / "flat-d8", tmp_path / "base")
+    arrays = mx.load(str(base / "model.safetensors"))
+    assert isinstance(arrays, dict)
+    arrays["lm_head.weight"] = mx.zeros_like(arrays["lm_head.weight"])
+    mx.save_safetensors(str(base / "model.safetensors"), arrays)
+    with pytest.raises(CheckpointError, match="lm_head.weight differs"):
+        prepare(locate(FIXTURES / "stage-on-flat"), base=locate(base))
+    # Rounding, even to 2 bits, is no difference.
+    rough = convert(FIXTURES / "flat-d8", tmp_path / "rough", "-q", "--q-bits", "2")
+    prepare(locate(FIXTURES / "stage-on-flat"), base=locate(rough))
+
+
+def test_what_would_not_load_is_not_written(tmp_path, capsys):
+    small = shutil.copytree(FIXTURES / "flat-d8", tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    junk = shutil.copytree(FIXTURES / "flat-d8", tmp_path / "junk")
+    (junk / "poe_calibration.json").write_text("{}")
+    card = shutil.copytree(FIXTURES / "flat-d8", tmp_path / "card")
+    (card / "README.md").write_text("---\nlicense: [\n---\n")
+    bomb = shutil.copytree(FIXTURES / "flat-d8", tmp_path / "bomb")
+    ranks = {bytes([b]): b for b in range(256)}
+    ranks |= {b"a" * n: 254 + n for n in range(2, 1000)}
+    encoding = tiktoken.Encoding("b", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    (bomb / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    (bomb / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    for source, named in (
+        (small, "vocab_size is 300"),
+        (junk, "is no calibration"),
+        (card, "is no model card"),
+        (bomb, "vocab_size is 300"),
+    ):
+        assert main(["--hf-path", str(source), "--mlx-path", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert named in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(TokenizerError, match="far too long"):
+        write_tokenizer(tmp_path, encoding, chat=False)
+
+
+def test_a_base_is_looked_for_beside_its_delta_only(tmp_path, monkeypatch):
+    write_base(tmp_path / "base")
+    write_stage(tmp_path / "stages" / "stage", base="base")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="chain walked so far"):
+        load("stages/stage")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--base", ""], "--base is empty"),
+        (["--upload-repo", ""], "--upload-repo is empty"),
+        (["--upload-repo", "a/b/c"], "--upload-repo a/b/c"),
+        (["-q", "--q-bits-for", "head=0"], "q-bits 0"),
+        (["-q", "--q-group-size", "0"], "q-group-size 0"),
+        (["--q-group-size", "0"], "add -q"),
+        (["-q", "--q-bits", "8", "--quant-predicate", "mixed_2_6"], "leave out --q-bits"),
+        (["--verify", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_flags_are_checked_before_any_work(tmp_path, capfd, flags, named):
+    argv = ["--hf-path", "poe-tiny", "--mlx-path", str(tmp_path / "out"), *flags]
+    assert main(argv) in (1, 2)
+    assert named in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_are_not_markup(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    convert(FIXTURES / "flat-d8", Path("[/x]"))
+    convert(FIXTURES / "stage-on-flat", Path("[red]y"), "--base", "[/x]")
+    assert "[/x]" in capsys.readouterr().out
+    assert_goldens(tmp_path / "[red]y", "stage-on-flat")
+
+
+@pytest.mark.parametrize(
+    "entry", [{"bits": 4.0, "group_size": 64.0}, {"bits": 0, "group_size": 64}]
+)
+def test_quantization_entries_that_are_none(tmp_path, entry):
+    folder = convert(FIXTURES / "flat-d8", tmp_path / "out", "-q")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization": entry}))
+    with pytest.raises(CheckpointError, match="no valid quantization"):
+        load(folder)

@@ -396,6 +396,7 @@ VALUES: dict[str, Any] = {
     "draft_stage": 0,
     "num_draft_tokens": 2,
     "draft_margin": 0.1,
+    "draft_head": "base",
 }
 
 

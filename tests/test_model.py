@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from conftest import FIXTURES, fixture
+from conftest import FIXTURES, fixture, goldens
 from mlx.utils import tree_flatten
 
 from cognica_mlx.config import PoEConfig
@@ -42,8 +42,9 @@ def test_every_stage_matches_alone_and_in_one_pass(golden, text):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_log_op_of_the_base_stages_matches(golden, text):
-    model, answers = golden
+@pytest.mark.parametrize("name", ["flat-d8", "gqa-logop-d8"])
+def test_log_op_of_the_base_stages_matches(name, text):
+    model, answers = fixture(name)[0], goldens(name)
     stages = model.forward_all_stages(answers[f"{text}.tokens"])[: len(model.config.stage_layers)]
     pooled = log_op(stages, [1 / len(stages)] * len(stages))
     assert largest_difference(pooled, answers[f"{text}.logop"]) < TOLERANCE

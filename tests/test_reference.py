@@ -39,6 +39,8 @@ def test_logits_match_the_goldens(name: str, text: str) -> None:
     tokens = golden[f"{text}.tokens"][0]
     found = Reference.from_folder(FIXTURES / name).predictions(tokens)
     keys = {key: f"{text}.{'' if key == 'logop' else 'logits_'}{key}" for key in found}
+    if f"{text}.logop" not in golden:  # left out of the deltas' files, to keep them small
+        del keys["logop"], found["logop"]
     assert {*keys.values(), f"{text}.tokens"} == {key for key in golden if key.startswith(text)}
     for key, logits in found.items():
         known = golden[keys[key]][0]

@@ -147,7 +147,7 @@ class Repl:
         )
         while not self.leaving:
             try:
-                text = session.prompt("› ")
+                text = session.prompt(">>> ")
             except KeyboardInterrupt:
                 continue  # the line is gone, the program stays
             except EOFError:
@@ -302,10 +302,13 @@ class Repl:
         if words == ["off"]:
             self.functions = []
             self.chat.set_system("")
+            self.chat.set_option("repetition_penalty", None)
             return
         path = Path(_one(words, "/tools functions.json")).expanduser()
         functions = read_functions(path.read_text(encoding="utf-8", errors="replace"))
         self.chat.set_system(tool_system_prompt(functions))
+        # A call repeats the names and values that it was given.
+        self.chat.set_option("repetition_penalty", 1.0)
         self.functions = functions
 
     def use(self, words: list[str]) -> None:
@@ -357,7 +360,7 @@ class Repl:
         again = "" if ready else "; another model's state, so the talk is read again"
         self.note(f"{len(self.chat.turns)} exchanges{again}")
         for turn in self.chat.turns[-2:]:
-            self.console.print(f"› {printable(turn.user)}", style="dim", markup=False)
+            self.console.print(f">>> {printable(turn.user)}", style="dim", markup=False)
             self.console.print(printable(turn.reply), markup=False)
 
     def stats(self, words: list[str]) -> None:
@@ -450,7 +453,7 @@ def _with_text(response: GenerationResponse, text: str) -> GenerationResponse:
 
 def _depth(responses: Sequence[GenerationResponse], n_stages: int) -> str:
     mean = sum(r.stage + 1 for r in responses) / len(responses)
-    return f"depth {mean:.1f} of {n_stages}"
+    return f"{mean:.1f} of {n_stages} stages"
 
 
 def _one(words: list[str], example: str) -> str:

@@ -10,7 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -20,7 +22,7 @@ from cognica_mlx.convert.quantization import BITS, MODES, RECIPES, Rule, Scheme,
 from cognica_mlx.convert.safetensors_files import nbytes
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands.options import make_parser, run
-from mlx_poe.commands.texts import read_texts, segments
+from mlx_poe.commands.texts import Text, read_texts, segments
 from mlx_poe.load import find_model, load
 from mlx_poe.verify import SAMPLE, compare
 
@@ -125,10 +127,10 @@ _rule.__name__ = "WHAT=BITS"
 
 
 def _convert(args: argparse.Namespace) -> int:
-    if args.step is not None and args.step < 0:
-        raise RequestError(f"--step {args.step}: steps count from 0")
-    target, started = Path(args.mlx_path), time.perf_counter()
+    _check(args)
+    target, started = Path(args.mlx_path).expanduser(), time.perf_counter()
     check_target(target, args.overwrite)  # before anything is fetched
+    texts = read_texts(args.verify) if args.verify else [SAMPLE]
     conversion = prepare(
         find_model(args.hf_path, args.revision),
         step=args.step,
@@ -147,23 +149,39 @@ def _convert(args: argparse.Namespace) -> int:
         _print_plan(conversion, target)
         return 0
     with _progress_bar() as bar:
-        task = bar.add_task(str(target), total=conversion.nbytes)
+        task = bar.add_task(escape(str(target)), total=conversion.nbytes)
         conversion.write(target, args.overwrite, lambda done: bar.advance(task, done))
     seconds = time.perf_counter() - started
     _print_summary(conversion)
     print(f"written to {target} in {seconds:.1f} s, peak memory {_peak_memory() / 1e9:.2f} GB")
     if args.verify is not None:
-        _verify(args, target)
+        _verify(args, target, texts)
     if args.upload_repo:
         print(f"uploaded to {upload(target, args.upload_repo)}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before any work."""
+    for name in ("hf_path", "mlx_path", "base", "upload_repo"):
+        if getattr(args, name) == "":
+            raise RequestError(f"--{name.replace('_', '-')} is empty")
+    if args.step is not None and args.step < 0:
+        raise RequestError(f"--step {args.step}: steps count from 0")
+    if args.quant_predicate and args.q_bits:
+        raise RequestError("--quant-predicate brings its own bits: leave out --q-bits")
+    if args.upload_repo:
+        try:
+            validate_repo_id(args.upload_repo)
+        except HFValidationError as error:
+            raise RequestError(f"--upload-repo {args.upload_repo}: {error}") from None
 
 
 def _scheme(args: argparse.Namespace) -> Scheme | None:
     if args.quantize:
         return scheme(args.q_bits, args.q_group_size, args.q_mode)
     for name in ("q_bits", "q_group_size", "q_bits_for", "quant_predicate"):
-        if getattr(args, name):
+        if getattr(args, name) not in (None, []):
             raise RequestError(f"--{name.replace('_', '-')} says how to quantise: add -q")
     if args.q_mode != "affine":
         raise RequestError("--q-mode says how to quantise: add -q")
@@ -171,8 +189,10 @@ def _scheme(args: argparse.Namespace) -> Scheme | None:
 
 
 def _progress_bar() -> Progress:
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet)
 
 
 def _peak_memory() -> int:
@@ -201,20 +221,20 @@ def _print_plan(conversion: Conversion, target: Path) -> None:
 def _print_summary(conversion: Conversion) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in conversion.settings().items():
-        table.add_row(key, value)
+        table.add_row(key, escape(value))
     table.add_row("parameters", f"{conversion.n_parameters:,}")
     table.add_row("size", f"{_size(conversion.source_bytes)} -> {_size(conversion.nbytes)}")
     Console().print(table)
 
 
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
-def _verify(args: argparse.Namespace, target: Path) -> None:
-    source, tokenizer = load(args.hf_path, revision=args.revision)
+def _verify(args: argparse.Namespace, target: Path, data: Sequence[Text]) -> None:
+    source, tokenizer = load(args.hf_path, revision=args.revision, step=args.step)
     result, _ = load(target)
-    texts = segments(read_texts(args.verify) if args.verify else [SAMPLE], tokenizer, VERIFY_TOKENS)
+    texts = segments(data, tokenizer, VERIFY_TOKENS)
     differences = compare(
         source, result, texts, tokenizer.token_byte_lengths(source.config.vocab_size)
     )

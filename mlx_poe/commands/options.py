@@ -64,7 +64,7 @@ def run(
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (`| head`): nothing more to say, and nowhere to say it.
