@@ -29,7 +29,6 @@ from mlx_poe.tokenizer import BOS, Tokenizer
 # Greedy decoding of the specialists loops at this scale without one.
 SPECIALIST_PENALTY = 1.15
 SLACK = 256  # positions that /undo and /retry take back without reading the talk again
-KEEP_TRUNK = 4096  # positions over which a change of specialist runs only its own layers
 _FORMAT = "cognica-mlx chat 1"
 
 
@@ -79,7 +78,9 @@ class Chat:
         self.state = self._new_state()
 
     def _new_state(self) -> DecodingState:
-        return DecodingState(self.model, slack=SLACK, keep_trunk=KEEP_TRUNK)
+        # So far back a change of specialist runs only the specialist's own layers.
+        keep_trunk = 2 * self.model.config.sequence_len
+        return DecodingState(self.model, slack=SLACK, keep_trunk=keep_trunk)
 
     @property
     def can_chat(self) -> bool:
@@ -237,6 +238,8 @@ class Chat:
                     raise TypeError("a turn that is no text")
             model = self.specialists.use(settings.specialist)
             self._check(model, settings.mode, settings.options)
+        except PoEError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} holds a damaged talk ({_first_line(error)})") from None
         state = None

@@ -221,7 +221,7 @@ class Repl:
         self._write(printable(parser.finish()) + "\n")
         if self.functions:
             self._show_call(parser)
-        if paints:
+        if paints and self.chat.last:
             print_legend(self.chat.last)
 
     def _write(self, text: str) -> None:
@@ -319,10 +319,9 @@ class Repl:
                 self.note("no specialists: start with --specialist NAME=MODEL, or /attach one")
             for name in (*names, "base"):
                 current = name == (self.chat.settings.specialist or "base")
-                size = (
-                    f"{self.chat.specialists.nbytes(name) / 1e6:.1f} MB" if name != "base" else ""
-                )
-                self.console.print(f"{'*' if current else ' '} {name} {size}", markup=False)
+                size = self.chat.specialists.nbytes(name) / 1e6 if name in names else 0
+                adds = f" (adds {size:.1f} MB)" if size else ""
+                self.console.print(f"{'*' if current else ' '} {name}{adds}", markup=False)
             return
         self.chat.use(None if words[0] == "base" and "base" not in names else words[0])
         if not self.chat.can_chat:
@@ -463,10 +462,11 @@ def _one(words: list[str], example: str) -> str:
 
 
 def _number(kind: type[int] | type[float], words: list[str], example: str) -> int | float:
+    word = _one(words, example)
     try:
-        return kind(_one(words, example))
+        return kind(word)
     except ValueError:
-        raise RequestError(f"{words[0]} is no such number: say {example}") from None
+        raise RequestError(f"{word} is no such number: say {example}") from None
 
 
 def _history_file() -> Path:
