@@ -60,14 +60,15 @@ class Boundary:
 
     def read(self, start: int, stop: int) -> Hidden:
         """The positions start .. stop - 1, which must be held."""
-        parts = [
-            hidden
-            if start <= first and first + len(hidden) <= stop
-            else hidden[max(start - first, 0) : stop - first]
-            for first, hidden in self._runs
-            if first < stop and first + len(hidden) > start
-        ]
-        return Hidden.concatenate(parts)
+        parts: list[Hidden] = []
+        # From the end: what is asked for is recent, and old runs may be many.
+        for first, hidden in reversed(self._runs):
+            if first + len(hidden) <= start:
+                break
+            if first < stop:
+                whole = start <= first and first + len(hidden) <= stop
+                parts.append(hidden if whole else hidden[max(start - first, 0) : stop - first])
+        return Hidden.concatenate(parts[::-1])
 
     def forget_before(self, position: int) -> None:
         """Drop the runs that lie wholly before `position`."""
@@ -171,9 +172,10 @@ class DecodingState:
     def check_ids(self, tokens: Sequence[int]) -> None:
         """Raise RequestError for a token id outside the vocabulary."""
         size = self.model.config.vocab_size
-        for token in tokens:
-            if not 0 <= token < size:
-                raise RequestError(f"token id {token} is outside the vocabulary of {size}")
+        if not tokens or (min(tokens) >= 0 and max(tokens) < size):
+            return
+        token = next(token for token in tokens if not 0 <= token < size)
+        raise RequestError(f"token id {token} is outside the vocabulary of {size}")
 
     def _previous_token(self) -> mx.array | None:
         if not self.length:

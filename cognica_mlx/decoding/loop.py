@@ -102,11 +102,12 @@ def decode(
 
 def _return_to_common_start(state: DecodingState, prompt: Sequence[int]) -> None:
     """Roll back to what the state and the prompt, its last token left out, have in common."""
-    common = 0
-    for held, wanted in zip(state.tokens, prompt[:-1], strict=False):
-        if held != wanted:
-            break
-        common += 1
+    held, wanted = state.tokens, list(prompt[:-1])
+    common = min(len(held), len(wanted))
+    if held[:common] != wanted[:common]:  # most often it goes on where it was
+        common = next(
+            i for i, pair in enumerate(zip(held, wanted, strict=False)) if len({*pair}) > 1
+        )
     try:
         state.rollback(common)
     except RollbackError:
