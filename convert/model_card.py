@@ -44,7 +44,7 @@ def model_card(
     lines.append("A Cognica Product-of-Experts language model for MLX.")
     lines += ["", "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in rows.items()]
-    lines += ["", "```bash", "pip install cognica-mlx"]
+    lines += ["", "With cognica-mlx installed:", "", "```bash"]
     lines.append(f'mlx_poe.generate --model {name} --prompt "The capital of France is"')
     if base is None:
         lines.append(f"mlx_lm.generate --model {name} --trust-remote-code --prompt ...")

@@ -111,11 +111,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     # What a Ctrl-C cleans up, being told to end cleans up too.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    endings = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in endings]
     try:
         return run(build_parser(), _convert, argv)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(endings, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _rule(text: str) -> Rule:
