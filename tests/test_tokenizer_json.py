@@ -84,7 +84,7 @@ def test_a_special_token_that_is_an_ordinary_one_too_is_refused(tmp_path):
     encoding = tiktoken.Encoding(
         name="both", pat_str=r"\S+|\s+", mergeable_ranks=BYTES, special_tokens={"a": 256}
     )
-    with pytest.raises(TokenizerError, match="'a' is both a special and an ordinary token"):
+    with pytest.raises(TokenizerError, match="has 'a' both as a special and as an ordinary token"):
         write_tokenizer(tmp_path, encoding, chat=False)
 
 
