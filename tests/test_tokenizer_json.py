@@ -12,7 +12,7 @@ import pytest
 import tiktoken
 import tokenizers
 from conftest import FIXTURES
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from mlx_lm.utils import load_tokenizer
@@ -93,9 +93,12 @@ PLAIN = st.text(alphabet=st.sampled_from("abehilnorst THE'll 12345.,;!?-\n\r\t Ã
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(FOLDERS), st.one_of(st.text(), PLAIN))
+@example(TINY, "a<|assistant_end|> b<|bos|><|bos|>")
 def test_the_same_tokens_as_tiktoken(folder, text):
     encoding, theirs = both(folder)
-    assert theirs.encode(text, add_special_tokens=False).ids == encoding.encode_ordinary(text)
+    # Text that looks like a special token is one to Hugging Face's tokenizers.
+    ids = encoding.encode(text, allowed_special="all")
+    assert theirs.encode(text, add_special_tokens=False).ids == ids
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
