@@ -14,13 +14,14 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.calibration import Calibration
+from cognica_mlx.costs import bytes_read
 from cognica_mlx.decoding.loop import decode
 from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.replay import DRAFT_LENGTHS, Costs, Trace, best_options, replay_speculative
+from cognica_mlx.replay import DRAFT_LENGTHS, Trace, best_options, replay_speculative
 from cognica_mlx.sampling import Sampler, logprob_of, margin
 
 CONTINUATION_PROMPT = 16
@@ -76,9 +77,9 @@ def calibrate(
     nll = np.concatenate([m.nll for m in measured], axis=1).sum(axis=1)
     n_bytes = sum(token_bytes[token] for text in texts for token in text[1:])
     traces = _continue(model, texts, continuations, continuation_tokens, progress)
-    costs = Costs.of(model)
+    costs, summed = bytes_read(model), bool(model.config.specialist_layers)
     needed = exit_margins(model, bounds, safety=1.0)
-    chosen = best_options(traces, costs, needed, model.pools_stages)
+    chosen = best_options(traces, costs, needed, pools_stages=model.pools_stages, summed=summed)
     speedups = {
         mode: costs.full_token * replay.tokens / replay.cost for mode, (_, replay) in chosen.items()
     }

@@ -3,7 +3,7 @@
 - in: what every stage predicted at each position of a text that the full model wrote itself
 - out: the tokens, the work and the acceptance that a mode would have had there; exact for greedy
   decoding, because along such a text a draft is right just where the stage agrees with it
-- costs are bytes of weights: decoding is bound by reading them, and a batch reads them once
+- at the costs given: bytes of weights, or seconds measured
 """
 
 from __future__ import annotations
@@ -13,63 +13,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_reduce
 
-from cognica_mlx.config import SUMMED
-from cognica_mlx.model import PoEModel
+from cognica_mlx.costs import Costs
 
 DRAFT_LENGTHS = range(1, 9)
 # Attention over more than a few query rows has a cliff on Metal, so short drafts are advised.
 ADVISED_LENGTHS = range(1, 5)
 ADVISED_MARGINS = (None, 0.3, 0.5, 1.0, 2.0)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Bytes of weights that one pass reads: through each stage, through its predictor's heads,
-    through the heads that it drafts with, and through the full model's heads."""
-
-    stages: tuple[int, ...]
-    heads: tuple[int, ...]
-    draft_heads: tuple[int, ...]
-    full_head: int
-
-    @classmethod
-    def of(cls, model: PoEModel) -> Costs:
-        """From the model's own arrays."""
-        config = model.config
-        stages = []
-        for stage in range(model.poe_n_stages):
-            blocks = [model.h[i] for i in config.stage_range(stage)]
-            # Of an embedding table only the token's own row is read.
-            tables = [b.attn.value_embed for b in blocks if "value_embed" in b.attn]
-            stages.append(sum(map(_nbytes, blocks)) - sum(map(_nbytes, tables)))
-        shared = _nbytes(model.lm_head)
-        heads = []
-        for stage in range(model.poe_n_stages):
-            specialist = stage - len(config.stage_layers)
-            own = 0
-            if specialist >= 0 and config.head_mode == SUMMED:
-                own = _nbytes(model.lm_head_specialists[specialist]) - shared
-            elif specialist >= 0:
-                own = sum(map(_nbytes, model.lm_head_specialists[: specialist + 1]))
-            elif config.per_stage_head:
-                own = _nbytes(model.lm_head_stages[stage])
-            heads.append(shared + own)
-        full_head = sum(heads) if model.pools_stages else heads[-1]
-        drafts = [full_head if config.specialist_layers else head for head in heads]
-        return cls(tuple(stages), tuple(heads), tuple(drafts), full_head)
-
-    @property
-    def full_token(self) -> int:
-        """What one token costs at full depth."""
-        return sum(self.stages) + self.full_head
-
-    def through(self, stage: int) -> int:
-        """The stages up to `stage`, without heads."""
-        return sum(self.stages[: stage + 1])
 
 
 @dataclass(frozen=True)
@@ -86,7 +37,7 @@ class Trace:
 
 @dataclass
 class Replay:
-    """What a mode did: tokens emitted, bytes read, drafts made and kept, tokens like the full
+    """What a mode did: tokens emitted, their cost, drafts made and kept, tokens like the full
     model's."""
 
     tokens: int = 0
@@ -102,11 +53,17 @@ class Replay:
 
 
 def replay_speculative(
-    traces: Sequence[Trace], costs: Costs, draft_stage: int, count: int, stop_below: float | None
+    traces: Sequence[Trace],
+    costs: Costs,
+    draft_stage: int,
+    count: int,
+    stop_below: float | None,
+    summed: bool = False,
 ) -> Replay:
-    """Speculation, greedy: see `decoding.speculative`."""
+    """Speculation, greedy: see `decoding.speculative`; `summed` says that a specialist's drafts go
+    through all its heads."""
     drafts = [(trace.draft_hits[draft_stage], trace.draft_margins[draft_stage]) for trace in traces]
-    head = costs.draft_heads[draft_stage]
+    head = costs.draft_head(draft_stage, summed)
     return _replay_drafts(drafts, costs, draft_stage, head, count, stop_below, float("inf"))
 
 
@@ -120,7 +77,8 @@ def replay_certified(
 ) -> Replay:
     """Certified speculation, greedy: see `decoding.certified`."""
     drafts = [(trace.hits[draft_stage], trace.margins[draft_stage]) for trace in traces]
-    head, needed = costs.heads[draft_stage], exit_margins[draft_stage]
+    needed = exit_margins[draft_stage]
+    head = costs.draft_head(draft_stage, summed=False)
     return _replay_drafts(drafts, costs, draft_stage, head, count, stop_below, needed)
 
 
@@ -128,7 +86,7 @@ def _replay_drafts(
     drafts: Sequence[tuple[np.ndarray, np.ndarray]],
     costs: Costs,
     draft_stage: int,
-    head: int,
+    head: float,
     count: int,
     stop_below: float | None,
     needed: float,
@@ -136,10 +94,9 @@ def _replay_drafts(
     """Rounds of drafts, given as hits and margins along each text; those above `needed` are
     certified. `head` is what a draft's prediction reads."""
     result = Replay()
-    lower = costs.through(draft_stage)
-    upper = sum(costs.stages) - lower + costs.full_head
+    lower = costs.lower(draft_stage)
     for hits, margins in drafts:
-        at = 0
+        at, waiting = 0, 0
         while at < len(hits):
             block = margins[at : at + count]
             weak = [i for i, m in enumerate(block) if stop_below is not None and m < stop_below]
@@ -155,10 +112,14 @@ def _replay_drafts(
             at += accepted
             result.tokens += accepted
             if weak or not certified.all():
-                result.cost += upper + (0 if weak else lower)
+                result.cost += costs.upper(draft_stage, waiting + length + 1)
+                result.cost += 0 if weak else lower
                 result.tokens += 1
                 result.agreeing += 1
                 at += 1
+                waiting = 0
+            else:
+                waiting += length
     return result
 
 
@@ -171,31 +132,38 @@ def replay_wand(
 ) -> Replay:
     """Adaptive depth: see `decoding.wand`."""
     result = Replay()
+    last = len(costs.stages) - 1
     for trace in traces:
         count = trace.hits.shape[1]
-        left = np.zeros(count, dtype=bool)
-        agrees = np.ones(count, dtype=bool)
-        for stage, stage_cost in enumerate(costs.stages):
-            reached = count - int(left.sum())
-            tested = stage in exit_stages or pools_stages
-            result.cost += reached * stage_cost
-            if stage == len(costs.stages) - 1:
-                head = costs.heads[stage] if pools_stages else costs.full_head
-                result.cost += reached * head
-            elif tested:
-                result.cost += reached * costs.heads[stage]
-                leaves = ~left & (trace.margins[stage] > exit_margins[stage])
-                agrees[leaves] = trace.hits[stage][leaves]
-                left |= leaves
+        waiting = [0] * (last + 1)
+        for t in range(count):
+            for stage in range(last + 1):
+                result.cost += costs.stage(stage, waiting[stage] + 1)
+                waiting[stage] = 0
+                if stage == last:
+                    result.cost += costs.head(stage) if pools_stages else costs.full_head()
+                    result.agreeing += 1
+                    break
+                tested = stage in exit_stages
+                if tested or pools_stages:
+                    result.cost += costs.head(stage)
+                if tested and trace.margins[stage, t] > exit_margins[stage]:
+                    result.agreeing += int(trace.hits[stage, t])
+                    waiting[stage + 1] += 1
+                    break
         result.tokens += count
-        result.agreeing += int(agrees.sum())
     return result
 
 
 def best_options(
-    traces: Sequence[Trace], costs: Costs, exit_margins: Sequence[float], pools_stages: bool
+    traces: Sequence[Trace],
+    costs: Costs,
+    exit_margins: Sequence[float],
+    *,
+    pools_stages: bool,
+    summed: bool,
 ) -> dict[str, tuple[dict[str, Any], Replay]]:
-    """For each mode that drafts or leaves early, the options that emit most tokens for a byte."""
+    """For each mode that drafts or leaves early, the options with which a token costs least."""
     steps = range(len(exit_margins))
     found: dict[str, list[tuple[dict[str, Any], Replay]]] = {
         "wand": [],
@@ -212,7 +180,7 @@ def best_options(
                 options: dict[str, Any] = {"draft_stage": stage, "num_draft_tokens": count}
                 if stop is not None:
                     options["draft_margin"] = stop
-                replay = replay_speculative(traces, costs, stage, count, stop)
+                replay = replay_speculative(traces, costs, stage, count, stop, summed)
                 found["speculative"].append((options, replay))
                 replay = replay_certified(traces, costs, stage, count, stop, exit_margins)
                 found["certified"].append((options, replay))
@@ -220,7 +188,3 @@ def best_options(
         mode: min(tried, key=lambda one: one[1].cost / one[1].tokens)
         for mode, tried in found.items()
     }
-
-
-def _nbytes(module: nn.Module) -> int:
-    return tree_reduce(lambda total, array: total + array.nbytes, module.parameters(), 0)

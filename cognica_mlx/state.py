@@ -284,7 +284,7 @@ class DecodingState:
             self.append(tokens[start : start + step_size])
             for stage in range(through + 1):
                 self.advance(stage)
-            mx.eval(self._arrays())
+            mx.eval(self.arrays())
             if progress:
                 progress(min(start + step_size, len(tokens)), len(tokens))
         mx.clear_cache()
@@ -306,7 +306,7 @@ class DecodingState:
             while self.pending(stage) > self.max_pending:
                 last = self._input(stage).stop
                 self._run(stage, min(self.filled[stage] + PREFILL_STEP_SIZE, last))
-                mx.eval(self._arrays())
+                mx.eval(self.arrays())
 
     @property
     def earliest_rollback(self) -> int:
@@ -444,11 +444,11 @@ class DecodingState:
             raise ValueError("its lengths disagree")
         self.filled, self._tokens = list(filled), list(fields["tokens"])
 
-    def _arrays(self) -> list[mx.array]:
+    def arrays(self) -> list[mx.array]:
         cached = [a for cache in self._caches for a in cache.arrays()]
         return cached + [a for boundary in self._boundaries for a in boundary.arrays()]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys, values and activations held. Token ids, on the host, not counted."""
-        return sum(a.nbytes for a in self._arrays())
+        return sum(a.nbytes for a in self.arrays())

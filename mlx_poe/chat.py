@@ -17,12 +17,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.modes import MODES, ModeOptions, make_policy
+from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions, make_policy
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.state import DecodingState, Progress
 from mlx_poe.generate import GenerationResponse, stream_generate
+from mlx_poe.machine import known_costs
 from mlx_poe.specialists import Specialists
 from mlx_poe.tokenizer import BOS, Tokenizer
 
@@ -59,7 +60,8 @@ class Chat:
     """A talk with a model, or with the specialists over it.
 
     `settings` may be changed between replies; `set_option` and `set_mode` check what they are
-    given. `last` holds the responses of the latest reply.
+    given. `last` holds the responses of the latest reply. With `parks` a mode that does not pay on
+    this machine goes over to full depth for the rest of a reply.
     """
 
     def __init__(
@@ -68,10 +70,13 @@ class Chat:
         tokenizer: Tokenizer,
         name: str,
         settings: Settings | None = None,
+        *,
+        parks: bool = False,
     ) -> None:
         self.specialists = Specialists(model)
         self.tokenizer, self.name = tokenizer, name
         self.settings = settings or Settings()
+        self.parks = parks
         self.turns: list[Turn] = []
         self.last: list[GenerationResponse] = []
         self.model = model
@@ -136,6 +141,7 @@ class Chat:
         options = dict(settings.options)
         if self.can_chat:
             options.setdefault("repetition_penalty", SPECIALIST_PENALTY)
+        paced = self.parks and settings.mode in PACED_MODES
         self.last, ended = [], False
         stream = stream_generate(
             self.model,
@@ -145,6 +151,7 @@ class Chat:
             mode=settings.mode,
             state=self.state,
             prompt_progress_callback=progress,
+            costs=known_costs(self.model) if paced else None,
             **options,
         )
         try:

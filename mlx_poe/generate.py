@@ -16,8 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.loop import decode
 from cognica_mlx.decoding.modes import ModeOptions, make_policy
+from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
@@ -37,6 +39,7 @@ class GenerationResponse:
     whole. token, logprob, stage, from_draft: as `DecodedToken`, stages counted from 0.
     prompt_tps and generation_tps: tokens a second so far. peak_memory: GB, of the whole process.
     drafted_tokens: drafts made so far, kept or not.
+    parked: None, or why decoding has gone over to full depth: see `costs` in `stream_generate`.
     finish_reason: None but for the last token, where it is "stop" or "length".
     """
 
@@ -51,6 +54,7 @@ class GenerationResponse:
     generation_tps: float
     peak_memory: float
     drafted_tokens: int = 0
+    parked: str | None = None
     finish_reason: str | None = None
 
 
@@ -65,6 +69,7 @@ def stream_generate(
     state: DecodingState | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_progress_callback: Progress | None = None,
+    costs: Costs | None = None,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate token by token.
@@ -77,10 +82,14 @@ def stream_generate(
     Generation ends at one of the tokenizer's `eos_token_ids`, before any of the strings `stop`, or
     after `max_tokens`. A `state` from an earlier call is continued as far as the prompts agree.
 
+    With `costs` (`mlx_poe.machine.known_costs(model)`), drafts are as long as pays on this machine,
+    and a mode that does not pay goes over to full depth for the rest of the call.
+
     Raises RequestError for an empty prompt, an unknown mode, option or stage.
     """
     sampling, mode_options = _sort_options(options)
-    policy = make_policy(model, Sampler(sampling), mode, mode_options, model.calibration)
+    pace = Pace(costs) if costs else None
+    policy = make_policy(model, Sampler(sampling), mode, mode_options, model.calibration, pace)
     stops = _StopStrings([stop] if isinstance(stop, str) else stop or ())
     tokens = encode_prompt(tokenizer, prompt)
     detokenizer = tokenizer.detokenizer()
@@ -123,6 +132,7 @@ def stream_generate(
                 generation_tps=(count - 1) / (now - started) if count > 1 else 0.0,
                 peak_memory=mx.get_peak_memory() / 1e9,
                 drafted_tokens=policy.drafted,
+                parked=pace.parked if pace else None,
                 finish_reason=finish_reason,
             )
             if finish_reason:

@@ -14,13 +14,13 @@ from conftest import FIXTURES, fixture
 
 from cognica_mlx.calibration import CALIBRATION_FILE, Calibration, published_bounds
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.costs import Costs, bytes_read
 from cognica_mlx.decoding.loop import decode
 from cognica_mlx.decoding.modes import ModeOptions, make_policy
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.measure import calibrate
 from cognica_mlx.model import PoEModel
 from cognica_mlx.replay import (
-    Costs,
     Trace,
     replay_certified,
     replay_speculative,
@@ -103,7 +103,7 @@ def test_acceptance_is_what_speculation_does(measured):
             "speculative", draft_stage=stage, num_draft_tokens=count, draft_margin=stop
         )
         decoded = list(decode(model, prompt, policy, max_tokens=length))
-        replay = replay_speculative([trace], Costs.of(model), stage, count, stop)
+        replay = replay_speculative([trace], bytes_read(model), stage, count, stop)
         # They may part in the last round, which decoding cuts short.
         assert abs(sum(d.from_draft for d in decoded) - replay.kept) <= count
         assert abs(policy.drafted - replay.drafted) <= count
@@ -143,7 +143,7 @@ def test_replayed_costs_add_up():
     margins = np.full((3, 10), 5.0)
     margins[0, 4] = 0.1
     trace = Trace(hits, margins, hits, margins)
-    costs = Costs((1, 1, 1, 1), (10, 10, 10, 10), (10, 10, 10, 10), 10)
+    costs = Costs((1,), ((1,),) * 4, ((10,),) * 4, full_boundaries=(3,))
     assert costs.full_token == 14
     wand = replay_wand([trace], costs, [4.0, 2.0, 1.0], (0,), pools_stages=False)
     assert (wand.tokens, wand.agreeing) == (10, 10)
@@ -167,11 +167,11 @@ def test_costs_are_the_bytes_of_the_real_shapes():
         "sequence_len": 2048,
         "poe_every": 6,
     }
-    costs = Costs.of(PoEModel(PoEConfig.from_dict(shape)))
+    costs = bytes_read(PoEModel(PoEConfig.from_dict(shape)))
     # MODEL: 56.6 MB a layer and 100.7 MB for the head in bfloat16; built weights are float32.
-    assert sum(costs.stages) / 2 == pytest.approx(24 * 56.6e6, rel=1e-3)
-    assert costs.full_head / 2 == pytest.approx(100.7e6, rel=1e-3)
-    ratio = costs.full_token / (costs.through(0) + costs.heads[0])
+    assert costs.lower(3) / 2 == pytest.approx(24 * 56.6e6, rel=1e-3)
+    assert costs.full_head() / 2 == pytest.approx(100.7e6, rel=1e-3)
+    ratio = costs.full_token / (costs.lower(0) + costs.head(0))
     assert ratio == pytest.approx(3.31, abs=0.01)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from cognica_mlx.decoding.loop import DecodedToken, number
+from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
@@ -38,9 +39,12 @@ class Certified(Speculative):
         draft_stage: int = 0,
         num_draft_tokens: int = 3,
         draft_margin: float | None = None,
+        pace: Pace | None = None,
     ):
         # The bounds are about the stage's own prediction.
-        super().__init__(model, sampler, draft_stage, num_draft_tokens, draft_margin, "base")
+        super().__init__(
+            model, sampler, draft_stage, num_draft_tokens, draft_margin, "base", pace=pace
+        )
         if draft_stage == self.depth:
             raise RequestError(
                 f"draft_stage {draft_stage} is the last one: nothing is left to skip"
@@ -53,6 +57,9 @@ class Certified(Speculative):
         tokens = [*state.tokens, token]
         emitted = 0
         while emitted < budget:
+            if self.pace and not self.pace.pays():
+                yield from self.plainly(state, tokens[-1], budget - emitted)
+                return
             count = min(self.num_draft_tokens, budget - emitted)
             draft = self.draft(state, tokens, count, self.draft_margin)
             mx.eval(draft.tokens, draft.logprobs, draft.margins)
@@ -65,7 +72,7 @@ class Certified(Speculative):
                 ]
             else:
                 decoded = self.verify(state, tokens[-1], draft, certified)
-            for one in decoded:
+            for one in self.emitted(decoded):
                 yield one
                 tokens.append(one.token)
                 emitted += 1

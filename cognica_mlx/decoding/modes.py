@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from cognica_mlx.calibration import Calibration, published_bounds
 from cognica_mlx.decoding.certified import Certified
 from cognica_mlx.decoding.loop import Policy
+from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.targets import (
@@ -28,9 +29,15 @@ MODES: dict[str, tuple[str, ...]] = {
     "prefix": ("max_stages",),
     "compose": ("stages", "stage_weights"),
     "wand": ("safety", "p99_bounds", "exit_stages"),
-    "speculative": ("draft_stage", "num_draft_tokens", "draft_margin", "draft_head"),
+    "speculative": (
+        *("draft_stage", "num_draft_tokens", "draft_margin"),
+        *("draft_head", "draft_vocab"),
+    ),
     "certified": ("safety", "p99_bounds", "draft_stage", "num_draft_tokens", "draft_margin"),
 }
+
+# Those that may cost more than they save, which a `Pace` watches over.
+PACED_MODES = ("wand", "speculative", "certified")
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,8 @@ class ModeOptions:
     stage: the boundary that `stage` predicts from (0). max_stages: how many stages `prefix` runs
     (all). stages, stage_weights: what `compose` mixes (all, equally). safety: factor on the bounds
     (1.0). p99_bounds: one for each step between stages. exit_stages: where `wand` may leave (all).
-    draft_stage (0), num_draft_tokens (3), draft_margin (off), draft_head (summed): how drafts are
-    made.
+    draft_stage (0), num_draft_tokens (3), draft_margin (off), draft_head (summed), draft_vocab
+    (all): how drafts are made.
     """
 
     stage: int | None = None
@@ -55,6 +62,7 @@ class ModeOptions:
     num_draft_tokens: int | None = None
     draft_margin: float | None = None
     draft_head: str | None = None
+    draft_vocab: int | None = None
 
 
 def make_policy(
@@ -63,8 +71,9 @@ def make_policy(
     mode: str = "full",
     options: ModeOptions | None = None,
     calibration: Calibration | None = None,
+    pace: Pace | None = None,
 ) -> Policy:
-    """The policy of `mode`.
+    """The policy of `mode`; `pace` watches over one that may not pay.
 
     Raises RequestError for an unknown mode, an option that the mode does not take, a stage that
     the model does not have, or bounds that are needed and nowhere to be found.
@@ -87,15 +96,15 @@ def make_policy(
     if mode == "compose":
         stages = given.get("stages", range(model.poe_n_stages))
         return Plain(composed_target(model, stages, given.get("stage_weights")), sampler)
-    if calibration and given.keys() <= {"safety", "draft_head"}:
+    if calibration and given.keys() <= {"safety", "draft_head", "draft_vocab"}:
         given = {**calibration.options.get(mode, {}), **given}
     if "p99_bounds" in MODES[mode] and "p99_bounds" not in given:
         given["p99_bounds"] = _bounds(model, calibration)
     if mode == "wand":
-        return Wand(model, sampler, **given)
+        return Wand(model, sampler, **given, pace=pace)
     if mode == "certified":
-        return Certified(model, sampler, **given)
-    return Speculative(model, sampler, **given)
+        return Certified(model, sampler, **given, pace=pace)
+    return Speculative(model, sampler, **given, pace=pace)
 
 
 def _bounds(model: PoEModel, calibration: Calibration | None) -> Sequence[float]:

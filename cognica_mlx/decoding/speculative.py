@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from cognica_mlx.decoding.loop import DecodedToken, advance_through, as_row, number
+from cognica_mlx.decoding.pace import Pace
+from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
@@ -57,7 +59,8 @@ class Speculative:
 
     `num_draft_tokens` is the most that a round drafts; with `draft_margin` drafting stops where
     the draft's two best scores are closer than that, and that draft is not used. `draft_head`
-    says what drafts for a specialist: see `draft_target`.
+    says what drafts for a specialist, `draft_vocab` to which first token ids drafts are kept: see
+    `draft_target`. `pace` shortens drafts, and ends them where they do not pay.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class Speculative:
         num_draft_tokens: int = 3,
         draft_margin: float | None = None,
         draft_head: str = "summed",
+        draft_vocab: int | None = None,
+        pace: Pace | None = None,
     ):
         model.check_stage(draft_stage, "draft_stage")
         if not 1 <= num_draft_tokens <= 64:
@@ -80,19 +85,50 @@ class Speculative:
         self.drafted = 0
         self.depth = self.prefill_stage = model.poe_n_stages - 1
         self.target = full_target(model)
-        self.drafter = draft_target(model, draft_stage, draft_head)
+        self.drafter = draft_target(model, draft_stage, draft_head, draft_vocab)
+        self.pace = pace
+        if pace:
+            summed = draft_head == "summed" and bool(model.config.specialist_layers)
+            share = (draft_vocab or model.config.vocab_size) / model.config.vocab_size
+            self._lower = pace.costs.lower(draft_stage)
+            self._draft_step = self._lower + share * pace.costs.draft_head(draft_stage, summed)
 
     def run(self, state: DecodingState, token: int, budget: int) -> Iterator[DecodedToken]:
         """Emit at least `budget` tokens, a round at a time."""
         tokens = [*state.tokens, token]
         emitted = 0
         while emitted < budget:
-            count = min(self.num_draft_tokens, budget - emitted - 1)
+            if not self.pays():
+                yield from self.plainly(state, tokens[-1], budget - emitted)
+                return
+            count = min(self.draft_length(), budget - emitted - 1)
             draft = self.draft(state, tokens, count, self.draft_margin)
-            for decoded in self.verify(state, tokens[-1], draft):
+            for decoded in self.emitted(self.verify(state, tokens[-1], draft)):
                 yield decoded
                 tokens.append(decoded.token)
                 emitted += 1
+
+    def pays(self) -> bool:
+        """Whether it is worth while to go on drafting."""
+        if self.pace is None or self.pace.tokens:
+            return self.pace is None or self.pace.pays()
+        return self.pace.can_draft(self.num_draft_tokens, self.draft_stage, self._draft_step)
+
+    def draft_length(self) -> int:
+        """How many drafts the next round makes at most."""
+        if self.pace is None or self.draft_margin is not None:
+            return self.num_draft_tokens
+        return self.pace.draft_length(self.num_draft_tokens, self.draft_stage, self._draft_step)
+
+    def plainly(self, state: DecodingState, token: int, budget: int) -> Iterator[DecodedToken]:
+        """Emit `budget` tokens without drafting."""
+        return Plain(self.target, self.sampler).run(state, token, budget)
+
+    def emitted(self, decoded: list[DecodedToken]) -> list[DecodedToken]:
+        """The same tokens, counted."""
+        if self.pace:
+            self.pace.tokens += len(decoded)
+        return decoded
 
     def draft(
         self, state: DecodingState, tokens: list[int], count: int, stop_below: float | None = None
@@ -114,6 +150,8 @@ class Speculative:
             scores = self.drafter.scores(advance_through(state, self.draft_stage))[:, -1]
             scores = self.sampler.process(scores, context)
             lead = margin(scores)
+            if self.pace:
+                self.pace.spent += self._draft_step
             if stop_below is not None and number(lead) < stop_below:
                 draft.stopped = True
                 break
@@ -145,6 +183,11 @@ class Speculative:
         if state.length < end:
             # What the full model predicts after the last draft comes with the same batch.
             state.append(draft.tokens[-1] if len(draft) else as_row(token))
+            if self.pace:
+                self.pace.spent += self._lower
+        if self.pace:
+            waiting = end - state.filled[-1]
+            self.pace.spent += self.pace.costs.upper(self.draft_stage, waiting)
         for stage in range(self.depth + 1):
             state.advance(stage)
         hidden = {k: state.boundary(k, draft.first, end) for k in self.target.boundaries}
@@ -161,6 +204,8 @@ class Speculative:
         mx.eval(kept, chosen, chosen_logprobs, drafted, drafted_logprobs)
         accepted = int(number(kept))
         self.drafted += len(draft)
+        if self.pace:
+            self.pace.judged(accepted, len(draft))
         state.rollback(draft.first + 1 + accepted)
         decoded = [
             DecodedToken.read(drafted[i], drafted_logprobs[i], self.draft_stage, from_draft=True)

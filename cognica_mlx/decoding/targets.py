@@ -53,15 +53,33 @@ def prefix_target(model: PoEModel, max_stages: int) -> Target:
     )
 
 
-def draft_target(model: PoEModel, stage: int, draft_head: str) -> Target:
+def draft_target(
+    model: PoEModel, stage: int, draft_head: str, draft_vocab: int | None = None
+) -> Target:
     """What drafts at `stage`: its own prediction with "base"; with "summed", where a specialist
-    stands on the base, the base stage's activations through all the heads that are summed."""
+    stands on the base, the base stage's activations through all the heads that are summed.
+
+    With `draft_vocab` only the first so many token ids are scored, which reads as many rows of the
+    heads; in a byte-pair vocabulary those are the most frequent ones.
+    """
     if draft_head not in DRAFT_HEADS:
         raise RequestError(f"draft_head {draft_head!r} is none of {', '.join(DRAFT_HEADS)}")
-    stages = model.config.stage_layers
-    if draft_head == "base" or stage >= len(stages) or not model.config.specialist_layers:
-        return prefix_target(model, stage + 1)
-    return Target((stage,), lambda hidden: model.draft_logits(stage, hidden[stage]))
+    size = model.config.vocab_size
+    if draft_vocab is not None:
+        if not 1 <= draft_vocab <= size:
+            raise RequestError(f"draft_vocab {draft_vocab} is not between 1 and {size}")
+        model = model.with_short_heads(draft_vocab)
+    target = prefix_target(model, stage + 1)
+    in_base = stage < len(model.config.stage_layers)
+    if draft_head == "summed" and in_base and model.config.specialist_layers:
+        target = Target((stage,), lambda hidden: model.draft_logits(stage, hidden[stage]))
+    if draft_vocab is None:
+        return target
+    missing = [(0, 0), (0, 0), (0, size - draft_vocab)]
+    return Target(
+        target.boundaries,
+        lambda hidden: mx.pad(target.scores(hidden), missing, constant_values=-mx.inf),
+    )
 
 
 def composed_target(

@@ -24,6 +24,9 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from cognica_mlx.decoding.loop import DecodedToken, as_row, number
+from cognica_mlx.decoding.pace import Pace
+from cognica_mlx.decoding.plain import Plain
+from cognica_mlx.decoding.targets import full_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import Hidden, PoEModel
 from cognica_mlx.sampling import Sampler, logprob_of, margin
@@ -55,6 +58,7 @@ class Wand:
     """Advance stage by stage until the margin clears the remaining bounds.
 
     `exit_stages` limits where a token may leave; a head that decides nothing is not computed.
+    `pace` goes over to full depth where leaving early does not pay.
     """
 
     drafted = 0
@@ -66,8 +70,9 @@ class Wand:
         p99_bounds: Sequence[float],
         safety: float = 1.0,
         exit_stages: Sequence[int] | None = None,
+        pace: Pace | None = None,
     ):
-        self.model, self.sampler = model, sampler
+        self.model, self.sampler, self.pace = model, sampler, pace
         self.depth, self.prefill_stage = model.poe_n_stages - 1, 0
         self.exits = dict(enumerate(exit_margins(model, p99_bounds, safety)))
         if exit_stages is not None:
@@ -80,7 +85,11 @@ class Wand:
     def run(self, state: DecodingState, token: int, budget: int) -> Iterator[DecodedToken]:
         """Emit `budget` tokens, each with the stage it left at."""
         context = self.sampler.context([*state.tokens, token])
-        for _ in range(budget):
+        for emitted in range(budget):
+            if self.pace and not self.pace.pays():
+                plain = Plain(full_target(self.model), self.sampler)
+                yield from plain.run(state, token, budget - emitted)
+                return
             state.append([token])
             decoded = self._leave(state, context)
             yield decoded
@@ -90,13 +99,20 @@ class Wand:
     def _leave(self, state: DecodingState, context: mx.array | None) -> DecodedToken:
         """Advance until the rule lets go, and choose the token there."""
         passed: list[mx.array] = []
+        if self.pace:
+            self.pace.tokens += 1
         for stage in range(self.depth + 1):
+            if self.pace:
+                self.pace.spent += self.pace.costs.stage(stage, state.pending(stage))
             hidden = state.advance(stage)
             assert hidden is not None, "the token has just been appended"
             hidden = hidden[-1:]
             if self.model.pools_stages:
                 passed.append(self.model.stage_logits(stage, hidden))
-            if stage < self.depth and stage not in self.exits:
+            tested = stage == self.depth or stage in self.exits
+            if self.pace and (tested or self.model.pools_stages):
+                self.pace.spent += self.pace.costs.head(stage)
+            if not tested:
                 continue
             scores = self.sampler.process(self._scores(stage, hidden, passed)[:, -1], context)
             chosen = self.sampler.choose(scores)

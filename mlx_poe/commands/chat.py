@@ -101,7 +101,9 @@ def _make_chat(args: argparse.Namespace) -> Chat:
     if args.model is None and not attached:
         attached = [(one, f"{STARTER}-{one}") for one in STARTER_SPECIALISTS]
     model, tokenizer = load(name, revision=args.revision, dtype=args.dtype, quantize=args.quantize)
-    chat = Chat(model, tokenizer, name, Settings(max_tokens=args.max_tokens))
+    chat = Chat(
+        model, tokenizer, name, Settings(max_tokens=args.max_tokens), parks=not args.no_park
+    )
     for one, source in attached:
         chat.specialists.attach(one, source, quantize=args.quantize)
     if attached:
@@ -223,6 +225,8 @@ class Repl:
             self._show_call(parser)
         if paints and self.chat.last:
             print_legend(self.chat.last)
+        if self.chat.last and (parked := self.chat.last[-1].parked):
+            self.note(f"{self.chat.settings.mode} is parked: {parked} (--no-park forces it)")
 
     def _write(self, text: str) -> None:
         print(text, end="", flush=True)

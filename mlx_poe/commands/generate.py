@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.style import Style
 from rich.text import Text
 
-from cognica_mlx.decoding.modes import ModeOptions
+from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import SamplingOptions
@@ -32,6 +32,7 @@ from mlx_poe.commands.options import (
 )
 from mlx_poe.generate import GenerationResponse, Prompt, stream_generate
 from mlx_poe.load import load
+from mlx_poe.machine import known_costs
 from mlx_poe.specialists import Specialists
 
 # One colour a stage, shallow to deep; deeper models start over.
@@ -106,9 +107,14 @@ def _generate(args: argparse.Namespace) -> int:
             mode=args.mode,
             stop=args.stop,
             prompt_progress_callback=progress.show,
+            costs=known_costs(model) if args.mode in PACED_MODES and not args.no_park else None,
             **taken(args, names),
         )
         status = _consume(stream, responses, args, progress)
+    if responses and responses[-1].parked:
+        print(
+            f"{args.mode} is parked: {responses[-1].parked} (--no-park forces it)", file=sys.stderr
+        )
     if args.json:
         print(json.dumps(_as_json(args, text, responses), ensure_ascii=False))
     if args.verbose and responses:
@@ -242,6 +248,7 @@ def _as_json(
             "generation_tps",
             "peak_memory",
             "drafted_tokens",
+            "parked",
         ):
             result[name] = getattr(last, name)
     return result

@@ -194,6 +194,17 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         help="speculative: a specialist's drafts through all its heads or the base's (default: "
         "summed)",
     )
+    group.add_argument(
+        "--draft-vocab",
+        type=int,
+        metavar="N",
+        help="speculative: draft among the first N token ids only, reading less of the head",
+    )
+    group.add_argument(
+        "--no-park",
+        action="store_true",
+        help="wand, speculative, certified: go on even where full depth is faster on this machine",
+    )
 
 
 def numbers(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:

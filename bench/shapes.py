@@ -1,0 +1,65 @@
+"""The released models' shapes, and models of random weights in them: nobody needs a download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.model import PoEModel
+
+_COMMON: dict[str, Any] = {"head_dim": 128, "sequence_len": 2048, "window_pattern": "SSSL"}
+_1_3B = {
+    **_COMMON,
+    **{"n_layer": 24, "n_head": 12, "n_embd": 1536, "vocab_size": 32768},
+    "poe_every": 6,
+}
+
+# Configurations as the checkpoints have them; a specialist is a base and what stands on it.
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.3b": _1_3B,
+    "1.3b-stage": {
+        **{name: value for name, value in _1_3B.items() if name != "poe_every"},
+        **{"n_layer": 28, "stage_layers": [6, 6, 6, 6], "specialist_layers": [4]},
+    },
+    "1.5b": {
+        **_COMMON,
+        **{"n_layer": 24, "n_head": 12, "n_kv_head": 6, "n_embd": 1536, "vocab_size": 48000},
+        **{"stage_layers": [12, 5, 4, 3], "per_stage_head": True},
+    },
+    "3b": {
+        **_COMMON,
+        **{"n_layer": 32, "n_head": 16, "n_kv_head": 8, "n_embd": 2048, "vocab_size": 32768},
+        **{"stage_layers": [16, 6, 5, 5], "per_stage_head": True, "intermediate_size": 12800},
+    },
+    "tiny": {
+        **{"n_layer": 8, "n_head": 2, "n_embd": 128, "vocab_size": 2048, "sequence_len": 512},
+        **{"window_pattern": "SSSL", "poe_every": 2},
+    },
+}
+
+
+def shape_config(shape: str) -> PoEConfig:
+    """The configuration of one of `SHAPES`."""
+    return PoEConfig.from_dict(SHAPES[shape])
+
+
+def random_model(config: PoEConfig, dtype: mx.Dtype, seed: int = 0) -> PoEModel:
+    """A model of this shape with small random weights of `dtype`, drawn from `seed`."""
+    model = PoEModel(config)
+    keys = iter(mx.random.split(mx.random.key(seed), 10_000))
+    weights = []
+    built: dict[str, mx.array] = dict(tree_flatten(model.parameters()))  # type: ignore[arg-type]
+    for name, parameter in built.items():
+        if parameter.ndim < 2:  # the lambdas: as a plain transformer's
+            weights.append((name, parameter.astype(dtype)))
+            continue
+        # Rows of unit length times a little, so that nothing grows with depth.
+        bound = (3 / parameter.shape[-1]) ** 0.5
+        weights.append((name, mx.random.uniform(-bound, bound, parameter.shape, dtype, next(keys))))
+        mx.eval(weights[-1][1])
+    model.update(tree_unflatten(weights))
+    model.eval()
+    return model

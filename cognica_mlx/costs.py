@@ -1,0 +1,164 @@
+"""What the parts of a decoding step cost: through each stage and each head, by number of rows.
+
+- in bytes of weights read: what decoding is bound by, the same for a batch of rows as for one
+- or in seconds on this machine: how much dearer a batch is differs between chips, and whether
+  drafting or leaving early pays depends on it
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_reduce
+
+from cognica_mlx.config import SUMMED
+from cognica_mlx.model import Hidden, PoEModel
+from cognica_mlx.sampling import logprob_of, margin
+from cognica_mlx.state import DecodingState
+
+ROWS = (1, 2, 4, 8)
+CONTEXT = 32
+TRIALS = 3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a batch of `rows[i]` positions: stages[k][i] through stage k's layers, heads[k][i]
+    for what stage k predicts. Between the rows given they follow straight lines.
+
+    `full_boundaries` are the stages whose predictions make up the full model's.
+    """
+
+    rows: tuple[int, ...]
+    stages: tuple[tuple[float, ...], ...]
+    heads: tuple[tuple[float, ...], ...]
+    full_boundaries: tuple[int, ...]
+
+    def stage(self, stage: int, rows: int = 1) -> float:
+        """A batch through the layers of `stage`."""
+        return self._at(self.stages[stage], rows)
+
+    def head(self, stage: int, rows: int = 1) -> float:
+        """What `stage` predicts for a batch."""
+        return self._at(self.heads[stage], rows)
+
+    def full_head(self, rows: int = 1) -> float:
+        """What the full model predicts for a batch."""
+        return sum(self.head(k, rows) for k in self.full_boundaries)
+
+    def upper(self, stage: int, rows: int = 1) -> float:
+        """A batch through all layers behind `stage` and the full model's head."""
+        behind = range(stage + 1, len(self.stages))
+        return sum(self.stage(k, rows) for k in behind) + self.full_head(rows)
+
+    def lower(self, stage: int, rows: int = 1) -> float:
+        """A batch through all layers up to `stage`."""
+        return sum(self.stage(k, rows) for k in range(stage + 1))
+
+    def draft_head(self, stage: int, summed: bool) -> float:
+        """What `stage` drafts: see `draft_target`."""
+        if summed:
+            return self.full_head()
+        pooled = range(stage + 1) if 0 in self.full_boundaries else (stage,)
+        return sum(self.head(k) for k in pooled)
+
+    @property
+    def full_token(self) -> float:
+        """One token at full depth."""
+        return self.lower(len(self.stages) - 1) + self.full_head()
+
+    def _at(self, costs: Sequence[float], rows: int) -> float:
+        if rows > self.rows[-1] and len(self.rows) > 1:
+            slope = (costs[-1] - costs[-2]) / (self.rows[-1] - self.rows[-2])
+            return costs[-1] + max(slope, 0) * (rows - self.rows[-1])
+        return float(np.interp(rows, self.rows, costs))
+
+
+def bytes_read(model: PoEModel) -> Costs:
+    """In bytes of weights, from the model's own arrays."""
+    config = model.config
+    stages, heads = [], []
+    shared = _nbytes(model.lm_head)
+    for stage in range(model.poe_n_stages):
+        blocks = [model.h[i] for i in config.stage_range(stage)]
+        # Of an embedding table only the token's own row is read.
+        tables = [b.attn.value_embed for b in blocks if "value_embed" in b.attn]
+        stages.append(sum(map(_nbytes, blocks)) - sum(map(_nbytes, tables)))
+        specialist = stage - len(config.stage_layers)
+        own = 0
+        if specialist >= 0 and config.head_mode == SUMMED:
+            own = _nbytes(model.lm_head_specialists[specialist]) - shared
+        elif specialist >= 0:
+            own = sum(map(_nbytes, model.lm_head_specialists[: specialist + 1]))
+        elif config.per_stage_head:
+            own = _nbytes(model.lm_head_stages[stage])
+        heads.append(shared + own)
+    return Costs((1,), _single(stages), _single(heads), model.full_boundaries)
+
+
+def measure(
+    model: PoEModel,
+    rows: Sequence[int] = ROWS,
+    *,
+    trials: int = TRIALS,
+    seconds: float = float("inf"),
+) -> Costs:
+    """In seconds: the least of up to `trials` rounds, two at least, as many as `seconds` allow.
+
+    A prediction's time is that of its logits and of choosing a token from them. Every part is
+    waited for, which small models feel: in a row theirs are cheaper.
+    """
+    state = DecodingState(model)
+    state.prefill([0] * CONTEXT, state.depth)
+    stages = range(model.poe_n_stages)
+    best: np.ndarray | None = None
+    started = time.perf_counter()
+    for trial in range(max(trials, 2)):
+        if trial > 1 and time.perf_counter() - started > seconds:
+            break
+        times = []
+        for count in rows:
+            state.append([0] * count)
+            mx.eval(state.arrays())
+            ran = [_seconds(partial(_advance, state, k)) for k in stages]
+            hidden = [state.boundary(k, CONTEXT, CONTEXT + count) for k in stages]
+            chosen = [_seconds(partial(_choose, model, k, h)) for k, h in enumerate(hidden)]
+            times.append([ran, chosen])
+            state.rollback(CONTEXT)
+        found = np.array(times)  # (rows, 2, stages)
+        best = found if best is None else np.minimum(best, found)
+    assert best is not None, "at least two rounds have run"
+    layers, heads = ([tuple(map(float, part)) for part in best[:, i].T] for i in (0, 1))
+    return Costs(tuple(rows), tuple(layers), tuple(heads), model.full_boundaries)
+
+
+def _seconds(work: Callable[[], list[mx.array]]) -> float:
+    started = time.perf_counter()
+    mx.eval(work())
+    return time.perf_counter() - started
+
+
+def _advance(state: DecodingState, stage: int) -> list[mx.array]:
+    hidden = state.advance(stage)
+    assert hidden is not None, "positions have just been appended"
+    return hidden.arrays()
+
+
+def _choose(model: PoEModel, stage: int, hidden: Hidden) -> list[mx.array]:
+    scores = model.stage_logits(stage, hidden)[0]
+    chosen = mx.argmax(scores, axis=-1)
+    return [chosen, logprob_of(scores, chosen), margin(scores)]
+
+
+def _single(costs: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    return tuple((float(cost),) for cost in costs)
+
+
+def _nbytes(module: nn.Module) -> int:
+    return tree_reduce(lambda total, array: total + array.nbytes, module.parameters(), 0)
