@@ -106,36 +106,39 @@ def measure(
     model: PoEModel,
     rows: Sequence[int] = ROWS,
     *,
+    text: Sequence[int] = (0,) * CONTEXT,
     trials: int = TRIALS,
     seconds: float = float("inf"),
+    state: DecodingState | None = None,
 ) -> Costs:
-    """In seconds: the least of up to `trials` rounds, two at least, as many as `seconds` allow.
+    """In seconds, behind the tokens of `text`: medians of up to `trials` rounds (after one that
+    warms up; one at least, as many as `seconds` allow).
 
-    A prediction's time is that of its logits and of choosing a token from them. Every part is
-    waited for, which small models feel: in a row theirs are cheaper.
+    A `state` that holds the text saves reading it, and comes back as it was. A prediction's time is
+    that of its logits and of choosing a token from them. Every part is waited for, which small
+    models feel: in a row theirs are cheaper.
     """
-    state = DecodingState(model)
-    state.prefill([0] * CONTEXT, state.depth)
-    stages = range(model.poe_n_stages)
-    best: np.ndarray | None = None
     started = time.perf_counter()
-    for trial in range(max(trials, 2)):
-        if trial > 1 and time.perf_counter() - started > seconds:
-            break
+    if state is None:
+        state = DecodingState(model)
+        state.prefill(text, state.depth)
+    stages, length = range(model.poe_n_stages), state.length
+    rounds: list[list] = []
+    while len(rounds) < 2 or (len(rounds) <= trials and time.perf_counter() - started < seconds):
         times = []
         for count in rows:
             state.append([0] * count)
             mx.eval(state.arrays())
             ran = [_seconds(partial(_advance, state, k)) for k in stages]
-            hidden = [state.boundary(k, CONTEXT, CONTEXT + count) for k in stages]
+            hidden = [state.boundary(k, length, length + count) for k in stages]
             chosen = [_seconds(partial(_choose, model, k, h)) for k, h in enumerate(hidden)]
             times.append([ran, chosen])
-            state.rollback(CONTEXT)
-        found = np.array(times)  # (rows, 2, stages)
-        best = found if best is None else np.minimum(best, found)
-    assert best is not None, "at least two rounds have run"
-    layers, heads = ([tuple(map(float, part)) for part in best[:, i].T] for i in (0, 1))
-    return Costs(tuple(rows), tuple(layers), tuple(heads), model.full_boundaries)
+            state.rollback(length)
+        rounds.append(times)
+    layers, heads = np.median(rounds[1:], axis=0).transpose(1, 2, 0).tolist()
+    return Costs(
+        tuple(rows), tuple(map(tuple, layers)), tuple(map(tuple, heads)), model.full_boundaries
+    )
 
 
 def _seconds(work: Callable[[], list[mx.array]]) -> float:

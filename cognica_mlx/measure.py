@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.calibration import Calibration
-from cognica_mlx.costs import bytes_read
+from cognica_mlx.costs import Costs, bytes_read
 from cognica_mlx.decoding.loop import decode
 from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.targets import draft_target, full_target
@@ -49,13 +49,15 @@ def calibrate(
     *,
     continuations: int = 16,
     continuation_tokens: int = 64,
+    costs: Costs | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure `model` on token sequences, each starting as the model's texts do (BOS first).
 
     `token_bytes` holds the UTF-8 length of every token, 0 for special ones. Margins, agreement and
     bits per byte are taken on the texts as they are; acceptance and the modes' promises on
-    `continuations` greedy continuations of the texts' beginnings.
+    `continuations` greedy continuations of the texts' beginnings. What a mode promises, and the
+    options it does so with, goes by `costs`, by default the bytes of weights read.
 
     Raises RequestError for a text too short to say anything.
     """
@@ -76,8 +78,11 @@ def calibrate(
     best = np.concatenate([m.best for m in measured], axis=1)
     nll = np.concatenate([m.nll for m in measured], axis=1).sum(axis=1)
     n_bytes = sum(token_bytes[token] for text in texts for token in text[1:])
-    traces = _continue(model, texts, continuations, continuation_tokens, progress)
-    costs, summed = bytes_read(model), bool(model.config.specialist_layers)
+    traces = record(
+        model, texts, count=continuations, tokens=continuation_tokens, progress=progress
+    )
+    costs = costs or bytes_read(model)
+    summed = bool(model.config.specialist_layers)
     needed = exit_margins(model, bounds, safety=1.0)
     chosen = best_options(traces, costs, needed, pools_stages=model.pools_stages, summed=summed)
     speedups = {
@@ -144,27 +149,29 @@ def _lead(scores: mx.array, tokens: mx.array) -> mx.array:
     return own[:, 0] - mx.max(others, axis=-1)
 
 
-def _continue(
+def record(
     model: PoEModel,
     texts: Sequence[Sequence[int]],
+    *,
     count: int,
-    length: int,
-    progress: Progress | None,
+    tokens: int,
+    progress: Progress | None = None,
 ) -> list[Trace]:
-    """What the stages predict along the full model's own greedy continuations."""
+    """What the stages predict along `count` greedy continuations by the full model, of so many
+    tokens each, of the texts' beginnings."""
     policy, traces = Plain(full_target(model), Sampler()), []
     for i in range(count):
         text = texts[i % len(texts)]
         # A text used again is continued from further on.
         end = min(CONTINUATION_PROMPT * (1 + i // len(texts)), len(text))
         prompt = list(text[:end])
-        decoded = decode(model, prompt, policy, max_tokens=length)
-        tokens = prompt + [one.token for one in decoded]
-        found, part = _predict(model, tokens), np.s_[:-1, end - 1 : -1]
+        decoded = decode(model, prompt, policy, max_tokens=tokens)
+        written = prompt + [one.token for one in decoded]
+        found, part = _predict(model, written), np.s_[:-1, end - 1 : -1]
         hits, margins = (found.best == found.best[-1])[part], found.margins[part]
         drafts = (hits, margins)
         if model.config.specialist_layers:
-            best, leads = _drafts(model, tokens)
+            best, leads = _drafts(model, written)
             drafts = ((best == found.best[-1])[part], leads[part])
         traces.append(Trace(hits, margins, *drafts))
         if progress:

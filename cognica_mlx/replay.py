@@ -165,6 +165,8 @@ def best_options(
 ) -> dict[str, tuple[dict[str, Any], Replay]]:
     """For each mode that drafts or leaves early, the options with which a token costs least."""
     steps = range(len(exit_margins))
+    # Measured costs know of the cliff.
+    lengths = ADVISED_LENGTHS if len(costs.rows) == 1 else DRAFT_LENGTHS
     found: dict[str, list[tuple[dict[str, Any], Replay]]] = {
         "wand": [],
         "speculative": [],
@@ -175,7 +177,7 @@ def best_options(
         replay = replay_wand(traces, costs, exit_margins, exits, pools_stages)
         found["wand"].append(({"exit_stages": list(exits)}, replay))
     for stage in steps:
-        for count in ADVISED_LENGTHS:
+        for count in lengths:
             for stop in ADVISED_MARGINS:
                 options: dict[str, Any] = {"draft_stage": stage, "num_draft_tokens": count}
                 if stop is not None:

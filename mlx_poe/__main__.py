@@ -7,6 +7,7 @@ from importlib import import_module
 
 VERBS = {
     "generate": "mlx_poe.commands.generate",
+    "bench": "mlx_poe.commands.bench",
     "calibrate": "mlx_poe.commands.calibrate",
     "convert": "mlx_poe.commands.convert",
     "chat": "mlx_poe.commands.chat",

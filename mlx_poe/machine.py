@@ -50,7 +50,7 @@ def _from_json(fields: dict[str, list]) -> Costs:
 
 
 def _fingerprint(model: PoEModel) -> str:
-    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))  # type: ignore[arg-type]
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     parts = [
         *(f"{name} {p.shape} {p.dtype}" for name, p in arrays.items()),
         *map(str, (model.config, model.stage_inputs, version("mlx"), mx.default_device())),

@@ -1,0 +1,122 @@
+"""mlx-lm's own engine on its own model of equal size, measured in the same trials as ours.
+
+The peer is mlx-lm's Llama with our width, depth, heads and vocabulary, and with an MLP as heavy as
+ours (Llama's has three matrices, so each is two thirds as wide). Weights are random. For its
+draft-model speculation the draft is the big one's first layers, as many as stage 0 has, and its
+other layers add nothing: so every draft is accepted, which is the best that its speculation can do.
+The big model's work is the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.models import llama
+
+from cognica_mlx.bench.figures import Figure, Setup, figure, stage_name
+from cognica_mlx.bench.timing import Samples, interleaved
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.decoding.loop import decode
+from cognica_mlx.decoding.modes import ModeOptions, make_policy
+from cognica_mlx.sampling import Sampler
+
+DRAFTS = 3
+
+
+def peer_model(config: PoEConfig, n_layer: int, dtype: mx.Dtype) -> llama.Model:
+    """mlx-lm's Llama in our model's shape, `n_layer` deep, with random weights."""
+    model = llama.Model(
+        llama.ModelArgs(
+            model_type="llama",
+            hidden_size=config.n_embd,
+            num_hidden_layers=n_layer,
+            intermediate_size=config.intermediate_size * 2 // 3,
+            num_attention_heads=config.n_head,
+            num_key_value_heads=config.n_kv_head,
+            head_dim=config.head_dim,
+            rms_norm_eps=1e-6,
+            vocab_size=config.padded_vocab_size,
+            max_position_embeddings=config.sequence_len,
+            tie_word_embeddings=False,
+        )
+    )
+    bound = (3 / config.n_embd) ** 0.5
+    for name, parameter in dict(tree_flatten(model.parameters())).items():
+        drawn = mx.random.uniform(-bound, bound, parameter.shape, dtype)
+        model.update(tree_unflatten([(name, drawn if parameter.ndim > 1 else mx.ones_like(drawn))]))
+        mx.eval(drawn)
+    return model
+
+
+def peers(setup: Setup, prompt_tokens: int) -> list[Figure]:
+    """Our full depth and stage 0, and mlx-lm's engine plain and with its draft-model speculation:
+    a token's latency, and tokens a second of a prompt of `prompt_tokens`."""
+    config, model, text = setup.model.config, setup.model, list(setup.texts[0])
+    prompt = (text * (prompt_tokens // len(text) + 1))[:prompt_tokens]
+    big = peer_model(config, config.n_layer, model.resid_lambdas.dtype)
+    depth = len(config.stage_range(0))
+    for layer in big.model.layers[depth:]:
+        layer.self_attn.o_proj.weight = mx.zeros_like(layer.self_attn.o_proj.weight)
+        layer.mlp.down_proj.weight = mx.zeros_like(layer.mlp.down_proj.weight)
+    mx.eval(big.parameters())
+    draft = _beginning(big, depth)
+
+    def ours(mode: str, **options: int) -> Iterable[object]:
+        policy = make_policy(model, Sampler(), mode, ModeOptions(**options))  # type: ignore[arg-type]
+        return decode(model, prompt, policy, max_tokens=setup.tokens)
+
+    def theirs() -> Iterable[object]:
+        return generate_step(mx.array(prompt), big, max_tokens=setup.tokens)
+
+    def theirs_drafted() -> Iterable[object]:
+        return speculative_generate_step(
+            mx.array(prompt), big, draft, num_draft_tokens=DRAFTS, max_tokens=setup.tokens
+        )
+
+    runs: dict[str, Callable[[], Iterable[object]]] = {
+        "mlx-lm's Llama of equal size": theirs,
+        f"mlx-lm's Llama, {depth}-layer draft model, all of {DRAFTS} drafts accepted": (
+            theirs_drafted
+        ),
+        "ours, full stack": partial(ours, "full"),
+        f"ours, {stage_name(0)}": partial(ours, "stage", stage=0),
+    }
+    reading: dict[str, list[float]] = {name: [] for name in runs}
+
+    def run(name: str) -> float:
+        started, first = time.perf_counter(), 0.0
+        count = 0
+        for count, _ in enumerate(runs[name](), start=1):
+            if count == 1:
+                first = time.perf_counter()
+        reading[name].append(len(prompt) / (first - started))
+        return 1e3 * (time.perf_counter() - first) / (count - 1)
+
+    taken = interleaved(
+        {name: partial(run, name) for name in runs}, setup.trials, setup.progress, "peers"
+    )
+    plain = next(iter(runs))
+    figures = [
+        figure("peers", name, "ms/token", taken[name], speedup=taken[plain].over(taken[name]))
+        for name in runs
+    ]
+    prompts = {name: Samples(tuple(speeds[1:])) for name, speeds in reading.items()}
+    for name in (plain, "ours, full stack"):
+        speedup = prompts[name].over(prompts[plain])
+        label = f"{name}, prompt of {len(prompt)} tokens"
+        figures.append(figure("peers", label, "tokens/s", prompts[name], speedup=speedup))
+    return figures
+
+
+def _beginning(big: llama.Model, depth: int) -> llama.Model:
+    """A draft model made of the big one's first layers, its embedding and its head."""
+    draft = llama.Model(replace(big.args, num_hidden_layers=depth))
+    draft.model.embed_tokens, draft.model.norm = big.model.embed_tokens, big.model.norm
+    draft.model.layers, draft.lm_head = big.model.layers[:depth], big.lm_head
+    return draft

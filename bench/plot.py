@@ -1,0 +1,64 @@
+"""A picture of a run: latency by stage against the byte ceiling, speed-up by mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cognica_mlx.bench.report import Report
+
+INK, BAR, LIMIT, PREDICTED = "#333333", "#4c78a8", "#bbbbbb", "#e45756"
+
+
+def plot(report: Report, path: Path) -> None:
+    """Draw what the run has of stages and modes. Needs matplotlib (the extra `plot`)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    stages = [figure for figure in report.figures if figure.section == "stages"]
+    modes = [figure for figure in report.figures if figure.section == "modes"]
+    panels = [bool(stages), bool(modes)]
+    drawing, axes = pyplot.subplots(1, sum(panels), figsize=(5.6 * sum(panels), 3.8), squeeze=False)
+    free = iter(axes[0])
+    if stages:
+        axis = next(free)
+        names = [figure.name.replace(" (", "\n(") for figure in stages]
+        values = [figure.value for figure in stages]
+        low = [figure.value - figure.low for figure in stages]
+        high = [figure.high - figure.value for figure in stages]
+        axis.bar(names, values, color=BAR, yerr=[low, high], ecolor=INK, label="measured")
+        limits = [figure.limit or 0 for figure in stages]
+        axis.bar(names, limits, color=LIMIT, width=0.5, label="limit by memory bandwidth")
+        for at, figure in enumerate(stages):
+            axis.annotate(f"{figure.speedup:.2f}x", (at, figure.high), ha="center", va="bottom")
+        axis.set_ylabel("ms per token")
+        axis.set_title("Latency by stage cut-off")
+        axis.margins(y=0.12)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.legend(loc="upper left", frameon=False)
+    if modes:
+        axis = next(free)
+        names = [figure.name for figure in modes][::-1]
+        axis.barh(names, [figure.speedup or 0 for figure in modes][::-1], color=BAR)
+        for at, figure in enumerate(reversed(modes)):
+            agreement = float(figure.notes["agreement"])
+            axis.annotate(
+                f" {figure.speedup:.2f}x, {agreement:.0%} as full",
+                (figure.speedup or 0, at),
+                va="center",
+                fontsize=8,
+            )
+            if figure.predicted:
+                axis.plot([figure.predicted], [at], "|", color=PREDICTED, markersize=14)
+        axis.axvline(1, color=INK, linewidth=0.8)
+        axis.set_xlabel("speed, full depth = 1   (|: predicted by its parts)")
+        axis.set_title("Decoding modes, greedy")
+        axis.margins(x=0.45)
+    drawing.suptitle(
+        f"{report.model}, {report.dtype}; {report.machine.processor}, {report.machine.back_end}",
+        fontsize=9,
+    )
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=150)
+    pyplot.close(drawing)

@@ -1,0 +1,159 @@
+"""Figures to a terminal, to JSON and CSV, and one result file against another."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cognica_mlx.bench.figures import Figure
+from cognica_mlx.bench.machine import Machine
+from cognica_mlx.errors import RequestError
+
+FORMAT = 1
+
+TITLES = {
+    "stages": "Latency by stage cut-off",
+    "lengths": "Latency by length of the text",
+    "rows": "A batch of rows",
+    "prompt": "Reading a prompt",
+    "modes": "Decoding modes, greedy",
+    "quantised": "Quantised",
+    "memory": "Memory",
+    "peers": "mlx-lm in the same run",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run: what was measured, on what, where, and the command that does it again."""
+
+    model: str
+    dtype: str
+    command: str
+    date: str
+    machine: Machine
+    figures: Sequence[Figure]
+    remarks: Sequence[str] = ()
+
+    def to_json(self) -> str:
+        """All of it, to be kept."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+    def to_csv(self) -> str:
+        """The figures, a line each; of their notes those that are numbers."""
+        names = sorted({k for f in self.figures for k, v in f.notes.items() if v != ""})
+        columns = [name for name in Figure.__dataclass_fields__ if name != "notes"]
+        out = io.StringIO()
+        writer = csv.writer(out)
+        writer.writerow([*columns, *names])
+        for figure in self.figures:
+            values = [getattr(figure, name) for name in columns]
+            values += [figure.notes.get(name) for name in names]
+            writer.writerow(["" if value is None else value for value in values])
+        return out.getvalue()
+
+
+def show(report: Report, console: Console) -> None:
+    """Tables, a section each, below the line that names the machine."""
+    console.print(f"{report.model}, {report.dtype}", style="bold", highlight=False)
+    console.print(report.machine.line(), highlight=False)
+    for remark in report.remarks:
+        console.print(remark, highlight=False)
+    for section, title in TITLES.items():
+        figures = [figure for figure in report.figures if figure.section == section]
+        if figures:
+            console.print(_table(title, figures))
+
+
+# Columns that a section has if any of its figures does.
+_COLUMNS: dict[str, Callable[[Figure], str | None]] = {
+    "speed": lambda f: _with("{:.2f}x", f.speedup),
+    "parts predict": lambda f: _with("{:.2f}x", f.predicted),
+    "over its parts": lambda f: _with("{:+.1%}", f.notes.get("over_its_parts")),
+    "limit": lambda f: _with("{:.4g}", f.limit),
+    "of limit": lambda f: None if f.limit is None else f"{f.limit / f.value:.0%}",
+    "reads": lambda f: _with("{:.1f} MB", f.notes.get("read_mb")),
+    "of one row": lambda f: _with("{:.2f}x", f.notes.get("times_one_row")),
+    "state": lambda f: _with("{:.1f} MB", f.notes.get("state_mb")),
+    "of weights": lambda f: _with("{:.1%}", f.notes.get("of_weights")),
+    "agreement": lambda f: _with("{:.1%}", f.notes.get("agreement")),
+    "depth": lambda f: _with("{:.2f}", f.notes.get("mean_depth")),
+    "accepted": lambda f: _with("{:.1%}", f.notes.get("acceptance")),
+}
+
+
+def _table(title: str, figures: Sequence[Figure]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("median", justify="right")
+    table.add_column("quartiles", justify="right")
+    shown = {
+        name: cell for name, cell in _COLUMNS.items() if any(cell(f) is not None for f in figures)
+    }
+    for name in shown:
+        table.add_column(name, justify="right")
+    for f in figures:
+        quartiles = f"{f.low:.4g} to {f.high:.4g}" if f.low != f.high else ""
+        cells = [cell(f) or "" for cell in shown.values()]
+        table.add_row(f.name, f"{f.value:.4g} {f.unit}", quartiles, *cells)
+    return table
+
+
+def _with(form: str, value: float | str | None) -> str | None:
+    return None if value is None else form.format(value)
+
+
+def read(text: str, name: str) -> dict[str, Any]:
+    """A result file's content. RequestError, naming it, if it is none."""
+    try:
+        fields = json.loads(text)
+        if fields["format"] != FORMAT:
+            raise ValueError(f"its format is {fields['format']}, not {FORMAT}")
+        for figure in fields["figures"]:
+            if not isinstance(figure["value"], (int, float)):
+                raise ValueError("a figure's value is no number")
+            figure["section"], figure["name"], figure["unit"]
+        fields["machine"]["processor"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{name} is no result file of mlx_poe.bench ({error})") from None
+    return fields
+
+
+def compare(report: Report, old: dict[str, Any], console: Console) -> None:
+    """What has become of each figure that both runs have; above 1 is better now."""
+    before = {(f["section"], f["name"]): f for f in old["figures"]}
+    if old["machine"]["processor"] != report.machine.processor:
+        console.print(
+            f"the other run was on another machine, {old['machine']['processor']}: "
+            "its own speed-ups are the better comparison",
+            highlight=False,
+        )
+    table = Table(title=f"Against {old['date']}, {old['model']}", title_justify="left")
+    for column in ("", "then", "now", "better by", "speed then", "speed now"):
+        table.add_column(column, justify="left" if not column else "right")
+    for now in report.figures:
+        then = before.get((now.section, now.name))
+        if then is None or not then["value"] or not now.value:
+            continue
+        gain = now.value / then["value"]
+        if now.unit != "tokens/s":  # of all others less is better
+            gain = 1 / gain
+        table.add_row(
+            now.name,
+            f"{then['value']:.4g}",
+            f"{now.value:.4g} {now.unit}",
+            f"{gain:.2f}x",
+            _with("{:.2f}x", then.get("speedup")) or "",
+            _with("{:.2f}x", now.speedup) or "",
+        )
+    if not table.row_count:
+        console.print("the two runs have no figure in common", highlight=False)
+    else:
+        console.print(table)

@@ -1,0 +1,57 @@
+"""Repeated trials, taken in turns: a machine that speeds up or slows down does so for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One measurement's trials, in the order taken."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return float(np.median(self.values))
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """First and third quartile."""
+        low, high = np.percentile(self.values, (25, 75))
+        return float(low), float(high)
+
+    def over(self, other: Samples) -> float:
+        """Median of this one's share of the other's, trial by trial: what slowed both cancels."""
+        return float(np.median(np.divide(self.values, other.values)))
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], float]],
+    trials: int,
+    progress: Progress | None = None,
+    label: str = "",
+    before_round: Callable[[], None] = lambda: None,
+) -> dict[str, Samples]:
+    """Run every case once a round, for `trials` rounds after one that warms up and is not kept.
+
+    A case returns what it measured. The order turns round from one trial to the next;
+    `before_round` is called at the beginning of each.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for trial in range(trials + 1):
+        before_round()
+        names = list(cases) if trial % 2 else list(cases)[::-1]
+        for i, name in enumerate(names):
+            value = cases[name]()
+            if trial:
+                taken[name].append(value)
+            if progress:
+                progress(label, trial * len(cases) + i + 1, (trials + 1) * len(cases))
+    return {name: Samples(tuple(values)) for name, values in taken.items()}

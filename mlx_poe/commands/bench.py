@@ -1,0 +1,319 @@
+"""mlx_poe.bench: what a stage cut-off and each decoding mode buy on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from cognica_mlx.bench import figures
+from cognica_mlx.bench.figures import ROWS, Figure, Setup
+from cognica_mlx.bench.machine import slow_blas, this_machine
+from cognica_mlx.bench.peers import peers
+from cognica_mlx.bench.report import Report, compare, read, show
+from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
+from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
+from cognica_mlx.calibration import Calibration
+from cognica_mlx.convert.quantization import BITS
+from cognica_mlx.costs import measure
+from cognica_mlx.errors import RequestError
+from cognica_mlx.measure import calibrate, record
+from cognica_mlx.model import PoEModel
+from mlx_poe.commands.options import make_parser, numbers, run
+from mlx_poe.load import DEFAULT_MODEL, DTYPES, load
+from mlx_poe.tokenizer import BOS
+
+SECTIONS = ("stages", "prompt", "rows", "modes", "lengths", "quantised", "memory")
+DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
+# Beginnings that any language model can go on from.
+BEGINNINGS = (
+    "Once upon a time",
+    "The capital of France is",
+    "There was a",
+    "What is",
+    "One day, a girl",
+    "The river",
+    "In the morning",
+    "My friend",
+)
+
+EXAMPLES = """\
+  mlx_poe.bench                                        # the built-in poe-tiny
+  mlx_poe.bench --model cognica/Cognica-PoE-v1.0-1.3B-base --peers
+  mlx_poe.bench --shape 1.3b --only stages,rows --json 1.3b.json
+  mlx_poe.bench --shape 1.3b --agreement 0.88 --only modes --plot modes.png
+  mlx_poe.bench --shape 1.3b --only lengths --lengths 2048,16384
+  mlx_poe.bench --compare old.json
+
+On Linux without a GPU MLX brings a slow BLAS, with which no figure means much. Install OpenBLAS
+(Debian: libopenblas0-pthread) and run with LD_PRELOAD=libopenblas.so.0."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = make_parser(
+        "mlx_poe.bench",
+        "Measure a model's stage cut-offs and decoding modes on this machine.",
+        EXAMPLES,
+    )
+    what = parser.add_argument_group("model")
+    what.add_argument(
+        "--model", metavar="MODEL", help=f"folder, hub id or built-in (default: {DEFAULT_MODEL})"
+    )
+    what.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    what.add_argument(
+        "--shape", choices=SHAPES, help="random weights in a released model's shape instead"
+    )
+    what.add_argument(
+        "--agreement",
+        type=float,
+        metavar="A",
+        help="with --shape: plant a text of which stage 0 predicts about this share as the full "
+        "model does, so that wand and speculation can be measured",
+    )
+    what.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
+    what.add_argument(
+        "--quantize", type=int, choices=BITS, metavar="BITS", help="round the matrices to so many"
+    )
+    how = parser.add_argument_group("measuring")
+    how.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        metavar="SECTION,…",
+        help=f"of {', '.join(SECTIONS)} (default: {','.join(DEFAULT_SECTIONS)})",
+    )
+    how.add_argument("--peers", action="store_true", help="mlx-lm on a Llama of equal size, too")
+    how.add_argument("--trials", type=int, default=5, help="rounds of all cases (default: 5)")
+    how.add_argument(
+        "--max-tokens", "-m", type=int, default=32, help="tokens a trial decodes (default: 32)"
+    )
+    how.add_argument(
+        "--context", type=int, default=128, help="tokens of text before them (default: 128)"
+    )
+    how.add_argument(
+        "--prompt-tokens", type=int, default=512, help="length of the prompt read (default: 512)"
+    )
+    how.add_argument(
+        "--lengths",
+        type=numbers(int),
+        default=[128, 2048, 16384],
+        metavar="N,…",
+        help="text lengths of the section lengths (default: 128,2048,16384)",
+    )
+    how.add_argument(
+        "--q-bits",
+        type=numbers(int),
+        default=[8, 4],
+        metavar="BITS,…",
+        help="of the section quantised (default: 8,4)",
+    )
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write the result file")
+    out.add_argument("--csv", type=Path, metavar="FILE", help="write the figures as a table")
+    out.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG, SVG or PDF")
+    out.add_argument("--compare", type=Path, metavar="FILE", help="an older result file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run(build_parser(), lambda args: _bench(args, argv), argv)
+
+
+def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    _check(args)
+    # Before minutes of measuring.
+    old = read(args.compare.read_text(), str(args.compare)) if args.compare else None
+    remarks = []
+    if mx.default_device() == mx.cpu and slow_blas():
+        remarks.append(
+            "warning: this BLAS is slow, a batch of rows costs as much as one by one: the figures "
+            "mean little. Preload OpenBLAS (mlx_poe.bench --help says how)"
+        )
+        print(f"mlx_poe.bench: {remarks[0]}", file=sys.stderr)
+    with _progress() as progress:
+        machine = this_machine()
+        model, texts, calibration, name = _prepare(args, progress)
+        setup = Setup(model, machine, texts, args.max_tokens, args.trials, progress)
+        found = _measure(args, setup, calibration)
+    report = Report(
+        model=name,
+        dtype=str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
+        + (f", {args.quantize} bits" if args.quantize else ""),
+        command=shlex.join(["mlx_poe.bench", *argv]),
+        date=date.today().isoformat(),
+        machine=machine,
+        figures=found,
+        remarks=remarks,
+    )
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    show(report, console)
+    if old:
+        compare(report, old, console)
+    for path, content in ((args.json, report.to_json()), (args.csv, report.to_csv())):
+        if path:
+            _write(path, partial(Path.write_text, data=content, encoding="utf-8"))
+    if args.plot:
+        from cognica_mlx.bench.plot import plot
+
+        _write(args.plot, partial(plot, report))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Whatever can be wrong with the flags, before minutes of measuring."""
+    if args.model and args.shape:
+        raise RequestError("--model and --shape: give one of them")
+    if args.agreement is not None and not args.shape:
+        raise RequestError("--agreement needs --shape; a real model has its own")
+    for section in args.only or ():
+        if section not in SECTIONS:
+            raise RequestError(f"--only {section}: the sections are {', '.join(SECTIONS)}")
+    for flag, least, most in (
+        ("trials", 1, 1000),
+        ("max_tokens", 2, 120),  # what a state can take back
+        ("context", 16, 10**6),
+        ("prompt_tokens", 16, 10**6),
+    ):
+        value = getattr(args, flag)
+        if not least <= value <= most:
+            flag = flag.replace("_", "-")
+            raise RequestError(f"--{flag} {value} is not between {least} and {most}")
+    if not args.lengths or min(args.lengths) < 16:
+        raise RequestError("--lengths: each must be at least 16")
+    if any(bits not in BITS for bits in args.q_bits):
+        raise RequestError(f"--q-bits: can be {', '.join(map(str, BITS))}")
+    if args.quantize and "quantised" in (args.only or ()):
+        raise RequestError("--quantize: the section quantised rounds the model itself")
+    if args.plot and find_spec("matplotlib") is None:
+        raise RequestError("--plot needs matplotlib: pip install 'cognica-mlx[plot]'")
+    if args.plot and not {"stages", "modes"} & set(args.only or DEFAULT_SECTIONS):
+        raise RequestError("--plot draws the sections stages and modes; measure one of them")
+    for path in (args.json, args.csv, args.plot):
+        if path and not path.absolute().parent.is_dir():
+            raise RequestError(f"{path}: there is no folder {path.absolute().parent}")
+
+
+def _prepare(
+    args: argparse.Namespace, progress: Callable[[str, int, int], None]
+) -> tuple[PoEModel, list[list[int]], Calibration | None, str]:
+    """The model, two texts of `context` tokens, what WAND and drafting need, and a name."""
+    kind = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
+    if not args.shape:
+        name = args.model or DEFAULT_MODEL
+        model, tokenizer = load(
+            name, revision=args.revision, dtype=args.dtype, quantize=args.quantize
+        )
+        parts = [tokenizer.encode(text, add_special_tokens=False) for text in BEGINNINGS]
+        bos = tokenizer.token_id(BOS)
+        texts = [_long(parts[i:] + parts[:i], args.context, bos) for i in (0, 4)]
+        return model, texts, model.calibration, name
+    config = shape_config(args.shape)
+    name = f"{args.shape}, random weights"
+    if args.agreement is None:
+        model = random_model(config, DTYPES[kind])
+        if args.quantize:
+            model = rounded(model, args.quantize)
+        rng = np.random.default_rng(0)
+        texts = rng.integers(0, config.vocab_size, (2, args.context)).tolist()
+        return model, texts, None, name
+    tiny, tokenizer = load(DEFAULT_MODEL)
+    traces = record(
+        tiny, [tokenizer.encode(text) for text in BEGINNINGS], count=len(BEGINNINGS), tokens=64
+    )
+    margins = np.concatenate([trace.margins[0] for trace in traces])
+    progress("planting a text", 0, 1)
+    built = synthetic_model(config, DTYPES[kind], args.agreement, margins.tolist())
+    if args.quantize:
+        built = replace(built, model=rounded(built.model, args.quantize))
+    calibration = _calibrate(built, progress)
+    texts = [built.text(args.context, start) for start in (1000, 5000)]
+    agreed = f"planted text, stage 0 agrees on {built.agreement:.1%} of it"
+    return built.model, texts, calibration, f"{name}, {agreed}"
+
+
+def _long(parts: list[list[int]], count: int, bos: int) -> list[int]:
+    """A text of `count` tokens that ends with a whole beginning."""
+    joined = [token for part in parts for token in part]
+    text = joined * (count // len(joined) + 1)
+    return [bos, *text[len(text) - count + 1 :]]
+
+
+def _calibrate(built: Synthetic, progress: Callable[[str, int, int], None]) -> Calibration:
+    size = built.model.config.vocab_size
+    return calibrate(
+        built.model,
+        [built.text(300, start) for start in (0, 2000, 4000)],
+        [1] * size,
+        continuations=6,
+        continuation_tokens=48,
+        costs=measure(built.model, ROWS, text=built.text(64, 100), trials=3),
+        progress=progress,
+    )
+
+
+def _measure(
+    args: argparse.Namespace, setup: Setup, calibration: Calibration | None
+) -> list[Figure]:
+    wanted = args.only or DEFAULT_SECTIONS
+    sections: dict[str, Callable[[], list[Figure]]] = {
+        "stages": lambda: figures.stages(setup),
+        "prompt": lambda: figures.prompts(setup, args.prompt_tokens),
+        "rows": lambda: figures.rows(setup),
+        "modes": lambda: figures.modes(setup, calibration),
+        "lengths": lambda: figures.lengths(setup, args.lengths),
+        "quantised": lambda: figures.quantised(setup, args.q_bits),
+        "memory": lambda: figures.memory(setup, max(args.prompt_tokens, args.context)),
+    }
+    found = [figure for name, measure in sections.items() if name in wanted for figure in measure()]
+    if args.peers:
+        found += peers(setup, args.context)
+    return found
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
+        made = Path(folder) / path.name
+        write(made)
+        made.replace(path)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, a line for each section; nothing where nobody watches."""
+    if not sys.stderr.isatty():
+        yield lambda label, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show_progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bar.add_task(label, total=total)
+            bar.update(tasks[label], completed=done, total=total)
+
+        yield show_progress
