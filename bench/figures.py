@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_reduce
 
 from cognica_mlx.bench.machine import Machine
+from cognica_mlx.bench.scripted import RIGHT, Script
 from cognica_mlx.bench.shapes import rounded
 from cognica_mlx.bench.timing import Progress, Samples, interleaved
 from cognica_mlx.calibration import Calibration
@@ -23,7 +24,10 @@ from cognica_mlx.costs import Costs, bytes_read, measure
 from cognica_mlx.decoding.loop import DecodedToken, Policy, decode, number
 from cognica_mlx.decoding.modes import ModeOptions, make_policy
 from cognica_mlx.decoding.pace import Pace
+from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.model import PoEModel
+from cognica_mlx.replay import Trace, best_options
 from cognica_mlx.sampling import Sampler
 from cognica_mlx.state import DecodingState
 
@@ -161,7 +165,9 @@ def rows(setup: Setup) -> list[Figure]:
         for count in ROWS:
             many = Samples(tuple(1e3 * cost(c, count) for c in found))
             note: dict[str, float | str] = {"rows": float(count), "times_one_row": many.over(one)}
-            figures.append(figure("rows", f"{name}, {count} rows", "ms", many, notes=note))
+            figures.append(
+                figure("rows", f"{name}, {count} row{'s' * (count > 1)}", "ms", many, notes=note)
+            )
     return figures
 
 
@@ -193,11 +199,24 @@ def prompts(setup: Setup, count: int) -> list[Figure]:
     return figures
 
 
-def modes(setup: Setup, calibration: Calibration | None) -> list[Figure]:
+@dataclass(frozen=True)
+class Recording:
+    """How a small trained model drafts: `traces` along its own texts, and its p99 bounds."""
+
+    traces: Sequence[Trace]
+    p99_bounds: Sequence[float]
+
+
+def modes(
+    setup: Setup, calibration: Calibration | None, recording: Recording | None = None
+) -> list[Figure]:
     """Every decoding mode on the same texts: speed, agreement with the full model, and what the
-    parts measured in the same trials predict."""
+    parts measured in the same trials predict. With a `recording` drafts are decided as it has it,
+    and agreement is the recording's."""
     model = setup.model
     cases = _mode_cases(model, calibration)
+    if recording:
+        cases.update(_recorded_cases(setup, recording))
     last = model.poe_n_stages - 1
     held = {name: [setup.state(last, text) for text in setup.texts] for name in cases}
     made: dict[str, list[list[DecodedToken]]] = {}
@@ -214,8 +233,11 @@ def modes(setup: Setup, calibration: Calibration | None) -> list[Figure]:
         mode, options = cases[name]
         pace = Pace(costs[-1], park=False)
         seconds, made[name], drafted[name] = 0.0, [], 0
-        for text, state in zip(setup.texts, held[name], strict=True):
+        for i, (text, state) in enumerate(zip(setup.texts, held[name], strict=True)):
             policy = make_policy(model, Sampler(), mode, ModeOptions(**options), calibration, pace)
+            if recording and isinstance(policy, Speculative):
+                trace = recording.traces[i % len(recording.traces)]
+                Script(trace, state, len(text)).direct(policy)
             taken, decoded = _decode(model, policy, state, text, setup.tokens)
             seconds += taken
             made[name].append(decoded)
@@ -237,7 +259,11 @@ def modes(setup: Setup, calibration: Calibration | None) -> list[Figure]:
     for name in cases:
         tokens = [one for text in made[name] for one in text]
         notes: dict[str, float | str] = {
-            "agreement": _agreement(model, setup.texts, made[name]),
+            "agreement": (
+                sum(one.token == RIGHT for one in tokens) / len(tokens)
+                if recording and drafted[name]
+                else _agreement(model, setup.texts, made[name])
+            ),
             "mean_depth": sum(one.stage + 1 for one in tokens) / len(tokens),
             "options": ", ".join(f"{k} {v}" for k, v in cases[name][1].items()),
         }
@@ -350,6 +376,22 @@ def _mode_cases(model: PoEModel, calibration: Calibration | None) -> dict[str, t
             "certified",
             {"p99_bounds": calibration.p99_bounds, **chosen.get("certified", {})},
         ),
+    }
+
+
+def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, tuple[str, dict]]:
+    """Speculation and certified speculation with the options that pay best on the recording."""
+    model = setup.model
+    costs = measure(model, ROWS, text=setup.texts[0], trials=2)
+    needed = exit_margins(model, recording.p99_bounds, safety=1.0)
+    chosen = best_options(
+        recording.traces, costs, needed, pools_stages=model.pools_stages, summed=False
+    )
+    label = "decided as recorded from poe-tiny"
+    bounds = {"p99_bounds": recording.p99_bounds}
+    return {
+        f"speculative, {label}": ("speculative", chosen["speculative"][0]),
+        f"certified, {label}": ("certified", {**chosen["certified"][0], **bounds}),
     }
 
 

@@ -43,12 +43,9 @@ def plot(report: Report, path: Path) -> None:
         axis.barh(names, [figure.speedup or 0 for figure in modes][::-1], color=BAR)
         for at, figure in enumerate(reversed(modes)):
             agreement = float(figure.notes["agreement"])
-            axis.annotate(
-                f" {figure.speedup:.2f}x, {agreement:.0%} as full",
-                (figure.speedup or 0, at),
-                va="center",
-                fontsize=8,
-            )
+            right = max(figure.speedup or 0, figure.predicted or 0)
+            label = f" {figure.speedup:.2f}x, {agreement:.0%} as full"
+            axis.annotate(label, (right, at), va="center", fontsize=8)
             if figure.predicted:
                 axis.plot([figure.predicted], [at], "|", color=PREDICTED, markersize=14)
         axis.axvline(1, color=INK, linewidth=0.8)

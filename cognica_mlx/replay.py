@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,12 @@ from cognica_mlx.costs import Costs
 DRAFT_LENGTHS = range(1, 9)
 # Attention over more than a few query rows has a cliff on Metal, so short drafts are advised.
 ADVISED_LENGTHS = range(1, 5)
-ADVISED_MARGINS = (None, 0.3, 0.5, 1.0, 2.0)
+MEASURED_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
+# Where drafting may stop: below so many percent of the draft stage's margins.
+STOP_PERCENTILES = (5, 10, 15, 20, 30)
+# The bounds are cautious; a smaller factor on them will do where it keeps this agreement.
+SAFETIES = (1.0, 0.75, 0.5, 0.35, 0.25)
+MIN_AGREEMENT = 0.995
 
 
 @dataclass(frozen=True)
@@ -163,29 +168,43 @@ def best_options(
     pools_stages: bool,
     summed: bool,
 ) -> dict[str, tuple[dict[str, Any], Replay]]:
-    """For each mode that drafts or leaves early, the options with which a token costs least."""
+    """For each mode that drafts or leaves early, the options with which a token costs least.
+
+    `exit_margins` are those at safety 1; a lesser safety is advised where WAND's tokens still agree
+    with the full model's in `MIN_AGREEMENT` of the text.
+    """
     steps = range(len(exit_margins))
     # Measured costs know of the cliff.
-    lengths = ADVISED_LENGTHS if len(costs.rows) == 1 else DRAFT_LENGTHS
+    lengths = ADVISED_LENGTHS if len(costs.rows) == 1 else MEASURED_LENGTHS
+    needed = {safety: [safety * margin for margin in exit_margins] for safety in SAFETIES}
     found: dict[str, list[tuple[dict[str, Any], Replay]]] = {
         "wand": [],
         "speculative": [],
         "certified": [],
     }
+
+    def consider(mode: str, options: dict[str, Any], replay: Replay) -> None:
+        cautious = options.get("safety", 1.0) == 1
+        if cautious or replay.agreeing >= MIN_AGREEMENT * replay.tokens:
+            found[mode].append((options, replay))
+
     subsets = [c for size in range(1, len(steps) + 1) for c in combinations(steps, size)]
     for exits in [tuple(steps)] if pools_stages else subsets:
-        replay = replay_wand(traces, costs, exit_margins, exits, pools_stages)
-        found["wand"].append(({"exit_stages": list(exits)}, replay))
+        for safety in SAFETIES:
+            replay = replay_wand(traces, costs, needed[safety], exits, pools_stages)
+            consider("wand", {"exit_stages": list(exits), "safety": safety}, replay)
     for stage in steps:
-        for count in lengths:
-            for stop in ADVISED_MARGINS:
-                options: dict[str, Any] = {"draft_stage": stage, "num_draft_tokens": count}
-                if stop is not None:
-                    options["draft_margin"] = stop
-                replay = replay_speculative(traces, costs, stage, count, stop, summed)
-                found["speculative"].append((options, replay))
-                replay = replay_certified(traces, costs, stage, count, stop, exit_margins)
-                found["certified"].append((options, replay))
+        margins = np.concatenate([trace.draft_margins[stage] for trace in traces])
+        stops = np.percentile(margins, STOP_PERCENTILES).round(3).tolist()
+        for count, stop in product(lengths, (None, *stops)):
+            options: dict[str, Any] = {"draft_stage": stage, "num_draft_tokens": count}
+            if stop is not None:
+                options["draft_margin"] = stop
+            replay = replay_speculative(traces, costs, stage, count, stop, summed)
+            consider("speculative", options, replay)
+            for safety in SAFETIES:
+                replay = replay_certified(traces, costs, stage, count, stop, needed[safety])
+                consider("certified", {**options, "safety": safety}, replay)
     return {
         mode: min(tried, key=lambda one: one[1].cost / one[1].tokens)
         for mode, tried in found.items()

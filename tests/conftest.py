@@ -1,5 +1,7 @@
 """What the tests share: the fixture models, loaded once in float32."""
 
+import os
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +11,9 @@ import pytest
 from cognica_mlx.model import PoEModel
 from mlx_poe import load
 from mlx_poe.tokenizer import Tokenizer
+
+# What commands measure of this machine is kept apart from what the user's own have.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cognica-mlx-tests-")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDENS = ("flat-d8", "gqa-logop-d8", "stage-on-flat", "chain-on-stage")

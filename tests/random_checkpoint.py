@@ -15,23 +15,12 @@ import mlx.core as mx
 import tiktoken
 from mlx.utils import tree_flatten
 
+from cognica_mlx.bench.shapes import SHAPES
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert.safetensors_files import TensorWriter
 from cognica_mlx.model import PoEModel
 
-COMMON = {"head_dim": 128, "sequence_len": 2048, "window_pattern": "SSSL"}
-OWN_HEADS = {"per_stage_head": True, "torch_dtype": "bfloat16"}
-SHAPES = {
-    "1.3b": {"n_layer": 24, "n_head": 12, "n_embd": 1536, "vocab_size": 32768, "poe_every": 6},
-    "1.5b": {
-        **{"n_layer": 24, "n_head": 12, "n_kv_head": 6, "n_embd": 1536, "vocab_size": 48000},
-        **{"poe_stage_layers": [12, 5, 4, 3], **OWN_HEADS},
-    },
-    "3b": {
-        **{"n_layer": 32, "n_head": 16, "n_kv_head": 8, "n_embd": 2048, "vocab_size": 32768},
-        **{"poe_stage_layers": [16, 6, 5, 5], "intermediate_size": 12800, **OWN_HEADS},
-    },
-}
+BASES = [name for name in SHAPES if "specialist_layers" not in SHAPES[name]]
 SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
 SPECIAL += ("python_start", "python_end", "output_start", "output_end")
 
@@ -45,7 +34,7 @@ def released_name(name: str) -> str:
 
 def main(shape: str, folder: Path) -> None:
     """Write the checkpoint, a tensor at a time."""
-    fields = {**COMMON, **SHAPES[shape]}
+    fields = {**SHAPES[shape], "torch_dtype": "bfloat16"}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=2))
     encoding = tiktoken.Encoding(
@@ -65,6 +54,6 @@ def main(shape: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in SHAPES:
-        sys.exit(f"usage: {sys.argv[0]} {{{','.join(SHAPES)}}} FOLDER")
+    if len(sys.argv) != 3 or sys.argv[1] not in BASES:
+        sys.exit(f"usage: {sys.argv[0]} {{{','.join(BASES)}}} FOLDER")
     main(sys.argv[1], Path(sys.argv[2]))

@@ -232,7 +232,9 @@ def piped(text: str, *flags: str, **environment: str) -> subprocess.CompletedPro
 
 
 def test_through_a_pipe_only_replies_come_out():
-    done = piped("What is the capital of Italy?\n/mode speculative\nTell me about Kenya.\n")
+    done = piped(
+        "What is the capital of Italy?\n/mode speculative\nTell me about Kenya.\n", "--no-park"
+    )
     assert done.stdout == (
         "The capital of Italy is Rome.\n"
         "Kenya is a country in Africa. Its capital is Nairobi, and people there speak Swahili.\n"

@@ -104,7 +104,7 @@ def test_the_installed_script_reads_stdin():
 
 
 def test_json_is_all_that_stdout_holds():
-    flags = ("--json", "--verbose", "--mode", "speculative", "--num-draft-tokens", "4")
+    flags = ("--json", "--verbose", "--mode", "speculative", "--num-draft-tokens", "4", "--no-park")
     result = run("--prompt", "\u00c0 Paris,", "--max-tokens", "16", *flags)
     assert result.stdout.count(b"\n") == 1
     answer = json.loads(result.stdout)
@@ -122,7 +122,7 @@ def test_json_is_all_that_stdout_holds():
 
 
 def test_statistics_go_to_stderr():
-    flags = ("--verbose", "--mode", "speculative")
+    flags = ("--verbose", "--mode", "speculative", "--no-park")
     result = run("--prompt", PROMPT, "--max-tokens", "12", *flags)
     assert result.stdout.decode() == text_of(PROMPT, max_tokens=12) + "\n"
     lines = result.stderr.decode().splitlines()
@@ -174,6 +174,7 @@ def test_help_shows_examples():
 def test_colours_are_for_terminals_unless_forced():
     plain = text_of(PROMPT, max_tokens=30, mode="wand", safety=0.3) + "\n"
     flags = ("--prompt", PROMPT, "--max-tokens", "30", "--mode", "wand", "--safety", "0.3")
+    flags += ("--no-park",)
     piped = run(*flags, "--color-stages", TERM="xterm")
     assert piped.stdout.decode() == plain
     forced = run(*flags, "--color-stages", FORCE_COLOR="1", TERM="xterm").stdout.decode()

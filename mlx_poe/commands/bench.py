@@ -27,7 +27,7 @@ from rich.progress import (
 )
 
 from cognica_mlx.bench import figures
-from cognica_mlx.bench.figures import ROWS, Figure, Setup
+from cognica_mlx.bench.figures import ROWS, Figure, Recording, Setup
 from cognica_mlx.bench.machine import slow_blas, this_machine
 from cognica_mlx.bench.peers import peers
 from cognica_mlx.bench.report import Report, compare, read, show
@@ -45,16 +45,17 @@ from mlx_poe.tokenizer import BOS
 
 SECTIONS = ("stages", "prompt", "rows", "modes", "lengths", "quantised", "memory")
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
-# Beginnings that any language model can go on from.
+# Beginnings in the kinds of text that poe-tiny has learnt, which other models can go on from too.
 BEGINNINGS = (
     "Once upon a time",
     "The capital of France is",
-    "There was a",
-    "What is",
+    "There was a child called",
+    "3 + 4 =",
     "One day, a girl",
-    "The river",
+    "People in Brazil speak",
     "In the morning",
-    "My friend",
+    "Kenya is a country in",
+    "A long time ago",
 )
 
 EXAMPLES = """\
@@ -154,9 +155,9 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         print(f"mlx_poe.bench: {remarks[0]}", file=sys.stderr)
     with _progress() as progress:
         machine = this_machine()
-        model, texts, calibration, name = _prepare(args, progress)
+        model, texts, calibration, recording, name = _prepare(args, progress)
         setup = Setup(model, machine, texts, args.max_tokens, args.trials, progress)
-        found = _measure(args, setup, calibration)
+        found = _measure(args, setup, calibration, recording)
     report = Report(
         model=name,
         dtype=str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
@@ -217,8 +218,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _prepare(
     args: argparse.Namespace, progress: Callable[[str, int, int], None]
-) -> tuple[PoEModel, list[list[int]], Calibration | None, str]:
-    """The model, two texts of `context` tokens, what WAND and drafting need, and a name."""
+) -> tuple[PoEModel, list[list[int]], Calibration | None, Recording | None, str]:
+    """The model, two texts of `context` tokens, what WAND and drafting go by, and a name."""
     kind = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
     if not args.shape:
         name = args.model or DEFAULT_MODEL
@@ -228,7 +229,7 @@ def _prepare(
         parts = [tokenizer.encode(text, add_special_tokens=False) for text in BEGINNINGS]
         bos = tokenizer.token_id(BOS)
         texts = [_long(parts[i:] + parts[:i], args.context, bos) for i in (0, 4)]
-        return model, texts, model.calibration, name
+        return model, texts, model.calibration, None, name
     config = shape_config(args.shape)
     name = f"{args.shape}, random weights"
     if args.agreement is None:
@@ -237,20 +238,27 @@ def _prepare(
             model = rounded(model, args.quantize)
         rng = np.random.default_rng(0)
         texts = rng.integers(0, config.vocab_size, (2, args.context)).tolist()
-        return model, texts, None, name
-    tiny, tokenizer = load(DEFAULT_MODEL)
-    traces = record(
-        tiny, [tokenizer.encode(text) for text in BEGINNINGS], count=len(BEGINNINGS), tokens=64
-    )
-    margins = np.concatenate([trace.margins[0] for trace in traces])
+        return model, texts, None, _record() if config.poe_n_stages == 4 else None, name
+    margins = np.concatenate([trace.margins[0] for trace in _record().traces])
     progress("planting a text", 0, 1)
     built = synthetic_model(config, DTYPES[kind], args.agreement, margins.tolist())
     if args.quantize:
         built = replace(built, model=rounded(built.model, args.quantize))
     calibration = _calibrate(built, progress)
     texts = [built.text(args.context, start) for start in (1000, 5000)]
-    agreed = f"planted text, stage 0 agrees on {built.agreement:.1%} of it"
-    return built.model, texts, calibration, f"{name}, {agreed}"
+    agreed = (
+        f"planted text: stage 0 agrees on {calibration.acceptance['0'][0]:.1%} of what it writes"
+    )
+    return built.model, texts, calibration, None, f"{name}, {agreed}"
+
+
+def _record() -> Recording:
+    """How poe-tiny predicts its own texts."""
+    tiny, tokenizer = load(DEFAULT_MODEL)
+    assert tiny.calibration is not None, "poe-tiny comes with one"
+    texts = [tokenizer.encode(text) for text in BEGINNINGS]
+    traces = record(tiny, texts, count=len(texts), tokens=64)
+    return Recording(traces, tiny.calibration.p99_bounds)
 
 
 def _long(parts: list[list[int]], count: int, bos: int) -> list[int]:
@@ -266,22 +274,25 @@ def _calibrate(built: Synthetic, progress: Callable[[str, int, int], None]) -> C
         built.model,
         [built.text(300, start) for start in (0, 2000, 4000)],
         [1] * size,
-        continuations=6,
-        continuation_tokens=48,
+        continuations=8,
+        continuation_tokens=64,
         costs=measure(built.model, ROWS, text=built.text(64, 100), trials=3),
         progress=progress,
     )
 
 
 def _measure(
-    args: argparse.Namespace, setup: Setup, calibration: Calibration | None
+    args: argparse.Namespace,
+    setup: Setup,
+    calibration: Calibration | None,
+    recording: Recording | None,
 ) -> list[Figure]:
     wanted = args.only or DEFAULT_SECTIONS
     sections: dict[str, Callable[[], list[Figure]]] = {
         "stages": lambda: figures.stages(setup),
         "prompt": lambda: figures.prompts(setup, args.prompt_tokens),
         "rows": lambda: figures.rows(setup),
-        "modes": lambda: figures.modes(setup, calibration),
+        "modes": lambda: figures.modes(setup, calibration, recording),
         "lengths": lambda: figures.lengths(setup, args.lengths),
         "quantised": lambda: figures.quantised(setup, args.q_bits),
         "memory": lambda: figures.memory(setup, max(args.prompt_tokens, args.context)),

@@ -1,0 +1,264 @@
+"""The benchmark: its figures, the synthetic model, its files and its command."""
+
+import csv
+import io
+import json
+import re
+import sys
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from rich.console import Console
+
+from cognica_mlx.bench import figures
+from cognica_mlx.bench.figures import Figure, Setup, read_per_token
+from cognica_mlx.bench.machine import Machine, this_machine
+from cognica_mlx.bench.report import Report, compare, read
+from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
+from cognica_mlx.bench.synthetic import synthetic_model
+from cognica_mlx.bench.timing import Samples, interleaved
+from cognica_mlx.costs import bytes_read
+from cognica_mlx.errors import RequestError
+from cognica_mlx.measure import calibrate
+from cognica_mlx.model import PoEModel
+from mlx_poe.commands import bench as command
+
+MACHINE = Machine("a chip", 2, 8.0, "MLX CPU", "an OS", "3.12", {"mlx": "1"}, 1e10)
+MARGINS = [0.05, 0.1, 0.2, 0.4, 0.8, 2.0, 4.0, 5.0, 6.0, 8.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"), [("1.3b", 1_384_122_122), ("1.5b", 1_507_591_082)]
+)
+def test_shapes_are_the_released_ones(shape, parameters):
+    model = PoEModel(shape_config(shape))
+    assert sum(p.size for _, p in tree_flatten(model.parameters())) == parameters
+
+
+def test_a_specialists_shape_adds_what_a_released_one_does():
+    sizes = [
+        sum(p.size for _, p in tree_flatten(PoEModel(shape_config(shape)).parameters()))
+        for shape in ("1.3b", "1.3b-stage")
+    ]
+    head = 32768 * 1536
+    # The released delta brings an embedding table too, and the lambdas of all layers.
+    assert sizes[1] - sizes[0] == 213_909_560 - head - 2 * 28 + 2 * 4
+
+
+def test_trials_take_turns_and_the_first_is_dropped():
+    seen = []
+
+    def case(name):
+        def run():
+            seen.append(name)
+            return len(seen)
+
+        return run
+
+    rounds = []
+    taken = interleaved({n: case(n) for n in "abc"}, 2, before_round=lambda: rounds.append(1))
+    assert seen == [*"cba", *"abc", *"cba"] and len(rounds) == 3
+    assert taken["a"].values == (4, 9) and taken["c"].values == (6, 7)
+    assert taken["a"].over(taken["c"]) == pytest.approx((4 / 6 + 9 / 7) / 2)
+    assert Samples((1.0, 2.0, 9.0)).median == 2
+
+
+def test_a_token_reads_weights_and_what_the_windows_hold():
+    model = PoEModel(shape_config("1.3b"))
+    costs = bytes_read(model)
+    full = read_per_token(model, 3, 100, full=True)
+    assert full == costs.full_token + 24 * 100 * 2 * 12 * 128 * 4
+    assert read_per_token(model, 3, 10**6, full=True) == read_per_token(model, 3, 5000, full=True)
+    kept = (513 * 18 + 2049 * 6) * 2 * 12 * 128 * 4
+    assert read_per_token(model, 3, 5000, full=True) == costs.full_token + kept
+
+
+@pytest.mark.parametrize("agreement", [0.75, 0.9])
+@pytest.mark.parametrize("shape", ["tiny", "logop"])
+def test_a_synthetic_model_agrees_about_as_often_as_asked(agreement, shape):
+    config = shape_config("tiny")
+    if shape == "logop":
+        config = replace(config, per_stage_head=True)
+    built = synthetic_model(config, mx.float32, agreement, MARGINS)
+    assert built.agreement == pytest.approx(agreement, abs=0.03)
+    tokens = mx.array([built.text(300, start=700)])
+    best = [z.argmax(-1) for z in built.model.forward_all_stages(tokens)]
+    full = built.model(tokens).argmax(-1)
+    shares = [mx.mean(one == full).item() for one in best]
+    assert shares[0] == pytest.approx(agreement, abs=0.09)
+    assert shares[0] < shares[2]
+    # Stage 0 writes the planted text, nearly all of it among the first half of the ids.
+    planted = np.array(built.text(301, start=700)[1:])
+    assert np.mean(np.array(best[0][0]) == planted) > 0.9
+    assert len(set(planted)) == 300 and np.mean(planted < 1024) > 0.9
+    assert np.mean(planted >= 1024) > 0
+
+
+def test_the_synthetic_model_can_be_calibrated_and_its_modes_measured():
+    built = synthetic_model(shape_config("tiny"), mx.float32, 0.88, MARGINS)
+    texts = [built.text(150, start) for start in (0, 300)]
+    calibration = calibrate(built.model, texts, [1] * 2048, continuations=2, continuation_tokens=24)
+    setup = Setup(built.model, MACHINE, [built.text(24, 600)], tokens=24, trials=1)
+    found = {figure.name: figure for figure in figures.modes(setup, calibration)}
+    assert found["full"].speedup == 1 and found["full"].notes["mean_depth"] == 4
+    assert found["stage 0"].notes["mean_depth"] == 1
+    for name in ("full", "speculative, 3 drafts", "speculative, half the draft head"):
+        assert found[name].notes["agreement"] == 1
+    assert found["wand"].notes["agreement"] > 0.9
+    assert 0.3 < found["speculative, 3 drafts"].notes["acceptance"] < 1
+    for name in ("wand", "certified", "speculative, 3 drafts"):
+        assert found[name].predicted > 0 and "over_its_parts" in found[name].notes
+
+
+@pytest.mark.parametrize("agreement", [0.2, 1.0])
+def test_an_agreement_that_makes_no_sense_is_refused(agreement):
+    with pytest.raises(RequestError, match="agreement"):
+        synthetic_model(shape_config("tiny"), mx.float32, agreement, MARGINS)
+
+
+def test_sections_measure_what_they_say():
+    model = random_model(shape_config("tiny"), mx.float32)
+    setup = Setup(model, MACHINE, [list(range(20, 52))], tokens=3, trials=1)
+    cuts = figures.stages(setup)
+    assert [f.name for f in cuts] == [
+        *(f"stage {k} (paper: Stage {k + 1})" for k in range(3)),
+        "full stack",
+    ]
+    assert cuts[-1].speedup == 1 and cuts[0].limit < cuts[-1].limit
+    assert cuts[0].limit == pytest.approx(1e3 * read_per_token(model, 0, 32, full=False) / 1e10)
+    long = figures.lengths(setup, [16, 1500])
+    states = [f.notes["state_mb"] for f in long]
+    assert [f.name.split(" at ")[1] for f in long] == ["16 tokens"] * 2 + ["1500 tokens"] * 2
+    assert states[0] < states[2]
+    batches = figures.rows(setup)
+    assert [f.notes["times_one_row"] for f in batches if f.notes["rows"] == 1] == [1] * 4
+    read_in = figures.prompts(setup, 64)
+    assert [f.unit for f in read_in] == ["tokens/s", "ms"] * 2
+    held = figures.memory(setup, 600)
+    assert held[0].value == pytest.approx(model_bytes(model) / 1e9)
+    assert held[2].value >= held[0].value
+    by_bits = figures.quantised(setup, [4])
+    assert by_bits[2].notes["read_mb"] < by_bits[0].notes["read_mb"] / 5
+
+
+def model_bytes(model: PoEModel) -> int:
+    return sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+
+
+def test_rounding_is_that_of_the_loader():
+    model = random_model(shape_config("tiny"), mx.float32)
+    tokens = mx.array([[5, 6, 7]])
+    difference = mx.abs(rounded(model, 8)(tokens) - model(tokens)).max().item()
+    assert 0 < difference < 0.2
+
+
+def test_this_machine_has_a_name_and_a_bandwidth():
+    machine = this_machine()
+    assert machine.bandwidth > 1e8 and machine.cores >= 1
+    assert "GB/s" in machine.line() and "mlx" in machine.line()
+
+
+def report(value: float = 2.0, processor: str = "a chip") -> Report:
+    found = [
+        Figure("stages", "full stack", "ms/token", value, value, value, 1.0, 1.0),
+        Figure("prompt", "full stack, 512 tokens", "tokens/s", 10 * value, 1, 2, notes={"x": 1.5}),
+    ]
+    machine = replace(MACHINE, processor=processor)
+    return Report("a model", "float32", "mlx_poe.bench", "2026-01-01", machine, found)
+
+
+def test_a_report_survives_its_file_and_compares():
+    old = read(report(4.0).to_json(), "old.json")
+    console = Console(file=io.StringIO(), width=200)
+    compare(report(2.0), old, console)
+    text = console.file.getvalue()
+    # Half the latency is twice as good, half the tokens a second half as good.
+    assert re.search(r"full stack .*2\.00x", text) and re.search(r"512 tokens .*0\.50x", text)
+    assert "another machine" not in text
+    compare(report(2.0, "another chip"), old, console)
+    assert "another machine, a chip" in console.file.getvalue()
+    table = list(csv.reader(io.StringIO(report().to_csv())))
+    assert table[0][:3] == ["section", "name", "unit"] and table[0][-1] == "x"
+    assert table[2][-1] == "1.5" and len(table) == 3
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 9}', '{"format": 1, "figures": [{}]}']
+)
+def test_what_is_no_result_file_is_named(content):
+    with pytest.raises(RequestError, match="is no result file"):
+        read(content, "old.json")
+
+
+@pytest.fixture
+def quick() -> list[str]:
+    return ["--dtype", "float32", "--trials", "1", "-m", "3", "--context", "20"]
+
+
+def test_the_command_end_to_end(quick, tmp_path, capsys):
+    paths = [tmp_path / name for name in ("r.json", "r.csv", "r.png")]
+    flags = [*quick, "--only", "stages,modes", "--peers"]
+    outputs = ["--json", str(paths[0]), "--csv", str(paths[1]), "--plot", str(paths[2])]
+    assert command.main([*flags, *outputs]) == 0
+    out = capsys.readouterr().out
+    for part in ("poe-tiny, float32", "GB/s", "stage 0 (paper: Stage 1)", "certified", "mlx-lm"):
+        assert part in out
+    kept = json.loads(paths[0].read_text())
+    assert kept["command"].startswith("mlx_poe.bench --dtype float32")
+    assert {f["section"] for f in kept["figures"]} == {"stages", "modes", "peers"}
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert command.main([*quick, "--only", "stages", "--compare", str(paths[0])]) == 0
+    assert "better by" in capsys.readouterr().out
+
+
+def test_the_command_on_a_planted_text(quick, capsys):
+    flags = ["--shape", "tiny", "--agreement", "0.85", "--quantize", "8", "--only", "modes"]
+    assert command.main([*quick, *flags]) == 0
+    out = capsys.readouterr().out
+    assert "tiny, random weights, planted text, stage 0 agrees on 8" in out and "8 bits" in out
+    assert "speculative, half the draft head" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--model", "poe-tiny", "--shape", "tiny"], "give one of them"),
+        (["--agreement", "0.9"], "needs --shape"),
+        (["--only", "speed"], "--only speed"),
+        (["--trials", "0"], "--trials 0"),
+        (["-m", "500"], "--max-tokens 500"),
+        (["--lengths", "1"], "--lengths"),
+        (["--q-bits", "7"], "--q-bits"),
+        (["--quantize", "4", "--only", "quantised"], "--quantize"),
+        (["--plot", "x.png", "--only", "rows"], "--plot"),
+        (["--json", "no/such/folder/r.json"], "there is no folder"),
+        (["--shape", "huge"], "--shape"),
+        (["--shape", "tiny", "--agreement", "0.1"], "agreement 0.1"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, named, capsys):
+    assert command.main(flags) == 2
+    error = capsys.readouterr().err.replace("warning", "")
+    assert named in error and error.strip().splitlines()[-1].startswith("mlx_poe.bench: error:")
+
+
+def test_a_missing_result_file_is_named(quick, capsys):
+    assert command.main([*quick, "--compare", "nowhere.json"]) == 1
+    assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_drawing_without_matplotlib_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert command.main(["--plot", "x.png"]) == 2
+    assert "pip install" in capsys.readouterr().err
+
+
+def test_every_shape_has_a_help_entry(capsys):
+    assert command.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(shape in out for shape in SHAPES) and "LD_PRELOAD" in out
+    assert sys.stdout is not None

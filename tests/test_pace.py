@@ -1,0 +1,224 @@
+"""Costs, paces and parking; the few-rows path of matrices; drafts among the first token ids."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import fixture
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cognica_mlx import model as network
+from cognica_mlx.costs import Costs, bytes_read, measure
+from cognica_mlx.decoding.loop import decode
+from cognica_mlx.decoding.modes import ModeOptions, make_policy
+from cognica_mlx.decoding.pace import PATIENCE, Pace
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import FULL_ROWS, Linear
+from cognica_mlx.sampling import Sampler, SamplingOptions
+from cognica_mlx.state import DecodingState
+from mlx_poe import generate, machine, stream_generate
+from mlx_poe.commands import generate as generate_command
+
+# Drafting is cheap and batches cost what one row does; and a machine where nothing pays.
+CHEAP = Costs((1, 8), ((1.0, 1.0),) * 4, ((0.1, 0.1),) * 4, full_boundaries=(3,))
+DEAR = Costs((1, 2), ((1.0, 9.0),) * 4, ((9.0, 9.0),) * 4, full_boundaries=(3,))
+
+
+def decoded(mode: str, pace: Pace | None = None, count: int = 48, **options):
+    model, tokenizer = fixture("poe-tiny")
+    sampler = Sampler(SamplingOptions())
+    policy = make_policy(
+        model, sampler, mode, ModeOptions(**options), calibration=model.calibration, pace=pace
+    )
+    prompt = tokenizer.encode("Once upon a time")
+    return list(decode(model, prompt, policy, max_tokens=count)), policy
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, FULL_ROWS - 1, FULL_ROWS])
+@pytest.mark.parametrize("n_out", [24, 4096, 5000])
+def test_few_rows_give_what_a_plain_matrix_gives(rows, n_out, monkeypatch):
+    monkeypatch.setattr(network, "ON_OPENBLAS", True)
+    ours = Linear(16, n_out, bias=False)
+    plain = nn.Linear(16, n_out, bias=False)
+    plain.weight = ours.weight
+    x = mx.random.normal((1, rows, 16))
+    assert ours(x).shape == (1, rows, n_out)
+    np.testing.assert_allclose(np.array(ours(x)), np.array(plain(x)), atol=1e-5)
+
+
+def test_costs_between_and_beyond_the_rows_measured():
+    costs = Costs((1, 2, 4), ((1.0, 2.0, 6.0),), ((3.0, 3.0, 3.0),), (0,))
+    assert [costs.stage(0, rows) for rows in (1, 2, 3, 4, 5)] == [1, 2, 4, 6, 8]
+    assert costs.head(0, 100) == 3 and costs.full_token == 4
+
+
+def test_measured_costs_have_a_figure_for_every_part_and_leave_the_state_alone():
+    model, tokenizer = fixture("poe-tiny")
+    state = DecodingState(model)
+    state.prefill(tokenizer.encode("Once upon a time"), 3)
+    before = state.tokens
+    costs = measure(model, (1, 2), state=state, trials=1)
+    assert state.tokens == before and state.filled == [len(before)] * 4
+    assert np.array(costs.stages).shape == np.array(costs.heads).shape == (4, 2)
+    assert (np.array(costs.stages) > 0).all() and costs.full_boundaries == (3,)
+
+
+@pytest.mark.parametrize("mode", ["speculative", "certified", "wand"])
+def test_a_mode_that_does_not_pay_parks_and_says_why(mode):
+    full, _ = decoded("full")
+    pace = Pace(DEAR)
+    made, _ = decoded(mode, pace)
+    assert [one.token for one in made] == [one.token for one in full]
+    assert {one.stage for one in made[PATIENCE + 8 :]} == {3}
+    assert pace.parked and "times what it does at full depth" in pace.parked
+    forced = Pace(DEAR, park=False)
+    made, _ = decoded(mode, forced)
+    assert forced.parked is None and any(one.stage == 0 for one in made[-24:])
+
+
+@pytest.mark.parametrize("mode", ["speculative", "certified", "wand"])
+def test_a_mode_that_pays_goes_on(mode):
+    pace = Pace(CHEAP)
+    made, _ = decoded(mode, pace)
+    assert pace.parked is None and pace.tokens >= len(made)
+    assert any(one.stage == 0 for one in made[-24:])
+
+
+def test_drafting_that_cannot_pay_is_not_begun():
+    pace = Pace(Costs((1, 8), ((1.0, 8.0),) * 4, ((1.0, 8.0),) * 4, (3,)))
+    made, policy = decoded("speculative", pace)
+    assert policy.drafted == 0 and pace.parked
+    assert {one.stage for one in made} == {3}
+
+
+def test_what_is_spent_is_what_was_run():
+    """Three drafts a round, counted from the tokens alone."""
+    pace = Pace(CHEAP, park=False)
+    made, policy = decoded("speculative", pace, count=41, draft_stage=0, num_draft_tokens=3)
+    rounds = sum(not one.from_draft for one in made)
+    # A draft costs a stage and a head; a verification the stage 0 of the last draft, three others
+    # and a head.
+    assert pace.spent == pytest.approx(policy.drafted * 1.1 + rounds * 4.1)
+
+
+@given(
+    st.floats(0.01, 0.99),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), max_size=30),
+    st.integers(1, 8),
+)
+def test_draft_length_is_the_cheapest(step, history, most):
+    pace = Pace(CHEAP)
+    for kept, drafted in history:
+        pace.judged(min(kept, drafted), drafted)
+    a = pace.acceptance
+    assert 0 < a <= 1
+    verify = 1.0 + CHEAP.upper(0)
+
+    def token(n: int) -> float:
+        return (n * step + verify) / sum(a**i for i in range(n + 1))
+
+    chosen = pace.draft_length(most, 0, step)
+    assert 1 <= chosen <= most
+    assert token(chosen) == pytest.approx(min(token(n) for n in range(1, most + 1)))
+
+
+@pytest.mark.parametrize("name", ["poe-tiny", "gqa-logop-d8", "stage-on-flat"])
+@pytest.mark.parametrize("temp", [0.0, 0.8])
+def test_drafts_among_the_first_ids_leave_the_output_alone(name, temp):
+    model, _ = fixture(name)
+    size = model.config.vocab_size
+    prompt = [3, 7, 1, 9]
+    plain = decode(model, prompt, make_policy(model, Sampler()), max_tokens=24)
+    policy = make_policy(
+        model,
+        Sampler(SamplingOptions(temp=temp, seed=5, repetition_penalty=1.2 if temp else None)),
+        "speculative",
+        ModeOptions(draft_vocab=size // 2, num_draft_tokens=3),
+    )
+    made = list(decode(model, prompt, policy, max_tokens=24))
+    assert all(one.token < size // 2 for one in made if one.from_draft)
+    if not temp:
+        assert [one.token for one in made] == [one.token for one in plain]
+
+
+def test_short_heads_share_their_rows_also_quantised():
+    model, _ = fixture("poe-tiny")
+    short = model.with_short_heads(100)
+    assert model.lm_head.weight.shape[0] == 2048 and short.h is model.h
+    tokens = mx.array([[1, 2, 3]])
+    whole, part = model.forward_stage(tokens, 0), short.forward_stage(tokens, 0)
+    np.testing.assert_allclose(np.array(part), np.array(whole[..., :100]), atol=1e-5)
+    head = nn.QuantizedLinear.from_linear(model.lm_head)
+    quantised = model.with_short_heads(2048)
+    quantised.lm_head = head
+    part = quantised.with_short_heads(100).forward_stage(tokens, 0)
+    np.testing.assert_allclose(
+        np.array(part), np.array(quantised.forward_stage(tokens, 0)[..., :100]), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("draft_vocab", [0, -1, 2049])
+def test_a_draft_vocabulary_out_of_range_is_refused(draft_vocab):
+    with pytest.raises(RequestError, match=f"draft_vocab {draft_vocab}"):
+        decoded("speculative", draft_vocab=draft_vocab)
+
+
+def test_costs_are_measured_once(monkeypatch, tmp_path):
+    model, _ = fixture("poe-tiny")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(machine, "measure", lambda *a, **k: calls.append(1) or CHEAP)
+    assert machine.known_costs(model) == machine.known_costs(model) == CHEAP
+    assert len(calls) == 1
+    (kept,) = (tmp_path / "cognica-mlx").iterdir()
+    assert json.loads(kept.read_text()) == json.loads(json.dumps(asdict(CHEAP)))
+    kept.write_text("{broken")
+    assert machine.known_costs(model) == CHEAP and len(calls) == 2
+    monkeypatch.setenv("LD_PRELOAD", "another")  # another BLAS, another machine
+    machine.known_costs(model)
+    assert len(calls) == 3
+
+
+def test_an_unwritable_cache_only_costs_the_measurement(monkeypatch):
+    model, _ = fixture("poe-tiny")
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    monkeypatch.setattr(machine, "measure", lambda *a, **k: CHEAP)
+    assert machine.known_costs(model) == CHEAP
+
+
+def test_the_command_parks_with_one_line(monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "measure", lambda *a, **k: DEAR)
+    flags = ["--dtype", "float32", "--prompt", "Once upon a time", "-m", "40"]
+    assert generate_command.main([*flags, "--mode", "wand"]) == 0
+    parked = capsys.readouterr()
+    assert parked.err.startswith("wand is parked: ") and parked.err.count("\n") == 1
+    assert generate_command.main([*flags, "--mode", "wand", "--no-park"]) == 0
+    assert capsys.readouterr().err == ""
+    assert generate_command.main(flags) == 0
+    assert capsys.readouterr().out == parked.out
+
+
+def test_responses_say_when_a_mode_has_parked():
+    model, tokenizer = fixture("poe-tiny")
+    options = {"max_tokens": 40, "mode": "speculative"}
+    stream = list(stream_generate(model, tokenizer, "Once", costs=DEAR, **options))
+    assert stream[-1].parked
+    assert "".join(r.text for r in stream) == generate(model, tokenizer, "Once", max_tokens=40)
+    assert not any(r.parked for r in stream_generate(model, tokenizer, "Once", **options))
+
+
+def test_bytes_of_short_and_pooled_heads():
+    model, _ = fixture("gqa-logop-d8")
+    costs = bytes_read(model)
+    assert costs.full_head() == sum(costs.head(k) for k in range(model.poe_n_stages))
+    assert costs.draft_head(1, summed=False) == costs.head(0) + costs.head(1)
+    specialist = bytes_read(fixture("stage-on-flat")[0])
+    assert specialist.draft_head(0, summed=True) == specialist.full_head()
+    assert specialist.draft_head(0, summed=False) == specialist.head(0)
