@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_reduce
 
 from cognica_mlx.bench.machine import Machine
@@ -366,12 +367,20 @@ def _mode_cases(model: PoEModel, calibration: Calibration | None) -> dict[str, t
     chosen = calibration.options
     draft = {"num_draft_tokens": 3, **chosen.get("speculative", {})}
     half = {"draft_vocab": model.config.vocab_size // 2}
+    quarter = {"draft_rank": model.config.n_embd // 4}
+    one_head = not model.config.per_stage_head and not model.config.specialist_layers
+    whole = isinstance(model.lm_head, nn.Linear)
     return {
         **cases,
         "wand": ("wand", {"p99_bounds": calibration.p99_bounds, **chosen.get("wand", {})}),
         "speculative, 3 drafts": ("speculative", {"draft_stage": 0, "num_draft_tokens": 3}),
         "speculative, as calibrated": ("speculative", draft),
         "speculative, half the draft head": ("speculative", {**draft, **half}),
+        **(
+            {"speculative, a quarter of the directions": ("speculative", {**draft, **quarter})}
+            if one_head and whole
+            else {}
+        ),
         "certified": (
             "certified",
             {"p99_bounds": calibration.p99_bounds, **chosen.get("certified", {})},

@@ -20,6 +20,7 @@ from cognica_mlx.cache import LayerCache, window_mask
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.config import SMEAR_CHANNELS, SUMMED, VALUE_GATE_CHANNELS, PoEConfig
 from cognica_mlx.errors import RequestError
+from cognica_mlx.shortlist import ShortlistHead
 
 NORM_EPS = 1.1920929e-07
 SOFTCAP = 15.0
@@ -218,6 +219,7 @@ class PoEModel(nn.Module):
         super().__init__()
         self.config = config
         self.calibration: Calibration | None = None
+        self._shortlists: dict[int, ShortlistHead] = {}
         rows, width = config.padded_vocab_size, config.n_embd
         self.wte: nn.Module = nn.Embedding(rows, width)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1, bias=False)
@@ -340,6 +342,25 @@ class PoEModel(nn.Module):
         for name in ("lm_head_stages", "lm_head_specialists"):
             if name in self:
                 setattr(short, name, [_first_rows(head, rows) for head in self[name]])
+        return short
+
+    def with_shortlist(self, rank: int) -> PoEModel:
+        """This model with a head that is cheaper to draft with: see `ShortlistHead`.
+
+        Made once for each rank, as that takes seconds. Raises RequestError where the model speaks
+        through several heads, or a quantised one, or the rank is none of such a matrix.
+        """
+        width = self.config.n_embd
+        if not 1 <= rank < width:
+            raise RequestError(f"draft_rank {rank} is not between 1 and {width - 1}")
+        if "lm_head_stages" in self or "lm_head_specialists" in self:
+            raise RequestError("draft_rank needs a model with one head; this one has several")
+        if not isinstance(self.lm_head, nn.Linear):
+            raise RequestError("draft_rank: this model's head is quantised, and cheap already")
+        if rank not in self._shortlists:
+            self._shortlists[rank] = ShortlistHead(self.lm_head.weight, rank)
+        short = copy.copy(self)
+        short.lm_head = self._shortlists[rank]
         return short
 
     def _final_heads(self, specialist: int) -> list[nn.Module]:

@@ -24,8 +24,8 @@ MEASURED_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
 # Where drafting may stop: below so many percent of the draft stage's margins.
 STOP_PERCENTILES = (5, 10, 15, 20, 30)
 # The bounds are cautious; a smaller factor on them will do where it keeps this agreement.
-SAFETIES = (1.0, 0.75, 0.5, 0.35, 0.25)
-MIN_AGREEMENT = 0.995
+SAFETIES = (1.0, 0.75, 0.5)
+MIN_AGREEMENT = 0.998
 
 
 @dataclass(frozen=True)

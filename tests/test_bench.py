@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -14,19 +15,26 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 from cognica_mlx.bench import figures
-from cognica_mlx.bench.figures import Figure, Setup, read_per_token
+from cognica_mlx.bench.figures import Figure, Recording, Setup, read_per_token
 from cognica_mlx.bench.machine import Machine, this_machine
 from cognica_mlx.bench.report import Report, compare, read
+from cognica_mlx.bench.scripted import RIGHT, Script
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import synthetic_model
 from cognica_mlx.bench.timing import Samples, interleaved
-from cognica_mlx.costs import bytes_read
+from cognica_mlx.costs import Costs, bytes_read
+from cognica_mlx.decoding.loop import decode
+from cognica_mlx.decoding.modes import ModeOptions, make_policy
 from cognica_mlx.errors import RequestError
 from cognica_mlx.measure import calibrate
 from cognica_mlx.model import PoEModel
+from cognica_mlx.replay import Trace, replay_speculative
+from cognica_mlx.sampling import Sampler
+from cognica_mlx.state import DecodingState
 from mlx_poe.commands import bench as command
 
 MACHINE = Machine("a chip", 2, 8.0, "MLX CPU", "an OS", "3.12", {"mlx": "1"}, 1e10)
+CHEAP = Costs((1,), ((1.0,),) * 4, ((0.1,),) * 4, full_boundaries=(3,))
 MARGINS = [0.05, 0.1, 0.2, 0.4, 0.8, 2.0, 4.0, 5.0, 6.0, 8.0, 9.0]
 
 
@@ -90,11 +98,10 @@ def test_a_synthetic_model_agrees_about_as_often_as_asked(agreement, shape):
     shares = [mx.mean(one == full).item() for one in best]
     assert shares[0] == pytest.approx(agreement, abs=0.09)
     assert shares[0] < shares[2]
-    # Stage 0 writes the planted text, nearly all of it among the first half of the ids.
+    # Stage 0 writes the planted text, most of it among the first half of the ids.
     planted = np.array(built.text(301, start=700)[1:])
-    assert np.mean(np.array(best[0][0]) == planted) > 0.9
-    assert len(set(planted)) == 300 and np.mean(planted < 1024) > 0.9
-    assert np.mean(planted >= 1024) > 0
+    assert np.mean(np.array(best[0][0]) == planted) > 0.8
+    assert len(set(planted)) == 300 and 0.75 < np.mean(planted < 1024) < 0.9
 
 
 def test_the_synthetic_model_can_be_calibrated_and_its_modes_measured():
@@ -111,6 +118,35 @@ def test_the_synthetic_model_can_be_calibrated_and_its_modes_measured():
     assert 0.3 < found["speculative, 3 drafts"].notes["acceptance"] < 1
     for name in ("wand", "certified", "speculative, 3 drafts"):
         assert found[name].predicted > 0 and "over_its_parts" in found[name].notes
+
+
+def test_recorded_drafts_are_kept_as_recorded():
+    """Along a recording of 24 tokens, of which stage 0 has the 10th and 20th wrong."""
+    hits, margins = np.ones((3, 24), dtype=bool), np.full((3, 24), 5.0)
+    hits[:, [9, 19]] = False
+    margins[:, [4, 19]] = 0.1
+    trace = Trace(hits, margins, hits, margins)
+    model = random_model(shape_config("tiny"), mx.float32)
+    text = list(range(20, 36))
+    for options in (
+        {"num_draft_tokens": 3},
+        {"num_draft_tokens": 8, "draft_margin": 1.0},
+    ):
+        state = DecodingState(model)
+        policy = make_policy(model, Sampler(), "speculative", ModeOptions(**options))
+        Script(trace, state, len(text)).direct(policy)
+        made = list(decode(model, text, policy, max_tokens=24, state=state))
+        assert {one.token for one in made} == {RIGHT}
+        replay = replay_speculative(
+            [trace], CHEAP, 0, options["num_draft_tokens"], options.get("draft_margin")
+        )
+        assert policy.drafted == pytest.approx(replay.drafted, abs=3)
+        assert sum(one.from_draft for one in made) == pytest.approx(replay.kept, abs=3)
+    setup = Setup(model, MACHINE, [text], tokens=12, trials=1)
+    found = figures.modes(setup, None, Recording([trace], [0.5, 0.5, 0.5]))
+    names = [figure.name for figure in found]
+    assert "speculative, decided as recorded from poe-tiny" in names
+    assert found[-1].notes["agreement"] >= 0.9
 
 
 @pytest.mark.parametrize("agreement", [0.2, 1.0])
@@ -219,7 +255,7 @@ def test_the_command_on_a_planted_text(quick, capsys):
     flags = ["--shape", "tiny", "--agreement", "0.85", "--quantize", "8", "--only", "modes"]
     assert command.main([*quick, *flags]) == 0
     out = capsys.readouterr().out
-    assert "tiny, random weights, planted text, stage 0 agrees on 8" in out and "8 bits" in out
+    assert "tiny, random weights, planted text: stage 0 agrees on" in out and "8 bits" in out
     assert "speculative, half the draft head" in out
 
 
@@ -246,9 +282,11 @@ def test_flags_that_make_no_sense(flags, named, capsys):
     assert named in error and error.strip().splitlines()[-1].startswith("mlx_poe.bench: error:")
 
 
-def test_a_missing_result_file_is_named(quick, capsys):
-    assert command.main([*quick, "--compare", "nowhere.json"]) == 1
-    assert "nowhere.json" in capsys.readouterr().err
+def test_a_missing_result_file_is_named():
+    flags = [sys.executable, "-m", "mlx_poe", "bench", "--compare", "nowhere.json"]
+    done = subprocess.run(flags, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "nowhere.json" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_drawing_without_matplotlib_says_what_to_install(monkeypatch, capsys):
@@ -261,4 +299,3 @@ def test_every_shape_has_a_help_entry(capsys):
     assert command.main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(shape in out for shape in SHAPES) and "LD_PRELOAD" in out
-    assert sys.stdout is not None

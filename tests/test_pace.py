@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cognica_mlx import model as network
+from cognica_mlx.bench.shapes import rounded
 from cognica_mlx.costs import Costs, bytes_read, measure
 from cognica_mlx.decoding.loop import decode
 from cognica_mlx.decoding.modes import ModeOptions, make_policy
@@ -21,6 +22,7 @@ from cognica_mlx.decoding.pace import PATIENCE, Pace
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import FULL_ROWS, Linear
 from cognica_mlx.sampling import Sampler, SamplingOptions
+from cognica_mlx.shortlist import CANDIDATES
 from cognica_mlx.state import DecodingState
 from mlx_poe import generate, machine, stream_generate
 from mlx_poe.commands import generate as generate_command
@@ -62,7 +64,7 @@ def test_measured_costs_have_a_figure_for_every_part_and_leave_the_state_alone()
     model, tokenizer = fixture("poe-tiny")
     state = DecodingState(model)
     state.prefill(tokenizer.encode("Once upon a time"), 3)
-    before = state.tokens
+    before = list(state.tokens)
     costs = measure(model, (1, 2), state=state, trials=1)
     assert state.tokens == before and state.filled == [len(before)] * 4
     assert np.array(costs.stages).shape == np.array(costs.heads).shape == (4, 2)
@@ -161,6 +163,53 @@ def test_short_heads_share_their_rows_also_quantised():
     np.testing.assert_allclose(
         np.array(part), np.array(quantised.forward_stage(tokens, 0)[..., :100]), atol=1e-5
     )
+
+
+def test_a_shortlist_holds_the_best_tokens_and_their_exact_logits():
+    model, tokenizer = fixture("poe-tiny")
+    hidden = model.boundaries(mx.array([tokenizer.encode("The capital of France is Paris.")]))[0]
+    whole = np.array(model.stage_logits(0, hidden))[0]
+    short = np.array(model.with_shortlist(64).stage_logits(0, hidden))[0]
+    assert (whole.argmax(-1) == short.argmax(-1)).all()
+    listed = short > -14.9  # the softcap's end stands for all others
+    assert (listed.sum(-1) == CANDIDATES).all()
+    np.testing.assert_allclose(short[listed], whole[listed], atol=1e-4)
+    assert model.with_shortlist(64).lm_head is model.with_shortlist(64).lm_head
+
+
+@pytest.mark.parametrize("temp", [0.0, 0.8])
+def test_drafts_from_a_shortlist_leave_the_output_alone(temp):
+    model, tokenizer = fixture("poe-tiny")
+    prompt = tokenizer.encode("Once upon a time")
+    plain = decode(model, prompt, make_policy(model, Sampler()), max_tokens=40)
+    policies = [
+        make_policy(
+            model,
+            Sampler(SamplingOptions(temp=temp, seed=5)),
+            "speculative",
+            ModeOptions(draft_rank=rank, num_draft_tokens=3),
+        )
+        for rank in (None, 64)
+    ]
+    whole, short = ([*decode(model, prompt, policy, max_tokens=40)] for policy in policies)
+    if not temp:
+        assert [one.token for one in short] == [one.token for one in plain]
+        kept = [sum(one.from_draft for one in made) for made in (whole, short)]
+        assert kept[1] >= kept[0] - 3
+
+
+def test_where_a_shortlist_cannot_be():
+    model, _ = fixture("poe-tiny")
+    for rank in (0, 128):
+        with pytest.raises(RequestError, match=f"draft_rank {rank}"):
+            model.with_shortlist(rank)
+    for name in ("gqa-logop-d8", "stage-on-flat"):
+        with pytest.raises(RequestError, match="several"):
+            fixture(name)[0].with_shortlist(16)
+    with pytest.raises(RequestError, match="quantised"):
+        rounded(model, 8).with_shortlist(16)
+    with pytest.raises(RequestError, match="give one of them"):
+        decoded("speculative", draft_rank=16, draft_vocab=100)
 
 
 @pytest.mark.parametrize("draft_vocab", [0, -1, 2049])

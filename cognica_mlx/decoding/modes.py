@@ -31,7 +31,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "wand": ("safety", "p99_bounds", "exit_stages"),
     "speculative": (
         *("draft_stage", "num_draft_tokens", "draft_margin"),
-        *("draft_head", "draft_vocab"),
+        *("draft_head", "draft_vocab", "draft_rank"),
     ),
     "certified": ("safety", "p99_bounds", "draft_stage", "num_draft_tokens", "draft_margin"),
 }
@@ -48,7 +48,7 @@ class ModeOptions:
     (all). stages, stage_weights: what `compose` mixes (all, equally). safety: factor on the bounds
     (1.0). p99_bounds: one for each step between stages. exit_stages: where `wand` may leave (all).
     draft_stage (0), num_draft_tokens (3), draft_margin (off), draft_head (summed), draft_vocab
-    (all): how drafts are made.
+    (all), draft_rank (all): how drafts are made.
     """
 
     stage: int | None = None
@@ -63,6 +63,7 @@ class ModeOptions:
     draft_margin: float | None = None
     draft_head: str | None = None
     draft_vocab: int | None = None
+    draft_rank: int | None = None
 
 
 def make_policy(
@@ -96,7 +97,7 @@ def make_policy(
     if mode == "compose":
         stages = given.get("stages", range(model.poe_n_stages))
         return Plain(composed_target(model, stages, given.get("stage_weights")), sampler)
-    if calibration and given.keys() <= {"safety", "draft_head", "draft_vocab"}:
+    if calibration and given.keys() <= {"safety", "draft_head", "draft_vocab", "draft_rank"}:
         given = {**calibration.options.get(mode, {}), **given}
     if "p99_bounds" in MODES[mode] and "p99_bounds" not in given:
         given["p99_bounds"] = _bounds(model, calibration)

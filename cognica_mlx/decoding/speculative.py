@@ -59,8 +59,8 @@ class Speculative:
 
     `num_draft_tokens` is the most that a round drafts; with `draft_margin` drafting stops where
     the draft's two best scores are closer than that, and that draft is not used. `draft_head`
-    says what drafts for a specialist, `draft_vocab` to which first token ids drafts are kept: see
-    `draft_target`. `pace` shortens drafts, and ends them where they do not pay.
+    says what drafts for a specialist, `draft_vocab` and `draft_rank` how much of the head is read:
+    see `draft_target`. `pace` shortens drafts, and ends them where they do not pay.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Speculative:
         draft_margin: float | None = None,
         draft_head: str = "summed",
         draft_vocab: int | None = None,
+        draft_rank: int | None = None,
         pace: Pace | None = None,
     ):
         model.check_stage(draft_stage, "draft_stage")
@@ -85,11 +86,15 @@ class Speculative:
         self.drafted = 0
         self.depth = self.prefill_stage = model.poe_n_stages - 1
         self.target = full_target(model)
-        self.drafter = draft_target(model, draft_stage, draft_head, draft_vocab)
+        self.drafter = draft_target(model, draft_stage, draft_head, draft_vocab, draft_rank)
         self.pace = pace
         if pace:
             summed = draft_head == "summed" and bool(model.config.specialist_layers)
-            share = (draft_vocab or model.config.vocab_size) / model.config.vocab_size
+            share = 1.0
+            if draft_vocab:
+                share = draft_vocab / model.config.vocab_size
+            elif draft_rank:
+                share = draft_rank / model.config.n_embd
             self._lower = pace.costs.lower(draft_stage)
             self._draft_step = self._lower + share * pace.costs.draft_head(draft_stage, summed)
 

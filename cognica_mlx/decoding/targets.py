@@ -54,17 +54,26 @@ def prefix_target(model: PoEModel, max_stages: int) -> Target:
 
 
 def draft_target(
-    model: PoEModel, stage: int, draft_head: str, draft_vocab: int | None = None
+    model: PoEModel,
+    stage: int,
+    draft_head: str,
+    draft_vocab: int | None = None,
+    draft_rank: int | None = None,
 ) -> Target:
     """What drafts at `stage`: its own prediction with "base"; with "summed", where a specialist
     stands on the base, the base stage's activations through all the heads that are summed.
 
     With `draft_vocab` only the first so many token ids are scored, which reads as many rows of the
-    heads; in a byte-pair vocabulary those are the most frequent ones.
+    heads; in a byte-pair vocabulary those are the most frequent ones. With `draft_rank` the head is
+    read along so many directions: see `ShortlistHead`.
     """
     if draft_head not in DRAFT_HEADS:
         raise RequestError(f"draft_head {draft_head!r} is none of {', '.join(DRAFT_HEADS)}")
     size = model.config.vocab_size
+    if draft_rank is not None:
+        if draft_vocab is not None:
+            raise RequestError("draft_vocab and draft_rank: give one of them")
+        model = model.with_shortlist(draft_rank)
     if draft_vocab is not None:
         if not 1 <= draft_vocab <= size:
             raise RequestError(f"draft_vocab {draft_vocab} is not between 1 and {size}")

@@ -201,6 +201,12 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         help="speculative: draft among the first N token ids only, reading less of the head",
     )
     group.add_argument(
+        "--draft-rank",
+        type=int,
+        metavar="R",
+        help="speculative: look for drafts along R directions of the head, reading less of it",
+    )
+    group.add_argument(
         "--no-park",
         action="store_true",
         help="wand, speculative, certified: go on even where full depth is faster on this machine",
