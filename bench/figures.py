@@ -366,26 +366,31 @@ def _mode_cases(model: PoEModel, calibration: Calibration | None) -> dict[str, t
         return cases
     chosen = calibration.options
     draft = {"num_draft_tokens": 3, **chosen.get("speculative", {})}
-    half = {"draft_vocab": model.config.vocab_size // 2}
-    quarter = {"draft_rank": model.config.n_embd // 4}
-    one_head = not model.config.per_stage_head and not model.config.specialist_layers
-    whole = isinstance(model.lm_head, nn.Linear)
-    return {
-        **cases,
-        "wand": ("wand", {"p99_bounds": calibration.p99_bounds, **chosen.get("wand", {})}),
-        "speculative, 3 drafts": ("speculative", {"draft_stage": 0, "num_draft_tokens": 3}),
-        "speculative, as calibrated": ("speculative", draft),
-        "speculative, half the draft head": ("speculative", {**draft, **half}),
-        **(
-            {"speculative, a quarter of the directions": ("speculative", {**draft, **quarter})}
-            if one_head and whole
-            else {}
-        ),
-        "certified": (
+    certify = {"p99_bounds": calibration.p99_bounds, **chosen.get("certified", {})}
+    cases.update(
+        {
+            "wand": ("wand", {"p99_bounds": calibration.p99_bounds, **chosen.get("wand", {})}),
+            "speculative, 3 drafts": ("speculative", {"draft_stage": 0, "num_draft_tokens": 3}),
+            "speculative, as calibrated": ("speculative", draft),
+            "speculative, half the draft head": (
+                "speculative",
+                {**draft, "draft_vocab": model.config.vocab_size // 2},
+            ),
+            "certified": ("certified", certify),
+        }
+    )
+    several = model.config.per_stage_head or model.config.specialist_layers
+    if not several and isinstance(model.lm_head, nn.Linear):
+        quarter = {"draft_rank": model.config.n_embd // 4}
+        cases["speculative, shortlist from a quarter of the head"] = (
+            "speculative",
+            {**draft, **quarter},
+        )
+        cases["certified, shortlist from a quarter of the head"] = (
             "certified",
-            {"p99_bounds": calibration.p99_bounds, **chosen.get("certified", {})},
-        ),
-    }
+            {**certify, **quarter},
+        )
+    return cases
 
 
 def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, tuple[str, dict]]:

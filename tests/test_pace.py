@@ -194,6 +194,8 @@ def test_drafts_from_a_shortlist_leave_the_output_alone(temp):
     whole, short = ([*decode(model, prompt, policy, max_tokens=40)] for policy in policies)
     if not temp:
         assert [one.token for one in short] == [one.token for one in plain]
+        certified = [decoded("certified", draft_rank=rank, draft_stage=0)[0] for rank in (None, 64)]
+        assert certified[0] == certified[1]
         kept = [sum(one.from_draft for one in made) for made in (whole, short)]
         assert kept[1] >= kept[0] - 3
 

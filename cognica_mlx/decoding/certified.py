@@ -39,11 +39,20 @@ class Certified(Speculative):
         draft_stage: int = 0,
         num_draft_tokens: int = 3,
         draft_margin: float | None = None,
+        draft_rank: int | None = None,
         pace: Pace | None = None,
     ):
-        # The bounds are about the stage's own prediction.
+        # The bounds are about the stage's own prediction. A shortlist's logits are exact, and so is
+        # the margin between its best two.
         super().__init__(
-            model, sampler, draft_stage, num_draft_tokens, draft_margin, "base", pace=pace
+            model,
+            sampler,
+            draft_stage,
+            num_draft_tokens,
+            draft_margin,
+            "base",
+            draft_rank=draft_rank,
+            pace=pace,
         )
         if draft_stage == self.depth:
             raise RequestError(
