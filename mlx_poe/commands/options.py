@@ -204,7 +204,7 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         "--draft-rank",
         type=int,
         metavar="R",
-        help="speculative, certified: look for drafts along R directions of the head, reading less of it",
+        help="speculative, certified: look for drafts along R directions of the head only",
     )
     group.add_argument(
         "--no-park",
