@@ -299,7 +299,7 @@ def _measure(
     }
     found = [figure for name, measure in sections.items() if name in wanted for figure in measure()]
     if args.peers:
-        found += peers(setup, args.context)
+        found += peers(setup, args.prompt_tokens)
     return found
 
 
