@@ -397,6 +397,8 @@ VALUES: dict[str, Any] = {
     "num_draft_tokens": 2,
     "draft_margin": 0.1,
     "draft_head": "base",
+    "draft_vocab": 1024,
+    "draft_rank": 64,
 }
 
 
