@@ -18,8 +18,14 @@ def plot(report: Report, path: Path) -> None:
 
     stages = [figure for figure in report.figures if figure.section == "stages"]
     modes = [figure for figure in report.figures if figure.section == "modes"]
-    panels = [bool(stages), bool(modes)]
-    drawing, axes = pyplot.subplots(1, sum(panels), figsize=(5.6 * sum(panels), 3.8), squeeze=False)
+    widths = [width for width, shown in ((5.6, stages), (9.0, modes)) if shown]
+    drawing, axes = pyplot.subplots(
+        1,
+        len(widths),
+        figsize=(sum(widths), 3.0 + 0.12 * len(modes)),
+        squeeze=False,
+        width_ratios=widths,
+    )
     free = iter(axes[0])
     if stages:
         axis = next(free)
@@ -49,11 +55,11 @@ def plot(report: Report, path: Path) -> None:
             if figure.predicted:
                 axis.plot([figure.predicted], [at], "|", color=PREDICTED, markersize=14)
         axis.axvline(1, color=INK, linewidth=0.8)
-        axis.set_xlabel("speed, full depth = 1   (|: predicted by its parts)")
+        axis.set_xlabel("speed, full depth = 1; red: as its parts predict")
         axis.set_title("Decoding modes, greedy")
-        axis.margins(x=0.45)
+        axis.margins(x=0.4)
     drawing.suptitle(
-        f"{report.model}, {report.dtype}; {report.machine.processor}, {report.machine.back_end}",
+        f"{report.model}, {report.dtype}\n{report.machine.processor}, {report.machine.back_end}",
         fontsize=9,
     )
     drawing.tight_layout()
