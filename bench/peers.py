@@ -57,8 +57,7 @@ def peer_model(config: PoEConfig, n_layer: int, dtype: mx.Dtype) -> llama.Model:
 def peers(setup: Setup, prompt_tokens: int) -> list[Figure]:
     """Our full depth and stage 0, and mlx-lm's engine plain and with its draft-model speculation:
     a token's latency, and tokens a second of a prompt of `prompt_tokens`."""
-    config, model, text = setup.model.config, setup.model, list(setup.texts[0])
-    prompt = (text * (prompt_tokens // len(text) + 1))[:prompt_tokens]
+    config, model, prompt = setup.model.config, setup.model, setup.text(prompt_tokens)
     big = peer_model(config, config.n_layer, model.resid_lambdas.dtype)
     depth = len(config.stage_range(0))
     for layer in big.model.layers[depth:]:

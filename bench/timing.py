@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Progress = Callable[[str, int, int], None]
+from cognica_mlx.measure import Progress
 
 
 @dataclass(frozen=True)

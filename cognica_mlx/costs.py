@@ -84,20 +84,20 @@ def bytes_read(model: PoEModel) -> Costs:
     """In bytes of weights, from the model's own arrays."""
     config = model.config
     stages, heads = [], []
-    shared = _nbytes(model.lm_head)
+    shared = nbytes(model.lm_head)
     for stage in range(model.poe_n_stages):
         blocks = [model.h[i] for i in config.stage_range(stage)]
         # Of an embedding table only the token's own row is read.
         tables = [b.attn.value_embed for b in blocks if "value_embed" in b.attn]
-        stages.append(sum(map(_nbytes, blocks)) - sum(map(_nbytes, tables)))
+        stages.append(sum(map(nbytes, blocks)) - sum(map(nbytes, tables)))
         specialist = stage - len(config.stage_layers)
         own = 0
         if specialist >= 0 and config.head_mode == SUMMED:
-            own = _nbytes(model.lm_head_specialists[specialist]) - shared
+            own = nbytes(model.lm_head_specialists[specialist]) - shared
         elif specialist >= 0:
-            own = sum(map(_nbytes, model.lm_head_specialists[: specialist + 1]))
+            own = sum(map(nbytes, model.lm_head_specialists[: specialist + 1]))
         elif config.per_stage_head:
-            own = _nbytes(model.lm_head_stages[stage])
+            own = nbytes(model.lm_head_stages[stage])
         heads.append(shared + own)
     return Costs((1,), _single(stages), _single(heads), model.full_boundaries)
 
@@ -163,5 +163,6 @@ def _single(costs: Sequence[float]) -> tuple[tuple[float, ...], ...]:
     return tuple((float(cost),) for cost in costs)
 
 
-def _nbytes(module: nn.Module) -> int:
+def nbytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
     return tree_reduce(lambda total, array: total + array.nbytes, module.parameters(), 0)

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,15 +19,13 @@ from cognica_mlx.cache import LayerCache, window_mask
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.config import SMEAR_CHANNELS, SUMMED, VALUE_GATE_CHANNELS, PoEConfig
 from cognica_mlx.errors import RequestError
+from cognica_mlx.linear import Linear, first_rows
 from cognica_mlx.shortlist import ShortlistHead
 
 NORM_EPS = 1.1920929e-07
 SOFTCAP = 15.0
 # Queries and keys are each scaled by this after their norm (nanochat's sharper attention).
 QK_SCALE = 1.2
-# How OpenBLAS is best given a few rows, where MLX's CPU back end runs on it: see `Linear`.
-ON_OPENBLAS = hasattr(ctypes.CDLL(None), "openblas_get_config")
-COLUMNS, FULL_ROWS, BLOCK = 3, 16, 4096
 
 
 def norm(x: mx.array) -> mx.array:
@@ -90,35 +87,6 @@ class Hidden:
     def arrays(self) -> list[mx.array]:
         """Its arrays, for evaluation and for counting bytes."""
         return [a for a in (self.tokens, self.x, self.x0, self.backout) if a is not None]
-
-
-class Linear(nn.Linear):
-    """A matrix; on the CPU back end with OpenBLAS, one that is quicker for a few rows at once.
-
-    Two or three go as columns on the right of the weights, a block of them at a time; from there
-    to 15, sixteen cost less than they do.
-    """
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(..., n_in) -> (..., n_out)."""
-        count = x.size // x.shape[-1]
-        if not (ON_OPENBLAS and 1 < count < FULL_ROWS) or mx.default_device() != mx.cpu:
-            return super().__call__(x)
-        rows, n_out = x.reshape(count, -1), self.weight.shape[0]
-        if count <= COLUMNS:
-            blocks = [self.weight[i : i + BLOCK] @ rows.T for i in range(0, n_out, BLOCK)]
-            out = (blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)).T
-        else:
-            out = (mx.pad(rows, [(0, FULL_ROWS - count), (0, 0)]) @ self.weight.T)[:count]
-        return out.reshape(*x.shape[:-1], n_out)
-
-
-def _first_rows(linear: nn.Module, rows: int) -> nn.Module:
-    """A matrix, quantised or not, with its first output rows only, which it shares."""
-    short = copy.copy(linear)
-    for name, array in linear.parameters().items():
-        short[name] = array[:rows]
-    return short
 
 
 class Attention(nn.Module):
@@ -338,10 +306,10 @@ class PoEModel(nn.Module):
     def with_short_heads(self, rows: int) -> PoEModel:
         """This model predicting among the first `rows` tokens only; all arrays are shared."""
         short = copy.copy(self)
-        short.lm_head = _first_rows(self.lm_head, rows)
+        short.lm_head = first_rows(self.lm_head, rows)
         for name in ("lm_head_stages", "lm_head_specialists"):
             if name in self:
-                setattr(short, name, [_first_rows(head, rows) for head in self[name]])
+                setattr(short, name, [first_rows(head, rows) for head in self[name]])
         return short
 
     def with_shortlist(self, rank: int) -> PoEModel:

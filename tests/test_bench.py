@@ -15,8 +15,9 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 from cognica_mlx.bench import figures
-from cognica_mlx.bench.figures import Figure, Recording, Setup, read_per_token
+from cognica_mlx.bench.figures import Figure, Setup, read_per_token
 from cognica_mlx.bench.machine import Machine, this_machine
+from cognica_mlx.bench.modes import Recording, modes
 from cognica_mlx.bench.report import Report, compare, read
 from cognica_mlx.bench.scripted import RIGHT, Script
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
@@ -109,7 +110,7 @@ def test_the_synthetic_model_can_be_calibrated_and_its_modes_measured():
     texts = [built.text(150, start) for start in (0, 300)]
     calibration = calibrate(built.model, texts, [1] * 2048, continuations=2, continuation_tokens=24)
     setup = Setup(built.model, MACHINE, [built.text(24, 600)], tokens=24, trials=1)
-    found = {figure.name: figure for figure in figures.modes(setup, calibration)}
+    found = {figure.name: figure for figure in modes(setup, calibration)}
     assert found["full"].speedup == 1 and found["full"].notes["mean_depth"] == 4
     assert found["stage 0"].notes["mean_depth"] == 1
     for name in ("full", "speculative, 3 drafts", "speculative, half the draft head"):
@@ -143,7 +144,7 @@ def test_recorded_drafts_are_kept_as_recorded():
         assert policy.drafted == pytest.approx(replay.drafted, abs=3)
         assert sum(one.from_draft for one in made) == pytest.approx(replay.kept, abs=3)
     setup = Setup(model, MACHINE, [text], tokens=12, trials=1)
-    found = figures.modes(setup, None, Recording([trace], [0.5, 0.5, 0.5]))
+    found = modes(setup, None, Recording([trace], [0.5, 0.5, 0.5]))
     names = [figure.name for figure in found]
     assert "speculative, decided as recorded from poe-tiny" in names
     assert found[-1].notes["agreement"] >= 0.9

@@ -13,14 +13,14 @@ from conftest import fixture
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cognica_mlx import model as network
+from cognica_mlx import linear
 from cognica_mlx.bench.shapes import rounded
 from cognica_mlx.costs import Costs, bytes_read, measure
 from cognica_mlx.decoding.loop import decode
 from cognica_mlx.decoding.modes import ModeOptions, make_policy
 from cognica_mlx.decoding.pace import PATIENCE, Pace
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import FULL_ROWS, Linear
+from cognica_mlx.linear import FULL_ROWS, Linear
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.shortlist import CANDIDATES
 from cognica_mlx.state import DecodingState
@@ -45,7 +45,7 @@ def decoded(mode: str, pace: Pace | None = None, count: int = 48, **options):
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, FULL_ROWS - 1, FULL_ROWS])
 @pytest.mark.parametrize("n_out", [24, 4096, 5000])
 def test_few_rows_give_what_a_plain_matrix_gives(rows, n_out, monkeypatch):
-    monkeypatch.setattr(network, "ON_OPENBLAS", True)
+    monkeypatch.setattr(linear, "ON_OPENBLAS", True)
     ours = Linear(16, n_out, bias=False)
     plain = nn.Linear(16, n_out, bias=False)
     plain.weight = ours.weight

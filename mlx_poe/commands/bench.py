@@ -27,8 +27,9 @@ from rich.progress import (
 )
 
 from cognica_mlx.bench import figures
-from cognica_mlx.bench.figures import ROWS, Figure, Recording, Setup
+from cognica_mlx.bench.figures import ROWS, Figure, Setup
 from cognica_mlx.bench.machine import slow_blas, this_machine
+from cognica_mlx.bench.modes import Recording, modes
 from cognica_mlx.bench.peers import peers
 from cognica_mlx.bench.report import Report, compare, read, show
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
@@ -292,7 +293,7 @@ def _measure(
         "stages": lambda: figures.stages(setup),
         "prompt": lambda: figures.prompts(setup, args.prompt_tokens),
         "rows": lambda: figures.rows(setup),
-        "modes": lambda: figures.modes(setup, calibration, recording),
+        "modes": lambda: modes(setup, calibration, recording),
         "lengths": lambda: figures.lengths(setup, args.lengths),
         "quantised": lambda: figures.quantised(setup, args.q_bits),
         "memory": lambda: figures.memory(setup, max(args.prompt_tokens, args.context)),

@@ -1,0 +1,183 @@
+"""Every decoding mode on the same texts, against the full stack and against its own parts.
+
+- in: a setup, what the mode's options are calibrated by, or a recording that decides its drafts
+- out: a figure for each mode: its speed, its agreement with the full model, what its parts predict
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from cognica_mlx.bench.figures import ROWS, Figure, Setup, figure, timed_decode
+from cognica_mlx.bench.scripted import RIGHT, Script
+from cognica_mlx.bench.timing import Samples, interleaved
+from cognica_mlx.calibration import Calibration
+from cognica_mlx.costs import Costs, measure
+from cognica_mlx.decoding.loop import DecodedToken, number
+from cognica_mlx.decoding.modes import ModeOptions, make_policy
+from cognica_mlx.decoding.pace import Pace
+from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.decoding.wand import exit_margins
+from cognica_mlx.model import PoEModel
+from cognica_mlx.replay import Trace, best_options
+from cognica_mlx.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How a small trained model drafts: `traces` along its own texts, and its p99 bounds."""
+
+    traces: Sequence[Trace]
+    p99_bounds: Sequence[float]
+
+
+def modes(
+    setup: Setup, calibration: Calibration | None, recording: Recording | None = None
+) -> list[Figure]:
+    """Every decoding mode on the same texts: speed, agreement with the full model, and what the
+    parts measured in the same trials predict. With a `recording` drafts are decided as it has it,
+    and agreement is the recording's."""
+    model = setup.model
+    cases = _mode_cases(model, calibration)
+    if recording:
+        cases.update(_recorded_cases(setup, recording))
+    last = model.poe_n_stages - 1
+    held = {name: [setup.state(last, text) for text in setup.texts] for name in cases}
+    made: dict[str, list[list[DecodedToken]]] = {}
+    drafted: dict[str, int] = {}
+    predicted: dict[str, list[float]] = {name: [] for name in cases}
+    overhead: dict[str, list[float]] = {name: [] for name in cases}
+    costs: list[Costs] = []
+    spare = setup.state(last, setup.texts[0])
+
+    def measure_parts() -> None:
+        costs.append(measure(model, ROWS, state=spare, trials=1))
+
+    def run(name: str) -> float:
+        mode, options = cases[name]
+        pace = Pace(costs[-1], park=False)
+        seconds, made[name], drafted[name] = 0.0, [], 0
+        for i, (text, state) in enumerate(zip(setup.texts, held[name], strict=True)):
+            policy = make_policy(model, Sampler(), mode, ModeOptions(**options), calibration, pace)
+            if recording and isinstance(policy, Speculative):
+                trace = recording.traces[i % len(recording.traces)]
+                Script(trace, state, len(text)).direct(policy)
+            taken, decoded = timed_decode(model, policy, state, text, setup.tokens)
+            seconds += taken
+            made[name].append(decoded)
+            drafted[name] += policy.drafted
+        total = sum(map(len, made[name]))
+        if pace.spent:
+            predicted[name].append(pace.costs.full_token * total / pace.spent)
+            overhead[name].append(seconds / pace.spent - 1)
+        return 1e3 * seconds / total
+
+    taken = interleaved(
+        {name: partial(run, name) for name in cases},
+        setup.trials,
+        setup.progress,
+        "decoding modes",
+        measure_parts,
+    )
+    figures = []
+    for name in cases:
+        tokens = [one for text in made[name] for one in text]
+        notes: dict[str, float | str] = {
+            "agreement": (
+                sum(one.token == RIGHT for one in tokens) / len(tokens)
+                if recording and drafted[name]
+                else _agreement(model, setup.texts, made[name])
+            ),
+            "mean_depth": sum(one.stage + 1 for one in tokens) / len(tokens),
+            "options": ", ".join(f"{k} {v}" for k, v in cases[name][1].items()),
+        }
+        if drafted[name]:
+            notes["acceptance"] = sum(one.from_draft for one in tokens) / drafted[name]
+        if overhead[name]:
+            notes["over_its_parts"] = Samples(tuple(overhead[name][1:])).median
+        figures.append(
+            figure(
+                "modes",
+                name,
+                "ms/token",
+                taken[name],
+                speedup=taken["full"].over(taken[name]),
+                predicted=Samples(tuple(predicted[name][1:])).median if predicted[name] else None,
+                notes=notes,
+            )
+        )
+    return figures
+
+
+def _mode_cases(model: PoEModel, calibration: Calibration | None) -> dict[str, tuple[str, dict]]:
+    cases: dict[str, tuple[str, dict]] = {
+        "full": ("full", {}),
+        "stage 0": ("stage", {"stage": 0}),
+        "prefix of 2": ("prefix", {"max_stages": 2}),
+        "compose all": ("compose", {}),
+    }
+    if calibration is None:
+        return cases
+    chosen = calibration.options
+    draft = {"num_draft_tokens": 3, **chosen.get("speculative", {})}
+    certify = {"p99_bounds": calibration.p99_bounds, **chosen.get("certified", {})}
+    cases.update(
+        {
+            "wand": ("wand", {"p99_bounds": calibration.p99_bounds, **chosen.get("wand", {})}),
+            "speculative, 3 drafts": ("speculative", {"draft_stage": 0, "num_draft_tokens": 3}),
+            "speculative, as calibrated": ("speculative", draft),
+            "speculative, half the draft head": (
+                "speculative",
+                {**draft, "draft_vocab": model.config.vocab_size // 2},
+            ),
+            "certified": ("certified", certify),
+        }
+    )
+    several = model.config.per_stage_head or model.config.specialist_layers
+    if not several and isinstance(model.lm_head, nn.Linear):
+        quarter = {"draft_rank": model.config.n_embd // 4}
+        cases["speculative, shortlist from a quarter of the head"] = (
+            "speculative",
+            {**draft, **quarter},
+        )
+        cases["certified, shortlist from a quarter of the head"] = (
+            "certified",
+            {**certify, **quarter},
+        )
+    return cases
+
+
+def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, tuple[str, dict]]:
+    """Speculation and certified speculation with the options that pay best on the recording."""
+    model = setup.model
+    costs = measure(model, ROWS, text=setup.texts[0], trials=2)
+    needed = exit_margins(model, recording.p99_bounds, safety=1.0)
+    chosen = best_options(
+        recording.traces, costs, needed, pools_stages=model.pools_stages, summed=False
+    )
+    label = "decided as recorded from poe-tiny"
+    bounds = {"p99_bounds": recording.p99_bounds}
+    return {
+        f"speculative, {label}": ("speculative", chosen["speculative"][0]),
+        f"certified, {label}": ("certified", {**chosen["certified"][0], **bounds}),
+    }
+
+
+def _agreement(
+    model: PoEModel, texts: Sequence[Sequence[int]], made: Sequence[Sequence[DecodedToken]]
+) -> float:
+    """How many of the tokens the full model would have chosen there too."""
+    agreeing = total = 0
+    for text, decoded in zip(texts, made, strict=True):
+        tokens = [one.token for one in decoded]
+        hidden = model.boundaries(mx.array([[*text, *tokens[:-1]]]))
+        chosen = {k: h[len(text) - 1 :] for k, h in enumerate(hidden)}
+        best = model.full_scores(chosen)[0].argmax(-1)
+        agreeing += int(number((best == mx.array(tokens)).sum()))
+        total += len(tokens)
+    return agreeing / total
