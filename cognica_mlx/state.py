@@ -34,11 +34,18 @@ from cognica_mlx.stacking import shared_stages
 
 SLACK = 128
 MAX_PENDING = 256
-PREFILL_STEP_SIZE = 512
 HIDDEN_PARTS = ("x", "x0", "backout")
 UNREAD = 128
 
 Progress = Callable[[int, int], None]
+
+
+def prefill_step_size() -> int:
+    """Tokens to run at once. The CPU reads 128 as quickly as more and keeps their scores in memory.
+
+    A GPU's attention keeps none, and more rows fill it better.
+    """
+    return 128 if mx.default_device() == mx.cpu else 512
 
 
 class Boundary:
@@ -272,18 +279,22 @@ class DecodingState:
         tokens: Sequence[int],
         through: int,
         *,
-        step_size: int = PREFILL_STEP_SIZE,
+        step_size: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Append tokens in chunks of `step_size` and run them through the stages up to `through`.
+        """Append tokens in chunks and run them through the stages up to `through`.
 
-        `progress(done, total)` is called after every chunk.
+        `step_size` is `prefill_step_size()` unless told. `progress(done, total)` is called after
+        every chunk.
         """
         self.check_ids(tokens)
+        step_size = step_size or prefill_step_size()
         for start in range(0, len(tokens), step_size):
             self.append(tokens[start : start + step_size])
             for stage in range(through + 1):
                 self.advance(stage)
+                # Else every layer's cache waits with its new rows before old ones are dropped.
+                mx.async_eval(self.arrays())
             mx.eval(self.arrays())
             if progress:
                 progress(min(start + step_size, len(tokens)), len(tokens))
@@ -305,7 +316,7 @@ class DecodingState:
             # Only what `keep_trunk` has held can be so much: in chunks, as a prompt.
             while self.pending(stage) > self.max_pending:
                 last = self._input(stage).stop
-                self._run(stage, min(self.filled[stage] + PREFILL_STEP_SIZE, last))
+                self._run(stage, min(self.filled[stage] + prefill_step_size(), last))
                 mx.eval(self.arrays())
 
     @property

@@ -23,7 +23,7 @@ from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
-from cognica_mlx.state import PREFILL_STEP_SIZE, DecodingState, Progress
+from cognica_mlx.state import DecodingState, Progress
 from mlx_poe.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -67,7 +67,7 @@ def stream_generate(
     mode: str = "full",
     stop: str | Sequence[str] | None = None,
     state: DecodingState | None = None,
-    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prefill_step_size: int | None = None,
     prompt_progress_callback: Progress | None = None,
     costs: Costs | None = None,
     **options: Any,

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from cognica_mlx.errors import RequestError, RollbackError
 from cognica_mlx.model import Hidden, PoEModel
-from cognica_mlx.state import PREFILL_STEP_SIZE, DecodingState, Progress
+from cognica_mlx.state import DecodingState, Progress
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def decode(
     *,
     max_tokens: int,
     state: DecodingState | None = None,
-    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prefill_step_size: int | None = None,
     progress: Progress | None = None,
 ) -> Generator[DecodedToken, None, None]:
     """Decode up to `max_tokens` tokens after the token ids `prompt`.
@@ -75,7 +75,7 @@ def decode(
         raise RequestError("the prompt is empty; give at least one token")
     if max_tokens < 1:
         raise RequestError(f"max_tokens {max_tokens} must be at least 1")
-    if prefill_step_size < 1:
+    if prefill_step_size is not None and prefill_step_size < 1:
         raise RequestError(f"prefill_step_size {prefill_step_size} must be at least 1")
     state = state or DecodingState(model)
     if state.model is not model:
