@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,9 +44,11 @@ def modes(
     parts measured in the same trials predict. With a `recording` drafts are decided as it has it,
     and agreement is the recording's."""
     model = setup.model
-    cases = _mode_cases(model, calibration)
+    cases = _plain_cases()
     if recording:
         cases.update(_recorded_cases(setup, recording))
+    else:
+        cases.update(_drafting_cases(model, calibration))
     last = model.poe_n_stages - 1
     held = {name: [setup.state(last, text) for text in setup.texts] for name in cases}
     made: dict[str, list[list[DecodedToken]]] = {}
@@ -55,8 +58,10 @@ def modes(
     costs: list[Costs] = []
     spare = setup.state(last, setup.texts[0])
 
+    ranks = {o["draft_rank"] for _, o in cases.values() if "draft_rank" in o}
+
     def measure_parts() -> None:
-        costs.append(measure(model, ROWS, state=spare, trials=1))
+        costs.append(measure(model, ROWS, state=spare, trials=1, ranks=sorted(ranks)))
 
     def run(name: str) -> float:
         mode, options = cases[name]
@@ -114,41 +119,41 @@ def modes(
     return figures
 
 
-def _mode_cases(model: PoEModel, calibration: Calibration | None) -> dict[str, tuple[str, dict]]:
-    cases: dict[str, tuple[str, dict]] = {
+def _plain_cases() -> dict[str, tuple[str, dict]]:
+    return {
         "full": ("full", {}),
         "stage 0": ("stage", {"stage": 0}),
         "prefix of 2": ("prefix", {"max_stages": 2}),
         "compose all": ("compose", {}),
     }
-    if calibration is None:
-        return cases
-    chosen = calibration.options
-    draft = {"num_draft_tokens": 3, **chosen.get("speculative", {})}
-    certify = {"p99_bounds": calibration.p99_bounds, **chosen.get("certified", {})}
-    cases.update(
-        {
-            "wand": ("wand", {"p99_bounds": calibration.p99_bounds, **chosen.get("wand", {})}),
-            "speculative, 3 drafts": ("speculative", {"draft_stage": 0, "num_draft_tokens": 3}),
-            "speculative, as calibrated": ("speculative", draft),
-            "speculative, half the draft head": (
-                "speculative",
-                {**draft, "draft_vocab": model.config.vocab_size // 2},
-            ),
-            "certified": ("certified", certify),
-        }
-    )
+
+
+def _drafting_cases(
+    model: PoEModel, calibration: Calibration | None
+) -> dict[str, tuple[str, dict]]:
+    """Those that leave early need a calibration."""
+    plain = {"draft_stage": 0, "num_draft_tokens": 3}
+    cases: dict[str, tuple[str, dict]] = {"speculative, 3 drafts": ("speculative", plain)}
+    draft: dict[str, Any] = plain
+    if calibration:
+        draft = dict(calibration.options.get("speculative", plain))
+        cases["speculative, as calibrated"] = ("speculative", draft)
+    half = {"draft_vocab": model.config.vocab_size // 2}
+    cases["speculative, half the draft head"] = ("speculative", {**draft, **half})
     several = model.config.per_stage_head or model.config.specialist_layers
+    quarter: dict[str, int] = {}
     if not several and isinstance(model.lm_head, nn.Linear):
         quarter = {"draft_rank": model.config.n_embd // 4}
-        cases["speculative, shortlist from a quarter of the head"] = (
-            "speculative",
-            {**draft, **quarter},
-        )
-        cases["certified, shortlist from a quarter of the head"] = (
-            "certified",
-            {**certify, **quarter},
-        )
+        name = "speculative, shortlist from a quarter of the head"
+        cases[name] = ("speculative", {**draft, **quarter})
+    if calibration:
+        chosen, bounds = calibration.options, {"p99_bounds": calibration.p99_bounds}
+        certify = {**bounds, **chosen.get("certified", {})}
+        cases["wand"] = ("wand", {**bounds, **chosen.get("wand", {})})
+        cases["certified"] = ("certified", certify)
+        if quarter:
+            name = "certified, shortlist from a quarter of the head"
+            cases[name] = ("certified", {**certify, **quarter})
     return cases
 
 

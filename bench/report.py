@@ -122,7 +122,8 @@ def read(text: str, name: str) -> dict[str, Any]:
             figure["section"], figure["name"], figure["unit"]
         fields["machine"]["processor"]
     except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{name} is no result file of mlx_poe.bench ({error})") from None
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise RequestError(f"{name} is no result file of mlx_poe.bench ({reason})") from None
     return fields
 
 

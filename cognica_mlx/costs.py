@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import mlx.core as mx
@@ -32,13 +32,15 @@ class Costs:
     """Costs of a batch of `rows[i]` positions: stages[k][i] through stage k's layers, heads[k][i]
     for what stage k predicts. Between the rows given they follow straight lines.
 
-    `full_boundaries` are the stages whose predictions make up the full model's.
+    `full_boundaries` are the stages whose predictions make up the full model's; `shortlists` what
+    one prediction costs from a shortlist, by its rank.
     """
 
     rows: tuple[int, ...]
     stages: tuple[tuple[float, ...], ...]
     heads: tuple[tuple[float, ...], ...]
     full_boundaries: tuple[int, ...]
+    shortlists: Mapping[int, float] = field(default_factory=dict)
 
     def stage(self, stage: int, rows: int = 1) -> float:
         """A batch through the layers of `stage`."""
@@ -61,12 +63,16 @@ class Costs:
         """A batch through all layers up to `stage`."""
         return sum(self.stage(k, rows) for k in range(stage + 1))
 
-    def draft_head(self, stage: int, summed: bool) -> float:
-        """What `stage` drafts: see `draft_target`."""
+    def draft_head(
+        self, stage: int, summed: bool, share: float = 1.0, rank: int | None = None
+    ) -> float:
+        """What `stage` drafts, see `draft_target`, where it reads `share` of the heads' rows."""
+        if rank is not None and rank in self.shortlists:
+            return self.shortlists[rank]
         if summed:
-            return self.full_head()
+            return share * self.full_head()
         pooled = range(stage + 1) if 0 in self.full_boundaries else (stage,)
-        return sum(self.head(k) for k in pooled)
+        return share * sum(self.head(k) for k in pooled)
 
     @property
     def full_token(self) -> float:
@@ -110,20 +116,23 @@ def measure(
     trials: int = TRIALS,
     seconds: float = float("inf"),
     state: DecodingState | None = None,
+    ranks: Sequence[int] = (),
 ) -> Costs:
     """In seconds, behind the tokens of `text`: medians of up to `trials` rounds (after one that
     warms up; one at least, as many as `seconds` allow).
 
     A `state` that holds the text saves reading it, and comes back as it was. A prediction's time is
-    that of its logits and of choosing a token from them. Every part is waited for, which small
-    models feel: in a row theirs are cheaper.
+    that of its logits and of choosing a token from them; shortlists of `ranks` are timed for one
+    row. Every part is waited for, which small models feel: in a row theirs are cheaper.
     """
     started = time.perf_counter()
     if state is None:
         state = DecodingState(model)
         state.prefill(text, state.depth)
     stages, length = range(model.poe_n_stages), state.length
+    short = [model.with_shortlist(rank) for rank in ranks]
     rounds: list[list] = []
+    searches: list[list[float]] = []
     while len(rounds) < 2 or (len(rounds) <= trials and time.perf_counter() - started < seconds):
         times = []
         for count in rows:
@@ -133,11 +142,18 @@ def measure(
             hidden = [state.boundary(k, length, length + count) for k in stages]
             chosen = [_seconds(partial(_choose, model, k, h)) for k, h in enumerate(hidden)]
             times.append([ran, chosen])
+            if count == rows[0]:
+                searches.append([_seconds(partial(_choose, s, 0, hidden[0][:1])) for s in short])
             state.rollback(length)
         rounds.append(times)
     layers, heads = np.median(rounds[1:], axis=0).transpose(1, 2, 0).tolist()
+    found = np.median(searches[1:], axis=0).tolist() if ranks else []
     return Costs(
-        tuple(rows), tuple(map(tuple, layers)), tuple(map(tuple, heads)), model.full_boundaries
+        tuple(rows),
+        tuple(map(tuple, layers)),
+        tuple(map(tuple, heads)),
+        model.full_boundaries,
+        dict(zip(ranks, found, strict=True)),
     )
 
 

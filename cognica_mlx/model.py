@@ -18,12 +18,12 @@ import mlx.nn as nn
 from cognica_mlx.cache import LayerCache, window_mask
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.config import SMEAR_CHANNELS, SUMMED, VALUE_GATE_CHANNELS, PoEConfig
+from cognica_mlx.elementwise import gated, mixed, relu_squared, softcap
 from cognica_mlx.errors import RequestError
 from cognica_mlx.linear import Linear, first_rows
 from cognica_mlx.shortlist import ShortlistHead
 
 NORM_EPS = 1.1920929e-07
-SOFTCAP = 15.0
 # Queries and keys are each scaled by this after their norm (nanochat's sharper attention).
 QK_SCALE = 1.2
 
@@ -135,8 +135,9 @@ class Attention(nn.Module):
         q, k = mx.split(norm(qk), [self.n_head], axis=1)
         v = self._heads(self.c_v(u))
         if "value_embed" in self:
-            gate = 3 * mx.sigmoid(self.ve_gate(u[..., :VALUE_GATE_CHANNELS]))  # (B, T, n_kv_head)
-            v = v + gate.transpose(0, 2, 1)[..., None] * self._heads(self.value_embed(tokens))
+            gate = self.ve_gate(u[..., :VALUE_GATE_CHANNELS])  # (B, T, n_kv_head)
+            embedded = self._heads(self.value_embed(tokens))
+            v = gated(v, gate.transpose(0, 2, 1)[..., None], embedded)
         if cache is not None:
             k, v = cache.update(k, v)
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask=mask)
@@ -152,7 +153,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(config.intermediate_size, config.n_embd, bias=False)
 
     def __call__(self, u: mx.array) -> mx.array:
-        return self.c_proj(mx.square(nn.relu(self.c_fc(u))))
+        return self.c_proj(relu_squared(self.c_fc(u)))
 
 
 class Block(nn.Module):
@@ -273,7 +274,7 @@ class PoEModel(nn.Module):
                     if cache is None
                     else cache.mask(len(hidden))
                 )
-            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            x = mixed(self.resid_lambdas[i], x, self.x0_lambdas[i], x0)
             x = self.h[i](x, tokens, masks[windows[i]], cache)
             if i == self.config.backout_layer:
                 backout = x
@@ -367,7 +368,7 @@ class PoEModel(nn.Module):
     def _head_logits(self, h: mx.array, heads: Sequence[nn.Module]) -> mx.array:
         size = self.config.vocab_size
         first, *others = (head(h)[..., :size].astype(mx.float32) for head in heads)
-        return SOFTCAP * mx.tanh(sum(others, start=first) / SOFTCAP)
+        return softcap(sum(others, start=first))
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Full-depth logits (flat) or Log-OP scores of tokens (B, T): (B, T, V) float32."""

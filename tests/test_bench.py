@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import FIXTURES
 from mlx.utils import tree_flatten
 from rich.console import Console
 
@@ -119,6 +121,10 @@ def test_the_synthetic_model_can_be_calibrated_and_its_modes_measured():
     assert 0.3 < found["speculative, 3 drafts"].notes["acceptance"] < 1
     for name in ("wand", "certified", "speculative, 3 drafts"):
         assert found[name].predicted > 0 and "over_its_parts" in found[name].notes
+    drafts = {name for name in found if "speculative" in name}
+    plain = {figure.name for figure in modes(setup, None)}
+    assert drafts - plain == {"speculative, as calibrated"}
+    assert plain - drafts == {"full", "stage 0", "prefix of 2", "compose all"}
 
 
 def test_recorded_drafts_are_kept_as_recorded():
@@ -250,6 +256,13 @@ def test_the_command_end_to_end(quick, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == sorted(paths)
     assert command.main([*quick, "--only", "stages", "--compare", str(paths[0])]) == 0
     assert "better by" in capsys.readouterr().out
+
+
+def test_without_a_calibration_it_says_what_is_left_out(quick, tmp_path, capsys):
+    folder = shutil.copytree(FIXTURES / "flat-d8", tmp_path / "flat")
+    assert command.main([*quick, "--model", str(folder), "--only", "modes"]) == 0
+    out = capsys.readouterr().out
+    assert "mlx_poe.calibrate makes one" in out and "speculative, 3 drafts" in out
 
 
 def test_the_command_on_a_planted_text(quick, capsys):

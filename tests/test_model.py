@@ -7,9 +7,13 @@ import pytest
 from conftest import FIXTURES, fixture, goldens
 from mlx.utils import tree_flatten
 
+from cognica_mlx import elementwise
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.decoding.loop import decode
+from cognica_mlx.decoding.modes import make_policy
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel, log_op
+from cognica_mlx.sampling import Sampler
 from mlx_poe import load
 
 TOLERANCE = 2e-4
@@ -39,6 +43,21 @@ def test_every_stage_matches_alone_and_in_one_pass(golden, text):
         answer = answers[f"{text}.logits_stage_{stage}"]
         assert largest_difference(model.forward_stage(tokens, stage), answer) < TOLERANCE
         assert largest_difference(together[stage], answer) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["flat-d8", "gqa-logop-d8"])
+def test_the_kernels_compiled_on_a_gpu_give_the_same(name, monkeypatch):
+    model, answers = fixture(name)[0], goldens(name)
+    monkeypatch.setattr(elementwise, "compiles", lambda: True)
+    for text in TEXTS:
+        tokens = answers[f"{text}.tokens"]
+        assert largest_difference(model(tokens), answers[f"{text}.logits_full"]) < TOLERANCE
+    text = tokens[0, :20].tolist()
+    for mode in ("full", "speculative"):
+        policy = make_policy(model, Sampler(), mode)
+        made = [one.token for one in decode(model, text, policy, max_tokens=16)]
+        whole = model(mx.array([[*text, *made[:-1]]]))[0, len(text) - 1 :]
+        assert made == whole.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("text", TEXTS)

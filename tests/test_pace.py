@@ -266,6 +266,20 @@ def test_responses_say_when_a_mode_has_parked():
     assert not any(r.parked for r in stream_generate(model, tokenizer, "Once", **options))
 
 
+def test_a_shortlist_costs_what_was_measured_else_its_share():
+    model, _ = fixture("poe-tiny")
+    costs = measure(model, (1, 2), trials=1, ranks=(16, 32))
+    assert set(costs.shortlists) == {16, 32} and min(costs.shortlists.values()) > 0
+    assert costs.draft_head(0, False, 0.25, rank=16) == costs.shortlists[16]
+    assert costs.draft_head(0, False, 0.25, rank=8) == costs.head(0) / 4
+    policy = make_policy(
+        model, Sampler(), "speculative", ModeOptions(draft_rank=16), pace=Pace(costs, park=False)
+    )
+    next(decode(model, [5], policy, max_tokens=2))
+    step = costs.lower(0) + costs.shortlists[16]
+    assert policy.pace.spent == pytest.approx(step + costs.lower(0) + costs.upper(0, 2))
+
+
 def test_bytes_of_short_and_pooled_heads():
     model, _ = fixture("gqa-logop-d8")
     costs = bytes_read(model)

@@ -96,7 +96,8 @@ class Speculative:
             elif draft_rank:
                 share = draft_rank / model.config.n_embd
             self._lower = pace.costs.lower(draft_stage)
-            self._draft_step = self._lower + share * pace.costs.draft_head(draft_stage, summed)
+            head = pace.costs.draft_head(draft_stage, summed, share, draft_rank)
+            self._draft_step = self._lower + head
 
     def run(self, state: DecodingState, token: int, budget: int) -> Iterator[DecodedToken]:
         """Emit at least `budget` tokens, a round at a time."""

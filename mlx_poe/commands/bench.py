@@ -157,6 +157,13 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
     with _progress() as progress:
         machine = this_machine()
         model, texts, calibration, recording, name = _prepare(args, progress)
+        if not (calibration or recording) and "modes" in (args.only or DEFAULT_SECTIONS):
+            remarks.append(
+                "random weights: drafts are kept by chance, and wand and certified left out; "
+                "--agreement plants a text"
+                if args.shape
+                else "wand and certified are left out: no calibration (mlx_poe.calibrate makes one)"
+            )
         setup = Setup(model, machine, texts, args.max_tokens, args.trials, progress)
         found = _measure(args, setup, calibration, recording)
     report = Report(
