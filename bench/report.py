@@ -43,8 +43,14 @@ class Report:
     remarks: Sequence[str] = ()
 
     def to_json(self) -> str:
-        """All of it, to be kept."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        """All of it, to be kept: a line for each figure, without what it lacks."""
+        fields = {"format": FORMAT, **asdict(self)}
+        figures = [
+            json.dumps({k: v for k, v in one.items() if v is not None}, ensure_ascii=False)
+            for one in fields.pop("figures")
+        ]
+        head = json.dumps(fields, indent=1, ensure_ascii=False).removesuffix("\n}")
+        return f'{head},\n "figures": [\n  ' + ",\n  ".join(figures) + "\n ]\n}\n"
 
     def to_csv(self) -> str:
         """The figures, a line each; of their notes those that are numbers."""
