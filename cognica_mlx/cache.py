@@ -70,12 +70,14 @@ class SlidingCache:
             # More rows than the buffer ever holds: attend over all, keep the tail of them.
             self._keys = mx.concatenate([self._held(self._keys, kept), keys], axis=2)
             self._values = mx.concatenate([self._held(self._values, kept), values], axis=2)
-            seen = self._keys[..., -visible:, :], self._values[..., -visible:, :]
+            seen = [self._keys[..., -visible:, :], self._values[..., -visible:, :]]
             self.rows = min(kept + length, self.window + self.slack)
             self._keys = mx.contiguous(self._keys[..., -self.rows :, :])
             self._values = mx.contiguous(self._values[..., -self.rows :, :])
             self.offset += length
-            return seen
+            # The tail is copied before the layer goes on, or all layers' rows would wait for that.
+            keys, values = mx.depends(seen, [self._keys, self._values])
+            return keys, values
         if self.rows + length > limit:
             self._keys = self._padded(self._held(self._keys, kept), limit)
             self._values = self._padded(self._held(self._values, kept), limit)
