@@ -136,6 +136,19 @@ def test_shipped_calibration_keeps_99_percent_agreement_at_well_below_full_depth
     assert depth / total < 0.7 * model.poe_n_stages
 
 
+@pytest.mark.parametrize("name", ["chat", "math", "tool"])
+@pytest.mark.parametrize("mode", ["wand", "certified", "speculative"])
+def test_shipped_specialists_answer_the_same_in_every_mode(name, mode):
+    model, _ = fixture(f"poe-tiny-{name}")
+    assert model.calibration is not None
+    known = json.loads((FIXTURES / "poe-tiny-goldens.json").read_text())[name]
+    assert known
+    for one in known:
+        policy = make_policy(model, Sampler(), mode, calibration=model.calibration)
+        made = decode(model, one["prompt"], policy, max_tokens=len(one["full"]))
+        assert [d.token for d in made] == one["full"]
+
+
 def test_replayed_costs_add_up():
     """Ten tokens, one of them wrong at stage 0 and weak; costs of 1 a stage and 10 a head."""
     hits = np.ones((3, 10), dtype=bool)
