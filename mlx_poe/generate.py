@@ -80,8 +80,8 @@ def stream_generate(
     min_p, repetition_penalty, repetition_context_size and seed. Greedy by default.
 
     Generation ends at one of the tokenizer's `eos_token_ids`, before any of the strings `stop`, or
-    after `max_tokens`. A `state` from an earlier call is continued as far as the prompts agree. What
-    is new in the prompt is read in chunks of `prefill_step_size`, by default as suits the device;
+    after `max_tokens`. A `state` from an earlier call is continued as far as the prompts agree. The
+    rest of the prompt is read in chunks of `prefill_step_size`, by default as suits the device;
     `prompt_progress_callback(done, total)` is called after each.
 
     With `costs` (`mlx_poe.machine.known_costs(model)`), drafts are as long as pays on this machine,
