@@ -57,7 +57,6 @@ def modes(
     overhead: dict[str, list[float]] = {name: [] for name in cases}
     costs: list[Costs] = []
     spare = setup.state(last, setup.texts[0])
-
     ranks = {o["draft_rank"] for _, o in cases.values() if "draft_rank" in o}
 
     def measure_parts() -> None:

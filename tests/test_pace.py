@@ -195,8 +195,11 @@ def test_drafts_from_a_shortlist_leave_the_output_alone(temp):
     if not temp:
         assert [one.token for one in short] == [one.token for one in plain]
         certified = [decoded("certified", draft_rank=rank, draft_stage=0)[0] for rank in (None, 64)]
-        tokens = [[(one.token, one.stage) for one in made] for made in certified]
+        tokens = [[(one.token, one.stage, one.from_draft) for one in m] for m in certified]
         assert tokens[0] == tokens[1]
+        # A certified draft's is normalised over the candidates.
+        logprobs = [[one.logprob for one in made] for made in certified]
+        assert logprobs[1] == pytest.approx(logprobs[0], abs=0.01)
         kept = [sum(one.from_draft for one in made) for made in (whole, short)]
         assert kept[1] >= kept[0] - 3
 
