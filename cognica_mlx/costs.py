@@ -17,7 +17,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_reduce
 
-from cognica_mlx.config import SUMMED
 from cognica_mlx.model import Hidden, PoEModel
 from cognica_mlx.sampling import logprob_of, margin
 from cognica_mlx.state import DecodingState
@@ -88,23 +87,13 @@ class Costs:
 
 def bytes_read(model: PoEModel) -> Costs:
     """In bytes of weights, from the model's own arrays."""
-    config = model.config
     stages, heads = [], []
-    shared = nbytes(model.lm_head)
     for stage in range(model.poe_n_stages):
-        blocks = [model.h[i] for i in config.stage_range(stage)]
+        blocks = [model.h[i] for i in model.config.stage_range(stage)]
         # Of an embedding table only the token's own row is read.
         tables = [b.attn.value_embed for b in blocks if "value_embed" in b.attn]
         stages.append(sum(map(nbytes, blocks)) - sum(map(nbytes, tables)))
-        specialist = stage - len(config.stage_layers)
-        own = 0
-        if specialist >= 0 and config.head_mode == SUMMED:
-            own = nbytes(model.lm_head_specialists[specialist]) - shared
-        elif specialist >= 0:
-            own = sum(map(nbytes, model.lm_head_specialists[: specialist + 1]))
-        elif config.per_stage_head:
-            own = nbytes(model.lm_head_stages[stage])
-        heads.append(shared + own)
+        heads.append(sum(map(nbytes, model.heads(stage))))
     return Costs((1,), _single(stages), _single(heads), model.full_boundaries)
 
 

@@ -288,13 +288,16 @@ class PoEModel(nn.Module):
         it (`head_mode` picks "dual", or "base" or "specialist", its nearest one alone; in a merged
         folder that one is the sum already).
         """
+        in_base = stage < len(self.config.stage_layers)
+        h = norm(hidden.x) if in_base else self._after_backout(hidden)
+        return self._head_logits(h, self.heads(stage))
+
+    def heads(self, stage: int) -> list[nn.Module]:
+        """The heads that `stage` speaks through; their logits add up."""
         specialist = stage - len(self.config.stage_layers)
-        if specialist < 0:
-            heads = [self.lm_head]
-            if self.config.per_stage_head:
-                heads.append(self.lm_head_stages[stage])
-            return self._head_logits(norm(hidden.x), heads)
-        return self._head_logits(self._after_backout(hidden), self._final_heads(specialist))
+        if specialist >= 0:
+            return self._final_heads(specialist)
+        return [self.lm_head, *([self.lm_head_stages[stage]] if self.config.per_stage_head else [])]
 
     def draft_logits(self, stage: int, hidden: Hidden) -> mx.array:
         """A base stage's activations, without backout, through the heads of the final prediction.

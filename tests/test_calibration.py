@@ -166,6 +166,9 @@ def test_replayed_costs_add_up():
     # Rounds of two drafts emit 3 tokens, 2 (the draft at 4 is refused), 3 and 3.
     rounds = replay_speculative([trace], costs, 0, 2, None)
     assert (rounds.tokens, rounds.kept, rounds.drafted) == (11, 7, 8)
+    # A round costs its drafts (11 each), stage 0 for the last of them (1), then three stages and
+    # the head (13).
+    assert rounds.cost == 8 * 11 + 4 * (1 + 13)
     everything = replay_certified([trace], costs, 0, 5, None, [0.0])
     assert (everything.tokens, everything.agreeing) == (10, 9)
     assert everything.cost == 10 * (1 + 10)

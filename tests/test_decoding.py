@@ -265,30 +265,80 @@ def test_repetition_penalty_is_the_same_one_token_or_many_at_a_time(name):
 def test_sampled_tokens_follow_the_full_models_distribution(name, mode, options):
     """Chi-squared over the first two tokens, the draft's and the verifier's filters included."""
     model, _ = fixture(name)
-    prompt, trials, width = goldens(name)["greedy.prompt"].tolist()[:6], 800, 4
-    sampling = {"temp": 1.3, "top_k": width, "repetition_penalty": 1.2}
-    state = DecodingState(model)
-    seen: dict[tuple[int, int], int] = {}
-    sampler = Sampler(SamplingOptions(seed=11, **sampling))
-    policy = make_policy(model, sampler, mode, ModeOptions(**options))
+    prompt, width = goldens(name)["greedy.prompt"].tolist()[:6], 4
+    sampling = SamplingOptions(
+        seed=11, temp=1.3, top_k=width, repetition_penalty=1.2, repetition_context_size=20
+    )
+    seen = drawn_pairs(model, prompt, mode, sampling, 800, **options)
+    statistic, cells = chi_squared(model, prompt, sampling, seen, width)
+    # The 99.9th percentile of chi-squared with 15 degrees of freedom.
+    assert cells == 16 and statistic < 37.7
+
+
+def test_drafts_far_from_the_full_model_leave_its_distribution_alone():
+    """Stage 0 and the full model put much weight on different tokens here, so that a biased
+    acceptance, or a replacement drawn from the wrong rest, shows."""
+    model, _ = fixture("flat-d8")
+    sampling = SamplingOptions(seed=5, temp=0.7, top_k=6)
+    prompt = next(
+        text
+        for start in range(0, 200, 5)
+        if distance(model, text := goldens("flat-d8")["long.tokens"][0].tolist()[start:][:6]) > 0.6
+    )
+    seen = drawn_pairs(model, prompt, "speculative", sampling, 2500, num_draft_tokens=2)
+    statistic, cells = chi_squared(model, prompt, sampling, seen, 6)
+    # The 99.9th percentile with 35 degrees of freedom.
+    assert cells == 36 and statistic < 66.6
+
+
+def distance(model: PoEModel, tokens: list[int]) -> float:
+    """Total variation distance between what stage 0 and the full model predict next."""
+    scores = stage_scores(model, tokens, len(tokens) - 1)
+    p, q = (np.array(mx.softmax(mx.array(z[0]) / 0.7)) for z in (scores[0], scores[-1]))
+    return float(np.abs(p - q).sum() / 2)
+
+
+def drawn_pairs(
+    model: PoEModel,
+    prompt: list[int],
+    mode: str,
+    sampling: SamplingOptions,
+    trials: int,
+    **options,
+) -> dict[tuple[int, int], int]:
+    """How often each pair of first two tokens is drawn."""
+    state, seen = DecodingState(model), {}
+    policy = make_policy(model, Sampler(sampling), mode, ModeOptions(**options))
     for _ in range(trials):
-        first, second = ids(list(decode(model, prompt, policy, max_tokens=2, state=state)))
+        # Three, so that the second is not always the last of a round.
+        first, second, _ = ids(list(decode(model, prompt, policy, max_tokens=3, state=state)))
         seen[first, second] = seen.get((first, second), 0) + 1
+    return seen
+
+
+def chi_squared(
+    model: PoEModel,
+    prompt: list[int],
+    sampling: SamplingOptions,
+    seen: dict[tuple[int, int], int],
+    width: int,
+) -> tuple[float, int]:
+    """The statistic of `seen` against the full model's own distribution, and its cells."""
+    sampler, trials = Sampler(sampling), sum(seen.values())
 
     def distribution(tokens: list[int]) -> dict[int, float]:
         scores = sampler.process(model(mx.array([tokens]))[0, -1:], sampler.context(tokens))
         probs = mx.exp(sampler.log_probs(scores))[0]
         return {int(t): probs[t].item() for t in np.argsort(np.array(probs))[-width:]}
 
-    statistic, cells = 0.0, 0
+    statistic, cells, left = 0.0, 0, dict(seen)
     for first, p in distribution(prompt).items():
         for second, q in distribution([*prompt, first]).items():
             expected = trials * p * q
             cells += 1
-            statistic += (seen.pop((first, second), 0) - expected) ** 2 / expected
-    assert not seen, "a token outside the filters was drawn"
-    # The 99.9th percentile of chi-squared with 15 degrees of freedom.
-    assert cells == 16 and statistic < 37.7
+            statistic += (left.pop((first, second), 0) - expected) ** 2 / expected
+    assert not left, "a token outside the filters was drawn"
+    return statistic, cells
 
 
 @settings(max_examples=10, deadline=None)
@@ -317,6 +367,28 @@ def test_modes_share_one_state_and_switch_at_any_time(data):
         text = text + ids(ours)
         held = state.tokens
         assert held == text[: len(held)] and len(held) >= len(text) - 1
+
+
+@pytest.mark.parametrize("waiting", [39, 40, 41, 80, 81])
+@pytest.mark.parametrize("mode", MODES)
+def test_any_number_of_positions_may_be_pending(mode, waiting):
+    """A stage catches up by itself at `max_pending`; no mode may depend on whether it just has."""
+    model, _ = fixture("flat-d8")
+    source = goldens("flat-d8")["long.tokens"][0].tolist()
+    options = {"p99_bounds": [0.3] * 3} if "p99_bounds" in MODES[mode] else {}
+    prompt = source[: waiting + 1]
+    expected = run(model, prompt, mode, 8, **options)
+    # Read by the prompt's own chunks, and left behind by a shallower mode.
+    for shallow in (None, "stage"):
+        state = DecodingState(model, slack=24, max_pending=40)
+        if shallow:
+            state.set_depth(0)
+            state.prefill(prompt[:-1], 0)
+        policy = make_policy(model, Sampler(), mode, ModeOptions(**options))
+        decoded = list(
+            decode(model, prompt, policy, max_tokens=8, state=state, prefill_step_size=40)
+        )
+        assert [(d.token, d.stage) for d in decoded] == [(d.token, d.stage) for d in expected]
 
 
 def test_stopping_early_leaves_just_what_was_taken():

@@ -1,6 +1,7 @@
 """Specialists over one base in memory, and states that pass from one to the other."""
 
 import json
+from copy import copy
 from functools import cache
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from test_loading import write_base, write_stage
 from cognica_mlx.convert.conversion import prepare
 from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import locate
+from cognica_mlx.costs import bytes_read
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
 from cognica_mlx.model import log_op
 from cognica_mlx.stacking import PatchedEmbedding, shared_stages
@@ -297,6 +299,57 @@ def test_siblings_decode_as_a_fresh_forward_and_run_the_base_once():
             assert state.positions_run == [len(prompt) + 23] * 6
     with pytest.raises(RequestError, match="no calibration"):
         generate(model, tokenizer, prompt, mode="wand")
+
+
+def test_wand_decodes_with_siblings_down_to_the_last_stage():
+    model = attached().compose(["chat", "math"], [1, 2])
+    prompt = [2039, 2040, *some_tokens(20), 2041, 2042]
+    tokenizer = quiet(fixture("poe-tiny")[1])
+    full = [r.token for r in stream_generate(model, tokenizer, prompt, max_tokens=24)]
+    for bound in (0.5, float("inf")):
+        state, text = DecodingState(model), list(prompt)
+        decoded = stream_generate(
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=24,
+            mode="wand",
+            p99_bounds=[bound] * 5,
+            state=state,
+        )
+        stages = set()
+        for r in decoded:
+            logits = model.forward_all_stages(mx.array([text]))
+            expected = model(mx.array([text])) if r.stage == 5 else logits[r.stage]
+            assert r.token == int(mx.argmax(expected[0, -1]).item())
+            text.append(r.token)
+            stages.add(r.stage)
+        assert 5 in stages
+    assert text[len(prompt) :] == full
+
+
+@pytest.mark.parametrize("head_mode", ["dual", "base", "specialist"])
+def test_heads_are_priced_as_they_are_read(head_mode):
+    """A head of poe-tiny has 2048 * 128 float32 numbers."""
+    head = 2048 * 128 * 4
+    model, _ = load("poe-tiny-chat", dtype="float32", head_mode=head_mode)
+    own = 2 * head if head_mode == "dual" else head
+    assert bytes_read(model).heads == ((head,),) * 4 + ((own,),)
+    siblings = bytes_read(attached().compose(["chat", "math"]))
+    assert siblings.heads == ((head,),) * 4 + ((2 * head,),) * 2
+    assert siblings.full_head() == 4 * head
+
+
+def test_stages_with_other_lambdas_are_not_shared():
+    base, chat = attached().use(None), attached().use("chat")
+    for name in ("resid_lambdas", "x0_lambdas"):
+        for layer, alike in ((0, 0), (3, 1), (7, 3)):
+            other = copy(chat)
+            values = chat[name].tolist()
+            values[layer] += 0.01
+            other[name] = mx.array(values)
+            assert shared_stages(base, other, [1, 2]) == alike
+            assert shared_stages(other, chat, [1, 2]) == alike
 
 
 def quiet(tokenizer: Tokenizer) -> Tokenizer:

@@ -62,6 +62,21 @@ def test_cache_refuses_a_rollback_it_cannot_do_and_stays_as_it_was():
     assert keys.reshape(-1).tolist() == [36, 37, 38, 39, 40]
 
 
+@pytest.mark.parametrize("length", [1, 3, 9])
+def test_a_rollback_to_the_earliest_position_finds_every_key_it_needs(length):
+    cache = SlidingCache(window=5, slack=3)
+    for start in range(0, 45, length):
+        new = numbered(range(start, start + length))
+        cache.update(new, new)
+        if cache.earliest:
+            back = cache.fork()
+            back.rollback(cache.earliest)
+            keys, _ = back.update(numbered(range(900, 901)), numbered(range(900, 901)))
+            expected = [*range(cache.earliest - 5, cache.earliest), 900]
+            assert keys.reshape(-1).tolist() == expected
+    assert cache.earliest
+
+
 @pytest.mark.parametrize(
     ("window", "offset", "length"), [(4, 0, 9), (4, 3, 2), (4, 9, 3), (9, 2, 5)]
 )

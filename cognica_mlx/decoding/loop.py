@@ -115,13 +115,14 @@ def _return_to_common_start(state: DecodingState, prompt: Sequence[int]) -> None
 
 
 def advance_through(state: DecodingState, depth: int) -> dict[int, Hidden]:
-    """Advance every stage up to `depth`; each boundary's last position, (1, 1, D)."""
-    last = {}
+    """Advance every stage up to `depth`; each boundary's last position, (1, 1, D).
+
+    A stage that has already caught up by itself has nothing to run, and its activations are there.
+    """
     for stage in range(depth + 1):
-        hidden = state.advance(stage)
-        assert hidden is not None, "a token has just been appended"
-        last[stage] = hidden if len(hidden) == 1 else hidden[-1:]
-    return last
+        state.advance(stage)
+    end = state.length
+    return {stage: state.boundary(stage, end - 1, end) for stage in range(depth + 1)}
 
 
 def number(array: mx.array) -> float:

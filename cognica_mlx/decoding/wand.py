@@ -98,23 +98,24 @@ class Wand:
 
     def _leave(self, state: DecodingState, context: mx.array | None) -> DecodedToken:
         """Advance until the rule lets go, and choose the token there."""
-        passed: list[mx.array] = []
+        passed: dict[int, Hidden] = {}
+        logits: list[mx.array] = []
+        end = state.length
         if self.pace:
             self.pace.tokens += 1
         for stage in range(self.depth + 1):
             if self.pace:
                 self.pace.spent += self.pace.costs.stage(stage, state.pending(stage))
-            hidden = state.advance(stage)
-            assert hidden is not None, "the token has just been appended"
-            hidden = hidden[-1:]
+            state.advance(stage)
+            passed[stage] = state.boundary(stage, end - 1, end)
             if self.model.pools_stages:
-                passed.append(self.model.stage_logits(stage, hidden))
+                logits.append(self.model.stage_logits(stage, passed[stage]))
             tested = stage == self.depth or stage in self.exits
             if self.pace and (tested or self.model.pools_stages):
                 self.pace.spent += self.pace.costs.head(stage)
             if not tested:
                 continue
-            scores = self.sampler.process(self._scores(stage, hidden, passed)[:, -1], context)
+            scores = self.sampler.process(self._scores(stage, passed, logits)[:, -1], context)
             chosen = self.sampler.choose(scores)
             logprob, lead = logprob_of(scores, chosen), margin(scores)
             mx.eval(chosen, logprob, lead)
@@ -122,9 +123,9 @@ class Wand:
                 break
         return DecodedToken.read(chosen, logprob, stage)
 
-    def _scores(self, stage: int, hidden: Hidden, passed: list[mx.array]) -> mx.array:
+    def _scores(self, stage: int, passed: dict[int, Hidden], logits: list[mx.array]) -> mx.array:
         if self.model.pools_stages:
-            return self.model.pool(passed)
+            return self.model.pool(logits)
         if stage == self.depth:
-            return self.model.full_scores({stage: hidden})
-        return self.model.stage_logits(stage, hidden)
+            return self.model.full_scores(passed)
+        return self.model.stage_logits(stage, passed[stage])
