@@ -1,113 +1,146 @@
-"""The keys and values of one layer: a bounded sliding window that can be rolled back, its mask.
+"""The keys and values of one stage of one sequence: bounded, and always able to roll back.
 
-Rows lie in order in a buffer that is longer than the window. New rows go behind the last; when
-the buffer is full, the part still needed moves to the front. So one new token needs no mask and
-no copy, and a rollback is a subtraction, also long after old rows have been dropped.
+Rows lie in order in one buffer per layer, longer than the window. New rows go behind the last;
+when the buffer is full, the part still needed moves to the front. So one new token needs no mask,
+and a rollback is a subtraction, also long after old rows have been dropped.
+
+MLX copies a whole buffer where it is written while earlier work that reads it is not done. So
+between two waits of the driver (`next_round`) a buffer is written once. What comes after that in
+the same round, drafts above all, goes to a short tail beside the buffer, attention covers both,
+and the next round's first write takes the tail in.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import mlx.core as mx
 
 from cognica_mlx.errors import RollbackError
 
-GROWTH = 256
+# Buffers grow by so many rows. On CUDA a view of a buffer whose length is a multiple of 256 rows
+# is taken for the whole buffer by cuDNN's attention, so theirs never is.
+GROWTH, UNEVEN = 256, 8
+# The most rows beside the buffer; and the size in bytes from which a buffer is not worth copying
+# (attention in two parts is a few small operations more).
+TAIL, LARGE = 64, 1 << 20
 
 
-class LayerCache(Protocol):
-    """What a layer needs of its cache, be it ours or another library's."""
+class Attention(Protocol):
+    """What a layer asks of the cache, ours or another library's, for the positions of one pass."""
 
     @property
     def offset(self) -> int | mx.array:
-        """The position of the next key; where rows of a batch differ, one for each, (B,)."""
+        """The first position; an array where it differs: (B,), or (T,) for rows packed into one."""
 
-    def mask(self, length: int) -> mx.array | str | None:
-        """The mask for the next `length` queries over what `update` will return."""
-
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append (B, H, T, head_dim); return what T queries at these positions may see."""
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """Take in keys and values (B, KV, T, head_dim); what queries (B, H, T, head_dim) see."""
 
 
-class SlidingCache:
-    """Keys and values (B, H, rows, head_dim) of the latest positions of one layer.
+class WholeText:
+    """Attention without a cache, over a text that begins with these positions."""
 
-    `offset` is the position of the next key (rotary needs it), `rows` how many are held
-    (attention needs it); they part ways once old rows are dropped. The last `window + slack` rows
-    are always kept, so any rollback of up to `slack` positions from the furthest one succeeds.
-    The buffer never exceeds `window + 2 * slack` rows.
-    """
+    offset = 0
 
-    def __init__(self, window: int, slack: int):
-        self.window, self.slack = window, slack
-        self.offset = 0
-        self.rows = 0
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
+    def __init__(self, window: int, length: int):
+        self._mask = window_mask(window, 0, length)
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """See `Attention`."""
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self._mask)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the rows of one window's layers lie: `rows` in the buffer, then `tail` beside it."""
+
+    rows: int = 0
+    tail: int = 0
 
     @property
-    def limit(self) -> int:
-        """The most rows that are ever held."""
-        return self.window + 2 * self.slack
+    def held(self) -> int:
+        """Rows held in all."""
+        return self.rows + self.tail
 
-    def mask(self, length: int) -> mx.array | str | None:
-        """The mask for the next `length` queries over what `update` will return."""
-        return window_mask(self.window, self.offset, length)
 
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append (B, H, T, head_dim); return what T queries at these positions may see.
+@dataclass(frozen=True)
+class Layer:
+    """One layer's arrays (1, KV, rows, head_dim): buffers, of which `Span.rows` are in use, and
+    tails."""
 
-        That is the `min(offset, window)` rows before them and their own: mask first, evict after.
-        """
-        length = keys.shape[2]
-        visible = min(self.offset, self.window) + length
-        limit, kept = self.limit, min(self.rows, self.window + self.slack)
-        if self._keys is None or self._values is None:
-            self._keys, self._values = keys[..., :0, :], values[..., :0, :]
-        if self.rows + length > limit and kept + length > limit:
-            # More rows than the buffer ever holds: attend over all, keep the tail of them.
-            self._keys = mx.concatenate([self._held(self._keys, kept), keys], axis=2)
-            self._values = mx.concatenate([self._held(self._values, kept), values], axis=2)
-            seen = [self._keys[..., -visible:, :], self._values[..., -visible:, :]]
-            self.rows = min(kept + length, self.window + self.slack)
-            self._keys = mx.contiguous(self._keys[..., -self.rows :, :])
-            self._values = mx.contiguous(self._values[..., -self.rows :, :])
-            self.offset += length
-            # The tail is copied before the layer goes on, or all layers' rows would wait for that.
-            keys, values = mx.depends(seen, [self._keys, self._values])
-            return keys, values
-        if self.rows + length > limit:
-            self._keys = self._padded(self._held(self._keys, kept), limit)
-            self._values = self._padded(self._held(self._values, kept), limit)
-            self.rows = kept
-        elif self.rows + length > self._keys.shape[2]:
-            size = min(limit, -(-(self.rows + length) // GROWTH) * GROWTH)
-            self._keys = self._padded(self._held(self._keys, self.rows), size)
-            self._values = self._padded(self._held(self._values, self.rows), size)
-        end = self.rows + length
-        self._keys[..., self.rows : end, :] = keys
-        self._values[..., self.rows : end, :] = values
-        self.rows = end
-        self.offset += length
-        return self._keys[..., end - visible : end, :], self._values[..., end - visible : end, :]
+    keys: mx.array | None = None
+    values: mx.array | None = None
+    tail_keys: mx.array | None = None
+    tail_values: mx.array | None = None
 
-    def _held(self, buffer: mx.array, count: int) -> mx.array:
-        return buffer[..., self.rows - count : self.rows, :]
+    def arrays(self) -> list[mx.array]:
+        """Its arrays, for evaluation and for counting bytes."""
+        found = (self.keys, self.values, self.tail_keys, self.tail_values)
+        return [array for array in found if array is not None]
 
-    @staticmethod
-    def _padded(rows: mx.array, size: int) -> mx.array:
-        batch, heads, length, dim = rows.shape
-        return mx.concatenate(
-            [rows, mx.zeros((batch, heads, size - length, dim), rows.dtype)], axis=2
-        )
+
+@dataclass(frozen=True)
+class Content:
+    """All that a `StageCache` holds: replaced as a whole, so that it is never half changed.
+
+    offset: the position of the next key. spans: by window. written: the round of the last write to
+    the buffers.
+    """
+
+    offset: int
+    spans: dict[int, Span]
+    layers: tuple[Layer, ...]
+    written: int = -1
+
+
+class StageCache:
+    """Keys and values of the latest positions, for the layers of one stage.
+
+    `windows` has one for each layer. `offset` is the position of the next key. The last
+    `window + slack` rows are always kept, so any rollback of up to `slack` positions from the
+    furthest one succeeds. No buffer exceeds `window + 2 * slack` rows (and a few).
+    """
+
+    def __init__(self, windows: Sequence[int], slack: int):
+        self.windows, self.slack = tuple(windows), slack
+        self.content = Content(0, dict.fromkeys(windows, Span()), (Layer(),) * len(windows))
+        self.round = 0
+
+    @property
+    def offset(self) -> int:
+        """The position of the next key."""
+        return self.content.offset
+
+    def limit(self, window: int) -> int:
+        """The most rows that a buffer ever has."""
+        return uneven(window + 2 * self.slack)
+
+    def is_large(self, window: int) -> bool:
+        """Whether the buffers of this window take longer to copy than to work around."""
+        keys = self.content.layers[self.windows.index(window)].keys
+        return keys is not None and keys.nbytes >= LARGE
+
+    def next_round(self) -> None:
+        """All that has been computed from the buffers is done: they may be written again."""
+        self.round += 1
+
+    def begin(self, length: int) -> StagePass:
+        """A pass of the next `length` positions. Nothing changes before `commit`."""
+        return StagePass(self, length)
+
+    def commit(self, done: StagePass) -> None:
+        """Take in what the pass has computed."""
+        self.content = done.result()
 
     @property
     def earliest(self) -> int:
         """The earliest position that `rollback` can return to."""
-        dropped = self.offset - self.rows
-        return dropped + self.window if dropped else 0
+        return max(
+            dropped + window if (dropped := self.offset - span.held) else 0
+            for window, span in self.content.spans.items()
+        )
 
     def rollback(self, position: int) -> None:
         """Forget the keys at `position` and after it. Raises RollbackError beyond `earliest`."""
@@ -116,32 +149,232 @@ class SlidingCache:
                 f"cannot return to position {position}: "
                 f"the cache reaches from {self.earliest} to {self.offset}"
             )
-        self.rows -= self.offset - position
-        self.offset = position
+        gone = self.offset - position
+        spans = {
+            window: Span(span.rows - max(gone - span.tail, 0), max(span.tail - gone, 0))
+            for window, span in self.content.spans.items()
+        }
+        self.content = replace(self.content, offset=position, spans=spans)
 
-    def fork(self) -> SlidingCache:
+    def fork(self) -> StageCache:
         """An independent copy; the buffers are shared until either side writes."""
-        other = copy.copy(self)
-        # Item assignment rebinds the array object it is given, so a copy needs its own object.
-        if self._keys is not None and self._values is not None:
-            other._keys, other._values = mx.array(self._keys), mx.array(self._values)
+        other = StageCache(self.windows, self.slack)
+        other.content, other.round = self.content, self.round
         return other
 
-    def content(self) -> tuple[mx.array, mx.array] | None:
-        """The rows held, keys and values (B, H, rows, head_dim); None before the first."""
-        if self._keys is None or self._values is None:
-            return None
-        return self._keys[..., : self.rows, :], self._values[..., : self.rows, :]
+    def rows(self) -> list[tuple[mx.array, mx.array]]:
+        """Each layer's keys and values (1, KV, rows, head_dim); empty before the first."""
+        found = []
+        for window, layer in zip(self.windows, self.content.layers, strict=True):
+            if layer.keys is not None and layer.values is not None:
+                span = self.content.spans[window]
+                found.append(
+                    (
+                        _joined(layer.keys, layer.tail_keys, span, span.held),
+                        _joined(layer.values, layer.tail_values, span, span.held),
+                    )
+                )
+        return found
 
-    def restore(self, content: tuple[mx.array, mx.array] | None, offset: int) -> None:
-        """Hold what another cache of this window and slack gave out as its `content`."""
-        self._keys, self._values = content or (None, None)
-        self.rows = 0 if content is None else content[0].shape[2]
-        self.offset = offset
+    def restore(self, rows: Sequence[tuple[mx.array, mx.array]], offset: int) -> None:
+        """Hold what another cache of these windows and this slack gave out as its `rows`."""
+        spans = {
+            window: Span(keys.shape[2])
+            for window, (keys, _) in zip(self.windows, rows, strict=bool(rows))
+        }
+        layers = tuple(Layer(keys, values) for keys, values in rows)
+        empty = StageCache(self.windows, self.slack).content
+        self.content = Content(offset, spans, layers) if rows else empty
 
     def arrays(self) -> list[mx.array]:
-        """The buffers, for evaluation and for counting bytes."""
-        return [a for a in (self._keys, self._values) if a is not None]
+        """The buffers and tails, for evaluation and for counting bytes."""
+        return [array for layer in self.content.layers for array in layer.arrays()]
+
+
+class StagePass:
+    """The positions that one sequence runs through a stage: each layer's `Attention`, in turn."""
+
+    def __init__(self, cache: StageCache, length: int):
+        self.length = length
+        self._cache, self._content = cache, cache.content
+        self.offset = cache.content.offset
+        self._views: dict[int, _View] = {
+            window: _View(span, self.offset, length, window, cache)
+            for window, span in cache.content.spans.items()
+        }
+        self._layers: list[Layer] = []
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """See `Attention`; each call is for the next layer."""
+        i = len(self._layers)
+        view = self._views[self._cache.windows[i]]
+        layer, out = view.attend(self._content.layers[i], q, k, v, scale)
+        self._layers.append(layer)
+        return out
+
+    def result(self) -> Content:
+        """What the cache holds after this pass, whose layers must all have attended."""
+        wrote = any(not view.beside for view in self._views.values())
+        return Content(
+            self.offset + self.length,
+            {window: view.after for window, view in self._views.items()},
+            tuple(self._layers),
+            self._cache.round if wrote else self._content.written,
+        )
+
+
+class _View:
+    """How a pass reads and writes the layers of one window."""
+
+    def __init__(self, span: Span, offset: int, length: int, window: int, cache: StageCache):
+        self.span, self.length = span, length
+        self.limit, self.slack, self.window = cache.limit(window), cache.slack, window
+        # What these queries see besides their own rows.
+        self.before = min(offset, window)
+        self.mask = window_mask(window, offset, length)
+        self.beside = (
+            cache.content.written == cache.round
+            and cache.is_large(window)
+            and span.tail + length <= min(TAIL, self.slack)
+        )
+        if self.beside:
+            self.after = Span(span.rows, span.tail + length)
+        else:
+            # Rows kept where they do not all fit: then the oldest make room.
+            self.kept = span.held
+            if span.held + length > self.limit:
+                self.kept = min(span.held, window + cache.slack)
+            self.overflows = self.kept + length > self.limit
+            rows = self.kept + length
+            self.after = Span(min(rows, window + cache.slack) if self.overflows else rows)
+
+    def attend(
+        self, layer: Layer, q: mx.array, k: mx.array, v: mx.array, scale: float
+    ) -> tuple[Layer, mx.array]:
+        """The layer afterwards, and what the queries see."""
+        if layer.keys is None or layer.values is None:
+            layer = Layer(k[..., :0, :], v[..., :0, :])
+        assert layer.keys is not None and layer.values is not None
+        if self.beside:
+            return self._attend_beside(layer, q, k, v, scale)
+        if self.overflows:
+            keys = mx.concatenate([self._held(layer.keys, layer.tail_keys), k], axis=2)
+            values = mx.concatenate([self._held(layer.values, layer.tail_values), v], axis=2)
+            seen = self.before + self.length
+            views = [keys[..., -seen:, :], values[..., -seen:, :]]
+            kept = [mx.contiguous(part[..., -self.after.rows :, :]) for part in (keys, values)]
+            # The tail is copied before the layer goes on, or all layers' rows would wait for that.
+            keys, values = mx.depends(views, kept)
+            return Layer(*kept), self._see(q, keys, values, scale)
+        keys = self._write(layer.keys, layer.tail_keys, k)
+        values = self._write(layer.values, layer.tail_values, v)
+        end = self.after.rows
+        first = end - self.length - self.before
+        out = self._see(q, keys[..., first:end, :], values[..., first:end, :], scale)
+        return Layer(keys, values), out
+
+    def _see(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self.mask)
+
+    def _held(self, buffer: mx.array, tail: mx.array | None) -> mx.array:
+        """The rows kept, in order."""
+        return _joined(buffer, tail, self.span, self.kept)
+
+    def _write(self, buffer: mx.array, tail: mx.array | None, new: mx.array) -> mx.array:
+        """The buffer with the tail and the new rows behind the old ones."""
+        end = self.after.rows
+        size = buffer.shape[2]
+        if self.kept < self.span.held or end > size:
+            # Moved to the front, or to a longer buffer.
+            size = min(self.limit, max(size, uneven(-(-end // GROWTH) * GROWTH)))
+            rows = mx.concatenate([self._held(buffer, tail), new], axis=2)
+            return mx.pad(rows, [(0, 0), (0, 0), (0, size - end), (0, 0)])
+        if self.span.tail and tail is not None:
+            new = mx.concatenate([tail[..., : self.span.tail, :], new], axis=2)
+        # An array object of its own: item assignment changes the one that it is given.
+        written = mx.array(buffer)
+        written[..., self.span.rows : end, :] = new
+        return written
+
+    def _attend_beside(
+        self, layer: Layer, q: mx.array, k: mx.array, v: mx.array, scale: float
+    ) -> tuple[Layer, mx.array]:
+        """Attention over the buffer as it is and the tail with the new rows, in two parts."""
+        tail = self.span.tail
+        if tail and layer.tail_keys is not None and layer.tail_values is not None:
+            k = mx.concatenate([layer.tail_keys[..., :tail, :], k], axis=2)
+            v = mx.concatenate([layer.tail_values[..., :tail, :], v], axis=2)
+        assert layer.keys is not None and layer.values is not None
+        # The oldest rows that any of the queries sees; a short window may end within the tail.
+        count = max(self.before - tail, 0)
+        first = self.span.rows - count
+        old_k = layer.keys[..., first : self.span.rows, :]
+        old_v = layer.values[..., first : self.span.rows, :]
+        seen = min(self.before, tail) + self.length
+        out = _two_parts(
+            q, (old_k, old_v), (k[..., -seen:, :], v[..., -seen:, :]), scale, self.mask
+        )
+        return Layer(layer.keys, layer.values, k, v), out
+
+
+def _two_parts(
+    q: mx.array,
+    old: tuple[mx.array, mx.array],
+    new: tuple[mx.array, mx.array],
+    scale: float,
+    mask: mx.array | str | None,
+) -> mx.array:
+    """Attention of q (1, H, T, head_dim) over two lots of keys and values (1, KV, n, head_dim)."""
+    _, heads, length, dim = q.shape
+    kv_heads, count = old[0].shape[1], old[0].shape[2]
+    # Queries of one key head side by side: (1, KV, H / KV * T, head_dim).
+    grouped = (q * scale).reshape(1, kv_heads, -1, dim)
+    scores = mx.concatenate(
+        [grouped @ old[0].swapaxes(-1, -2), grouped @ new[0].swapaxes(-1, -2)], axis=-1
+    )
+    if mask is not None:
+        total = scores.shape[-1]
+        if isinstance(mask, str):
+            mask = mx.arange(total)[None] <= mx.arange(total - length, total)[:, None]
+        scores = scores.reshape(1, heads, length, total)
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+        scores = scores.reshape(1, kv_heads, -1, total)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    out = weights[..., :count] @ old[1] + weights[..., count:] @ new[1]
+    return out.reshape(1, heads, length, dim)
+
+
+class PackedPass:
+    """The passes of several sequences as one: rows (1, total, …) follow each other."""
+
+    def __init__(self, passes: Sequence[StagePass]):
+        self._passes = passes
+        positions = [p for one in passes for p in range(one.offset, one.offset + one.length)]
+        self.offset = mx.array(positions, dtype=mx.int32)
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """See `Attention`."""
+        outs, start = [], 0
+        for one in self._passes:
+            stop = start + one.length
+            rows = slice(start, stop)
+            outs.append(one.attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], scale))
+            start = stop
+        return mx.concatenate(outs, axis=2)
+
+
+def _joined(buffer: mx.array, tail: mx.array | None, span: Span, count: int) -> mx.array:
+    """The last `count` rows held, in order."""
+    first = span.rows - (count - span.tail)
+    rows = buffer[..., first : span.rows, :]
+    if not span.tail or tail is None:
+        return rows
+    return mx.concatenate([rows, tail[..., : span.tail, :]], axis=2)
+
+
+def uneven(rows: int) -> int:
+    """At least `rows`, and no multiple of `GROWTH`: see there."""
+    return rows if rows % GROWTH else rows + UNEVEN
 
 
 def window_mask(window: int, offset: int, length: int) -> mx.array | str | None:

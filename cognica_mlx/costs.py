@@ -17,7 +17,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_reduce
 
-from cognica_mlx.model import Hidden, PoEModel
+from cognica_mlx.decoding.requests import advance
+from cognica_mlx.decoding.single import carry_out, prefill
+from cognica_mlx.decoding.targets import Target
+from cognica_mlx.hidden import Hidden
+from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import logprob_of, margin
 from cognica_mlx.state import DecodingState
 
@@ -62,21 +66,20 @@ class Costs:
         """A batch through all layers up to `stage`."""
         return sum(self.stage(k, rows) for k in range(stage + 1))
 
-    def draft_head(
-        self, stage: int, summed: bool, share: float = 1.0, rank: int | None = None
-    ) -> float:
-        """What `stage` drafts, see `draft_target`, where it reads `share` of the heads' rows."""
-        if rank is not None and rank in self.shortlists:
-            return self.shortlists[rank]
-        if summed:
-            return share * self.full_head()
-        pooled = range(stage + 1) if 0 in self.full_boundaries else (stage,)
-        return share * sum(self.head(k) for k in pooled)
+    def target(self, target: Target, rows: int = 1) -> float:
+        """What a target predicts for a batch."""
+        if target.rank in self.shortlists:
+            return self.shortlists[target.rank]
+        return target.share * sum(self.head(k, rows) for k in target.heads)
+
+    def full_pass(self, rows: int = 1) -> float:
+        """A batch at full depth."""
+        return self.lower(len(self.stages) - 1, rows) + self.full_head(rows)
 
     @property
     def full_token(self) -> float:
         """One token at full depth."""
-        return self.lower(len(self.stages) - 1) + self.full_head()
+        return self.full_pass()
 
     def _at(self, costs: Sequence[float], rows: int) -> float:
         if rows > self.rows[-1] and len(self.rows) > 1:
@@ -89,7 +92,7 @@ def bytes_read(model: PoEModel) -> Costs:
     """In bytes of weights, from the model's own arrays."""
     stages, heads = [], []
     for stage in range(model.poe_n_stages):
-        blocks = [model.h[i] for i in model.config.stage_range(stage)]
+        blocks = model.stages[stage].blocks
         # Of an embedding table only the token's own row is read.
         tables = [b.attn.value_embed for b in blocks if "value_embed" in b.attn]
         stages.append(sum(map(nbytes, blocks)) - sum(map(nbytes, tables)))
@@ -117,7 +120,7 @@ def measure(
     started = time.perf_counter()
     if state is None:
         state = DecodingState(model)
-        state.prefill(text, state.depth)
+        prefill(state, text, state.depth)
     stages, length = range(model.poe_n_stages), state.length
     short = [model.with_shortlist(rank) for rank in ranks]
     rounds: list[list] = []
@@ -153,9 +156,10 @@ def _seconds(work: Callable[[], list[mx.array]]) -> float:
 
 
 def _advance(state: DecodingState, stage: int) -> list[mx.array]:
-    hidden = state.advance(stage)
-    assert hidden is not None, "positions have just been appended"
-    return hidden.arrays()
+    start = state.filled[stage]
+    carry_out(advance(state, stage))
+    state.next_round()
+    return state.boundary(stage, start, state.filled[stage]).arrays()
 
 
 def _choose(model: PoEModel, stage: int, hidden: Hidden) -> list[mx.array]:

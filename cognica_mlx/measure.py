@@ -15,14 +15,14 @@ import numpy as np
 
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.costs import Costs, bytes_read
-from cognica_mlx.decoding.loop import decode
 from cognica_mlx.decoding.plain import Plain
+from cognica_mlx.decoding.single import decode
 from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.replay import DRAFT_LENGTHS, Trace, best_options, replay_speculative
-from cognica_mlx.sampling import Sampler, logprob_of, margin
+from cognica_mlx.sampling import logprob_of, margin
 
 CONTINUATION_PROMPT = 16
 MIN_TOKENS = 100
@@ -82,14 +82,14 @@ def calibrate(
         model, texts, count=continuations, tokens=continuation_tokens, progress=progress
     )
     costs = costs or bytes_read(model)
-    summed = bool(model.config.specialist_layers)
     needed = exit_margins(model, bounds, safety=1.0)
-    chosen = best_options(traces, costs, needed, pools_stages=model.pools_stages, summed=summed)
+    chosen = best_options(model, traces, costs, needed)
     speedups = {
         mode: costs.full_token * replay.tokens / replay.cost for mode, (_, replay) in chosen.items()
     }
     recommended = max(speedups, key=lambda mode: speedups[mode])
     config = model.config
+    heads = [costs.target(draft_target(model, k, "summed")) for k in range(model.poe_n_stages - 1)]
     return Calibration(
         stage_layers=config.stage_layers + config.specialist_layers,
         p99_bounds=tuple(round(bound, 4) for bound in bounds),
@@ -98,10 +98,10 @@ def calibrate(
         bits_per_byte=tuple(round(float(n), 4) for n in nll / math.log(2) / max(n_bytes, 1)),
         acceptance={
             str(stage): [
-                round(replay_speculative(traces, costs, stage, n, None).acceptance, 4)
+                round(replay_speculative(traces, costs, stage, n, None, head).acceptance, 4)
                 for n in DRAFT_LENGTHS
             ]
-            for stage in range(model.poe_n_stages - 1)
+            for stage, head in enumerate(heads)
         },
         options={mode: options for mode, (options, _) in chosen.items()},
         speedups={mode: round(s, 3) for mode, s in speedups.items()},
@@ -116,9 +116,7 @@ def _lengths(traces: Sequence[Trace]) -> list[int]:
 
 def _predict(model: PoEModel, text: Sequence[int]) -> _Predictions:
     tokens = mx.array([list(text)], dtype=mx.int32)
-    boundaries = model.boundaries(tokens)
-    logits = [model.stage_logits(k, hidden)[0] for k, hidden in enumerate(boundaries)]
-    full = model.full_scores(dict(enumerate(boundaries)))[0]
+    *logits, full = (scores[0] for scores in model.predictions(tokens))
     nll = mx.stack([-logprob_of(z[:-1], tokens[0, 1:]) for z in (*logits, full)])
     if model.pools_stages:
         logits = [model.pool(logits[: k + 1]) for k in range(len(logits))]
@@ -159,13 +157,13 @@ def record(
 ) -> list[Trace]:
     """What the stages predict along `count` greedy continuations by the full model, of so many
     tokens each, of the texts' beginnings."""
-    policy, traces = Plain(full_target(model), Sampler()), []
+    mode, traces = Plain(full_target(model)), []
     for i in range(count):
         text = texts[i % len(texts)]
         # A text used again is continued from further on.
         end = min(CONTINUATION_PROMPT * (1 + i // len(texts)), len(text))
         prompt = list(text[:end])
-        decoded = decode(model, prompt, policy, max_tokens=tokens)
+        decoded = decode(model, prompt, mode, max_tokens=tokens)
         written = prompt + [one.token for one in decoded]
         found, part = _predict(model, written), np.s_[:-1, end - 1 : -1]
         hits, margins = (found.best == found.best[-1])[part], found.margins[part]

@@ -14,29 +14,24 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.model import Hidden, PoEModel
+from cognica_mlx.hidden import Hidden
+from cognica_mlx.model import PoEModel
 
 ModelArgs = PoEConfig
 
 
 class RotatingCache:
-    """A layer's mlx-lm cache, for one sequence or a batch of them, as `run_layers` asks for it."""
+    """A layer's mlx-lm cache, for one sequence or a batch of them, as our blocks ask for it."""
 
-    def __init__(self, cache: Any):
+    def __init__(self, cache: Any, length: int):
         self._cache = cache
+        self.offset: int | mx.array = cache.offset
+        self._mask = cache.make_mask(length)
 
-    @property
-    def offset(self) -> int | mx.array:
-        """The position of the next key, one for each row of a batch."""
-        return self._cache.offset
-
-    def mask(self, length: int) -> mx.array | str | None:
-        """The mask for the next `length` queries over what `update` will return."""
-        return self._cache.make_mask(length)
-
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append (B, H, T, head_dim); return what T queries at these positions may see."""
-        return self._cache.update_and_fetch(keys, values)
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """Take in keys and values (B, KV, T, head_dim); what queries (B, H, T, head_dim) see."""
+        k, v = self._cache.update_and_fetch(k, v)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self._mask)
 
 
 class Model(PoEModel):
@@ -61,11 +56,11 @@ class Model(PoEModel):
         """
         if cache is None:
             return super().__call__(tokens)
-        caches = [RotatingCache(layer) for layer in cache[1:]]
         hidden, boundaries = self._embed_after(tokens, cache[0]), {}
-        for stage in range(self.poe_n_stages):
-            hidden = self.run_layers(hidden, self.config.stage_range(stage), caches)
-            boundaries[stage] = hidden
+        layers = cache[1:]
+        for k, stage in enumerate(self.stages):
+            caches = [RotatingCache(layers[i], tokens.shape[1]) for i in stage.layers]
+            boundaries[k] = hidden = stage(hidden, caches)
         return self.full_scores(boundaries)
 
     def _embed_after(self, tokens: mx.array, state: ArraysCache) -> Hidden:

@@ -1,8 +1,7 @@
-"""The Cognica-PoE network in MLX: blocks, heads, and one forward over a range of layers.
+"""The Cognica-PoE network in MLX: embedding, stages, heads, and what they predict.
 
-- in: token ids (B, T) or boundary activations (`Hidden`); optionally a key-value cache per layer
+- in: token ids (B, T) or boundary activations (`Hidden`)
 - out: boundary activations, and float32 logits or Log-OP scores (B, T, V)
-- every path (prefill, one token, a batch of drafts, a catch-up) goes through `run_layers`
 - it knows nothing about sampling, modes or files
 """
 
@@ -10,27 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from cognica_mlx.cache import LayerCache, window_mask
 from cognica_mlx.calibration import Calibration
-from cognica_mlx.config import SMEAR_CHANNELS, SUMMED, VALUE_GATE_CHANNELS, PoEConfig
-from cognica_mlx.elementwise import gated, mixed, relu_squared, softcap
+from cognica_mlx.config import SMEAR_CHANNELS, SUMMED, PoEConfig
+from cognica_mlx.elementwise import softcap
 from cognica_mlx.errors import RequestError
-from cognica_mlx.linear import Linear, first_rows
+from cognica_mlx.hidden import Hidden
+from cognica_mlx.linear import Linear
 from cognica_mlx.shortlist import ShortlistHead
-
-NORM_EPS = 1.1920929e-07
-# Queries and keys are each scaled by this after their norm (nanochat's sharper attention).
-QK_SCALE = 1.2
-
-
-def norm(x: mx.array) -> mx.array:
-    """RMSNorm over the last axis, without a learned weight."""
-    return mx.fast.rms_norm(x, None, NORM_EPS)
+from cognica_mlx.stages import Block, Stage, alike, norm
 
 
 def log_softmax(logits: mx.array) -> mx.array:
@@ -49,132 +40,6 @@ def log_op(logits: Sequence[mx.array], weights: Sequence[float]) -> mx.array:
     )
 
 
-@dataclass(frozen=True)
-class Hidden:
-    """Consecutive positions at a stage boundary: all that the next stage needs of them.
-
-    tokens (B, T) int; x and x0 (B, T, D), the residual stream and the smeared embedding;
-    backout (B, T, D) from the boundary on that lies beyond the backout layer, before it None.
-    """
-
-    tokens: mx.array
-    x: mx.array
-    x0: mx.array
-    backout: mx.array | None = None
-
-    def __len__(self) -> int:
-        return self.tokens.shape[1]
-
-    def __getitem__(self, positions: slice) -> Hidden:
-        backout = None if self.backout is None else self.backout[:, positions]
-        return Hidden(
-            self.tokens[:, positions], self.x[:, positions], self.x0[:, positions], backout
-        )
-
-    @staticmethod
-    def concatenate(parts: Sequence[Hidden]) -> Hidden:
-        """Join runs of positions that follow each other."""
-        if len(parts) == 1:
-            return parts[0]
-        backouts = [part.backout for part in parts if part.backout is not None]
-        return Hidden(
-            mx.concatenate([part.tokens for part in parts], axis=1),
-            mx.concatenate([part.x for part in parts], axis=1),
-            mx.concatenate([part.x0 for part in parts], axis=1),
-            mx.concatenate(backouts, axis=1) if backouts else None,
-        )
-
-    def arrays(self) -> list[mx.array]:
-        """Its arrays, for evaluation and for counting bytes."""
-        return [a for a in (self.tokens, self.x, self.x0, self.backout) if a is not None]
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention over a sliding window."""
-
-    def __init__(self, config: PoEConfig, layer: int):
-        super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim = config.head_dim
-        width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        self.c_q = Linear(config.n_embd, width, bias=False)
-        self.c_k = Linear(config.n_embd, kv_width, bias=False)
-        self.c_v = Linear(config.n_embd, kv_width, bias=False)
-        self.c_proj = Linear(width, config.n_embd, bias=False)
-        if layer in (config.value_embed_layers or ()):
-            self.value_embed = nn.Embedding(config.padded_vocab_size, kv_width)
-            self.ve_gate = Linear(VALUE_GATE_CHANNELS, self.n_kv_head, bias=False)
-        # Rotation is by minus theta: mx.fast.rope divides positions by these.
-        halves = mx.arange(0, self.head_dim, 2, dtype=mx.float32) / self.head_dim
-        self._freqs = -(config.rope_theta**halves)
-        # The scale of 1.2 on queries and on keys is folded into attention's own.
-        self._scale = QK_SCALE**2 * self.head_dim**-0.5
-
-    def _heads(self, x: mx.array) -> mx.array:
-        """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
-        batch, length, _ = x.shape
-        return x.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
-
-    def __call__(
-        self,
-        u: mx.array,
-        tokens: mx.array,
-        mask: mx.array | str | None,
-        cache: LayerCache | None,
-    ) -> mx.array:
-        # Queries and keys are rotated and normalised together: half as many kernels.
-        qk = mx.fast.rope(
-            self._heads(mx.concatenate([self.c_q(u), self.c_k(u)], axis=-1)),
-            self.head_dim,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=0 if cache is None else cache.offset,
-            freqs=self._freqs,
-        )
-        q, k = mx.split(norm(qk), [self.n_head], axis=1)
-        v = self._heads(self.c_v(u))
-        if "value_embed" in self:
-            gate = self.ve_gate(u[..., :VALUE_GATE_CHANNELS])  # (B, T, n_kv_head)
-            embedded = self._heads(self.value_embed(tokens))
-            v = gated(v, gate.transpose(0, 2, 1)[..., None], embedded)
-        if cache is not None:
-            k, v = cache.update(k, v)
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask=mask)
-        return self.c_proj(out.transpose(0, 2, 1, 3).reshape(u.shape[0], u.shape[1], -1))
-
-
-class MLP(nn.Module):
-    """Two matrices around a squared ReLU."""
-
-    def __init__(self, config: PoEConfig):
-        super().__init__()
-        self.c_fc = Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.c_proj = Linear(config.intermediate_size, config.n_embd, bias=False)
-
-    def __call__(self, u: mx.array) -> mx.array:
-        return self.c_proj(relu_squared(self.c_fc(u)))
-
-
-class Block(nn.Module):
-    """One layer: attention and MLP, each on the normalised residual stream."""
-
-    def __init__(self, config: PoEConfig, layer: int):
-        super().__init__()
-        self.attn = Attention(config, layer)
-        self.mlp = MLP(config)
-
-    def __call__(
-        self,
-        x: mx.array,
-        tokens: mx.array,
-        mask: mx.array | str | None,
-        cache: LayerCache | None,
-    ) -> mx.array:
-        x = x + self.attn(norm(x), tokens, mask, cache)
-        return x + self.mlp(norm(x))
-
-
 class PoEModel(nn.Module):
     """A Cognica Product-of-Experts language model, base or specialist.
 
@@ -189,6 +54,11 @@ class PoEModel(nn.Module):
         self.config = config
         self.calibration: Calibration | None = None
         self._shortlists: dict[int, ShortlistHead] = {}
+        # The model over whose stages this one stands in memory: see `specialist.share_base`.
+        self._base: PoEModel | None
+        object.__setattr__(self, "_base", None)  # its parameters are not this model's
+        self._variants: WeakSet[Stage] = WeakSet()
+        self._stages: tuple[tuple[mx.array, ...], tuple[Stage, ...]] | None = None
         rows, width = config.padded_vocab_size, config.n_embd
         self.wte: nn.Module = nn.Embedding(rows, width)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1, bias=False)
@@ -216,9 +86,26 @@ class PoEModel(nn.Module):
         return self.config.poe_stage_boundary_layers
 
     @property
-    def stage_inputs(self) -> tuple[int, ...]:
-        """What each stage takes in: 0 is the embedded text, k + 1 what stage k gives out."""
-        return tuple(range(self.poe_n_stages))
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages, in the order in which they run. One that computes just as a stage of the base
+        in memory does is that stage."""
+        made_of = (self.resid_lambdas, self.x0_lambdas)
+        if self._stages is None or any(
+            a is not b for a, b in zip(self._stages[0], made_of, strict=True)
+        ):
+            self._stages = made_of, self._make_stages()
+        return self._stages[1]
+
+    def _make_stages(self) -> tuple[Stage, ...]:
+        own = [Stage(self, self.config.stage_range(k), k) for k in range(self.poe_n_stages)]
+        if self._base is None:
+            return tuple(own)
+        # Specialists may share a stage that differs from the base's in its lambdas.
+        known = [*self._base.stages, *self._base._variants]
+        for k, stage in enumerate(own):
+            own[k] = next((other for other in known if alike(stage, other)), stage)
+        self._base._variants.update(own)
+        return tuple(own)
 
     @property
     def full_boundaries(self) -> tuple[int, ...]:
@@ -246,7 +133,6 @@ class PoEModel(nn.Module):
 
     def embeddings(self, tokens: mx.array) -> mx.array:
         """The normalised embeddings of tokens (B, T), before the smear: (B, T, D)."""
-        # Tables in MLX's floating-point modes give bfloat16 whatever the model runs in.
         return norm(self.wte(tokens).astype(self.resid_lambdas.dtype))
 
     def smear(self, x: mx.array) -> mx.array:
@@ -254,31 +140,6 @@ class PoEModel(nn.Module):
         after = x[:, 1:]
         gate = self.smear_lambda * mx.sigmoid(self.smear_gate(after[..., :SMEAR_CHANNELS]))
         return after + gate * x[:, :-1]
-
-    def run_layers(
-        self, hidden: Hidden, layers: range, caches: Sequence[LayerCache] | None = None
-    ) -> Hidden:
-        """Run positions through `layers`; (B, T, D) in, (B, T, D) out.
-
-        `caches`, one for every layer of the model, hold the positions before these; without them
-        the positions are the whole text.
-        """
-        tokens, x, x0, backout = hidden.tokens, hidden.x, hidden.x0, hidden.backout
-        windows = self.config.windows
-        masks: dict[int, mx.array | str | None] = {}
-        for i in layers:
-            cache = None if caches is None else caches[i]
-            if windows[i] not in masks:
-                masks[windows[i]] = (
-                    window_mask(windows[i], 0, len(hidden))
-                    if cache is None
-                    else cache.mask(len(hidden))
-                )
-            x = mixed(self.resid_lambdas[i], x, self.x0_lambdas[i], x0)
-            x = self.h[i](x, tokens, masks[windows[i]], cache)
-            if i == self.config.backout_layer:
-                backout = x
-        return Hidden(tokens, x, x0, backout)
 
     def stage_logits(self, stage: int, hidden: Hidden) -> mx.array:
         """The prediction at the boundary of `stage`, (B, T, V) float32.
@@ -306,15 +167,6 @@ class PoEModel(nn.Module):
         """
         last = len(self.config.specialist_layers) - 1
         return self._head_logits(norm(hidden.x), self._final_heads(last))
-
-    def with_short_heads(self, rows: int) -> PoEModel:
-        """This model predicting among the first `rows` tokens only; all arrays are shared."""
-        short = copy.copy(self)
-        short.lm_head = first_rows(self.lm_head, rows)
-        for name in ("lm_head_stages", "lm_head_specialists"):
-            if name in self:
-                setattr(short, name, [first_rows(head, rows) for head in self[name]])
-        return short
 
     def with_shortlist(self, rank: int) -> PoEModel:
         """This model with a head that is cheaper to draft with: see `ShortlistHead`.
@@ -400,7 +252,24 @@ class PoEModel(nn.Module):
         """What every stage up to `last_stage` (all of them) gives out for tokens (B, T)."""
         last_stage = self.poe_n_stages - 1 if last_stage is None else last_stage
         given = [self.embed(tokens)]
-        for stage in range(last_stage + 1):
-            hidden = given[self.stage_inputs[stage]]
-            given.append(self.run_layers(hidden, self.config.stage_range(stage)))
+        for stage in self.stages[: last_stage + 1]:
+            given.append(stage(given[stage.source]))
         return given[1:]
+
+    def predictions(self, tokens: mx.array) -> list[mx.array]:
+        """What each stage and, last, the full model predict for tokens (B, T), from one forward:
+        `poe_n_stages` + 1 of (B, T, V) float32."""
+        hidden = dict(enumerate(self.boundaries(tokens)))
+        stages = [self.stage_logits(k, h) for k, h in hidden.items()]
+        # A specialist's last stage is the full model.
+        full = (
+            stages[-1]
+            if self.full_boundaries == (len(stages) - 1,) and (self.config.specialist_layers)
+            else self.full_scores(hidden)
+        )
+        return [*stages, full]
+
+    def stack(self) -> None:
+        """Lay the matrices out as suits a GPU: see `Attention.stack`."""
+        for block in self.h:
+            block.attn.stack()

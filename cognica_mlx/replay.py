@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from cognica_mlx.costs import Costs
+from cognica_mlx.decoding.targets import draft_target
+from cognica_mlx.model import PoEModel
 
 DRAFT_LENGTHS = range(1, 9)
 # Attention over more than a few query rows has a cliff on Metal, so short drafts are advised.
@@ -63,12 +65,10 @@ def replay_speculative(
     draft_stage: int,
     count: int,
     stop_below: float | None,
-    summed: bool = False,
+    head: float,
 ) -> Replay:
-    """Speculation, greedy: see `decoding.speculative`; `summed` says that a specialist's drafts go
-    through all its heads."""
+    """Speculation, greedy: see `decoding.speculative`. `head` is a draft's prediction's cost."""
     drafts = [(trace.draft_hits[draft_stage], trace.draft_margins[draft_stage]) for trace in traces]
-    head = costs.draft_head(draft_stage, summed)
     return _replay_drafts(drafts, costs, draft_stage, head, count, stop_below, float("inf"))
 
 
@@ -79,11 +79,11 @@ def replay_certified(
     count: int,
     stop_below: float | None,
     exit_margins: Sequence[float],
+    head: float,
 ) -> Replay:
-    """Certified speculation, greedy: see `decoding.certified`."""
+    """Certified speculation, greedy: see `decoding.speculative`."""
     drafts = [(trace.hits[draft_stage], trace.margins[draft_stage]) for trace in traces]
     needed = exit_margins[draft_stage]
-    head = costs.draft_head(draft_stage, summed=False)
     return _replay_drafts(drafts, costs, draft_stage, head, count, stop_below, needed)
 
 
@@ -161,12 +161,10 @@ def replay_wand(
 
 
 def best_options(
+    model: PoEModel,
     traces: Sequence[Trace],
     costs: Costs,
     exit_margins: Sequence[float],
-    *,
-    pools_stages: bool,
-    summed: bool,
 ) -> dict[str, tuple[dict[str, Any], Replay]]:
     """For each mode that drafts or leaves early, the options with which a token costs least.
 
@@ -174,6 +172,7 @@ def best_options(
     with the full model's in `MIN_AGREEMENT` of the text.
     """
     steps = range(len(exit_margins))
+    pools_stages = model.pools_stages
     # Measured costs know of the cliff.
     lengths = ADVISED_LENGTHS if len(costs.rows) == 1 else MEASURED_LENGTHS
     needed = {safety: [safety * margin for margin in exit_margins] for safety in SAFETIES}
@@ -194,16 +193,20 @@ def best_options(
             replay = replay_wand(traces, costs, needed[safety], exits, pools_stages)
             consider("wand", {"exit_stages": list(exits), "safety": safety}, replay)
     for stage in steps:
+        head = costs.target(draft_target(model, stage, "summed"))
+        own_head = costs.target(draft_target(model, stage, "base"))
         margins = np.concatenate([trace.draft_margins[stage] for trace in traces])
         stops = np.percentile(margins, STOP_PERCENTILES).round(3).tolist()
         for count, stop in product(lengths, (None, *stops)):
             options: dict[str, Any] = {"draft_stage": stage, "num_draft_tokens": count}
             if stop is not None:
                 options["draft_margin"] = stop
-            replay = replay_speculative(traces, costs, stage, count, stop, summed)
+            replay = replay_speculative(traces, costs, stage, count, stop, head)
             consider("speculative", options, replay)
             for safety in SAFETIES:
-                replay = replay_certified(traces, costs, stage, count, stop, needed[safety])
+                replay = replay_certified(
+                    traces, costs, stage, count, stop, needed[safety], own_head
+                )
                 consider("certified", {**options, "safety": safety}, replay)
     return {
         mode: min(tried, key=lambda one: one[1].cost / one[1].tokens)

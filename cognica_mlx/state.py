@@ -4,103 +4,48 @@
     stage 1  ■■■■■■■■■■■··         filled to 11, 5 pending
     stage 2  ■■■■■■■■              filled to 8
 
-- `append` adds tokens, `advance` runs a stage over all that is pending before it, `rollback`
-  returns every stage to a position; on these stands every decoding mode
+- it holds the text, the caches and the activations that wait between the stages; it runs nothing:
+  a driver takes what is pending before a stage, runs it, and puts the result back
 - bounded: each layer keeps its window and a slack, each boundary what is pending and a slack
-- `filled[0] >= filled[1] >= ...`, and a position runs through a stage once, rollbacks aside
+- `rollback` returns every stage to a position, in full or not at all
 - it knows nothing about sampling, modes or text; one sequence (B = 1)
 
 A state can pass to another model over the same base (`switch`): what both compute alike is kept.
 For that the activations where the base ends are held back as far as `keep_trunk` says.
 
 Stages deeper than `depth` are not kept ready: when more than `max_pending` positions wait before
-such a stage they are forgotten, and `set_depth` fills the stage by running the text again from
-its tokens, which costs one prefill. Up to `max_pending` positions a deeper stage catches up from
-the kept activations, in one batch. Stages within `depth` catch up by themselves at that limit.
+such a stage, the oldest are forgotten, and the stage has to be filled from the text again. Up to
+`max_pending` positions a deeper stage catches up in one pass. Stages within `depth` must catch up
+at that limit: `overdue` names them.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from cognica_mlx.cache import SlidingCache
+from cognica_mlx.cache import StageCache, StagePass
 from cognica_mlx.errors import RequestError, RollbackError
-from cognica_mlx.model import Hidden, PoEModel
-from cognica_mlx.stacking import shared_stages
+from cognica_mlx.hidden import Boundary, Hidden, Rows, pack
+from cognica_mlx.model import PoEModel
+from cognica_mlx.specialist import shared_stages
 
 SLACK = 128
 MAX_PENDING = 256
-HIDDEN_PARTS = ("x", "x0", "backout")
+# Token arrays that may wait to be read by the host.
 UNREAD = 128
 
 Progress = Callable[[int, int], None]
 
 
-def prefill_step_size() -> int:
-    """Tokens to run at once: more are no quicker on the CPU, whose attention keeps their scores.
+@dataclass(frozen=True)
+class Text:
+    """Tokens (1, T) to be embedded, and the one before them (1, 1), None where they open a text."""
 
-    A GPU's keeps none, and more rows fill it better.
-    """
-    return 256 if mx.default_device() == mx.cpu else 512
-
-
-class Boundary:
-    """Activations at one stage boundary, in runs of consecutive positions; old runs are dropped."""
-
-    def __init__(self) -> None:
-        self._runs: deque[tuple[int, Hidden]] = deque()
-        self.stop = 0
-
-    @property
-    def start(self) -> int:
-        """The first position held; equals `stop` when none is."""
-        return self._runs[0][0] if self._runs else self.stop
-
-    def append(self, hidden: Hidden) -> None:
-        """Add the positions that follow the last."""
-        self._runs.append((self.stop, hidden))
-        self.stop += len(hidden)
-
-    def read(self, start: int, stop: int) -> Hidden:
-        """The positions start .. stop - 1, which must be held."""
-        parts: list[Hidden] = []
-        # From the end: what is asked for is recent, and old runs may be many.
-        for first, hidden in reversed(self._runs):
-            if first + len(hidden) <= start:
-                break
-            if first < stop:
-                whole = start <= first and first + len(hidden) <= stop
-                parts.append(hidden if whole else hidden[max(start - first, 0) : stop - first])
-        return Hidden.concatenate(parts[::-1])
-
-    def forget_before(self, position: int) -> None:
-        """Drop the runs that lie wholly before `position`."""
-        while self._runs and self._runs[0][0] + len(self._runs[0][1]) <= position:
-            self._runs.popleft()
-
-    def truncate(self, position: int) -> None:
-        """Drop `position` and all after it."""
-        while self._runs and self._runs[-1][0] >= position:
-            self._runs.pop()
-        if self._runs and self.stop > position:
-            first, hidden = self._runs[-1]
-            if first + len(hidden) > position:
-                self._runs[-1] = (first, hidden[: position - first])
-        self.stop = min(self.stop, position)
-
-    def fork(self) -> Boundary:
-        """An independent copy that shares the arrays."""
-        other = Boundary()
-        other._runs, other.stop = self._runs.copy(), self.stop
-        return other
-
-    def arrays(self) -> list[mx.array]:
-        """The arrays held, for evaluation and for counting bytes."""
-        return [a for _, hidden in self._runs for a in hidden.arrays()]
+    tokens: mx.array
+    previous: mx.array | None
 
 
 class DecodingState:
@@ -108,9 +53,9 @@ class DecodingState:
 
     `slack` positions can always be rolled back, counted from the furthest one reached;
     `max_pending` positions may wait before a stage. What the base gives out for the last
-    `keep_trunk` positions stays at hand, for other specialists than this model's.
-    `positions_run[k]` counts the positions that have gone through stage k, those later rolled back
-    included.
+    `keep_trunk` positions stays at hand, for other specialists than this model's. `depth` is the
+    deepest stage that is kept ready. `positions_run[k]` counts the positions that have gone through
+    stage k, those later rolled back included.
     """
 
     def __init__(
@@ -125,39 +70,37 @@ class DecodingState:
             raise RequestError(f"slack {slack} and max_pending {max_pending} must be at least 1")
         self.model = model
         self.slack, self.max_pending, self.keep_trunk = slack, max_pending, keep_trunk
-        self._depth = model.poe_n_stages - 1
+        self.depth = model.poe_n_stages - 1
         self.positions_run = [0] * model.poe_n_stages
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
-        self.filled = [0] * self.model.poe_n_stages
-        self._caches = [SlidingCache(w, self.slack) for w in self.model.config.windows]
-        # The first is the embedded text, _boundaries[k + 1] what stage k gives out.
-        self._boundaries = [Boundary() for _ in range(self.model.poe_n_stages + 1)]
-        self._tokens: list[int] = []
-        self._unread: list[mx.array] = []
+    def clear(self) -> None:
+        """Forget the text and all that was computed from it."""
+        self.caches = [StageCache(stage.windows, self.slack) for stage in self.model.stages]
+        # What each stage has given out.
+        self.given = [Boundary() for _ in self.model.stages]
+        # The text: ids on the host, then arrays that it has not read yet.
+        self._ids: list[int] = []
+        self._late: list[mx.array] = []
+
+    # The text
 
     @property
     def length(self) -> int:
         """Positions appended so far."""
-        return self._boundaries[0].stop
-
-    @property
-    def depth(self) -> int:
-        """The deepest stage that is kept ready; `set_depth` changes it."""
-        return self._depth
+        return len(self._ids) + sum(tokens.shape[1] for tokens in self._late)
 
     @property
     def tokens(self) -> list[int]:
         """The token ids appended so far. Waits for those still being computed."""
-        self._read(len(self._unread))
-        return self._tokens
+        self._read(len(self._late))
+        return self._ids
 
     def _read(self, count: int) -> None:
         """Turn the oldest `count` arrays of token ids into numbers; waits for them."""
-        for tokens in self._unread[:count]:
-            self._tokens += tokens.reshape(-1).tolist()  # type: ignore[arg-type]
-        del self._unread[:count]
+        ids = [i for tokens in self._late[:count] for i in tokens.reshape(-1).tolist()]  # type: ignore[union-attr]
+        self._late = self._late[count:]
+        self._ids += ids
 
     def append(self, tokens: Sequence[int] | mx.array) -> None:
         """Add tokens to the text: ids, or a (1, T) int array, which may still be unevaluated.
@@ -166,13 +109,13 @@ class DecodingState:
         """
         if not isinstance(tokens, mx.array):
             self.check_ids(tokens)
+            if not self._late:
+                self._ids += tokens
+                return
             tokens = mx.array([list(tokens)], dtype=mx.int32)
-        if not tokens.size:
-            return
-        self._boundaries[0].append(self.model.embed(tokens, self._previous_token()))
-        self._forget(0)
-        self._unread.append(tokens)
-        if len(self._unread) > 2 * UNREAD:
+        if tokens.size:
+            self._late.append(tokens)
+        if len(self._late) > 2 * UNREAD:
             # Long since computed: without this a long text would keep an array for every token.
             self._read(UNREAD)
 
@@ -184,143 +127,128 @@ class DecodingState:
         token = next(token for token in tokens if not 0 <= token < size)
         raise RequestError(f"token id {token} is outside the vocabulary of {size}")
 
-    def _previous_token(self) -> mx.array | None:
-        if not self.length:
-            return None
-        if self._boundaries[0].start < self.length:
-            return self._boundaries[0].read(self.length - 1, self.length).tokens
-        return mx.array([[self.tokens[-1]]], dtype=mx.int32)
+    def _span(self, start: int, stop: int) -> mx.array:
+        """The tokens at positions start .. stop - 1 as an array (1, T)."""
+        known = len(self._ids)
+        parts = []
+        if start < known:
+            parts.append(mx.array([self._ids[start : min(stop, known)]], dtype=mx.int32))
+        first = known
+        for tokens in self._late:
+            last = first + tokens.shape[1]
+            if first < stop and last > start:
+                whole = start <= first and last <= stop
+                part = tokens[:, max(start - first, 0) : stop - first]
+                parts.append(tokens if whole else part)
+            first = last
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
-    def _input(self, stage: int) -> Boundary:
-        """What `stage` takes in."""
-        return self._boundaries[self.model.stage_inputs[stage]]
+    # Passes
+
+    @property
+    def filled(self) -> list[int]:
+        """How many positions have gone through each stage."""
+        return [cache.offset for cache in self.caches]
+
+    def supply(self, stage: int) -> int:
+        """How many positions have reached `stage`."""
+        source = self.model.stages[stage].source
+        return self.caches[source - 1].offset if source else self.length
 
     def pending(self, stage: int) -> int:
         """How many positions wait to be run through `stage`."""
-        return self._input(stage).stop - self.filled[stage]
+        return self.supply(stage) - self.caches[stage].offset
 
-    def _forgotten(self, stage: int) -> bool:
-        """Whether positions that `stage` has not run are no longer held before it."""
-        return self.pending(stage) > 0 and self._input(stage).start > self.filled[stage]
+    def take(self, stage: int, count: int) -> Text | list[Rows]:
+        """The next `count` positions that wait before `stage`: text, or activations in pieces.
 
-    def advance(self, stage: int) -> Hidden | None:
-        """Run all that is pending before `stage` through it, in one batch.
-
-        Returns the boundary activations of the positions it ran, None where none was pending.
-        An interruption (Ctrl-C) half-way leaves the state empty, never inconsistent. Raises
-        RequestError for a stage beyond `depth`.
+        Raises RequestError for a stage that is not kept ready.
         """
-        self.model.check_stage(stage)
         if stage > self.depth:
             raise RequestError(
                 f"stage {stage} is beyond the depth kept ready; call set_depth first"
             )
-        if not self.pending(stage):
-            return None
-        return self._run(stage, self._input(stage).stop)
+        start = self.caches[stage].offset
+        source = self.model.stages[stage].source
+        if source:
+            return self.given[source - 1].read(start, start + count)
+        previous = self._span(start - 1, start) if start else None
+        return Text(self._span(start, start + count), previous)
 
-    def _run(self, stage: int, stop: int) -> Hidden:
-        """Run the positions from where `stage` is filled to, up to `stop`, through it."""
-        start = self.filled[stage]
-        layers = self.model.config.stage_range(stage)
-        try:
-            hidden = self._input(stage).read(start, stop)
-            hidden = self.model.run_layers(hidden, layers, self._caches)
-            self.filled[stage] = stop
-            self.positions_run[stage] += stop - start
-            self._boundaries[stage + 1].append(hidden)
-            self._tidy(stage)
-        except BaseException:
-            # Interrupted between two layers, they stand at different positions: start afresh.
-            self._clear()
-            raise
-        return hidden
+    def put(self, stage: int, rows: Rows, done: StagePass) -> None:
+        """Take in what `stage` has made of the positions that `take` gave.
 
-    def _tidy(self, stage: int) -> None:
-        """Keep the boundaries around `stage` bounded after it has advanced."""
-        self._forget(self.model.stage_inputs[stage])
-        self._forget(stage + 1)
-        for deeper in self._readers(stage + 1):
-            if deeper <= self.depth and self.pending(deeper) > self.max_pending:
-                self.advance(deeper)
+        Until the last line they count as not run, so that an interruption loses nothing.
+        """
+        given = self.given[stage]
+        given.truncate(self.caches[stage].offset)
+        given.append(rows.compact())
+        self.positions_run[stage] += len(rows)
+        self.caches[stage].commit(done)
 
-    def _readers(self, boundary: int) -> list[int]:
-        """The stages that take in a boundary."""
-        inputs = self.model.stage_inputs
-        return [stage for stage, source in enumerate(inputs) if source == boundary]
+    def forget(self, stage: int) -> None:
+        """Drop activations around `stage` that are older than the slack and that no stage needs."""
+        source = self.model.stages[stage].source
+        for given in {source - 1, stage} - {-1}:
+            self._forget(given)
 
-    def _forget(self, boundary: int) -> None:
-        """Drop what no stage needs that is kept ready, or can still catch up, and is not recent."""
-        held, kept = self._boundaries[boundary], self.slack
-        if boundary == len(self.model.config.stage_layers):
+    def _forget(self, stage: int) -> None:
+        """Drop from what `stage` has given out."""
+        kept, needed = self.slack, self.caches[stage].offset
+        if stage + 1 == len(self.model.config.stage_layers):
             kept = max(kept, self.keep_trunk)
-        needed = held.stop
-        for stage in self._readers(boundary):
-            if stage <= self.depth or self.pending(stage) <= self.max_pending:
-                needed = min(needed, self.filled[stage])
-        held.forget_before(min(needed, self.length - kept))
+        for reader in self._readers(stage):
+            if reader <= self.depth or self.pending(reader) <= self.max_pending:
+                needed = min(needed, self.caches[reader].offset)
+        self.given[stage].forget_before(min(needed, self.length - kept))
 
-    def boundary(self, stage: int, start: int, stop: int) -> Hidden:
-        """Activations that `stage` gave out for positions start .. stop - 1, (1, T, D) each.
+    def _readers(self, stage: int) -> list[int]:
+        """The stages that take in what `stage` gives out."""
+        return [k for k, other in enumerate(self.model.stages) if other.source == stage + 1]
+
+    def overdue(self) -> int | None:
+        """A stage within `depth` before which more than `max_pending` positions wait."""
+        for stage in range(1, self.depth + 1):
+            if self.pending(stage) > self.max_pending:
+                return stage
+        return None
+
+    def lacks(self, stage: int) -> bool:
+        """Whether positions that `stage` has not run are no longer held before it."""
+        source = self.model.stages[stage].source
+        if not source or not self.pending(stage):
+            return False
+        return self.given[source - 1].start > self.caches[stage].offset
+
+    def next_round(self) -> None:
+        """All passes so far have been computed, or will be before the next ones start."""
+        for cache in self.caches:
+            cache.next_round()
+
+    def rows(self, stage: int, start: int, stop: int) -> list[Rows]:
+        """What `stage` gave out for positions start .. stop - 1, in pieces.
 
         Held are those that the next stage still needs and the last `slack` positions.
         Raises RequestError for others.
         """
-        held = self._boundaries[stage + 1]
-        if not held.start <= start < stop <= held.stop:
+        given, end = self.given[stage], self.caches[stage].offset
+        if not given.start <= start < stop <= end:
             raise RequestError(
                 f"positions {start} to {stop - 1} at stage {stage}: "
-                f"held are {held.start} to {held.stop - 1}"
+                f"held are {given.start} to {end - 1}"
             )
-        return held.read(start, stop)
+        return given.read(start, stop)
 
-    def prefill(
-        self,
-        tokens: Sequence[int],
-        through: int,
-        *,
-        step_size: int | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        """Append tokens in chunks and run them through the stages up to `through`.
+    def boundary(self, stage: int, start: int, stop: int) -> Hidden:
+        """As `rows`, in one piece: (1, T, D) each."""
+        return pack(self.rows(stage, start, stop))
 
-        `step_size` is `prefill_step_size()` unless told. `progress(done, total)` is called after
-        every chunk.
-        """
-        self.check_ids(tokens)
-        step_size = step_size or prefill_step_size()
-        for start in range(0, len(tokens), step_size):
-            self.append(tokens[start : start + step_size])
-            for stage in range(through + 1):
-                self.advance(stage)
-            mx.eval(self.arrays())
-            if progress:
-                progress(min(start + step_size, len(tokens)), len(tokens))
-        mx.clear_cache()
-
-    def set_depth(self, depth: int, progress: Progress | None = None) -> None:
-        """Say which stage is the deepest that will be asked for.
-
-        Exact whatever ran before: a stage whose pending positions have been forgotten is filled
-        by running the whole text again, one prefill.
-        """
-        self.model.check_stage(depth, "depth")
-        self._depth = depth
-        if any(self._forgotten(stage) for stage in range(depth + 1)):
-            tokens = list(self.tokens)
-            self._clear()
-            self.prefill(tokens, depth, progress=progress)
-        for stage in range(depth + 1):
-            # Only what `keep_trunk` has held can be so much: in chunks, as a prompt.
-            while self.pending(stage) > self.max_pending:
-                last = self._input(stage).stop
-                self._run(stage, min(self.filled[stage] + prefill_step_size(), last))
-                mx.eval(self.arrays())
+    # Going back, and passing on
 
     @property
     def earliest_rollback(self) -> int:
         """The earliest position, 0 aside, that `rollback` can return to."""
-        return max(cache.earliest for cache in self._caches)
+        return max(cache.earliest for cache in self.caches)
 
     def rollback(self, position: int) -> None:
         """Return to the state after the first `position` tokens, in every stage and in full.
@@ -331,26 +259,29 @@ class DecodingState:
         if not 0 <= position <= self.length:
             raise RollbackError(f"cannot return to position {position} of {self.length}")
         if position == 0:
-            self._clear()
+            self.clear()
             return
         if position < self.earliest_rollback:
             raise RollbackError(
                 f"cannot return to position {position} of {self.length}: "
                 f"the windows have slid on, {self.earliest_rollback} is the earliest"
             )
-        for cache in self._caches:
+        for cache in self.caches:
             cache.rollback(min(position, cache.offset))
-        for boundary in self._boundaries:
-            boundary.truncate(position)
-        self.filled = [min(filled, position) for filled in self.filled]
-        self._tokens = self.tokens[:position]
+        for given in self.given:
+            given.truncate(position)
+        while self._late and self.length - self._late[-1].shape[1] >= position:
+            self._late.pop()
+        if self.length > position:
+            self._ids = self.tokens[:position]
 
     def switch(self, model: PoEModel) -> DecodingState:
         """The same text under another model over the same base; this state stays as it is.
 
         The stages that compute alike in both (`shared_stages`) keep what they have. The next one
         takes up what they have given out, as far as `keep_trunk` has held it back; beyond that,
-        `set_depth` runs the text again. Where no stage is alike, the new state is empty.
+        `lacks` says that the text must be run again. Where no stage is alike, the new state is
+        empty.
         """
         count = shared_stages(self.model, model, self.tokens)
         other = DecodingState(
@@ -358,106 +289,25 @@ class DecodingState:
         )
         if not count:
             return other
-        other.filled[:count] = self.filled[:count]
-        other._tokens = list(self.tokens)
-        last = model.config.stage_range(count - 1)[-1]
-        other._caches[: last + 1] = [cache.fork() for cache in self._caches[: last + 1]]
-        other._boundaries[: count + 1] = [b.fork() for b in self._boundaries[: count + 1]]
+        other._ids = list(self.tokens)
+        other.caches[:count] = [cache.fork() for cache in self.caches[:count]]
+        other.given[:count] = [given.fork() for given in self.given[:count]]
         return other
 
     def fork(self) -> DecodingState:
         """An independent copy: either may go on without the other noticing. Shares arrays."""
         other = self.switch(self.model)
-        other._depth = self._depth
+        other.depth = self.depth
         other.positions_run = list(self.positions_run)
         return other
 
-    def to_arrays(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """All that `from_arrays` needs to go on from here: arrays, and what JSON can hold."""
-        arrays: dict[str, mx.array] = {}
-        for i, cache in enumerate(self._caches):
-            if content := cache.content():
-                arrays[f"cache.{i}.keys"], arrays[f"cache.{i}.values"] = content
-        for i, boundary in enumerate(self._boundaries):
-            if boundary.start < boundary.stop:
-                hidden = boundary.read(boundary.start, boundary.stop)
-                for name in HIDDEN_PARTS:
-                    if (part := getattr(hidden, name)) is not None:
-                        arrays[f"boundary.{i}.{name}"] = part
-        fields = {
-            "tokens": self.tokens,
-            "filled": self.filled,
-            "offsets": [cache.offset for cache in self._caches],
-            "starts": [boundary.start for boundary in self._boundaries],
-            "stops": [boundary.stop for boundary in self._boundaries],
-            "slack": self.slack,
-            "max_pending": self.max_pending,
-            "keep_trunk": self.keep_trunk,
-        }
-        return arrays, fields
-
-    @classmethod
-    def from_arrays(
-        cls, model: PoEModel, arrays: Mapping[str, mx.array], fields: Mapping[str, Any]
-    ) -> DecodingState:
-        """The state that `to_arrays` gave out, under the same model.
-
-        Raises RequestError where they do not fit the model or each other.
-        """
-        options = {name: fields.get(name) for name in ("slack", "max_pending", "keep_trunk")}
-        numbers = [*options.values()]
-        for name in ("tokens", "filled", "offsets", "starts", "stops"):
-            numbers += fields.get(name) or []
-        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
-            raise RequestError("the saved state is damaged: it holds what is no number")
-        state = cls(model, **options)  # type: ignore[arg-type]
-        state.check_ids(fields["tokens"])
-        try:
-            state._restore(arrays, fields)
-        except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise RequestError(f"the saved state does not fit this model ({error})") from None
-        return state
-
-    def _restore(self, arrays: Mapping[str, mx.array], fields: Mapping[str, Any]) -> None:
-        config, width = self.model.config, self.model.config.n_embd
-        for i, (cache, offset) in enumerate(zip(self._caches, fields["offsets"], strict=True)):
-            content = None
-            if offset:
-                content = arrays[f"cache.{i}.keys"], arrays[f"cache.{i}.values"]
-                rows = content[0].shape[2]
-                shape = (1, config.n_kv_head, rows, config.head_dim)
-                enough = min(offset, cache.window) <= rows <= min(offset, cache.limit)
-                if not enough or any(part.shape != shape for part in content):
-                    raise ValueError(f"layer {i}")
-            cache.restore(content, offset)
-        text = mx.array([fields["tokens"]], dtype=mx.int32)
-        spans = zip(self._boundaries, fields["starts"], fields["stops"], strict=True)
-        for i, (boundary, start, stop) in enumerate(spans):
-            boundary.stop = start
-            if start < stop:
-                parts = [arrays.get(f"boundary.{i}.{name}") for name in HIDDEN_PARTS]
-                x, x0, _ = parts
-                span = (1, stop - start, width)
-                if x is None or x0 is None or any(p is not None and p.shape != span for p in parts):
-                    raise ValueError(f"boundary {i}")
-                boundary.append(Hidden(text[:, start:stop], *parts))  # type: ignore[arg-type]
-            if boundary.stop != stop:
-                raise ValueError(f"boundary {i}")
-        filled, ends = fields["filled"], config.poe_stage_boundary_layers
-        fits = self.length == len(fields["tokens"]) and len(filled) == len(self.filled)
-        for stage, count in enumerate(filled if fits else []):
-            layers = self._caches[config.stage_range(stage)[0] : ends[stage] + 1]
-            fits &= all(cache.offset == count for cache in layers)
-            fits &= self._boundaries[stage + 1].stop == count <= self._input(stage).stop
-        if not fits:
-            raise ValueError("its lengths disagree")
-        self.filled, self._tokens = list(filled), list(fields["tokens"])
-
     def arrays(self) -> list[mx.array]:
-        cached = [a for cache in self._caches for a in cache.arrays()]
-        return cached + [a for boundary in self._boundaries for a in boundary.arrays()]
+        """All arrays that are held, each once, for evaluation."""
+        found = [array for cache in self.caches for array in cache.arrays()]
+        found += [a for given in self.given for hidden in given.sources() for a in hidden.arrays()]
+        return list({id(array): array for array in found}.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys, values and activations held. Token ids, on the host, not counted."""
-        return sum(a.nbytes for a in self.arrays())
+        return sum(array.nbytes for array in self.arrays())

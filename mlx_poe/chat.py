@@ -17,10 +17,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions, make_policy
+from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions, make_mode
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
+from cognica_mlx.saved_state import from_arrays, to_arrays
 from cognica_mlx.state import DecodingState, Progress
 from mlx_poe.generate import GenerationResponse, stream_generate
 from mlx_poe.machine import known_costs
@@ -114,7 +115,8 @@ class Chat:
         names = ModeOptions.__dataclass_fields__
         sampling = SamplingOptions(**{k: v for k, v in options.items() if k not in names})
         chosen = ModeOptions(**{k: v for k, v in options.items() if k in names})
-        make_policy(model, Sampler(sampling), mode, chosen, model.calibration)
+        Sampler(sampling)
+        make_mode(model, mode, chosen, model.calibration)
 
     def use(self, name: str | None) -> None:
         """Go on with another specialist, or with None the model itself; the talk stays.
@@ -206,7 +208,7 @@ class Chat:
 
     def save(self, path: Path) -> None:
         """Write talk, settings and state to one safetensors file, whole or not at all."""
-        arrays, fields = self.state.to_arrays()
+        arrays, fields = to_arrays(self.state)
         content = {
             "format": _FORMAT,
             "model": self.name,
@@ -252,7 +254,7 @@ class Chat:
         state = None
         if content.get("probe") == _probe(model):
             try:
-                state = DecodingState.from_arrays(model, arrays, content["state"])
+                state = from_arrays(model, arrays, content["state"])
             except (PoEError, KeyError, TypeError, AttributeError):
                 state = None  # the talk itself is whole: it is read again
         self.settings, self.turns, self.model, self.last = settings, turns, model, []

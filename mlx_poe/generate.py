@@ -17,9 +17,10 @@ from typing import Any
 import mlx.core as mx
 
 from cognica_mlx.costs import Costs
-from cognica_mlx.decoding.loop import decode
-from cognica_mlx.decoding.modes import ModeOptions, make_policy
-from cognica_mlx.decoding.pace import Pace
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.pace import Metered, Pace
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
@@ -90,21 +91,25 @@ def stream_generate(
     Raises RequestError for an empty prompt, an unknown mode, option or stage.
     """
     sampling, mode_options = _sort_options(options)
-    pace = Pace(costs) if costs else None
-    policy = make_policy(model, Sampler(sampling), mode, mode_options, model.calibration, pace)
+    chosen = make_mode(model, mode, mode_options, model.calibration)
+    pace = Pace(costs, chosen) if costs else None
     stops = _StopStrings([stop] if isinstance(stop, str) else stop or ())
     tokens = encode_prompt(tokenizer, prompt)
     detokenizer = tokenizer.detokenizer()
     started = time.perf_counter()
-    decoded_tokens = decode(
+    sequence = DecodingSequence(
         model,
         tokens,
-        policy,
+        chosen,
         max_tokens=max_tokens,
+        sampler=Sampler(sampling),
         state=state,
         prefill_step_size=prefill_step_size,
         progress=prompt_progress_callback,
+        advice=pace,
+        fallback=make_mode(model),
     )
+    decoded_tokens = drive(sequence.steps(), Metered(Single(), pace) if pace else None)
     prompt_seconds = 0.0
     with closing(decoded_tokens):
         for count, decoded in enumerate(decoded_tokens, start=1):
@@ -133,7 +138,7 @@ def stream_generate(
                 # The first token belongs to the prompt's time.
                 generation_tps=(count - 1) / (now - started) if count > 1 else 0.0,
                 peak_memory=mx.get_peak_memory() / 1e9,
-                drafted_tokens=policy.drafted,
+                drafted_tokens=sequence.drafted,
                 parked=pace.parked if pace else None,
                 finish_reason=finish_reason,
             )

@@ -56,8 +56,8 @@ def compare(
     n_positions = n_bytes = 0
     for text in texts:
         tokens = mx.array([list(text)])
-        both = zip(_predictions(source, tokens), _predictions(result, tokens), strict=True)
-        for k, (a, b) in enumerate(both):
+        both = zip(source.predictions(tokens), result.predictions(tokens), strict=True)
+        for k, (a, b) in enumerate((a[0], b[0]) for a, b in both):
             furthest[k] = max(furthest[k], float(mx.max(mx.abs(a - b))))
             same[k] += float(mx.sum(mx.argmax(a, axis=-1) == mx.argmax(b, axis=-1)))
             for i, logits in enumerate((a, b)):
@@ -69,10 +69,3 @@ def compare(
         Difference(furthest[k], same[k] / n_positions, (nll[k][0] * per_byte, nll[k][1] * per_byte))
         for k in range(count)
     ]
-
-
-def _predictions(model: PoEModel, tokens: mx.array) -> list[mx.array]:
-    """What every stage and the full model give for tokens (1, T): (T, V) each."""
-    boundaries = model.boundaries(tokens)
-    stages = [model.stage_logits(k, hidden)[0] for k, hidden in enumerate(boundaries)]
-    return [*stages, model.full_scores(dict(enumerate(boundaries)))[0]]

@@ -10,8 +10,9 @@ from conftest import FIXTURES, GOLDENS, fixture, goldens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cognica_mlx.decoding.loop import DecodedToken, decode
-from cognica_mlx.decoding.modes import MODES, ModeOptions, make_policy
+from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
+from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.single import decode, prefill, set_depth
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel, log_op
@@ -32,8 +33,9 @@ def run(
     state: DecodingState | None = None,
     **options,
 ) -> list[DecodedToken]:
-    policy = make_policy(model, Sampler(sampling), mode, ModeOptions(**options))
-    return list(decode(model, prompt, policy, max_tokens=count, state=state))
+    chosen = make_mode(model, mode, ModeOptions(**options))
+    sampler = Sampler(sampling)
+    return list(decode(model, prompt, chosen, max_tokens=count, sampler=sampler, state=state))
 
 
 def ids(decoded: list[DecodedToken]) -> list[int]:
@@ -63,7 +65,7 @@ def prefilled(name: str, which: int) -> DecodingState:
     """A state that holds a prompt but for its last token, in all stages."""
     model, _ = fixture(name)
     state = DecodingState(model)
-    state.prefill(prompts(name)[which][:-1], model.poe_n_stages - 1)
+    prefill(state, prompts(name)[which][:-1], model.poe_n_stages - 1)
     return state
 
 
@@ -308,10 +310,11 @@ def drawn_pairs(
 ) -> dict[tuple[int, int], int]:
     """How often each pair of first two tokens is drawn."""
     state, seen = DecodingState(model), {}
-    policy = make_policy(model, Sampler(sampling), mode, ModeOptions(**options))
+    chosen, sampler = make_mode(model, mode, ModeOptions(**options)), Sampler(sampling)
     for _ in range(trials):
         # Three, so that the second is not always the last of a round.
-        first, second, _ = ids(list(decode(model, prompt, policy, max_tokens=3, state=state)))
+        decoded = decode(model, prompt, chosen, max_tokens=3, sampler=sampler, state=state)
+        first, second, _ = ids(list(decoded))
         seen[first, second] = seen.get((first, second), 0) + 1
     return seen
 
@@ -382,11 +385,11 @@ def test_any_number_of_positions_may_be_pending(mode, waiting):
     for shallow in (None, "stage"):
         state = DecodingState(model, slack=24, max_pending=40)
         if shallow:
-            state.set_depth(0)
-            state.prefill(prompt[:-1], 0)
-        policy = make_policy(model, Sampler(), mode, ModeOptions(**options))
+            set_depth(state, 0)
+            prefill(state, prompt[:-1], 0)
+        chosen = make_mode(model, mode, ModeOptions(**options))
         decoded = list(
-            decode(model, prompt, policy, max_tokens=8, state=state, prefill_step_size=40)
+            decode(model, prompt, chosen, max_tokens=8, state=state, prefill_step_size=40)
         )
         assert [(d.token, d.stage) for d in decoded] == [(d.token, d.stage) for d in expected]
 
@@ -394,9 +397,9 @@ def test_any_number_of_positions_may_be_pending(mode, waiting):
 def test_stopping_early_leaves_just_what_was_taken():
     model, _ = fixture("flat-d8")
     prompt, state = prompts("flat-d8")[0], DecodingState(model)
-    policy = make_policy(model, Sampler(), "speculative", ModeOptions(num_draft_tokens=6))
+    mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=6))
     taken = []
-    stream = decode(model, prompt, policy, max_tokens=40, state=state)
+    stream = decode(model, prompt, mode, max_tokens=40, state=state)
     for decoded in stream:
         taken.append(decoded.token)
         if len(taken) == 5:
@@ -442,7 +445,7 @@ def test_shallow_modes_leave_the_deeper_stages_empty(name):
 def test_senseless_requests_are_named(mode, options, message):
     model, _ = fixture("flat-d8")
     with pytest.raises(RequestError, match=message):
-        make_policy(model, Sampler(), mode, ModeOptions(**options))
+        make_mode(model, mode, ModeOptions(**options))
 
 
 @pytest.mark.parametrize(

@@ -8,73 +8,127 @@ from conftest import GOLDENS, fixture, goldens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cognica_mlx.cache import SlidingCache, window_mask
+from cognica_mlx import cache as cache_module
+from cognica_mlx.cache import StageCache, window_mask
+from cognica_mlx.decoding import requests
+from cognica_mlx.decoding.single import carry_out, prefill, set_depth
 from cognica_mlx.errors import RequestError, RollbackError
 from cognica_mlx.state import DecodingState
 
 TOLERANCE = 1e-4
 
 
-def numbered(positions: range) -> mx.array:
-    """Keys (1, 1, T, 1) that carry their own position."""
-    return mx.array([float(p) for p in positions]).reshape(1, 1, -1, 1)
+class Shown:
+    """A cache of one layer beside the positions that it should show."""
+
+    def __init__(self, window: int, slack: int):
+        self.cache = StageCache([window], slack)
+        self.window = window
+        self.position = 0
+        self.kept: list[float] = []
+
+    def add(self, keys: list[float]) -> None:
+        """Run positions through it whose keys are these numbers."""
+        done, count = self.cache.begin(len(keys)), len(keys)
+        k = mx.array(keys).reshape(1, 1, -1, 1)
+        q = mx.zeros_like(k)
+        # With queries of zero each position sees the mean of what is visible to it.
+        out = done.attend(q, k, k, 1.0).reshape(-1).tolist()
+        self.cache.commit(done)
+        self.kept = [*self.kept[: self.position], *keys]
+        for i in range(count):
+            end = self.position + i + 1
+            visible = self.kept[max(end - 1 - self.window, 0) : end]
+            assert out[i] == pytest.approx(sum(visible) / len(visible), rel=1e-4)
+        self.position += count
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     window=st.integers(1, 12),
     slack=st.integers(1, 6),
+    large=st.booleans(),
     steps=st.lists(
-        st.tuples(st.sampled_from(["add", "back", "fork"]), st.integers(1, 30)), max_size=40
+        st.tuples(st.sampled_from(["add", "add", "back", "fork", "round"]), st.integers(1, 30)),
+        max_size=40,
     ),
 )
-def test_cache_shows_the_window_and_rolls_back_its_slack(window, slack, steps):
-    cache, position, furthest = SlidingCache(window, slack), 0, 0
-    for action, count in steps:
-        if action == "fork":
-            abandoned, cache = cache, cache.fork()
-            abandoned.update(numbered(range(900, 900 + count)), numbered(range(900, 900 + count)))
-        elif action == "add":
-            new = range(position, position + count)
-            keys, values = cache.update(numbered(new), numbered(new))
-            expected = list(range(position - min(position, window), position + count))
-            assert keys.reshape(-1).tolist() == expected
-            assert values.reshape(-1).tolist() == expected
-            position += count
-            furthest = max(furthest, position)
-            assert sum(a.nbytes for a in cache.arrays()) <= 2 * 4 * (window + 2 * slack)
-        elif count <= position and position - count >= furthest - slack:
-            cache.rollback(position - count)
-            position -= count
-        assert cache.offset == position
+def test_cache_shows_the_window_and_rolls_back_its_slack(window, slack, large, steps):
+    """Written in place or beside the buffer, in the same round or the next."""
+    shown, furthest = Shown(window, slack), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "LARGE", 0 if large else 1 << 20)
+        for action, count in steps:
+            if action == "fork":
+                abandoned, shown.cache = shown.cache, shown.cache.fork()
+                done = abandoned.begin(count)
+                rows = mx.full((1, 1, count, 1), 900.0)
+                done.attend(rows, rows, rows, 1.0)
+                abandoned.commit(done)
+            elif action == "round":
+                shown.cache.next_round()
+            elif action == "add":
+                shown.add([float(100 * furthest + p) for p in range(count)])
+                furthest = max(furthest, shown.position)
+                held = sum(a.nbytes for a in shown.cache.arrays())
+                assert held <= 2 * 4 * (window + 2 * slack + min(64, slack))
+            elif count <= shown.position and shown.position - count >= furthest - slack:
+                shown.cache.rollback(shown.position - count)
+                shown.position -= count
+            assert shown.cache.offset == shown.position
 
 
 def test_cache_refuses_a_rollback_it_cannot_do_and_stays_as_it_was():
-    cache = SlidingCache(window=4, slack=2)
+    shown = Shown(window=4, slack=2)
     for p in range(40):
-        cache.update(numbered(range(p, p + 1)), numbered(range(p, p + 1)))
-    earliest = cache.earliest
+        shown.add([float(p)])
+    earliest = shown.cache.earliest
     with pytest.raises(RollbackError, match=f"reaches from {earliest} to 40"):
-        cache.rollback(earliest - 1)
+        shown.cache.rollback(earliest - 1)
     with pytest.raises(RollbackError):
-        cache.rollback(41)
-    keys, _ = cache.update(numbered(range(40, 41)), numbered(range(40, 41)))
-    assert keys.reshape(-1).tolist() == [36, 37, 38, 39, 40]
+        shown.cache.rollback(41)
+    shown.add([40.0])
 
 
 @pytest.mark.parametrize("length", [1, 3, 9])
 def test_a_rollback_to_the_earliest_position_finds_every_key_it_needs(length):
-    cache = SlidingCache(window=5, slack=3)
+    shown = Shown(window=5, slack=3)
     for start in range(0, 45, length):
-        new = numbered(range(start, start + length))
-        cache.update(new, new)
-        if cache.earliest:
-            back = cache.fork()
-            back.rollback(cache.earliest)
-            keys, _ = back.update(numbered(range(900, 901)), numbered(range(900, 901)))
-            expected = [*range(cache.earliest - 5, cache.earliest), 900]
-            assert keys.reshape(-1).tolist() == expected
-    assert cache.earliest
+        shown.add([float(p) for p in range(start, start + length)])
+        if shown.cache.earliest:
+            back = Shown(window=5, slack=3)
+            back.cache, back.kept = shown.cache.fork(), shown.kept
+            back.position = back.cache.earliest
+            back.cache.rollback(back.position)
+            back.add([900.0])
+    assert shown.cache.earliest
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("length", [1, 3, 7])
+@pytest.mark.parametrize("before", [2, 20])
+def test_attention_in_two_parts_is_attention_in_one(heads, length, before, monkeypatch):
+    """Drafts go beside a buffer that is in use; what they see is the same."""
+    n_head, n_kv_head = heads
+    caches = [StageCache([10], 16) for _ in range(2)]
+    outs: list[list[mx.array]] = [[], []]
+    monkeypatch.setattr(cache_module, "LARGE", 0)
+    for step, count in enumerate((before, 1, length, length)):
+        rows = mx.random.normal((1, n_head + 2 * n_kv_head, count, 4), key=mx.random.key(step))
+        q, k, v = mx.split(rows, [n_head, n_head + n_kv_head], axis=1)
+        for i, cache in enumerate(caches):
+            if i or step < 2:
+                cache.next_round()
+            done = cache.begin(count)
+            outs[i].append(done.attend(q, k, v, 0.5))
+            cache.commit(done)
+    assert caches[0].content.spans[10].tail and not caches[1].content.spans[10].tail
+    for one, other in zip(*outs, strict=True):
+        assert mx.abs(one - other).max().item() < 1e-5
+    for one, other in zip(caches[0].rows(), caches[1].rows(), strict=True):
+        assert all(
+            mx.array_equal(x[:, :, -11:], y[:, :, -11:]) for x, y in zip(one, other, strict=True)
+        )
 
 
 @pytest.mark.parametrize(
@@ -89,6 +143,11 @@ def test_mask_shows_just_the_window(window, offset, length):
     for i in range(length):
         for j in range(mask.shape[1]):
             assert mask[i, j].item() == (0 <= (offset + i) - (start + j) <= window)
+
+
+def advance(state: DecodingState, stage: int) -> None:
+    """Run what is pending before `stage`."""
+    carry_out(requests.advance(state, stage))
 
 
 class Walk:
@@ -110,7 +169,7 @@ class Walk:
     def check(self, stage: int) -> None:
         """Fill everything up to `stage` and compare its last position with a fresh forward."""
         for k in range(stage + 1):
-            self.state.advance(k)
+            advance(self.state, k)
         end = len(self.tokens)
         ours = self.model.stage_logits(stage, self.state.boundary(stage, end - 1, end))
         fresh = self.model.forward_stage(mx.array([self.tokens]), stage)[:, -1:]
@@ -145,7 +204,7 @@ def test_any_walk_equals_a_fresh_forward(name, steps):
             furthest = max(furthest, len(walk.tokens))
         elif action == "advance" and walk.tokens:
             # Stages run in order: one that has nothing before it has nothing to do.
-            walk.state.advance(stage)
+            advance(walk.state, stage)
         elif (
             action == "back"
             and furthest - 16 <= len(walk.tokens) - amount
@@ -156,7 +215,7 @@ def test_any_walk_equals_a_fresh_forward(name, steps):
         elif action == "fork":
             abandoned, walk.state = walk.state, walk.state.fork()
             abandoned.append([1] * 30)
-            abandoned.advance(0)
+            advance(abandoned, 0)
         elif action == "check" and walk.tokens:
             walk.check(stage)
         filled = walk.state.filled
@@ -170,7 +229,7 @@ def test_each_position_runs_once_through_each_stage():
     walk = Walk("flat-d8", slack=16, max_pending=40)
     for _ in range(200):
         walk.add(3)
-        walk.state.advance(0)
+        advance(walk.state, 0)
     walk.check(3)
     assert walk.state.positions_run == [600] * 4
     walk.state.rollback(590)
@@ -186,11 +245,11 @@ def test_memory_is_flat_far_beyond_the_windows():
     model, _ = fixture("poe-tiny")
     state, sizes = DecodingState(model), {}
     for length in range(1024, 10241, 512):
-        state.prefill([7] * (length - 3 - state.length), model.poe_n_stages - 1)
+        prefill(state, [7] * (length - 3 - state.length), model.poe_n_stages - 1)
         for _ in range(3):
             state.append([7])
             for stage in range(model.poe_n_stages):
-                state.advance(stage)
+                advance(state, stage)
         sizes[state.length] = state.nbytes
     print({length: f"{size / 1e6:.1f} MB" for length, size in sizes.items()})
     assert max(sizes.values()) <= 1.05 * sizes[1024]
@@ -214,21 +273,21 @@ def test_rollback_refuses_what_has_slid_away_and_changes_nothing():
 
 def test_deeper_stages_stay_empty_in_a_shallow_state_and_are_refilled_on_demand():
     walk = Walk("flat-d8", slack=16, max_pending=40)
-    walk.state.set_depth(0)
+    set_depth(walk.state, 0)
     for _ in range(30):
         walk.add(25)
-        walk.state.advance(0)
+        advance(walk.state, 0)
     assert walk.state.filled == [750, 0, 0, 0]
     with pytest.raises(RequestError, match="set_depth"):
-        walk.state.advance(1)
-    walk.state.set_depth(3)
+        advance(walk.state, 1)
+    set_depth(walk.state, 3)
     walk.check(3)
     # Little enough pending is caught up from the kept activations, without a second pass.
-    walk.state.set_depth(1)
+    set_depth(walk.state, 1)
     runs = list(walk.state.positions_run)
     walk.add(30)
     walk.check(1)
-    walk.state.set_depth(3)
+    set_depth(walk.state, 3)
     walk.check(3)
     assert [a - b for a, b in zip(walk.state.positions_run, runs, strict=True)] == [30] * 4
 
@@ -241,7 +300,7 @@ def test_appended_tokens_may_still_be_unevaluated():
     walk.check(3)
 
 
-def test_an_interruption_half_way_leaves_an_empty_state(monkeypatch):
+def test_an_interruption_half_way_leaves_the_last_complete_position(monkeypatch):
     walk = Walk("flat-d8")
     walk.add(20)
     walk.check(3)
@@ -256,11 +315,11 @@ def test_an_interruption_half_way_leaves_an_empty_state(monkeypatch):
         return original(self, *args)
 
     monkeypatch.setattr(block, "__call__", interrupted)
-    walk.state.advance(0)
+    advance(walk.state, 0)
     with pytest.raises(KeyboardInterrupt):
-        walk.state.advance(1)
-    assert walk.state.length == 0 and walk.state.tokens == []
-    walk.state.append(walk.tokens)
+        advance(walk.state, 1)
+    assert walk.state.tokens == walk.tokens
+    assert walk.state.filled == [25, 20, 20, 20]
     walk.check(3)
 
 
@@ -268,7 +327,7 @@ def test_token_arrays_do_not_pile_up():
     walk = Walk("flat-d8")
     for _ in range(700):
         walk.add(1)
-    assert len(walk.state._unread) <= 256
+    assert len(walk.state._late) <= 256
     walk.check(0)
 
 

@@ -6,21 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from cognica_mlx.calibration import Calibration, published_bounds
-from cognica_mlx.decoding.certified import Certified
-from cognica_mlx.decoding.loop import Policy
-from cognica_mlx.decoding.pace import Pace
+from cognica_mlx.decoding.drafters import OwnStages
 from cognica_mlx.decoding.plain import Plain
+from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.targets import (
     composed_target,
+    draft_target,
     full_target,
     prefix_target,
     stage_target,
 )
-from cognica_mlx.decoding.wand import Wand
+from cognica_mlx.decoding.wand import Wand, exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import Sampler
 
 # Each mode with the options that mean something to it.
 MODES: dict[str, tuple[str, ...]] = {
@@ -31,7 +30,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "wand": ("safety", "p99_bounds", "exit_stages"),
     "speculative": (
         *("draft_stage", "num_draft_tokens", "draft_margin"),
-        *("draft_head", "draft_vocab", "draft_rank"),
+        *("draft_head", "draft_rank"),
     ),
     "certified": (
         *("safety", "p99_bounds", "draft_stage", "num_draft_tokens"),
@@ -50,8 +49,8 @@ class ModeOptions:
     stage: the boundary that `stage` predicts from (0). max_stages: how many stages `prefix` runs
     (all). stages, stage_weights: what `compose` mixes (all, equally). safety: factor on the bounds
     (1.0). p99_bounds: one for each step between stages. exit_stages: where `wand` may leave (all).
-    draft_stage (0), num_draft_tokens (3), draft_margin (off), draft_head (summed), draft_vocab
-    (all), draft_rank (all): how drafts are made.
+    draft_stage (0), num_draft_tokens (3), draft_margin (off), draft_head (summed), draft_rank (the
+    whole head): how drafts are made.
     """
 
     stage: int | None = None
@@ -65,19 +64,16 @@ class ModeOptions:
     num_draft_tokens: int | None = None
     draft_margin: float | None = None
     draft_head: str | None = None
-    draft_vocab: int | None = None
     draft_rank: int | None = None
 
 
-def make_policy(
+def make_mode(
     model: PoEModel,
-    sampler: Sampler,
     mode: str = "full",
     options: ModeOptions | None = None,
     calibration: Calibration | None = None,
-    pace: Pace | None = None,
-) -> Policy:
-    """The policy of `mode`; `pace` watches over one that may not pay.
+) -> Mode:
+    """The mode of that name.
 
     Raises RequestError for an unknown mode, an option that the mode does not take, a stage that
     the model does not have, or bounds that are needed and nowhere to be found.
@@ -92,23 +88,45 @@ def make_policy(
             takers = " or ".join(m for m, names in MODES.items() if name in names)
             raise RequestError(f"{name} belongs to mode {takers}, not to {mode}")
     if mode == "full":
-        return Plain(full_target(model), sampler)
+        return Plain(full_target(model))
     if mode == "stage":
-        return Plain(stage_target(model, given.get("stage", 0)), sampler)
+        return Plain(stage_target(model, given.get("stage", 0)))
     if mode == "prefix":
-        return Plain(prefix_target(model, given.get("max_stages", model.poe_n_stages)), sampler)
+        return Plain(prefix_target(model, given.get("max_stages", model.poe_n_stages)))
     if mode == "compose":
         stages = given.get("stages", range(model.poe_n_stages))
-        return Plain(composed_target(model, stages, given.get("stage_weights")), sampler)
-    if calibration and given.keys() <= {"safety", "draft_head", "draft_vocab", "draft_rank"}:
+        return Plain(composed_target(model, stages, given.get("stage_weights")))
+    if calibration and given.keys() <= {"safety", "draft_head", "draft_rank"}:
         given = {**calibration.options.get(mode, {}), **given}
     if "p99_bounds" in MODES[mode] and "p99_bounds" not in given:
         given["p99_bounds"] = _bounds(model, calibration)
-    if mode == "wand":
-        return Wand(model, sampler, **given, pace=pace)
+    return Wand(model, **given) if mode == "wand" else _speculative(model, mode, **given)
+
+
+def _speculative(
+    model: PoEModel,
+    mode: str,
+    draft_stage: int = 0,
+    num_draft_tokens: int = 3,
+    draft_margin: float | None = None,
+    draft_head: str = "summed",
+    draft_rank: int | None = None,
+    p99_bounds: Sequence[float] = (),
+    safety: float = 1.0,
+) -> Speculative:
+    model.check_stage(draft_stage, "draft_stage")
+    certain = None
     if mode == "certified":
-        return Certified(model, sampler, **given, pace=pace)
-    return Speculative(model, sampler, **given, pace=pace)
+        if draft_stage == model.poe_n_stages - 1:
+            raise RequestError(
+                f"draft_stage {draft_stage} is the last one: nothing is left to skip"
+            )
+        certain = exit_margins(model, p99_bounds, safety)[draft_stage]
+        # The bounds are about the stage's own prediction. A shortlist's logits are exact, and so is
+        # the margin between its best two.
+        draft_head = "base"
+    drafter = OwnStages(draft_target(model, draft_stage, draft_head, draft_rank), draft_margin)
+    return Speculative(full_target(model), drafter, num_draft_tokens, certain)
 
 
 def _bounds(model: PoEModel, calibration: Calibration | None) -> Sequence[float]:

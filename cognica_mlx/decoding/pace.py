@@ -1,73 +1,122 @@
 """Whether a mode pays on this machine, and how many drafts a round should make.
 
-- in: measured costs, and the passes that a policy reports while it decodes
-- out: what they should have cost, the best draft length, and when to fall back to plain decoding
+- in: measured costs, what a driver has spent on the mode, which drafts were kept
+- out: the best draft length, and when to fall back to full depth
+- `Metered` wraps a driver and prices what passes through, so that modes know nothing of costs
 
 By costs measured beforehand and not by the clock, so that a run can be repeated.
 """
 
 from __future__ import annotations
 
-from cognica_mlx.costs import Costs
+from typing import Any
 
-# So many tokens are given a chance before what they have cost is held against the mode.
+from cognica_mlx.costs import Costs
+from cognica_mlx.decoding.requests import Advance, Request, Score
+from cognica_mlx.decoding.sequence import Mode
+from cognica_mlx.decoding.single import Driver
+from cognica_mlx.decoding.speculative import Speculative
+
+# Tokens to emit before judging whether a mode pays.
 PATIENCE = 16
-# Before any draft has been judged, as if so many of so many had been kept.
+# Prior: assume 6.4 of 8 drafts were accepted.
 PRIOR_KEPT, PRIOR_JUDGED = 6.4, 8
 
 
 class Pace:
-    """Adds up what the passes of one decoding run cost by `costs`; `park` lets it end the mode.
+    """Advice to `mode` by `costs`; with `park` it ends a mode that costs more than full depth.
 
-    `spent` is in the unit of the costs, seconds if measured.
+    `spent` is in the unit of the costs, seconds if measured; `tokens` are those of the mode.
+    `parked` says why the mode was ended. `others` are the rows of other sequences that share each pass.
     """
 
-    def __init__(self, costs: Costs, *, park: bool = True):
+    def __init__(self, costs: Costs, mode: Mode, *, park: bool = True):
         self.costs, self.park = costs, park
         self.spent = 0.0
         self.tokens = 0
+        self.others = 0
         self.parked: str | None = None
         self._kept, self._judged = PRIOR_KEPT, float(PRIOR_JUDGED)
+        self._mode = mode if isinstance(mode, Speculative) else None
 
     def judged(self, kept: int, drafted: int) -> None:
         """Of `drafted` tokens in a row the first `kept` were accepted."""
         self._kept += kept
         self._judged += kept + (kept < drafted)
 
+    def emitted(self) -> None:
+        """The mode has made a token."""
+        self.tokens += 1
+
     @property
     def acceptance(self) -> float:
         """The chance of a draft to be accepted if those before it were."""
         return self._kept / self._judged
 
-    def draft_length(self, most: int, stage: int, draft_step: float) -> int:
-        """Up to `most`, the number of drafts at `stage` by which a token should cost least.
+    def draft_length(self, most: int) -> int:
+        """Up to `most`, the number of drafts by which a token should cost least.
 
         A round of n drafts, each accepted with chance a if those before it were, emits
         1 + a + ... + a^n tokens (Leviathan et al. 2023).
         """
         if not self.park:
             return most
-        costs = [self._round(n, stage, draft_step) / self._expected(n) for n in range(1, most + 1)]
+        costs = [self._token(n, self.acceptance) for n in range(1, most + 1)]
         return 1 + costs.index(min(costs)) if costs else 0
 
-    def can_draft(self, most: int, stage: int, draft_step: float) -> bool:
-        """Park, saying False, where not even drafts that are all accepted would pay."""
-        cost = min(self._round(n, stage, draft_step) / (n + 1) for n in range(1, most + 1))
-        return self._weigh(cost)
-
     def pays(self) -> bool:
-        """Park, saying False, where the tokens so far have cost more than plain decoding's."""
-        return self.tokens < PATIENCE or self._weigh(self.spent / self.tokens)
-
-    def _weigh(self, token: float) -> bool:
-        ratio = token / self.costs.full_token
-        if self.park and ratio > 1:
-            self.parked = f"a token costs {ratio:.2f} times what it does at full depth"
+        """Whether the mode should go on. Ends it where even drafts that are all accepted would not
+        pay, or where the tokens so far have cost more than plain decoding's."""
+        if not self.park or self.parked:
+            return not self.parked
+        if self._mode and not self.tokens:
+            most = range(1, self._mode.num_draft_tokens + 1)
+            self._weigh(min(self._token(n, 1.0) for n in most))
+        elif self.tokens >= PATIENCE:
+            self._weigh(self.spent / self.tokens)
         return self.parked is None
 
-    def _round(self, drafts: int, stage: int, draft_step: float) -> float:
-        verification = self.costs.lower(stage) + self.costs.upper(stage, drafts + 1)
-        return drafts * draft_step + verification
+    def _weigh(self, token: float) -> None:
+        ratio = token / self._plain_token()
+        if ratio > 1:
+            self.parked = f"a token costs {ratio:.2f} times what it does at full depth"
 
-    def _expected(self, drafts: int) -> float:
-        return sum(self.acceptance**n for n in range(drafts + 1))
+    def _plain_token(self) -> float:
+        """A token's share of a pass at full depth."""
+        rows = 1 + self.others
+        return self.costs.full_pass(rows) / rows
+
+    def _token(self, drafts: int, acceptance: float) -> float:
+        """What a token costs in rounds of so many drafts, by this sequence's part of each pass."""
+        assert self._mode is not None, "only drafting modes ask for this"
+        stage, rows = self._mode.draft_stage, drafts + 1
+        step = self.costs.lower(stage) + self.costs.target(self._mode.drafter.target)
+        # What the other sequences' rows cost without these is not this one's to pay.
+        together = self.costs.lower(stage, 1 + self.others) / (1 + self.others)
+        behind = self.costs.upper(stage, rows + self.others) * rows / (rows + self.others)
+        expected = sum(acceptance**n for n in range(drafts + 1))
+        return (drafts * step + together + behind) / expected
+
+
+class Metered:
+    """A driver that prices what one sequence asks of another driver."""
+
+    def __init__(self, driver: Driver, pace: Pace):
+        self._driver, self._pace = driver, pace
+
+    def answer(self, request: Request) -> Any:
+        """See `Driver`."""
+        self._pace.spent += price(self._pace.costs, request)
+        return self._driver.answer(request)
+
+
+def price(costs: Costs, request: Request, rows: int | None = None) -> float:
+    """What a request costs: its part of a pass or a prediction of `rows` rows, its own if None."""
+    if isinstance(request, Advance):
+        count = request.count
+        total = rows or count
+        return costs.stage(request.index, total) * count / total if count else 0.0
+    if isinstance(request, Score):
+        total = rows or request.rows
+        return costs.target(request.target, total) * request.rows / total
+    return 0.0

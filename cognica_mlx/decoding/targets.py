@@ -5,13 +5,15 @@ A target says which stage boundaries it reads and turns their activations into s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import Hidden, PoEModel, log_op
+from cognica_mlx.hidden import Hidden
+from cognica_mlx.model import PoEModel, log_op
 
 # How a specialist's drafts are made.
 DRAFT_HEADS = ("summed", "base")
@@ -19,10 +21,19 @@ DRAFT_HEADS = ("summed", "base")
 
 @dataclass(frozen=True)
 class Target:
-    """A predictor: `scores` maps the activations (1, T, D) at `boundaries` to (1, T, V) float32."""
+    """A predictor: `scores` maps the activations (1, T, D) at `boundaries` to (1, T, V) float32.
 
-    boundaries: tuple[int, ...]
-    scores: Callable[[Mapping[int, Hidden]], mx.array]
+    Targets are equal where `key` is: then their predictions can be made together. `heads` are the
+    stages whose heads are read, `rank` that of a shortlist read instead, which is `share` of them:
+    what a prediction costs.
+    """
+
+    key: tuple[Hashable, ...]
+    boundaries: tuple[int, ...] = field(compare=False)
+    scores: Callable[[Mapping[int, Hidden]], mx.array] = field(compare=False)
+    heads: tuple[int, ...] = field(compare=False)
+    rank: int | None = field(default=None, compare=False)
+    share: float = field(default=1.0, compare=False)
 
     @property
     def depth(self) -> int:
@@ -30,15 +41,26 @@ class Target:
         return max(self.boundaries)
 
 
+def _head_ids(model: PoEModel, stages: Sequence[int]) -> tuple[Any, ...]:
+    """What makes the stages' predictions the same in two models: where, and through which heads."""
+    base = len(model.config.stage_layers)
+    return tuple((k, k >= base, *map(id, model.heads(k))) for k in stages)
+
+
 def full_target(model: PoEModel) -> Target:
     """The full model's own prediction."""
-    return Target(model.full_boundaries, model.full_scores)
+    stages = model.full_boundaries
+    key = ("full", *_head_ids(model, stages))
+    if len(stages) > 1:
+        key = ("full", id(model))
+    return Target(key, stages, model.full_scores, stages)
 
 
 def stage_target(model: PoEModel, stage: int) -> Target:
     """One stage boundary's prediction."""
     model.check_stage(stage)
-    return Target((stage,), lambda hidden: model.stage_logits(stage, hidden[stage]))
+    key = ("stages", *_head_ids(model, [stage]))
+    return Target(key, (stage,), lambda hidden: model.stage_logits(stage, hidden[stage]), (stage,))
 
 
 def prefix_target(model: PoEModel, max_stages: int) -> Target:
@@ -49,46 +71,36 @@ def prefix_target(model: PoEModel, max_stages: int) -> Target:
         return stage_target(model, max_stages - 1)
     stages = tuple(range(max_stages))
     return Target(
-        stages, lambda hidden: model.pool([model.stage_logits(k, hidden[k]) for k in stages])
+        ("prefix", id(model), max_stages),
+        stages,
+        lambda hidden: model.pool([model.stage_logits(k, hidden[k]) for k in stages]),
+        stages,
     )
 
 
 def draft_target(
-    model: PoEModel,
-    stage: int,
-    draft_head: str,
-    draft_vocab: int | None = None,
-    draft_rank: int | None = None,
+    model: PoEModel, stage: int, draft_head: str, draft_rank: int | None = None
 ) -> Target:
     """What drafts at `stage`: its own prediction with "base"; with "summed", where a specialist
     stands on the base, the base stage's activations through all the heads that are summed.
 
-    With `draft_vocab` only the first so many token ids are scored, which reads as many rows of the
-    heads; in a byte-pair vocabulary those are the most frequent ones. With `draft_rank` the head is
-    read along so many directions: see `ShortlistHead`.
+    With `draft_rank` the head is read along that many directions: see `ShortlistHead`.
     """
     if draft_head not in DRAFT_HEADS:
         raise RequestError(f"draft_head {draft_head!r} is none of {', '.join(DRAFT_HEADS)}")
-    size = model.config.vocab_size
     if draft_rank is not None:
-        if draft_vocab is not None:
-            raise RequestError("draft_vocab and draft_rank: give one of them")
-        model = model.with_shortlist(draft_rank)
-    if draft_vocab is not None:
-        if not 1 <= draft_vocab <= size:
-            raise RequestError(f"draft_vocab {draft_vocab} is not between 1 and {size}")
-        model = model.with_short_heads(draft_vocab)
-    target = prefix_target(model, stage + 1)
+        short = prefix_target(model.with_shortlist(draft_rank), stage + 1)
+        share = draft_rank / model.config.n_embd
+        return replace(short, key=(*short.key, draft_rank), rank=draft_rank, share=share)
     in_base = stage < len(model.config.stage_layers)
     if draft_head == "summed" and in_base and model.config.specialist_layers:
-        target = Target((stage,), lambda hidden: model.draft_logits(stage, hidden[stage]))
-    if draft_vocab is None:
-        return target
-    missing = [(0, 0), (0, 0), (0, size - draft_vocab)]
-    return Target(
-        target.boundaries,
-        lambda hidden: mx.pad(target.scores(hidden), missing, constant_values=-mx.inf),
-    )
+        return Target(
+            ("draft", id(model), stage),
+            (stage,),
+            lambda hidden: model.draft_logits(stage, hidden[stage]),
+            model.full_boundaries,
+        )
+    return prefix_target(model, stage + 1)
 
 
 def composed_target(
@@ -112,6 +124,8 @@ def composed_target(
         raise RequestError(f"stage_weights {given} must add up to more than 0")
     shares = [weight / total for weight in given]
     return Target(
+        ("compose", id(model), tuple(stages), tuple(shares)),
         tuple(stages),
         lambda hidden: log_op([model.stage_logits(k, hidden[k]) for k in stages], shares),
+        tuple(stages),
     )

@@ -4,7 +4,7 @@ Stage k is left when the margin between its two best scores exceeds
 `safety * (bound_k + ... + bound_{K-2})`, bound_j being the 99th percentile, measured on a
 calibration text, of what the step from stage j to j + 1 takes away from such a margin (or, as
 published for the 1.3B base, of what it moves any logit). Positions that left early stay pending
-in the deeper stages and are caught up in one batch when a later token goes deeper.
+in the deeper stages and are caught up in one pass when a later token goes deeper.
 
 With a head per stage the full model is the Log-OP of all stages, so the margin is that of the
 running Log-OP R_k = pool of stages 0 .. k. The full margin telescopes,
@@ -19,18 +19,23 @@ stage that was left at; use speculation to draw from the full model's distributi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.loop import DecodedToken, as_row, number
-from cognica_mlx.decoding.pace import Pace
-from cognica_mlx.decoding.plain import Plain
-from cognica_mlx.decoding.targets import full_target
+from cognica_mlx.decoding.requests import (
+    DecodedToken,
+    Read,
+    Score,
+    Steps,
+    advance,
+    as_row,
+)
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.targets import full_target, stage_target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import Hidden, PoEModel
-from cognica_mlx.sampling import Sampler, logprob_of, margin
-from cognica_mlx.state import DecodingState
+from cognica_mlx.model import PoEModel
+from cognica_mlx.sampling import logprob_of, margin
 
 
 def exit_margins(model: PoEModel, p99_bounds: Sequence[float], safety: float) -> list[float]:
@@ -58,21 +63,15 @@ class Wand:
     """Advance stage by stage until the margin clears the remaining bounds.
 
     `exit_stages` limits where a token may leave; a head that decides nothing is not computed.
-    `pace` goes over to full depth where leaving early does not pay.
     """
-
-    drafted = 0
 
     def __init__(
         self,
         model: PoEModel,
-        sampler: Sampler,
         p99_bounds: Sequence[float],
         safety: float = 1.0,
         exit_stages: Sequence[int] | None = None,
-        pace: Pace | None = None,
     ):
-        self.model, self.sampler, self.pace = model, sampler, pace
         self.depth, self.prefill_stage = model.poe_n_stages - 1, 0
         self.exits = dict(enumerate(exit_margins(model, p99_bounds, safety)))
         if exit_stages is not None:
@@ -81,51 +80,32 @@ class Wand:
         for stage, needed in list(self.exits.items()):
             if needed == float("inf") or (exit_stages is not None and stage not in exit_stages):
                 del self.exits[stage]
+        # With a head per stage each one's prediction is needed on the way to the pool.
+        self._pool = model.pool if model.pools_stages else None
+        self._targets = [stage_target(model, k) for k in range(self.depth + 1)]
+        if self._pool is None:
+            self._targets[-1] = full_target(model)
 
-    def run(self, state: DecodingState, token: int, budget: int) -> Iterator[DecodedToken]:
-        """Emit `budget` tokens, each with the stage it left at."""
-        context = self.sampler.context([*state.tokens, token])
-        for emitted in range(budget):
-            if self.pace and not self.pace.pays():
-                plain = Plain(full_target(self.model), self.sampler)
-                yield from plain.run(state, token, budget - emitted)
-                return
-            state.append([token])
-            decoded = self._leave(state, context)
-            yield decoded
-            token = decoded.token
-            context = self.sampler.extend(context, as_row(token))
-
-    def _leave(self, state: DecodingState, context: mx.array | None) -> DecodedToken:
-        """Advance until the rule lets go, and choose the token there."""
-        passed: dict[int, Hidden] = {}
-        logits: list[mx.array] = []
-        end = state.length
-        if self.pace:
-            self.pace.tokens += 1
-        for stage in range(self.depth + 1):
-            if self.pace:
-                self.pace.spent += self.pace.costs.stage(stage, state.pending(stage))
-            state.advance(stage)
-            passed[stage] = state.boundary(stage, end - 1, end)
-            if self.model.pools_stages:
-                logits.append(self.model.stage_logits(stage, passed[stage]))
-            tested = stage == self.depth or stage in self.exits
-            if self.pace and (tested or self.model.pools_stages):
-                self.pace.spent += self.pace.costs.head(stage)
-            if not tested:
-                continue
-            scores = self.sampler.process(self._scores(stage, passed, logits)[:, -1], context)
-            chosen = self.sampler.choose(scores)
-            logprob, lead = logprob_of(scores, chosen), margin(scores)
-            mx.eval(chosen, logprob, lead)
-            if stage == self.depth or number(lead) > self.exits[stage]:
-                break
-        return DecodedToken.read(chosen, logprob, stage)
-
-    def _scores(self, stage: int, passed: dict[int, Hidden], logits: list[mx.array]) -> mx.array:
-        if self.model.pools_stages:
-            return self.model.pool(logits)
-        if stage == self.depth:
-            return self.model.full_scores(passed)
-        return self.model.stage_logits(stage, passed[stage])
+    def steps(self, sequence: DecodingSequence) -> Steps:
+        """Emit tokens, each with the stage it left at."""
+        state, sampler = sequence.state, sequence.sampler
+        context = sampler.context(sequence.text)
+        while sequence.budget and sequence.advice.pays():
+            state.append(sequence.text[-1:])
+            passed: list[mx.array] = []
+            for stage, target in enumerate(self._targets):
+                yield from advance(state, stage)
+                tested = stage == self.depth or stage in self.exits
+                if self._pool is not None:
+                    passed.append((yield Score(state, target)))
+                if not tested:
+                    continue
+                scores = self._pool(passed) if self._pool else (yield Score(state, target))
+                scores = sampler.process(scores, context)
+                chosen = sampler.choose(scores)
+                arrays = chosen, logprob_of(scores, chosen), margin(scores)
+                (token,), (logprob,), (lead,) = yield Read(state, arrays)
+                if stage == self.depth or lead > self.exits[stage]:
+                    break
+            yield DecodedToken(token, logprob, stage)
+            context = sampler.extend(context, as_row(token))

@@ -195,12 +195,6 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         "summed)",
     )
     group.add_argument(
-        "--draft-vocab",
-        type=int,
-        metavar="N",
-        help="speculative: draft among the first N token ids only, reading less of the head",
-    )
-    group.add_argument(
         "--draft-rank",
         type=int,
         metavar="R",

@@ -10,14 +10,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import Hidden, PoEModel, log_op, norm
+from cognica_mlx.hidden import Hidden
+from cognica_mlx.model import PoEModel, log_op
+from cognica_mlx.stages import Stage, norm
 
 
 class PatchedEmbedding(nn.Module):
@@ -32,6 +33,7 @@ class PatchedEmbedding(nn.Module):
         # For each token 1 + its place among the values, or 0.
         slots = mx.zeros((n_rows,), mx.int32)
         slots[mx.array(rows)] = mx.arange(1, len(rows) + 1, dtype=mx.int32)
+        mx.eval(slots)  # private, so that evaluating the parameters would leave it out
         self._slots = slots
 
     def __call__(self, tokens: mx.array) -> mx.array:
@@ -47,6 +49,7 @@ def share_base(model: PoEModel, base: PoEModel, rows: list[int], values: mx.arra
     the base, its lambdas among it, stays its own.
     """
     config = base.config
+    object.__setattr__(model, "_base", base)
     model.h = [*base.h, *model.h[config.n_layer :]]
     for name in ("lm_head", "lm_head_stages", "smear_gate", "smear_lambda", "backout_lambda"):
         if name in base:
@@ -57,22 +60,6 @@ def share_base(model: PoEModel, base: PoEModel, rows: list[int], values: mx.arra
         model.wte = PatchedEmbedding(base.wte, rows, values, config.padded_vocab_size)
     else:
         model.wte = base.wte
-
-
-@dataclass(frozen=True)
-class SiblingsConfig(PoEConfig):
-    """A base with specialists side by side: each one's layers come right after the base's."""
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """How far back each layer sees."""
-        depth = self.base_n_layer
-        fields = {**self.to_dict(), "specialist_layers": (), "n_layer": depth}
-        above = [
-            PoEConfig(**{**fields, "n_layer": depth + own, "specialist_layers": (own,)}).windows
-            for own in self.specialist_layers
-        ]
-        return (*above[0][:depth], *(window for one in above for window in one[depth:]))
 
 
 class Siblings(PoEModel):
@@ -102,7 +89,8 @@ class Siblings(PoEModel):
                 )
         own = tuple(model.config.specialist_layers[0] for model in models)
         fields = {**first.config.to_dict(), "n_layer": depth + sum(own), "specialist_layers": own}
-        super().__init__(SiblingsConfig(**fields))
+        super().__init__(PoEConfig(**fields))
+        self._models = tuple(models)
         self._shares = [weight / total for weight in weights]
         for name in ("lm_head", "lm_head_stages", "smear_gate", "smear_lambda", "backout_lambda"):
             if name in first:
@@ -113,12 +101,12 @@ class Siblings(PoEModel):
         for name in ("resid_lambdas", "x0_lambdas"):
             parts = [first[name][:depth], *(model[name][depth:] for model in models)]
             setattr(self, name, mx.concatenate(parts))
+            mx.eval(self[name])
 
-    @property
-    def stage_inputs(self) -> tuple[int, ...]:
-        """Every specialist takes in what the base gives out."""
+    def _make_stages(self) -> tuple[Stage, ...]:
+        """The base's stages, then each specialist's own, which take in what the base gives out."""
         trunk = len(self.config.stage_layers)
-        return (*range(trunk), *([trunk] * len(self.config.specialist_layers)))
+        return (*self._models[0].stages[:trunk], *(model.stages[trunk] for model in self._models))
 
     @property
     def full_boundaries(self) -> tuple[int, ...]:
@@ -137,38 +125,25 @@ class Siblings(PoEModel):
         )
 
     def _final_heads(self, specialist: int) -> list[nn.Module]:
-        own = self.lm_head_specialists[specialist]
-        mode = self.config.head_mode
-        if mode == "dual":
-            return [self.lm_head, own]
-        return [own] if mode == "specialist" else [self.lm_head]
+        """The heads that the i-th specialist speaks through."""
+        return self._models[specialist].heads(len(self.config.stage_layers))
 
 
 def shared_stages(a: PoEModel, b: PoEModel, tokens: Iterable[int]) -> int:
     """How many leading stages compute just the same in both models for a text of `tokens`.
 
-    They do where the blocks are the same objects, with the same windows and lambdas, and the
-    text's tokens have the same embeddings.
+    They do where they are the same objects, and the text's tokens have the same embeddings.
     """
     if a is b:
         return a.poe_n_stages
     if not _same_embeddings(a.wte, b.wte, tokens):
         return 0
-    layers = min(a.config.n_layer, b.config.n_layer)
-    same = (a.resid_lambdas[:layers] == b.resid_lambdas[:layers]) & (
-        a.x0_lambdas[:layers] == b.x0_lambdas[:layers]
-    )
-    agree = [bool(flag) for flag in same.tolist()]  # type: ignore[union-attr]
     alike = 0
-    while (
-        alike < layers
-        and agree[alike]
-        and a.h[alike] is b.h[alike]
-        and a.config.windows[alike] == b.config.windows[alike]
-    ):
+    for one, other in zip(a.stages, b.stages, strict=False):
+        if one is not other:
+            break
         alike += 1
-    ends = zip(a.poe_stage_boundary_layers, b.poe_stage_boundary_layers, strict=False)
-    return sum(x == y and x < alike for x, y in ends)
+    return alike
 
 
 def _same_embeddings(a: nn.Module, b: nn.Module, tokens: Iterable[int]) -> bool:

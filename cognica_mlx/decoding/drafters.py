@@ -1,0 +1,90 @@
+"""Where drafts come from: the model's own first stages.
+
+A drafter appends the tokens that it drafts and runs them through the stages it uses. What a refusal
+takes back is the state's own `rollback`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from cognica_mlx.decoding.requests import Read, Request, Score, as_row, through
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.targets import Target
+from cognica_mlx.errors import RequestError
+from cognica_mlx.sampling import logprob_of, margin
+
+
+@dataclass
+class Draft:
+    """Drafted tokens, unevaluated: each list holds one entry a token.
+
+    tokens (1, 1) int; log_probs (1, V), what each was drawn from, empty when greedy; logprobs (1,)
+    of the tokens; margins (1,) by which the draft's best score led. `first` is the position of the
+    token before them, `context` what the repetition penalty looked back on at that position;
+    `stopped` says that the next draft was too weak to be one.
+    """
+
+    first: int
+    context: mx.array | None
+    tokens: list[mx.array] = field(default_factory=list)
+    log_probs: list[mx.array] = field(default_factory=list)
+    logprobs: list[mx.array] = field(default_factory=list)
+    margins: list[mx.array] = field(default_factory=list)
+    stopped: bool = False
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def joined(self) -> mx.array:
+        """The drafted tokens, (n,) int32."""
+        empty = mx.zeros((0,), mx.int32)
+        return mx.concatenate([t.reshape(-1) for t in self.tokens]) if self.tokens else empty
+
+
+class OwnStages:
+    """The model's own stages, up to the one that `target` reads.
+
+    With `stop_below` drafting stops where the two best scores are closer than that, and that draft
+    is not used: then the host waits for each draft, otherwise for none.
+    """
+
+    def __init__(self, target: Target, stop_below: float | None):
+        self.target, self.stop_below = target, stop_below
+
+    def draft(self, sequence: DecodingSequence, count: int) -> Generator[Request, Any, Draft]:
+        """Draft up to `count` tokens after the sequence's text, the last token of which the state
+        does not hold. Appends it and the drafts but the last."""
+        state, sampler = sequence.state, sequence.sampler
+        if count > state.slack:
+            raise RequestError(
+                f"num_draft_tokens {count} is more than the {state.slack} positions that this "
+                "state can roll back"
+            )
+        draft = Draft(state.length, sampler.context(sequence.text))
+        context, token = draft.context, as_row(sequence.text[-1])
+        for _ in range(count):
+            state.append(token)
+            yield from through(state, self.target.depth)
+            scores = sampler.process((yield Score(state, self.target)), context)
+            lead = margin(scores)
+            if self.stop_below is not None:
+                ((number,),) = yield Read(state, (lead,))
+                if number < self.stop_below:
+                    draft.stopped = True
+                    break
+            if sampler.greedy:
+                chosen = mx.argmax(scores, axis=-1)
+            else:
+                draft.log_probs.append(sampler.log_probs(scores))
+                chosen = sampler.draw(draft.log_probs[-1])
+            token = as_row(chosen)
+            draft.tokens.append(token)
+            draft.logprobs.append(logprob_of(scores, chosen))
+            draft.margins.append(lead)
+            context = sampler.extend(context, token)
+        return draft

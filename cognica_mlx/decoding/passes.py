@@ -1,0 +1,109 @@
+"""What drivers do to carry requests out: passes through a stage, predictions, reading numbers.
+
+Each takes requests of any number of sequences that can share the work, one or many. A pass builds
+the graph for all of them before any state changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from cognica_mlx.cache import PackedPass, StagePass
+from cognica_mlx.decoding.requests import Advance, Read, Score
+from cognica_mlx.hidden import Hidden, Rows, pack
+from cognica_mlx.model import PoEModel
+from cognica_mlx.state import DecodingState, Text
+
+
+def run_stage(requests: Sequence[Advance]) -> None:
+    """Run what each of the requests, all for the same stage, asks for in one pass."""
+    counts = [request.count for request in requests]
+    taken = [r.state.take(r.index, n) for r, n in zip(requests, counts, strict=True)]
+    if isinstance(taken[0], Text):
+        models = [request.state.model for request in requests]
+        hidden = embed(models, taken)  # type: ignore[arg-type]
+    else:
+        hidden = pack([rows for pieces in taken for rows in pieces])  # type: ignore[union-attr]
+    passes = [r.state.caches[r.index].begin(n) for r, n in zip(requests, counts, strict=True)]
+    seen: StagePass | PackedPass = passes[0] if len(passes) == 1 else PackedPass(passes)
+    stage = requests[0].stage
+    hidden = stage(hidden, [seen] * len(stage.blocks))
+    start = 0
+    for request, count, done in zip(requests, counts, passes, strict=True):
+        request.state.put(request.index, Rows(hidden, start, start + count), done)
+        request.state.forget(request.index)
+        start += count
+
+
+def embed(models: Sequence[PoEModel], texts: Sequence[Text]) -> Hidden:
+    """The texts embedded and smeared, each by its model's table, in a row: (1, total, D)."""
+    if len(texts) == 1:
+        return models[0].embed(texts[0].tokens, texts[0].previous)
+    parts: list[Hidden] = []
+    single: list[Text] = []
+
+    def finish(model: PoEModel) -> None:
+        """Embed the single tokens so far as a batch of texts of one token each."""
+        if single:
+            tokens = mx.concatenate([text.tokens for text in single])  # (n, 1)
+            previous = mx.concatenate([text.previous for text in single])  # type: ignore[misc]
+            batch = model.embed(tokens, previous)
+            x = batch.x.reshape(1, len(single), -1)
+            parts.append(Hidden(tokens.reshape(1, -1), x, x))
+            single.clear()
+
+    for i, (model, text) in enumerate(zip(models, texts, strict=True)):
+        if i and model.wte is not models[i - 1].wte:
+            finish(models[i - 1])
+        if text.tokens.shape[1] == 1 and text.previous is not None:
+            single.append(text)
+            continue
+        finish(model)
+        parts.append(model.embed(text.tokens, text.previous))
+    finish(models[-1])
+    return Hidden.concatenate(parts)
+
+
+def score(requests: Sequence[Score]) -> list[mx.array]:
+    """The scores (rows, V) of each of the requests, all for the same target."""
+    target = requests[0].target
+    hidden = {}
+    for boundary in target.boundaries:
+        pieces = []
+        for request in requests:
+            end = request.state.length
+            pieces += request.state.rows(boundary, end - request.rows, end)
+        hidden[boundary] = pack(pieces)
+    scores = target.scores(hidden)[0]
+    if len(requests) == 1:
+        return [scores]
+    answers, start = [], 0
+    for request in requests:
+        answers.append(scores[start : start + request.rows])
+        start += request.rows
+    return answers
+
+
+def read(requests: Sequence[Read]) -> list[list[Any]]:
+    """The numbers in each request's arrays, after one wait for all; then what is ahead begins."""
+    mx.eval([request.arrays for request in requests])
+    numbers = [[array.tolist() for array in request.arrays] for request in requests]
+    if ahead := [request.ahead for request in requests if request.ahead]:
+        mx.async_eval(ahead)
+    for request in requests:
+        request.state.next_round()
+    return numbers
+
+
+def submit(state: DecodingState, before: Sequence[mx.array]) -> list[mx.array]:
+    """Start on all that the state holds, once `before` is done; what to wait for the next time."""
+    mx.eval(before)
+    arrays = state.arrays()
+    mx.async_eval(arrays)
+    state.next_round()
+    # Work is done in order: when the last is there, all are. Holding the caches' own arrays here
+    # would keep them from being written in place.
+    return arrays[-1:]

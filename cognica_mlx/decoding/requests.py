@@ -1,0 +1,107 @@
+"""What a decoding mode asks of the driver that carries it out.
+
+A mode is a generator of requests and tokens. It never touches the model, the clock or the cost of
+anything; a driver answers each request, for one sequence at once or for many together. Answers are
+lazy arrays. Only `Read` waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from cognica_mlx.decoding.targets import Target
+from cognica_mlx.stages import Stage
+from cognica_mlx.state import DecodingState
+
+
+@dataclass(frozen=True, eq=False)
+class Advance:
+    """Run the oldest `rows` positions that wait before stage `index`, all of them if None."""
+
+    state: DecodingState
+    index: int
+    rows: int | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """The stage itself: requests that name the same one can share a pass."""
+        return self.state.model.stages[self.index]
+
+    @property
+    def count(self) -> int:
+        """How many positions that is now."""
+        pending = self.state.pending(self.index)
+        return pending if self.rows is None else min(self.rows, pending)
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What `target` predicts from the last `rows` positions: scores (rows, V) float32."""
+
+    state: DecodingState
+    target: Target
+    rows: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """The numbers in `arrays`, as (nested) lists. Waits for them, then starts on `ahead`.
+
+    What `ahead` needs is begun only after the wait: until then it would find the caches in use,
+    and copy them.
+    """
+
+    state: DecodingState
+    arrays: tuple[mx.array, ...]
+    ahead: tuple[mx.array, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Submit:
+    """Start computing all that the state holds, once what was submitted before is done."""
+
+    state: DecodingState
+
+
+Request = Advance | Score | Read | Submit
+
+
+@dataclass(frozen=True)
+class DecodedToken:
+    """One token: its id, its log-probability under the scores that chose or confirmed it (after
+    the repetition penalty, before temperature and filters), the stage that emitted it, and
+    whether it was drafted."""
+
+    token: int
+    logprob: float
+    stage: int
+    from_draft: bool = False
+
+
+# What modes are made of: requests go out, answers come back.
+Steps = Generator[Request | DecodedToken, Any, None]
+
+
+def through(state: DecodingState, depth: int) -> Generator[Request, Any, None]:
+    """Run everything that is pending through the stages up to `depth`."""
+    for stage in range(depth + 1):
+        yield from advance(state, stage)
+
+
+def advance(
+    state: DecodingState, stage: int, rows: int | None = None
+) -> Generator[Request, Any, None]:
+    """Run what is pending before `stage`, and what deeper stages must not leave any longer."""
+    if state.pending(stage):
+        yield Advance(state, stage, rows)
+    while (late := state.overdue()) is not None:
+        yield Advance(state, late, state.max_pending)
+
+
+def as_row(token: mx.array | int) -> mx.array:
+    """One token id as the (1, 1) int32 array that a state appends."""
+    return mx.array(token, dtype=mx.int32).reshape(1, 1)

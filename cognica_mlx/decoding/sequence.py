@@ -1,0 +1,212 @@
+"""One sequence being decoded: prompt, state, what has been emitted, and its life as requests.
+
+- in: a prompt, a mode, a sampler; perhaps the state of an earlier call, and advice on what pays
+- out: requests for a driver, and tokens
+- afterwards the state holds the prompt and what was emitted, nothing else
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from cognica_mlx.decoding.requests import DecodedToken, Request, Steps, Submit, advance
+from cognica_mlx.errors import RequestError, RollbackError
+from cognica_mlx.model import PoEModel
+from cognica_mlx.sampling import Sampler
+from cognica_mlx.state import DecodingState, Progress
+
+
+class Advice(Protocol):
+    """What a mode may ask about its own worth. `Pace` gives it by measured costs."""
+
+    def pays(self) -> bool:
+        """Whether to go on in this mode."""
+
+    def draft_length(self, most: int) -> int:
+        """How many tokens to draft in the next round, `most` at most."""
+
+    def judged(self, kept: int, drafted: int) -> None:
+        """Of `drafted` tokens in a row the first `kept` were accepted."""
+
+    def emitted(self) -> None:
+        """The mode has made a token."""
+
+
+class NoAdvice:
+    """Every mode goes on as it was told to."""
+
+    def pays(self) -> bool:
+        """See `Advice`."""
+        return True
+
+    def draft_length(self, most: int) -> int:
+        """See `Advice`."""
+        return most
+
+    def judged(self, kept: int, drafted: int) -> None:
+        """See `Advice`."""
+
+    def emitted(self) -> None:
+        """See `Advice`."""
+
+
+class Mode(Protocol):
+    """How tokens are made. `depth` is the deepest stage it may need, `prefill_stage` the stage that
+    a prompt must have been run through before the first token."""
+
+    depth: int
+    prefill_stage: int
+
+    def steps(self, sequence: DecodingSequence) -> Steps:
+        """Emit tokens until the budget is used up, or the mode no longer pays."""
+
+
+class DecodingSequence:
+    """A prompt on its way through a mode.
+
+    `text` is the prompt and the tokens emitted, `drafted` the drafts made so far, `cached` how many
+    of the prompt's positions the state held already. Raises RequestError for an empty prompt, a
+    token id outside the vocabulary, or a state of another model.
+    """
+
+    def __init__(
+        self,
+        model: PoEModel,
+        prompt: Sequence[int],
+        mode: Mode,
+        *,
+        max_tokens: int,
+        sampler: Sampler | None = None,
+        state: DecodingState | None = None,
+        prefill_step_size: int | None = None,
+        progress: Progress | None = None,
+        advice: Advice | None = None,
+        fallback: Mode | None = None,
+    ):
+        """`fallback` goes on where `advice` ends the mode; `progress(done, total)` is called after
+        every chunk of the prompt, of `prefill_step_size` tokens."""
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token")
+        if max_tokens < 1:
+            raise RequestError(f"max_tokens {max_tokens} must be at least 1")
+        if prefill_step_size is not None and prefill_step_size < 1:
+            raise RequestError(f"prefill_step_size {prefill_step_size} must be at least 1")
+        state = state or DecodingState(model)
+        if state.model is not model:
+            raise RequestError("the decoding state belongs to another model")
+        state.check_ids(prompt)
+        self.model, self.mode, self.state = model, mode, state
+        self.sampler = sampler or Sampler()
+        self.advice, self.fallback = advice or NoAdvice(), fallback
+        self.text, self.prompt_length = list(prompt), len(prompt)
+        self.max_tokens = max_tokens
+        self.drafted = self.cached = 0
+        self.step_size, self.progress = prefill_step_size or prefill_step_size_here(), progress
+
+    @property
+    def budget(self) -> int:
+        """How many more tokens to emit."""
+        return self.max_tokens - (len(self.text) - self.prompt_length)
+
+    def steps(self) -> Steps:
+        """Everything from the prompt to the last token, as requests and tokens."""
+        prompt = self.text[:-1]
+        self.cached = self._return_to_common_start(prompt)
+        try:
+            yield from ready(self.state, self.mode.depth, self.step_size, self.progress)
+            yield from read_prompt(
+                self.state,
+                prompt[self.state.length :],
+                self.mode.prefill_stage,
+                self.step_size,
+                self.progress,
+            )
+            yield from self._emitted(self.mode)
+            if self.budget and self.fallback:
+                yield from self._emitted(self.fallback)
+        finally:
+            self.state.rollback(min(self.state.length, len(self.text)))
+
+    def _emitted(self, mode: Mode) -> Steps:
+        """The mode's requests and tokens, its answers passed on, as far as the budget goes."""
+        steps, answer = mode.steps(self), None
+        try:
+            while self.budget:
+                try:
+                    step = steps.send(answer)
+                except StopIteration:
+                    return
+                answer = None
+                if isinstance(step, DecodedToken):
+                    self.text.append(step.token)
+                    if mode is self.mode:
+                        self.advice.emitted()
+                    yield step
+                else:
+                    answer = yield step
+        finally:
+            steps.close()
+
+    def _return_to_common_start(self, wanted: list[int]) -> int:
+        """Roll the state back to what it has in common with `wanted`; how much that is."""
+        held = self.state.tokens
+        common = min(len(held), len(wanted))
+        if held[:common] != wanted[:common]:  # most often it goes on where it was
+            common = next(
+                i for i, pair in enumerate(zip(held, wanted, strict=False)) if len({*pair}) > 1
+            )
+        try:
+            self.state.rollback(common)
+        except RollbackError:
+            self.state.rollback(0)
+        return self.state.length
+
+
+def prefill_step_size_here() -> int:
+    """Tokens of a prompt to run at once: more are no quicker on the CPU, whose attention keeps
+    their scores. A GPU's keeps none, and more rows fill it better."""
+    return 256 if mx.default_device() == mx.cpu else 1024
+
+
+def read_prompt(
+    state: DecodingState,
+    tokens: Sequence[int],
+    depth: int,
+    step_size: int | None = None,
+    progress: Progress | None = None,
+) -> Generator[Request, Any, None]:
+    """Append tokens in chunks and run them through the stages up to `depth`."""
+    step_size = step_size or prefill_step_size_here()
+    for start in range(0, len(tokens), step_size):
+        state.append(tokens[start : start + step_size])
+        for stage in range(depth + 1):
+            yield from advance(state, stage)
+        yield Submit(state)
+        if progress:
+            progress(min(start + step_size, len(tokens)), len(tokens))
+
+
+def ready(
+    state: DecodingState,
+    depth: int,
+    step_size: int | None = None,
+    progress: Progress | None = None,
+) -> Generator[Request, Any, None]:
+    """Make `depth` the deepest stage that is kept ready.
+
+    Exact whatever ran before: a stage whose pending positions have been forgotten is filled by
+    running the whole text again.
+    """
+    state.model.check_stage(depth, "depth")
+    state.depth = depth
+    if any(state.lacks(stage) for stage in range(depth + 1)):
+        tokens = list(state.tokens)
+        state.clear()
+        yield from read_prompt(state, tokens, depth, step_size, progress)
+    while (late := state.overdue()) is not None:
+        # Only what `keep_trunk` has held can be so much: in chunks, as a prompt.
+        yield from advance(state, late, step_size or prefill_step_size_here())
+        yield Submit(state)

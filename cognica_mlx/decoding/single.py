@@ -1,0 +1,111 @@
+"""The driver for one sequence: every request is carried out at once.
+
+- in: a sequence's steps
+- out: its tokens, one by one
+- a pass that fails or is interrupted leaves the state at its last complete position
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from cognica_mlx.decoding.passes import read, run_stage, score, submit
+from cognica_mlx.decoding.requests import (
+    Advance,
+    DecodedToken,
+    Read,
+    Request,
+    Score,
+    Steps,
+    through,
+)
+from cognica_mlx.decoding.sequence import DecodingSequence, Mode, read_prompt, ready
+from cognica_mlx.model import PoEModel
+from cognica_mlx.state import DecodingState
+
+
+class Driver(Protocol):
+    """Carries out requests."""
+
+    def answer(self, request: Request) -> Any:
+        """What the request asks for; None where it only asks for work."""
+
+
+class Single:
+    """Answers each request as it comes."""
+
+    def __init__(self) -> None:
+        self._submitted: list[mx.array] = []
+
+    def answer(self, request: Request) -> Any:
+        """See `Driver`."""
+        if isinstance(request, Advance):
+            return run_stage([request])
+        if isinstance(request, Score):
+            return score([request])[0]
+        if isinstance(request, Read):
+            return read([request])[0]
+        self._submitted = submit(request.state, self._submitted)
+        return None
+
+
+def drive(steps: Steps, driver: Driver | None = None) -> Iterator[DecodedToken]:
+    """The tokens that `steps` emits; the driver is `Single` unless given."""
+    driver, answer = driver or Single(), None
+    try:
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration:
+                return
+            answer = None
+            if isinstance(step, DecodedToken):
+                yield step
+            else:
+                answer = driver.answer(step)
+    finally:
+        steps.close()
+
+
+def decode(
+    model: PoEModel,
+    prompt: Sequence[int],
+    mode: Mode,
+    *,
+    driver: Driver | None = None,
+    **options: Any,
+) -> Generator[DecodedToken, None, None]:
+    """Decode tokens after the token ids `prompt`. Options are those of `DecodingSequence`.
+
+    A `state` that already holds a beginning of the prompt is continued: only the rest is run.
+    Afterwards it holds the prompt and the tokens taken from this iterator, the last of them
+    possibly left out, as nothing has been predicted from it yet.
+    """
+    yield from drive(DecodingSequence(model, prompt, mode, **options).steps(), driver)
+
+
+def carry_out(requests: Iterable[Request]) -> None:
+    """Carry out requests that emit no tokens."""
+    driver = Single()
+    for request in requests:
+        driver.answer(request)
+
+
+def advance_through(state: DecodingState, depth: int) -> None:
+    """Run everything that is pending through the stages up to `depth`."""
+    carry_out(through(state, depth))
+
+
+def prefill(state: DecodingState, tokens: Sequence[int], depth: int) -> None:
+    """Append tokens and run them through the stages up to `depth`."""
+    carry_out(read_prompt(state, tokens, depth))
+    mx.eval(state.arrays())
+    mx.clear_cache()
+
+
+def set_depth(state: DecodingState, depth: int) -> None:
+    """Make `depth` the deepest stage that is kept ready: see `ready`."""
+    carry_out(ready(state, depth))

@@ -1,0 +1,174 @@
+"""What passes from stage to stage: activations of consecutive positions, and views of them.
+
+- `Hidden` holds the arrays; `Rows` names a part of one without slicing it
+- a pass that packs several sequences gives each its `Rows` of the result, and `pack` joins them
+  again for the next pass: for the same sequences in the same order, without touching an array
+- `Boundary` keeps what one stage gave out for one sequence, as far back as it is needed
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+# A view that is this much smaller than what it keeps in memory is copied.
+SPARSE = 8
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Positions at a stage boundary: all that the next stage needs of them.
+
+    tokens (B, T) int; x and x0 (B, T, D), the residual stream and the smeared embedding;
+    backout (B, T, D) from the boundary after the backout layer on, before it None.
+    """
+
+    tokens: mx.array
+    x: mx.array
+    x0: mx.array
+    backout: mx.array | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[1]
+
+    def __getitem__(self, positions: slice) -> Hidden:
+        return self._each(lambda array: array[:, positions])
+
+    def copy(self, start: int, stop: int) -> Hidden:
+        """Positions start .. stop - 1 in arrays of their own."""
+        return self._each(lambda array: mx.contiguous(array[:, start:stop]))
+
+    def _each(self, part) -> Hidden:  # type: ignore[no-untyped-def]
+        # x0 is x in an embedded text: one array stays one.
+        x = part(self.x)
+        x0 = x if self.x0 is self.x else part(self.x0)
+        backout = None if self.backout is None else part(self.backout)
+        return Hidden(part(self.tokens), x, x0, backout)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Hidden]) -> Hidden:
+        """Join positions along T."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def joined(arrays: list[mx.array]) -> mx.array:
+            return mx.concatenate(arrays, axis=1)
+
+        x = joined([part.x for part in parts])
+        embedded = all(part.x0 is part.x for part in parts)
+        backouts = [part.backout for part in parts if part.backout is not None]
+        return Hidden(
+            joined([part.tokens for part in parts]),
+            x,
+            x if embedded else joined([part.x0 for part in parts]),
+            joined(backouts) if backouts else None,
+        )
+
+    def arrays(self) -> list[mx.array]:
+        """Its distinct arrays, for evaluation and for counting bytes."""
+        found = [self.tokens, self.x, self.backout]
+        if self.x0 is not self.x:
+            found.append(self.x0)
+        return [array for array in found if array is not None]
+
+
+class Rows:
+    """Positions start .. stop - 1 of a `Hidden` with B = 1, not yet sliced."""
+
+    __slots__ = ("source", "start", "stop")
+
+    def __init__(self, source: Hidden, start: int, stop: int):
+        self.source, self.start, self.stop = source, start, stop
+
+    @staticmethod
+    def of(hidden: Hidden) -> Rows:
+        """All of its positions."""
+        return Rows(hidden, 0, len(hidden))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Positions start .. stop - 1, counted from this view's own start."""
+        return Rows(self.source, self.start + start, self.start + stop)
+
+    def hidden(self) -> Hidden:
+        """The positions as arrays."""
+        if len(self) == len(self.source):
+            return self.source
+        return self.source[self.start : self.stop]
+
+    def compact(self) -> Rows:
+        """The same positions, in arrays of their own if they keep much more in memory."""
+        if len(self.source) < SPARSE * len(self):
+            return self
+        return Rows.of(self.source.copy(self.start, self.stop))
+
+
+def pack(pieces: Sequence[Rows]) -> Hidden:
+    """The positions of all pieces in a row, (1, total, D)."""
+    merged: list[Rows] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if last and last.source is piece.source and last.stop == piece.start:
+            merged[-1] = Rows(piece.source, last.start, piece.stop)
+        else:
+            merged.append(piece)
+    return Hidden.concatenate([piece.hidden() for piece in merged])
+
+
+class Boundary:
+    """Activations of one sequence at one stage boundary, in runs of consecutive positions."""
+
+    def __init__(self) -> None:
+        self._runs: deque[tuple[int, Rows]] = deque()
+        self.stop = 0
+
+    @property
+    def start(self) -> int:
+        """The first position held; equals `stop` when none is."""
+        return self._runs[0][0] if self._runs else self.stop
+
+    def append(self, rows: Rows) -> None:
+        """Add the positions that follow the last."""
+        self._runs.append((self.stop, rows))
+        self.stop += len(rows)
+
+    def read(self, start: int, stop: int) -> list[Rows]:
+        """The positions start .. stop - 1, which must be held, in pieces."""
+        parts: list[Rows] = []
+        # From the end: what is asked for is recent, and old runs may be many.
+        for first, rows in reversed(self._runs):
+            if first + len(rows) <= start:
+                break
+            if first < stop:
+                parts.append(rows.part(max(start - first, 0), min(stop - first, len(rows))))
+        return parts[::-1]
+
+    def forget_before(self, position: int) -> None:
+        """Drop the runs that lie wholly before `position`."""
+        while self._runs and self._runs[0][0] + len(self._runs[0][1]) <= position:
+            self._runs.popleft()
+
+    def truncate(self, position: int) -> None:
+        """Drop `position` and all after it."""
+        while self._runs and self._runs[-1][0] >= position:
+            self._runs.pop()
+        if self._runs and self.stop > position:
+            first, rows = self._runs[-1]
+            if first + len(rows) > position:
+                self._runs[-1] = (first, rows.part(0, position - first))
+        self.stop = min(self.stop, position)
+
+    def fork(self) -> Boundary:
+        """An independent copy that shares the arrays."""
+        other = Boundary()
+        other._runs, other.stop = self._runs.copy(), self.stop
+        return other
+
+    def sources(self) -> list[Hidden]:
+        """What its runs are views of, each once."""
+        return list({id(rows.source): rows.source for _, rows in self._runs}.values())
