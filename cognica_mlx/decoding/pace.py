@@ -27,7 +27,8 @@ class Pace:
     """Advice to `mode` by `costs`; with `park` it ends a mode that costs more than full depth.
 
     `spent` is in the unit of the costs, seconds if measured; `tokens` are those of the mode.
-    `parked` says why the mode was ended. `others` are the rows of other sequences that share each pass.
+    `parked` says why the mode was ended. `others` are the rows of other sequences that share each
+    pass.
     """
 
     def __init__(self, costs: Costs, mode: Mode, *, park: bool = True):

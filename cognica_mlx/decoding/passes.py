@@ -20,6 +20,10 @@ from cognica_mlx.state import DecodingState, Text
 
 def run_stage(requests: Sequence[Advance]) -> None:
     """Run what each of the requests, all for the same stage, asks for in one pass."""
+    # None is left where an interruption came between a pass and its answers.
+    requests = [request for request in requests if request.count]
+    if not requests:
+        return
     counts = [request.count for request in requests]
     taken = [r.state.take(r.index, n) for r, n in zip(requests, counts, strict=True)]
     if isinstance(taken[0], Text):

@@ -28,7 +28,8 @@ class Plain:
         context = sampler.context(sequence.text)
         token = as_row(sequence.text[-1])
         under_way: tuple[mx.array, ...] = ()
-        for _ in range(sequence.budget):
+        first = True
+        while sequence.budget > bool(under_way):
             state.append(token)
             yield from through(state, self.depth)
             scores = yield Score(state, self.target)
@@ -37,11 +38,17 @@ class Plain:
             token = as_row(chosen)
             context = sampler.extend(context, token)
             ahead = token, logprob_of(scores, chosen)
+            if first:
+                # Nobody should wait for the second token to see the first.
+                yield self._token((yield Read(state, ahead)))
+                first = False
+                continue
             numbers = yield Read(state, under_way, ahead)
             if under_way:
                 yield self._token(numbers)
             under_way = ahead
-        yield self._token((yield Read(state, under_way)))
+        if under_way:
+            yield self._token((yield Read(state, under_way)))
 
     def _token(self, numbers: list) -> DecodedToken:
         ((token,),), (logprob,) = numbers

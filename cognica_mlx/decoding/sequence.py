@@ -117,13 +117,15 @@ class DecodingSequence:
         self.cached = self._return_to_common_start(prompt)
         try:
             yield from ready(self.state, self.mode.depth, self.step_size, self.progress)
+            # What is left after whole chunks runs with the prompt's last token.
+            rest = prompt[self.state.length :]
+            whole = len(rest) - len(rest) % self.step_size
             yield from read_prompt(
-                self.state,
-                prompt[self.state.length :],
-                self.mode.prefill_stage,
-                self.step_size,
-                self.progress,
+                self.state, rest[:whole], self.mode.prefill_stage, self.step_size, self.progress
             )
+            self.state.append(rest[whole:])
+            if self.progress and len(rest) > whole:
+                self.progress(len(rest), len(rest))
             yield from self._emitted(self.mode)
             if self.budget and self.fallback:
                 yield from self._emitted(self.fallback)

@@ -1,0 +1,209 @@
+"""The driver for many sequences: requests for the same stage become one pass.
+
+- sequences join, finish and are removed at any time; each keeps its own mode, sampler and model
+- a *sweep* takes every sequence to its next token: passes from the shallowest stage up, rows of all
+  sequences that ask for the same stage packed into one, and one wait for all numbers
+- prompts are read in chunks that ride along with the others' tokens, so many rows a sweep
+- a pass that fails is tried again for each sequence alone, so that only the one at fault ends
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from cognica_mlx.decoding.pace import Pace, price
+from cognica_mlx.decoding.passes import read, run_stage, score, submit
+from cognica_mlx.decoding.requests import Advance, DecodedToken, Read, Request, Score, Steps, Submit
+from cognica_mlx.decoding.sequence import prefill_step_size_here
+
+
+@dataclass(frozen=True)
+class Event:
+    """What has become of the sequence `name`: a token, or its end, for which `error` may be why."""
+
+    name: Hashable
+    token: DecodedToken | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class _Job:
+    name: Hashable
+    steps: Steps
+    pace: Pace | None
+    request: Request | None = None
+    answer: Any = None
+    # It has had its turn in this sweep.
+    had_turn: bool = False
+    # It was left out of the last sweep's passes for want of room.
+    deferred: bool = False
+    # How deep it has come in this sweep: the last layer.
+    depth: int = -1
+    submitted: list[mx.array] = field(default_factory=list)
+
+
+class Batch:
+    """Sequences that are decoded together.
+
+    `prompt_rows` limits the rows that reading prompts adds to a sweep, by default to two chunks.
+    """
+
+    def __init__(self, prompt_rows: int | None = None):
+        self.prompt_rows = prompt_rows or 2 * prefill_step_size_here()
+        self._jobs: dict[Hashable, _Job] = {}
+        # Passes made and rows run in them, for those who want to know how well they are shared.
+        self.passes = self.rows = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def add(self, name: Hashable, steps: Steps, pace: Pace | None = None) -> None:
+        """Let a sequence's `steps` take part from the next sweep on; `pace` hears what it costs."""
+        if name in self._jobs:
+            raise ValueError(f"there is a sequence {name!r} already")
+        self._jobs[name] = _Job(name, steps, pace, had_turn=True)
+
+    def remove(self, name: Hashable) -> None:
+        """End a sequence: its state returns to what has been emitted."""
+        self._jobs.pop(name).steps.close()
+
+    def close(self) -> None:
+        """End all sequences."""
+        for name in list(self._jobs):
+            self.remove(name)
+
+    def run(self) -> list[Event]:
+        """Work until there are tokens to hand out, or sequences that have ended.
+
+        Nothing when none is left. An interruption loses nothing: the next call goes on.
+        """
+        events: list[Event] = []
+        while self._jobs and not events:
+            for job in list(self._jobs.values()):
+                if job.request is None:
+                    self._resume(job, events)
+            waiting = [job for job in self._jobs.values() if not job.had_turn]
+            if not waiting:
+                self._next_sweep()
+            elif not events:
+                self._work(waiting, events)
+        return events
+
+    def _next_sweep(self) -> None:
+        count = len(self._jobs)
+        for job in self._jobs.values():
+            job.had_turn, job.depth = False, -1
+            if job.pace:
+                job.pace.others = count - 1
+
+    def _work(self, waiting: Sequence[_Job], events: list[Event]) -> None:
+        """Carry out the requests that come next."""
+        for job in waiting:
+            if isinstance(job.request, Submit):
+                job.submitted = submit(job.request.state, job.submitted)
+                job.had_turn = True
+                self._resume(job, events)
+                return
+        if scores := [job for job in waiting if isinstance(job.request, Score)]:
+            target = scores[0].request.target  # type: ignore[union-attr]
+            group = [job for job in scores if job.request.target == target]  # type: ignore[union-attr]
+            self._together(group, score, events)
+            return
+        reads = [job for job in waiting if isinstance(job.request, Read)]
+        advances = [job for job in waiting if isinstance(job.request, Advance)]
+        if advances:
+            first = min(job.request.stage.layers[0] for job in advances)  # type: ignore[union-attr]
+            # Who waits for numbers of a shallower stage may want to come along.
+            early = [job for job in reads if job.depth < first]
+            if not early:
+                self._advance(advances, first, events)
+                return
+            reads = early
+        for job in reads:
+            # Only to start work: what it leads to is read in the next sweep.
+            job.had_turn |= not job.request.arrays  # type: ignore[union-attr]
+        self._together(reads, read, events)
+
+    def _advance(self, jobs: Sequence[_Job], first: int, events: list[Event]) -> None:
+        """One pass through the shallowest stage that is asked for."""
+        stage = next(
+            job.request.stage  # type: ignore[union-attr]
+            for job in jobs
+            if job.request.stage.layers[0] == first  # type: ignore[union-attr]
+        )
+        group = [job for job in jobs if job.request.stage is stage]  # type: ignore[union-attr]
+        # Those left out before come first, then short ones, so that no prompt holds up the others;
+        # single rows lie side by side, which makes them cheaper to embed.
+        group.sort(key=lambda job: (not job.deferred, job.request.count))  # type: ignore[union-attr]
+        chosen: list[_Job] = []
+        total = 0
+        for job in group:
+            count = job.request.count  # type: ignore[union-attr]
+            job.deferred = bool(chosen) and count > 1 and total + count > self.prompt_rows
+            if job.deferred:
+                job.had_turn = True
+            else:
+                chosen.append(job)
+                total += count
+        self.passes += 1
+        self.rows += total
+        for job in chosen:
+            job.depth = stage.layers[-1]
+        self._together(chosen, _run_stage, events)
+
+    def _together(self, jobs: Sequence[_Job], work: Any, events: list[Event]) -> None:
+        """Do the same work for several jobs at once, and hand each its answer."""
+        total = sum(_rows(job.request) for job in jobs)
+        for job in jobs:
+            if job.pace and job.request:
+                job.pace.spent += price(job.pace.costs, job.request, total)
+        try:
+            answers = work([job.request for job in jobs])
+        except Exception as error:
+            if len(jobs) == 1:
+                self._end(jobs[0], events, error)
+            else:
+                for job in jobs:
+                    self._together([job], work, events)
+            return
+        # All have their answers before any goes on: an interruption loses none.
+        for job, answer in zip(jobs, answers, strict=True):
+            job.request, job.answer = None, answer
+        for job in jobs:
+            self._resume(job, events)
+
+    def _resume(self, job: _Job, events: list[Event]) -> None:
+        """Let a job go on to its next request."""
+        answer, job.answer = job.answer, None
+        try:
+            while True:
+                step = job.steps.send(answer)
+                if not isinstance(step, DecodedToken):
+                    job.request = step
+                    return
+                answer, job.had_turn = None, True
+                events.append(Event(job.name, step))
+        except StopIteration:
+            self._end(job, events)
+        except Exception as error:
+            self._end(job, events, error)
+
+    def _end(self, job: _Job, events: list[Event], error: Exception | None = None) -> None:
+        self._jobs.pop(job.name, None)
+        job.steps.close()
+        events.append(Event(job.name, error=error))
+
+
+def _run_stage(requests: Sequence[Advance]) -> list[None]:
+    run_stage(requests)
+    return [None] * len(requests)
+
+
+def _rows(request: Request | None) -> int:
+    if isinstance(request, Advance):
+        return request.count
+    return request.rows if isinstance(request, Score) else 1
