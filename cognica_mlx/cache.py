@@ -292,7 +292,7 @@ class _View:
         if self.span.tail and tail is not None:
             new = mx.concatenate([tail[..., : self.span.tail, :], new], axis=2)
         # An array object of its own: item assignment changes the one that it is given.
-        written = mx.array(buffer)
+        written = buffer[:]
         written[..., self.span.rows : end, :] = new
         return written
 
