@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
+from cognica_mlx.calibration import read_calibration
 from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
 from cognica_mlx.convert.quantization import apply_plan, make_plan, pack, scheme
 from cognica_mlx.errors import CheckpointError, RequestError
@@ -56,9 +56,9 @@ class Specialists:
         checkpoint = read_checkpoint(find_model(path_or_hf_repo, revision))
         shared = self._link_in_memory(checkpoint)
         model = self._stack(checkpoint, shared, quantize)
-        calibration = checkpoint.source.folder / CALIBRATION_FILE
-        if calibration.is_file():
-            model.calibration = Calibration.load(calibration, model.config)
+        model.calibration, model.calibration_problem = read_calibration(
+            checkpoint.source.folder, model.config
+        )
         self._models[name] = model
         return model
 

@@ -806,7 +806,7 @@ def test_only_hub_repositories_have_revisions(name):
         ("flat-d8", {"quantize": 7}, "quantize 7"),
         ("flat-d8", {"quantize": True}, "quantize True"),
         ("flat-d8", {"head_mode": "base"}, "is not a specialist"),
-        ("stage-on-flat", {"head_mode": "both"}, "head_mode 'both' is none of dual"),
+        ("stage-on-flat", {"head_mode": "both"}, "head_mode 'both' is not one of dual"),
     ],
 )
 def test_unknown_options_are_named(name, options, named):

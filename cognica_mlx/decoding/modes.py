@@ -112,6 +112,9 @@ def make_policy(
 
 
 def _bounds(model: PoEModel, calibration: Calibration | None) -> Sequence[float]:
+    problem = getattr(model, "calibration_problem", None)
+    if not calibration and problem:
+        raise RequestError(problem)
     bounds = calibration.p99_bounds if calibration else published_bounds(model.config)
     if bounds is None:
         raise RequestError(
