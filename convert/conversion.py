@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -21,11 +22,11 @@ import mlx.core as mx
 from huggingface_hub import HfApi
 from mlx.utils import tree_flatten
 
-from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
+from cognica_mlx.calibration import CALIBRATION_FILE, CalibrationWarning, read_calibration
 from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.convert.checkpoint import Checkpoint, eos_token_ids, read_checkpoint
 from cognica_mlx.convert.model_card import model_card
-from cognica_mlx.convert.output_folder import check_target, new_folder
+from cognica_mlx.convert.output_folder import check_target, new_folder, remove_leftovers
 from cognica_mlx.convert.quantization import Plan, Rule, Scheme, make_plan, mixed, pack, to_fields
 from cognica_mlx.convert.safetensors_files import (
     Spec,
@@ -116,6 +117,7 @@ class Conversion:
         `progress` is called with the bytes of every tensor written. Raises RequestError where
         `target` must not be written, CheckpointError or OSError where it cannot be.
         """
+        remove_leftovers(target)
         check_target(target, overwrite, [*_folders(self.checkpoint), *self._base_folder()])
         encoding = read_encoding(self.checkpoint.tokenizer_folder)
         if encoding.n_vocab > self.config.vocab_size:
@@ -123,9 +125,9 @@ class Conversion:
                 f"{self.checkpoint.source.name}: its tokenizer has ids up to "
                 f"{encoding.n_vocab - 1}, its vocab_size is {self.config.vocab_size}"
             )
-        calibration = self.checkpoint.source.folder / CALIBRATION_FILE
-        if calibration.is_file():
-            Calibration.load(calibration, self.config)
+        _, problem = read_calibration(self.checkpoint.source.folder, self.config)
+        if problem:
+            warnings.warn(f"calibration not copied: {problem}", CalibrationWarning, stacklevel=2)
         with new_folder(target, self.nbytes + _SMALL_FILES_BYTES, overwrite) as folder:
             self._write_small_files(folder, target)
             self._write_weights(folder, progress or (lambda _: None))
@@ -186,10 +188,11 @@ class Conversion:
         _write_json(folder / "config.json", {**self._config_fields(target), **tokens})
         if self.base is None:
             (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")
-        for name in (CALIBRATION_FILE, "LICENSE"):
-            if (checkpoint.source.folder / name).is_file():
-                shutil.copyfile(checkpoint.source.folder / name, folder / name)
-        calibrated = (folder / CALIBRATION_FILE).is_file()
+        source = checkpoint.source.folder
+        calibrated = read_calibration(source, self.config)[0] is not None
+        for name in ("LICENSE", *([CALIBRATION_FILE] if calibrated else [])):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
         card = model_card(checkpoint, target.resolve().name, self.settings(), self.base, calibrated)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
@@ -259,7 +262,7 @@ def prepare(
     `base`, RequestError for options that make no sense.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        raise RequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     checkpoint = read_checkpoint(source, step)
     if quantization and checkpoint.plan:
         raise RequestError(
