@@ -954,6 +954,21 @@ def test_only_a_models_own_files_are_fetched(monkeypatch, tmp_path):
     assert fetched == stored
 
 
+def test_mlx_without_a_back_end_names_what_to_install(tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").touch()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: no such file')")
+    for module in ("mlx_poe", "cognica_mlx.config", "cognica_mlx.convert.sources"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )
+        last = done.stderr.splitlines()[-1]
+        assert "libmlx.so: no such file" in last and "pip install 'mlx[cpu]'" in last
+
+
 def test_configurations_round_trip_through_a_folder(tmp_path):
     folder = write_base(tmp_path, **OWN_HEADS, poe_alpha=0.25)
     config = load(folder)[0].config
