@@ -21,7 +21,7 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.stacking import Siblings, share_base
 from mlx_poe.load import find_model
 
-# Trained, small and never packed: by these a base is told from another of its shape.
+# Trained, small and never packed: these tell a base from another of the same shape.
 _FINGERPRINT = ("smear_lambda", "backout_lambda", "smear_gate.weight")
 
 
@@ -121,7 +121,7 @@ class Specialists:
         plan = {path: s for path, s in checkpoint.plan.items() if f"{path}.weight" in own}
         if quantize:
             if plan:
-                raise RequestError(f"{checkpoint.source.name} is quantised already")
+                raise RequestError(f"{checkpoint.source.name} is already quantised")
             plan = make_plan(config, scheme(quantize))
             plan = {path: s for path, s in plan.items() if f"{path}.weight" in own}
         model = PoEModel(config)

@@ -253,7 +253,7 @@ def _verify_texts(conversion: Conversion, data: Sequence[Text]) -> list[list[int
     folder, size = conversion.checkpoint.tokenizer_folder, conversion.config.vocab_size
     texts = segments(data, Tokenizer.from_folder(folder, n_vocab=size), VERIFY_TOKENS)
     if not texts:
-        raise RequestError("--verify: the file has no text in it")
+        raise RequestError("--verify: the text is too short to compare on")
     return texts
 
 
