@@ -1,10 +1,11 @@
-"""Figures to a terminal, to JSON and CSV, and one result file against another."""
+"""Figures to a terminal, to JSON and CSV, and the comparison of two result files."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cognica_mlx import strict_json
 from cognica_mlx.bench.figures import Figure
 from cognica_mlx.bench.machine import Machine
 from cognica_mlx.errors import RequestError
@@ -32,7 +34,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Report:
-    """One run: what was measured, on what, where, and the command that does it again."""
+    """One run: what was measured, on what, where, and the command that repeats it."""
 
     model: str
     dtype: str
@@ -43,17 +45,17 @@ class Report:
     remarks: Sequence[str] = ()
 
     def to_json(self) -> str:
-        """All of it, to be kept: a line for each figure, without what it lacks."""
+        """The result file: one line for each figure, without empty fields."""
         fields = {"format": FORMAT, **asdict(self)}
         figures = [
-            json.dumps({k: v for k, v in one.items() if v is not None}, ensure_ascii=False)
+            strict_json.dumps({k: v for k, v in one.items() if v is not None}, ensure_ascii=False)
             for one in fields.pop("figures")
         ]
-        head = json.dumps(fields, indent=1, ensure_ascii=False).removesuffix("\n}")
+        head = strict_json.dumps(fields, indent=1, ensure_ascii=False).removesuffix("\n}")
         return f'{head},\n "figures": [\n  ' + ",\n  ".join(figures) + "\n ]\n}\n"
 
     def to_csv(self) -> str:
-        """The figures, a line each; of their notes those that are numbers."""
+        """The figures as a table, a line each, with a column for each note."""
         names = sorted({k for f in self.figures for k, v in f.notes.items() if v != ""})
         columns = [name for name in Figure.__dataclass_fields__ if name != "notes"]
         out = io.StringIO()
@@ -67,7 +69,7 @@ class Report:
 
 
 def show(report: Report, console: Console) -> None:
-    """Tables, a section each, below the line that names the machine."""
+    """Print a table for each section, below a line that names the machine."""
     console.print(f"{report.model}, {report.dtype}", style="bold", highlight=False)
     console.print(report.machine.line(), highlight=False)
     for remark in report.remarks:
@@ -117,29 +119,38 @@ def _with(form: str, value: float | str | None) -> str | None:
 
 
 def read(text: str, name: str) -> dict[str, Any]:
-    """A result file's content. RequestError, naming it, if it is none."""
+    """The content of a result file, as far as `compare` uses it; RequestError if it is not one."""
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, parse_constant=lambda _: None)
         if fields["format"] != FORMAT:
             raise ValueError(f"its format is {fields['format']}, not {FORMAT}")
+        _expect_text(date=fields["date"], model=fields["model"])
+        _expect_text(processor=fields["machine"]["processor"])
         for figure in fields["figures"]:
-            if not isinstance(figure["value"], (int, float)):
-                raise ValueError("a figure's value is no number")
-            figure["section"], figure["name"], figure["unit"]
-        fields["machine"]["processor"]
-    except (ValueError, KeyError, TypeError) as error:
+            _expect_text(section=figure["section"], name=figure["name"], unit=figure["unit"])
+            for number in (figure["value"], figure.get("speedup")):
+                # null stands for one that was not finite
+                if number is not None and not abs(number) < sys.float_info.max:
+                    raise ValueError(f"{number} is not a usable number")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise RequestError(f"{name} is no result file of mlx_poe.bench ({reason})") from None
+        raise RequestError(f"{name} is not a result file of mlx_poe.bench ({reason})") from None
     return fields
 
 
+def _expect_text(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is not text")
+
+
 def compare(report: Report, old: dict[str, Any], console: Console) -> None:
-    """What has become of each figure that both runs have; above 1 is better now."""
+    """Print how each figure that both runs have has changed; above 1 is better now."""
     before = {(f["section"], f["name"]): f for f in old["figures"]}
     if old["machine"]["processor"] != report.machine.processor:
         console.print(
             f"the other run was on another machine, {old['machine']['processor']}: "
-            "its own speed-ups are the better comparison",
+            "compare speed-ups rather than times",
             highlight=False,
         )
     table = Table(title=f"Against {old['date']}, {old['model']}", title_justify="left")
@@ -147,11 +158,11 @@ def compare(report: Report, old: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for now in report.figures:
         then = before.get((now.section, now.name))
-        if then is None or not then["value"] or not now.value:
+        if then is None or not then.get("value") or not now.value:
             continue
-        gain = now.value / then["value"]
-        if now.unit != "tokens/s":  # of all others less is better
-            gain = 1 / gain
+        gain = then["value"] / now.value
+        if now.unit == "tokens/s":  # for all other units less is better
+            gain = now.value / then["value"]
         table.add_row(
             now.name,
             f"{then['value']:.4g}",

@@ -1,4 +1,4 @@
-"""What a Cognica-PoE model is made of: one frozen dataclass that every other module reads.
+"""A Cognica-PoE model's shape: one frozen dataclass that every other module reads.
 
 - in: a Hugging Face `config.json`, a nanochat `model_config` or meta file, or plain arguments
 - out: shapes, windows, stage boundaries, heads; all derived numbers are properties
@@ -17,6 +17,10 @@ from cognica_mlx.errors import ConfigError
 # Beyond any meaningful setting, and within what every float type can hold.
 MAX_NUMBER = 1e30
 MAX_LAYERS = 10_000
+
+# The pool is divided by n_stages ** (1 - poe_alpha): 0 is the mean, 1 the sum. A little beyond
+# both still makes sense.
+MIN_ALPHA, MAX_ALPHA = -1, 2
 
 # What a specialist predicts through: the base's head and its own, or one of them alone.
 HEAD_MODES = ("dual", "base", "specialist")
@@ -39,8 +43,8 @@ class PoEConfig:
     """Everything that defines a model's shape; validates itself on construction.
 
     `stage_layers` counts the blocks of each stage of the base, `specialist_layers` those of each
-    specialist stage stacked on it (nearest to the base first). Zeros and `None` stand for the
-    usual value and are replaced by it: `n_kv_head` = n_head, `head_dim` = n_embd / n_head,
+    specialist stage stacked on it (nearest to the base first). Zeros and `None` are replaced by the
+    usual value: `n_kv_head` = n_head, `head_dim` = n_embd / n_head,
     `intermediate_size` = 4 * n_embd, `stage_layers` = one stage, `value_embed_layers` = every
     second base layer, the last one included.
 
@@ -125,7 +129,9 @@ class PoEConfig:
                 f"blocks, but the base has {self.base_n_layer}"
             )
         if self.head_mode not in (*HEAD_MODES, SUMMED):
-            raise ConfigError(f"head_mode: {self.head_mode!r} is none of {', '.join(HEAD_MODES)}")
+            raise ConfigError(
+                f"head_mode: {self.head_mode!r} is not one of {', '.join(HEAD_MODES)}"
+            )
         if any(not 0 <= i < self.base_n_layer for i in self.value_embed_layers or ()):
             raise ConfigError(
                 f"value_embed_layers: {list(self.value_embed_layers or ())} reaches beyond the "
@@ -133,13 +139,17 @@ class PoEConfig:
             )
         if not self.rope_theta > 0:
             raise ConfigError(f"rope_theta: {self.rope_theta!r} is not a positive number")
+        if not MIN_ALPHA <= self.poe_alpha <= MAX_ALPHA:
+            raise ConfigError(
+                f"poe_alpha: {self.poe_alpha!r} is not between {MIN_ALPHA} and {MAX_ALPHA}"
+            )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], base: PoEConfig | None = None) -> PoEConfig:
         """Read any of the configuration forms in use.
 
         `fields` is a Hugging Face `config.json`, a nanochat `model_config`, a whole nanochat meta
-        file, or what `to_dict` gave; keys it does not know are left alone. `base` is the
+        file, or the output of `to_dict`; unknown keys are ignored. `base` is the
         configuration that a specialist's blocks stack on; without it, one that has
         `frozen_layers` is taken to sit directly on a base of that many layers.
 

@@ -53,6 +53,8 @@ class PoEModel(nn.Module):
         super().__init__()
         self.config = config
         self.calibration: Calibration | None = None
+        # Why there is none, where a file lies beside the model.
+        self.calibration_problem: str | None = None
         self._shortlists: dict[int, ShortlistHead] = {}
         # The model over whose stages this one stands in memory: see `specialist.share_base`.
         self._base: PoEModel | None

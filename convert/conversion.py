@@ -2,8 +2,8 @@
 
 - in: a checkpoint, base or delta, and how its values are to be rounded
 - out: a folder that `load` and mlx-lm read: a whole model, or a delta beside its converted base
-- first everything is laid out from names and shapes alone (`prepare`), then each tensor is read,
-  packed and written before the next (`Conversion.write`), so that memory holds a few tensors
+- `prepare` lays everything out from names and shapes; `Conversion.write` reads, packs and writes
+  one tensor after the other, so that memory holds only a few
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -21,11 +22,11 @@ import mlx.core as mx
 from huggingface_hub import HfApi
 from mlx.utils import tree_flatten
 
-from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
+from cognica_mlx.calibration import CALIBRATION_FILE, CalibrationWarning, read_calibration
 from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.convert.checkpoint import Checkpoint, eos_token_ids, read_checkpoint
 from cognica_mlx.convert.model_card import model_card
-from cognica_mlx.convert.output_folder import check_target, new_folder
+from cognica_mlx.convert.output_folder import check_target, new_folder, remove_leftovers
 from cognica_mlx.convert.quantization import Plan, Rule, Scheme, make_plan, mixed, pack, to_fields
 from cognica_mlx.convert.safetensors_files import (
     Spec,
@@ -53,7 +54,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 _HEADS = ("wte", "lm_head", "value_embed")
 _SMALL_FILES_BYTES = 32 * 2**20  # more than tokenizer, card and the rest take
-# Too small to be quantised, and trained: by these a base is told from another of its shape.
+# Trained and too small to be quantised: these tell a base from another of the same shape.
 _FINGERPRINT = ("smear_lambda", "backout_lambda", "smear_gate.weight", "resid_lambdas")
 _FINGERPRINT_MATRICES = ("h.0.attn.c_q.weight", "lm_head.weight")
 
@@ -105,7 +106,7 @@ class Conversion:
 
     @property
     def bits_per_weight(self) -> float:
-        """What a parameter takes in the files, scales and unpacked tensors included."""
+        """Bits a parameter takes in the files, scales and unpacked tensors included."""
         return 8 * self.nbytes / self.n_parameters
 
     def write(
@@ -116,6 +117,7 @@ class Conversion:
         `progress` is called with the bytes of every tensor written. Raises RequestError where
         `target` must not be written, CheckpointError or OSError where it cannot be.
         """
+        remove_leftovers(target)
         check_target(target, overwrite, [*_folders(self.checkpoint), *self._base_folder()])
         encoding = read_encoding(self.checkpoint.tokenizer_folder)
         if encoding.n_vocab > self.config.vocab_size:
@@ -123,9 +125,9 @@ class Conversion:
                 f"{self.checkpoint.source.name}: its tokenizer has ids up to "
                 f"{encoding.n_vocab - 1}, its vocab_size is {self.config.vocab_size}"
             )
-        calibration = self.checkpoint.source.folder / CALIBRATION_FILE
-        if calibration.is_file():
-            Calibration.load(calibration, self.config)
+        _, problem = read_calibration(self.checkpoint.source.folder, self.config)
+        if problem:
+            warnings.warn(f"calibration not copied: {problem}", CalibrationWarning, stacklevel=2)
         with new_folder(target, self.nbytes + _SMALL_FILES_BYTES, overwrite) as folder:
             self._write_small_files(folder, target)
             self._write_weights(folder, progress or (lambda _: None))
@@ -186,15 +188,16 @@ class Conversion:
         _write_json(folder / "config.json", {**self._config_fields(target), **tokens})
         if self.base is None:
             (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")
-        for name in (CALIBRATION_FILE, "LICENSE"):
-            if (checkpoint.source.folder / name).is_file():
-                shutil.copyfile(checkpoint.source.folder / name, folder / name)
-        calibrated = (folder / CALIBRATION_FILE).is_file()
+        source = checkpoint.source.folder
+        calibrated = read_calibration(source, self.config)[0] is not None
+        for name in ("LICENSE", *([CALIBRATION_FILE] if calibrated else [])):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
         card = model_card(checkpoint, target.resolve().name, self.settings(), self.base, calibrated)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
     def settings(self) -> dict[str, str]:
-        """What was asked for, in words."""
+        """The settings in words, for the summary and the model card."""
         dtype = "as stored"
         if self.dtype is not None:
             dtype = next(name for name, kind in DTYPES.items() if kind == self.dtype)
@@ -217,7 +220,7 @@ class Conversion:
         if self.base is None:
             fields["model_file"] = SHIM_FILE
         else:
-            # A delta's configuration is about its own link; the rest is its base's to say.
+            # A delta's configuration describes its own layers; its base describes the rest.
             new_layers = fields.pop("specialist_layers")[-1]
             for name in ("stage_layers", "value_embed_layers", "per_stage_head", "poe_alpha"):
                 del fields[name]
@@ -248,22 +251,22 @@ def prepare(
 ) -> Conversion:
     """Lay out the conversion of a checkpoint; reads configurations and headers only.
 
-    A specialist is merged with all that it stands on into one model, whose final head is the sum
-    of its heads, taken in float32. With `base`, a converted folder of what it stands on, only its
-    own tensors are written, as a delta that refers to `base`. `dtype` is "float32", "bfloat16" or
+    A specialist is merged with its base into one model, whose final head is the sum of its heads,
+    taken in float32. With `base`, the converted folder of its base, only the specialist's own
+    tensors are written, as a delta that refers to `base`. `dtype` is "float32", "bfloat16" or
     "float16"; by default each tensor keeps its bits, and a summed head is float32. `quantization`
     rounds the matrices, but for what a `recipe` of RECIPES and then `rules` say (see `make_plan`).
     `step` is a nanochat step.
 
-    Raises CheckpointError or ConfigError for a checkpoint that is not whole or does not fit
+    Raises CheckpointError or ConfigError for a checkpoint that is incomplete or does not fit
     `base`, RequestError for options that make no sense.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        raise RequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     checkpoint = read_checkpoint(source, step)
     if quantization and checkpoint.plan:
         raise RequestError(
-            f"{source.name} is quantised already: convert what it was made from instead"
+            f"{source.name} is already quantised: convert what it was made from instead"
         )
     config, weights = checkpoint.config, checkpoint.weights
     if base is not None:
@@ -306,7 +309,7 @@ def upload(folder: Path, repo_id: str) -> str:
 
 
 def _folders(checkpoint: Checkpoint) -> list[Path]:
-    """Where a checkpoint and all that it stands on lie."""
+    """The folders of a checkpoint and of its bases."""
     return [checkpoint.source.folder, *(_folders(checkpoint.base) if checkpoint.base else [])]
 
 
@@ -349,7 +352,7 @@ def unpacked(checkpoint: Checkpoint, name: str) -> mx.array:
 
 
 def _with_summed_heads(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    """The weights, each specialist's head replaced by the sum of all heads that it speaks with."""
+    """The weights, with each specialist's head replaced by the sum of the heads up to its own."""
     weights = dict(checkpoint.weights)
     heads = [weights["lm_head.weight"]]
     for i in range(len(checkpoint.config.specialist_layers)):
@@ -375,7 +378,7 @@ def _place(name: str) -> list[tuple[int, str]]:
 
 
 def _with_rows(array: mx.array, rows: int) -> mx.array:
-    """`array` with just so many rows, the last ones cut off or zeros added: nobody reads them."""
+    """`array` cut or padded with zeros to `rows`; the padding rows are never read."""
     if array.shape[0] >= rows:
         return array[:rows]
     return mx.pad(array, [(0, rows - array.shape[0]), (0, 0)])

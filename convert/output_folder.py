@@ -1,11 +1,19 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears whole or not at all.
+
+It is filled under another name beside its place and renamed at the end. The process that fills it
+holds a lock on it, so that a later run can tell what a dead one has left behind, and remove it.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -23,21 +31,21 @@ _REPLACEABLE = (
 def check_target(target: Path, overwrite: bool, sources: Sequence[Path] = ()) -> None:
     """Raise RequestError unless `target` is free, or is a model folder that may be replaced.
 
-    A folder in `sources`, which the new one is made from, never is.
+    A folder in `sources`, which the new one is made from, must not be.
     """
-    if target.resolve() == Path.cwd():
-        raise RequestError(f"{target} is the current folder: name one to be made")
+    if _same(target, Path.cwd()):
+        raise RequestError(f"{target} is the current folder: name a new one")
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
-        raise RequestError(f"{target} exists and is no folder")
+        raise RequestError(f"{target} exists and is not a folder")
     names = sorted(entry.name for entry in target.iterdir())
     if not names:
         return
     for source in sources:
-        if source.resolve() == target.resolve():
+        if _same(target, source):
             raise RequestError(f"{target} is what is being converted: choose another folder")
-        if target.resolve() in source.resolve().parents:
+        if any(_same(target, parent) for parent in _resolved(source).parents):
             raise RequestError(f"{target} holds {source}, which is being converted")
     if not overwrite:
         raise RequestError(f"{target} exists: choose another folder, or replace it (--overwrite)")
@@ -46,45 +54,125 @@ def check_target(target: Path, overwrite: bool, sources: Sequence[Path] = ()) ->
     for name in names:
         known = any(fnmatch(name, pattern) for pattern in _REPLACEABLE)
         if not known or not (target / name).is_file():
-            raise RequestError(f"{target} holds {name}, which is no model file: not overwritten")
+            raise RequestError(f"{target} holds {name}, which is not a model file: not overwritten")
 
 
 @contextmanager
 def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill with about `nbytes`: it becomes `target` if the block ends well.
+    """A folder to fill with about `nbytes`, which becomes `target` if the block ends well.
 
-    If not, by an interruption too, it vanishes, and what was at `target` stays. Raises
-    CheckpointError where the disk has no room for it or will not take it, RequestError where
-    something else has appeared at `target` in the meantime.
+    If it does not, the folder vanishes and what was at `target` stays; after a kill, the next call
+    for `target` sees to that. Raises CheckpointError where the disk has no room or cannot be
+    written, RequestError where something else has appeared at `target` in the meantime.
     """
-    target = target.resolve()
-    parent = next(folder for folder in target.parents if folder.exists())
-    mark = secrets.token_hex(4)
-    partial, old = (parent / f".{mark}.{kind}" for kind in ("partial", "old"))
+    target = _resolved(target)
+    existing = next(folder for folder in target.parents if folder.exists())
+    missing = [folder for folder in target.parents if not folder.exists()]
     try:
-        free = shutil.disk_usage(parent).free
+        remove_leftovers(target)
+        free = shutil.disk_usage(existing).free
         if nbytes > free:
             raise CheckpointError(
-                f"{parent} has {free / 1e9:.2f} GB free, and {nbytes / 1e9:.2f} GB are needed: "
+                f"{existing} has {free / 1e9:.2f} GB free, and {nbytes / 1e9:.2f} GB are needed: "
                 "make room, or choose another place"
             )
-        partial.mkdir()
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        check_target(target, overwrite)
-        if target.exists():
-            target.rename(old)
-        try:
-            partial.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        with _locked_folder(target) as partial:
+            old = partial.with_suffix(_OLD)
+            try:
+                yield partial
+                check_target(target, overwrite)
+                if target.exists():
+                    target.rename(old)
+                partial.rename(target)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                if old.exists() and not target.exists():
+                    old.rename(target)
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(f"{target} cannot be written: {reason}; nothing was kept") from None
     finally:
-        if old.exists() and not target.exists():
-            old.rename(target)  # interrupted between the two
-        shutil.rmtree(partial, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()  # only if it is still empty
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed runs have left beside `target`, and put back what they had moved away.
+
+    Folders of a run that is alive, or may be, are left alone.
+    """
+    target = _resolved(target)
+    if not target.parent.is_dir():
+        return
+    name = re.compile(rf"{re.escape(_prefix(target))}[0-9a-f]{{8}}(\{_PARTIAL}|\{_OLD})")
+    left = [entry for entry in target.parent.iterdir() if name.fullmatch(entry.name)]
+    for partial in {entry.with_suffix(_PARTIAL) for entry in left}:
+        old = partial.with_suffix(_OLD)
+        with suppress(OSError), _lock(partial, wait=False):
+            if old.exists() and not target.exists():
+                old.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+_PARTIAL, _OLD = ".partial", ".old"
+
+
+def _prefix(target: Path) -> str:
+    """How the hidden folders for `target` begin; a hash stands in for a very long name."""
+    name = target.name
+    if len(os.fsencode(name)) > 200:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f".{name}."
+
+
+@contextmanager
+def _locked_folder(target: Path) -> Iterator[Path]:
+    """A new hidden folder beside `target`, locked while the block runs."""
+    while True:
+        partial = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}{_PARTIAL}")
+        partial.mkdir()
+        with _lock(partial, wait=True):
+            # Another run's cleaning may have come before the lock.
+            if partial.exists():
+                yield partial
+                return
+
+
+@contextmanager
+def _lock(folder: Path, wait: bool) -> Iterator[None]:
+    """Hold the lock on a folder for the block, at most as long as the process lives.
+
+    With `wait`, wait for it, and go on without one where the file system has none. Otherwise raise
+    OSError unless the lock is free. A folder that does not exist needs none.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        if wait:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _resolved(path: Path) -> Path:
+    # Path.resolve raises RuntimeError for a loop of links.
+    return Path(os.path.realpath(path))
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one folder, in spellings that a disk may hold to be equal, too."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return _resolved(one) == _resolved(other)

@@ -65,7 +65,7 @@ def scheme(bits: int | None = None, group_size: int | None = None, mode: str = "
     Raises RequestError for a combination that MLX does not have.
     """
     if mode not in MODES:
-        raise RequestError(f"q-mode {mode!r} is none of {', '.join(MODES)}")
+        raise RequestError(f"q-mode {mode!r} is not one of {', '.join(MODES)}")
     default_group, default_bits = MODES[mode]
     bits = default_bits if bits is None else bits
     group_size = default_group if group_size is None else group_size

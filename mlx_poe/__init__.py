@@ -1,5 +1,6 @@
 """Cognica Product-of-Experts language models on Apple's MLX: load, generate, stream_generate."""
 
+import cognica_mlx  # noqa: F401  first, as it says what to install where MLX cannot be loaded
 from mlx_poe.generate import GenerationResponse, generate, stream_generate
 from mlx_poe.load import load
 

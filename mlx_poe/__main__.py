@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from mlx_poe.commands.options import open_missing_streams
+
 VERBS = {
     "generate": "mlx_poe.commands.generate",
     "bench": "mlx_poe.commands.bench",
@@ -16,6 +18,7 @@ VERBS = {
 
 def main() -> int:
     """Hand over to the verb's own main."""
+    open_missing_streams()
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb in ("-h", "--help"):
         print(f"usage: python -m mlx_poe {{{','.join(VERBS)}}} ...")

@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from operator import index
@@ -16,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.calibration import CalibrationWarning
 from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import Metered, Pace
@@ -28,6 +30,14 @@ from cognica_mlx.state import DecodingState, Progress
 from mlx_poe.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
+
+_TEXT_OPTIONS = ("draft_head",)
+_LIST_OPTIONS = ("stages", "stage_weights", "p99_bounds", "exit_stages")
+_WHOLE_OPTIONS = (
+    *("top_k", "repetition_context_size", "seed"),
+    *("stage", "max_stages", "stages", "exit_stages"),
+    *("draft_stage", "num_draft_tokens", "draft_vocab", "draft_rank"),
+)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -78,7 +88,8 @@ def stream_generate(
     `prompt` is text (`<|bos|>` is prepended), a list of token ids (taken as they are) or a list of
     chat messages with "role" and "content". `mode` and its options are those of
     `cognica_mlx.decoding.modes`; further keywords are the sampling options temp, top_p, top_k,
-    min_p, repetition_penalty, repetition_context_size and seed. Greedy by default.
+    min_p, repetition_penalty, repetition_context_size and seed; None stands for the default. Lists
+    may be arrays of NumPy or MLX. Greedy by default.
 
     Generation ends at one of the tokenizer's `eos_token_ids`, before any of the strings `stop`, or
     after `max_tokens`. A `state` from an earlier call is continued as far as the prompts agree. The
@@ -88,11 +99,14 @@ def stream_generate(
     With `costs` (`mlx_poe.machine.known_costs(model)`), drafts are as long as pays on this machine,
     and a mode that does not pay goes over to full depth for the rest of the call.
 
-    Raises RequestError for an empty prompt, an unknown mode, option or stage.
+    Raises RequestError for an empty prompt, an unknown mode, option or stage, or a mode that needs
+    the model's calibration where its file cannot be used; other modes warn about such a file.
     """
     sampling, mode_options = _sort_options(options)
     chosen = make_mode(model, mode, mode_options, model.calibration)
     pace = Pace(costs, chosen) if costs else None
+    if model.calibration_problem:
+        warnings.warn(model.calibration_problem, CalibrationWarning, stacklevel=2)
     stops = _StopStrings([stop] if isinstance(stop, str) else stop or ())
     tokens = encode_prompt(tokenizer, prompt)
     detokenizer = tokenizer.detokenizer()
@@ -176,10 +190,30 @@ def _sort_options(options: Mapping[str, Any]) -> tuple[SamplingOptions, ModeOpti
     for name in options:
         if name not in sampling_names | mode_names:
             raise RequestError(f"there is no option {name}")
+    plain = {name: _plain(name, value) for name, value in options.items() if value is not None}
     return (
-        SamplingOptions(**{k: v for k, v in options.items() if k in sampling_names}),
-        ModeOptions(**{k: v for k, v in options.items() if k in mode_names}),
+        SamplingOptions(**{k: v for k, v in plain.items() if k in sampling_names}),
+        ModeOptions(**{k: v for k, v in plain.items() if k in mode_names}),
     )
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An option as a plain number or list: arrays and NumPy's numbers become Python's."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if name in _TEXT_OPTIONS:
+        return value
+    if name not in _LIST_OPTIONS:
+        return _number(name, value)
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} takes a list of numbers, not {value!r}")
+    return [_number(name, item.tolist() if hasattr(item, "tolist") else item) for item in value]
+
+
+def _number(name: str, value: Any) -> int | float:
+    whole = name in _WHOLE_OPTIONS
+    if isinstance(value, int) or (isinstance(value, float) and not whole):
+        return value
+    raise RequestError(f"{name} takes {'whole numbers' if whole else 'numbers'}, not {value!r}")
 
 
 class _StopStrings:

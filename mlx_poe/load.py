@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
+from cognica_mlx.calibration import read_calibration
 from cognica_mlx.config import HEAD_MODES, SUMMED
 from cognica_mlx.convert.checkpoint import eos_token_ids, read_checkpoint
 from cognica_mlx.convert.quantization import BITS, apply_plan, make_plan, pack, scheme
@@ -18,7 +18,7 @@ from cognica_mlx.model import PoEModel
 from mlx_poe.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "poe-tiny"
-_BUILT_IN = Path(__file__).parent / "models"
+BUILT_IN = Path(__file__).parent / "models"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -34,8 +34,8 @@ def load(
 ) -> tuple[PoEModel, Tokenizer]:
     """Load a base or specialist model and its tokenizer.
 
-    `path_or_hf_repo` is a folder in the Hugging Face layout or nanochat's, one that
-    `mlx_poe.convert` wrote, a hub id, or a built-in model ("poe-tiny", the default, and its
+    `path_or_hf_repo` is a folder in the Hugging Face layout or nanochat's, one written by
+    `mlx_poe.convert`, a hub id, or a built-in model ("poe-tiny", the default, and its
     specialists "poe-tiny-chat", "poe-tiny-math" and "poe-tiny-tool"). Weights are read straight
     from its files.
 
@@ -45,15 +45,19 @@ def load(
     "base" or "specialist". `revision` is a hub branch, tag or commit, `step` one of a nanochat
     folder's. With `lazy` no weight is read before it is first used.
 
+    A calibration file that cannot be used does not stop the model from loading:
+    `model.calibration` is then None, `model.calibration_problem` says why, and only the modes that
+    need it raise.
+
     Raises CheckpointError, ConfigError or TokenizerError for files that are missing, damaged or
     do not fit together, RequestError for options that do not exist.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        raise RequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if quantize is not None and quantize not in BITS:
-        raise RequestError(f"quantize {quantize}: can be {', '.join(map(str, BITS))} bits")
+        raise RequestError(f"quantize {quantize}: choose from {', '.join(map(str, BITS))} bits")
     if head_mode is not None and head_mode not in HEAD_MODES:
-        raise RequestError(f"head_mode {head_mode!r} is none of {', '.join(HEAD_MODES)}")
+        raise RequestError(f"head_mode {head_mode!r} is not one of {', '.join(HEAD_MODES)}")
     source = find_model(DEFAULT_MODEL if path_or_hf_repo is None else path_or_hf_repo, revision)
     checkpoint = read_checkpoint(source, step)
     config = checkpoint.config
@@ -63,7 +67,7 @@ def load(
         if config.head_mode == SUMMED and head_mode != "dual":
             raise RequestError(
                 f"head_mode {head_mode!r}: {source.name} is merged, its heads are summed; "
-                "load the delta that it was made from"
+                "load the delta it was made from"
             )
         if config.head_mode != SUMMED:
             config = replace(config, head_mode=head_mode)
@@ -72,7 +76,7 @@ def load(
     plan = checkpoint.plan
     if quantize:
         if plan:
-            raise RequestError(f"quantize {quantize}: {source.name} is quantised already")
+            raise RequestError(f"quantize {quantize}: {source.name} is already quantised")
         plan = make_plan(config, scheme(quantize))
     model = PoEModel(config)
     apply_plan(model, plan)
@@ -81,18 +85,17 @@ def load(
     for name, tensor in checkpoint.weights.items():
         arrays = pack(name, tensor.read(), plan, kind)
         if not lazy:
-            mx.eval(arrays)  # one at a time, so that no second copy of the model is ever held
+            mx.eval(arrays)  # one at a time: never two copies of the model
         weights.update(arrays)
     model.update(tree_unflatten(list(weights.items())))
     model.eval()
-    if (source.folder / CALIBRATION_FILE).is_file():
-        model.calibration = Calibration.load(source.folder / CALIBRATION_FILE, config)
+    model.calibration, model.calibration_problem = read_calibration(source.folder, config)
     return model, tokenizer
 
 
 def find_model(name: str | Path, revision: str | None = None) -> Source:
     """A folder, a built-in name or a hub id; CheckpointError where there is none."""
-    built_in = {folder.name: folder for folder in _BUILT_IN.iterdir()}.get(str(name))
+    built_in = {folder.name: folder for folder in BUILT_IN.iterdir()}.get(str(name))
     if built_in and not Path(name).is_dir():
         return replace(locate(built_in, revision), name=str(name))
     return locate(name, revision)

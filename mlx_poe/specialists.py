@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
+from cognica_mlx.calibration import read_calibration
 from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
 from cognica_mlx.convert.quantization import apply_plan, make_plan, pack, scheme
 from cognica_mlx.errors import CheckpointError, RequestError
@@ -21,7 +21,7 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.specialist import Siblings, share_base
 from mlx_poe.load import find_model
 
-# Trained, small and never packed: by these a base is told from another of its shape.
+# Trained, small and never packed: these tell a base from another of the same shape.
 _FINGERPRINT = ("smear_lambda", "backout_lambda", "smear_gate.weight")
 
 
@@ -56,9 +56,9 @@ class Specialists:
         checkpoint = read_checkpoint(find_model(path_or_hf_repo, revision))
         shared = self._link_in_memory(checkpoint)
         model = self._stack(checkpoint, shared, quantize)
-        calibration = checkpoint.source.folder / CALIBRATION_FILE
-        if calibration.is_file():
-            model.calibration = Calibration.load(calibration, model.config)
+        model.calibration, model.calibration_problem = read_calibration(
+            checkpoint.source.folder, model.config
+        )
         self._models[name] = model
         return model
 
@@ -121,7 +121,7 @@ class Specialists:
         plan = {path: s for path, s in checkpoint.plan.items() if f"{path}.weight" in own}
         if quantize:
             if plan:
-                raise RequestError(f"{checkpoint.source.name} is quantised already")
+                raise RequestError(f"{checkpoint.source.name} is already quantised")
             plan = make_plan(config, scheme(quantize))
             plan = {path: s for path, s in plan.items() if f"{path}.weight" in own}
         model = PoEModel(config)

@@ -3,11 +3,14 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -228,11 +231,23 @@ def test_a_report_survives_its_file_and_compares():
     assert table[2][-1] == "1.5" and len(table) == 3
 
 
+def kept(**changes: object) -> str:
+    """A result file whose first figure has other fields."""
+    fields = json.loads(report().to_json())
+    fields["figures"][0] |= changes
+    return json.dumps(fields)
+
+
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"format": 9}', '{"format": 1, "figures": [{}]}']
+    "content",
+    [
+        *("", "[]", "{}", '{"format": 9}', '{"format": 1, "figures": [{}]}', "[" * 100_000),
+        *(kept(name=[]), kept(value="2"), kept(value=10**400), kept(speedup="fast")),
+        *(kept(unit=None), json.dumps({**json.loads(kept()), "date": 5})),
+    ],
 )
 def test_what_is_no_result_file_is_named(content):
-    with pytest.raises(RequestError, match="is no result file"):
+    with pytest.raises(RequestError, match="is not a result file"):
         read(content, "old.json")
 
 
@@ -285,7 +300,12 @@ def test_the_command_on_a_planted_text(quick, capsys):
         (["--q-bits", "7"], "--q-bits"),
         (["--quantize", "4", "--only", "quantised"], "--quantize"),
         (["--plot", "x.png", "--only", "rows"], "--plot"),
+        (["--plot", "x.docx"], "name it .png, .svg or .pdf"),
         (["--json", "no/such/folder/r.json"], "there is no folder"),
+        (["--csv", "/"], "is a folder"),
+        (["--json", "~nosuchuser/r.json"], "no such home folder"),
+        (["--compare", "a\0b"], "is not a path"),
+        (["--only", "stages,"], "empty name"),
         (["--shape", "huge"], "--shape"),
         (["--shape", "tiny", "--agreement", "0.1"], "agreement 0.1"),
     ],
@@ -294,6 +314,47 @@ def test_flags_that_make_no_sense(flags, named, capsys):
     assert command.main(flags) == 2
     error = capsys.readouterr().err.replace("warning", "")
     assert named in error and error.strip().splitlines()[-1].startswith("mlx_poe.bench: error:")
+
+
+def test_figures_that_are_not_finite_are_null():
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    text = report(float("nan")).to_json()
+    fields = json.loads(text, parse_constant=refuse)
+    assert fields["figures"][0]["value"] is None
+    console = Console(file=io.StringIO(), width=200)
+    compare(report(), read(text, "old.json"), console)
+    compare(report(), read(kept(value=float("inf")), "old.json"), console)
+    assert "nan" not in console.file.getvalue()
+
+
+def test_a_binary_file_is_not_a_result_file(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xfd\x00\xff")
+    flags = [sys.executable, "-m", "mlx_poe", "bench", "--compare", str(tmp_path / "binary")]
+    done = subprocess.run(flags, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "binary is not a result file" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_results_go_through_links_and_to_devices(quick, tmp_path):
+    table, drawing = tmp_path / "table.csv", tmp_path / "drawing.svg"
+    table.write_text("old")
+    for file in (table, drawing):
+        (tmp_path / f"link{file.suffix}").symlink_to(file)
+    flags = ["--csv", str(tmp_path / "link.csv"), "--plot", str(tmp_path / "link.svg")]
+    assert command.main([*quick, *flags, "--only", "stages", "--json", os.devnull]) == 0
+    assert table.read_text().startswith("section,") and "<svg" in drawing.read_text()
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "link.svg").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 4
+    assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
+
+
+def test_an_unusable_calibration_is_named(quick, tmp_path, capsys):
+    folder = shutil.copytree(FIXTURES / "flat-d8", tmp_path / "flat")
+    (folder / "poe_calibration.json").write_text("{}")
+    assert command.main([*quick, "--model", str(folder), "--only", "modes"]) == 0
+    assert "stage_layers is missing" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_missing_result_file_is_named():

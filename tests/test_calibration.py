@@ -2,17 +2,27 @@
 
 import json
 import math
+import os
+import re
 import shutil
+import stat
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import FIXTURES, fixture
 
-from cognica_mlx.calibration import CALIBRATION_FILE, Calibration, published_bounds
+from cognica_mlx.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    CalibrationWarning,
+    published_bounds,
+)
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.costs import Costs, bytes_read
 from cognica_mlx.decoding.loop import decode
@@ -27,7 +37,9 @@ from cognica_mlx.replay import (
     replay_wand,
 )
 from cognica_mlx.sampling import Sampler
-from mlx_poe import load
+from mlx_poe import generate, load
+from mlx_poe.load import BUILT_IN
+from mlx_poe.specialists import Specialists
 
 HELD_OUT = (FIXTURES / "heldout.txt").read_text().strip().split("\n\n")
 # Beginnings that the calibration text does not hold.
@@ -212,8 +224,102 @@ def test_damaged_file_is_named(content, tmp_path):
 def test_file_of_another_model_is_refused(measured, tmp_path):
     path = tmp_path / CALIBRATION_FILE
     replace(measured, stage_layers=(4, 4)).save(path)
-    with pytest.raises(CheckpointError, match="does not have"):
+    with pytest.raises(CheckpointError, match="but this model has"):
         Calibration.load(path, fixture("poe-tiny")[0].config)
+
+
+NESTED = "[" * 100_000
+SHIPPED = json.loads((BUILT_IN / "poe-tiny" / CALIBRATION_FILE).read_text())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("stage_layers", None, "stage_layers: null is not a list"),
+        ("stage_layers", [True, 2, 2, 2], "stage_layers: true is not a whole number"),
+        ("p99_bounds", None, "p99_bounds: null is not a list"),
+        ("p99_bounds", [None, 1, 1], "p99_bounds: null is not a number"),
+        ("p99_bounds", ["1", 1, 1], 'p99_bounds: "1" is not a number'),
+        ("p99_bounds", [-1, 1, 1], "p99_bounds: -1 is not between"),
+        ("p99_bounds", [float("nan"), 1, 1], "p99_bounds: NaN is not between"),
+        ("p99_bounds", [10**400, 1, 1], "p99_bounds: 1000"),
+        ("p99_bounds", [1, 1], "p99_bounds has 2 entries, not 3"),
+        ("margin_loss", [[1, 1]] * 3, "margin_loss has 2 entries, not 3"),
+        ("top1_agreement", [0.5, 0.5, 1.5], "top1_agreement: 1.5 is not between 0 and 1"),
+        ("bits_per_byte", [1] * 4, "bits_per_byte has 4 entries, not 5"),
+        ("acceptance", {"7": [0.5]}, 'acceptance: "7" is not one of 0, 1, 2'),
+        ("acceptance", {"0": 0.5}, "acceptance: 0.5 is not a list"),
+        ("options", [], "options: [] is not an object"),
+        ("options", {"deep": {}}, 'options: "deep" is not one of wand'),
+        ("options", {"wand": None}, "options: null is not an object"),
+        ("options", {"wand": {"depth": 1}}, 'options of wand: "depth" is not one of safety'),
+        ("options", {"wand": {"safety": "high"}}, 'safety in the options of wand: "high"'),
+        ("options", {"wand": {"exit_stages": 0}}, "exit_stages in the options of wand: 0"),
+        ("options", {"wand": {"exit_stages": [4]}}, "4 is not between 0 and 3"),
+        ("options", {"speculative": {"draft_stage": 9}}, "9 is not between 0 and 3"),
+        ("options", {"speculative": {"draft_head": 1}}, "1 is not one of summed, base"),
+        ("options", {"speculative": {"num_draft_tokens": 1.5}}, "1.5 is not a whole number"),
+        ("options", {"speculative": {"draft_vocab": 9, "draft_rank": 9}}, "both draft_vocab and"),
+        ("options", {"certified": {"draft_stage": 3}}, "3 is not between 0 and 2"),
+        ("options", {"certified": {"num_draft_tokens": 0}}, "0 is not between 1 and 64"),
+        ("speedups", {"wand": []}, "speedups: [] is not a number"),
+        ("recommended", ["wand"], 'recommended: ["wand"] is not one of full'),
+        ("text", "long", 'text: "long" is not an object'),
+    ],
+)
+def test_every_entry_of_the_file_is_checked(field, value, named, tmp_path):
+    path = tmp_path / CALIBRATION_FILE
+    config = fixture("poe-tiny")[0].config
+    path.write_text(json.dumps(SHIPPED))
+    assert Calibration.load(path, config).p99_bounds == tuple(SHIPPED["p99_bounds"])
+    path.write_text(json.dumps({**SHIPPED, field: value}))
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        Calibration.load(path, config)
+
+
+@pytest.mark.parametrize("content", ["{}", NESTED, '{"p99_bounds": [null]}', b"\xff\x00"])
+def test_a_model_runs_without_its_calibration_where_that_is_unusable(content, tmp_path):
+    folder = Path(shutil.copytree(BUILT_IN / "poe-tiny", tmp_path / "tiny"))
+    write = folder / CALIBRATION_FILE
+    write.write_bytes(content) if isinstance(content, bytes) else write.write_text(content)
+    model, tokenizer = load(folder, dtype="float32")
+    assert model.calibration is None and CALIBRATION_FILE in model.calibration_problem
+    expected = generate(*fixture("poe-tiny"), "Once upon", max_tokens=4)
+    for options in ({}, {"mode": "speculative"}, {"mode": "wand", "p99_bounds": [9.0] * 3}):
+        with pytest.warns(CalibrationWarning, match="is not a usable calibration"):
+            assert generate(model, tokenizer, "Once upon", max_tokens=4, **options) == expected
+    for mode in ("wand", "certified"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(RequestError, match="is not a usable calibration"):
+                generate(model, tokenizer, "Once upon", max_tokens=4, mode=mode)
+
+
+def test_a_specialist_attaches_without_its_calibration(tmp_path):
+    for name in ("poe-tiny", "poe-tiny-chat"):
+        shutil.copytree(BUILT_IN / name, tmp_path / name)
+    (tmp_path / "poe-tiny-chat" / CALIBRATION_FILE).write_text("{}")
+    model = Specialists(fixture("poe-tiny")[0]).attach("chat", tmp_path / "poe-tiny-chat")
+    assert model.calibration is None and "p99" not in model.calibration_problem
+    assert "stage_layers is missing" in model.calibration_problem
+
+
+def test_commands_show_an_unusable_calibration_in_one_line(tmp_path):
+    folder = Path(shutil.copytree(BUILT_IN / "poe-tiny", tmp_path / "tiny"))
+    (folder / CALIBRATION_FILE).write_text(json.dumps({**SHIPPED, "p99_bounds": None}))
+    flags = ["--model", str(folder), "--dtype", "float32", "--prompt", "Once", "-m", "3"]
+    for mode, status, kind in (("full", 0, "warning"), ("wand", 2, "error")):
+        done = command(*flags, "--mode", mode, verb="generate")
+        assert done.returncode == status and bool(done.stdout) == (status == 0)
+        assert done.stderr.startswith(f"mlx_poe.generate: {kind}: {folder}")
+        assert "p99_bounds: null is not a list" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_measurements_that_are_not_numbers_are_not_saved(measured, tmp_path):
+    broken = replace(measured, bits_per_byte=(float("nan"),) * 5)
+    with pytest.raises(RequestError, match="not a finite number"):
+        broken.save(tmp_path / CALIBRATION_FILE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibration_steers_only_what_was_not_said():
@@ -266,9 +372,11 @@ def test_pooling_model_calibrates_on_its_running_pool():
     assert "exit_stages" in found.options["wand"] and len(found.bits_per_byte) == 5
 
 
-def command(*argv: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+def command(
+    *argv: str, stdin: str | None = None, verb: str = "calibrate"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "mlx_poe", "calibrate", *argv],
+        [sys.executable, "-m", "mlx_poe", verb, *argv],
         input=stdin,
         capture_output=True,
         text=True,
@@ -311,6 +419,8 @@ def test_command_reads_chats_and_prints_tables(tmp_path):
     [
         (["--data", "nowhere.txt"], None, 1, "nowhere.txt"),
         (["--data", "-"], "too short", 2, "at least 100"),
+        (["--data", "-"], "", 2, "stdin has no text in it"),
+        (["--data", "~nosuchuser/x"], None, 2, "no such home folder"),
         (["--data", "-", "--num-tokens", "0"], "x", 2, "--num-tokens"),
         (["--data", "-", "--output", "no/such/folder/x.json"], "x", 2, "no/such/folder"),
         ([], None, 2, "--data"),
@@ -320,6 +430,22 @@ def test_command_names_what_is_wrong(argv, stdin, status, message):
     done = command(*argv, stdin=stdin)
     assert done.returncode == status and message in done.stderr
     assert "Traceback" not in done.stderr and not done.stdout
+
+
+def test_json_goes_to_stdout_whatever_the_output_is(tmp_path):
+    link, kept = tmp_path / "link.json", tmp_path / "kept.json"
+    kept.write_text("old")
+    link.symlink_to(kept.name)
+    flags = ["--data", str(FIXTURES / "heldout.txt"), "--num-tokens", "200", "--json"]
+    flags += ["--continuations", "1"]
+    for output in (os.devnull, str(link)):
+        done = command(*flags, "--output", output)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["text"]["tokens"] <= 200
+    assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
+    assert link.is_symlink() and json.loads(kept.read_text()) == json.loads(done.stdout)
+    done = command(*flags, "--output", str(tmp_path))
+    assert done.returncode == 2 and "is a folder" in done.stderr
 
 
 @pytest.mark.parametrize(

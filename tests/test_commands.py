@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -121,6 +122,22 @@ def test_json_is_all_that_stdout_holds():
     assert result.returncode == 0
 
 
+def test_json_has_null_for_what_is_not_a_number(monkeypatch, capsys):
+    def broken(*args: Any, **options: Any) -> Iterator[GenerationResponse]:
+        for response in stream_generate(*args, **options):
+            yield replace(response, logprob=float("nan"), peak_memory=float("inf"))
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    monkeypatch.setattr(generate_command, "stream_generate", broken)
+    flags = ["--json", "--prompt", PROMPT, "-m", "2", "--dtype", "float32"]
+    assert generate_command.main(flags) == 0
+    answer = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert [token["logprob"] for token in answer["tokens"]] == [None, None]
+    assert answer["peak_memory"] is None and answer["generation_tokens"] == 2
+
+
 def test_statistics_go_to_stderr():
     flags = ("--verbose", "--mode", "speculative", "--no-park")
     result = run("--prompt", PROMPT, "--max-tokens", "12", *flags)
@@ -152,10 +169,36 @@ def test_text_ends_before_any_of_the_stop_strings():
     ids=["chat", "system", "bare"],
 )
 def test_a_specialist_is_spoken_to_in_turns(flags, prompt):
-    model = ("--model", "poe-tiny-chat", "--max-tokens", "12")
+    model = ("--model", "poe-tiny-chat", "--max-tokens", "12", "--repetition-penalty", "1")
     result = run("--prompt", "Say hello.", *model, *flags)
     model_and_tokenizer = fixture("poe-tiny-chat")
     assert result.stdout.decode() == generate(*model_and_tokenizer, prompt, max_tokens=12) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "penalty"),
+    [
+        (("--model", "poe-tiny-chat"), 1.15),
+        (("--specialists", "poe-tiny-chat"), 1.15),
+        (("--specialists", "poe-tiny-chat,poe-tiny-math"), 1.15),
+        (("--model", "poe-tiny-chat", "--repetition-penalty", "1.3"), 1.3),
+        (("--model", "poe-tiny-chat", "--ignore-chat-template"), None),
+        ((), None),
+    ],
+    ids=str,
+)
+def test_a_specialist_spoken_to_has_its_penalty(monkeypatch, capsys, flags, penalty):
+    given: dict[str, Any] = {}
+
+    def record(*args: Any, **options: Any) -> Iterator[GenerationResponse]:
+        given.update(options)
+        return stream_generate(*args, **options)
+
+    monkeypatch.setattr(generate_command, "stream_generate", record)
+    flags = ["--prompt", "Hello!", "-m", "2", "--dtype", "float32", *flags]
+    assert generate_command.main(flags) == 0
+    assert given.get("repetition_penalty") == penalty
+    assert capsys.readouterr().err == ""
 
 
 def test_help_shows_examples():
@@ -227,6 +270,8 @@ def test_colours_leave_the_text_alone(endless):
         (("--prompt", "x", "--max-tokens", "0"), "max_tokens 0"),
         (("--prompt", "x", "--temp", "-1"), "temp -1.0"),
         (("--prompt", "x", "--system-prompt", "y"), "--system-prompt needs a specialist"),
+        (("--prompt", "x", "--specialists", ""), "--specialists: '' has an empty name"),
+        (("--prompt", "x", "--specialists", "poe-tiny-chat,"), "'poe-tiny-chat,' has an empty"),
     ],
     ids=str,
 )
@@ -349,6 +394,44 @@ def test_a_reader_that_has_left_already(flags):
 def test_a_closed_stdin_is_an_empty_prompt():
     shell = ("sh", "-c", 'exec "$0" "$@" <&-', *COMMAND)
     assert_one_line(run("--prompt", "-", command=shell), 2, "the prompt is empty")
+
+
+SCRIPT = (str(Path(sys.executable).parent / "mlx_poe.generate"),)
+
+
+@pytest.mark.parametrize("command", [COMMAND[:4], SCRIPT], ids=["module", "script"])
+def test_a_closed_stdin_takes_nothing_from_the_model(command):
+    shell = ("sh", "-c", 'exec "$0" "$@" <&-', *command)
+    result = run("--prompt", PROMPT, "-m", "12", "--dtype", "float32", command=shell)
+    assert (result.stderr, result.returncode) == (b"", 0)
+    assert result.stdout.decode() == text_of(PROMPT, max_tokens=12) + "\n"
+
+
+@pytest.mark.parametrize("closed", ["0 1 2", "1", "2"])
+def test_closed_streams_are_the_null_device(closed):
+    """Seen from within: every descriptor is open, and none leads to another file."""
+    script = (
+        "import os, sys\n"
+        f"for number in map(int, '{closed}'.split()): os.close(number)\n"
+        "if '1' in sys.argv[1]: sys.stdout = None\n"
+        "from mlx_poe.commands.options import open_missing_streams\n"
+        "open_missing_streams()\n"
+        "null = os.stat(os.devnull).st_rdev\n"
+        f"assert all(os.fstat(n).st_rdev == null for n in map(int, '{closed}'.split()))\n"
+        "assert all(os.get_inheritable(n) for n in range(3))\n"
+        "print('to stdout', flush=True)\n"
+    )
+    result = run(closed, command=(sys.executable, "-c", script))
+    assert (result.stderr, result.returncode) == (b"", 0)
+    assert result.stdout == (b"" if "1" in closed else b"to stdout\n")
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-"])
+def test_a_failure_with_closed_streams_is_a_failure_still(closed):
+    calibrate = (*COMMAND[:3], "calibrate", "--data", "nosuch")
+    result = run(command=("sh", "-c", f'exec "$0" "$@" {closed}', *calibrate))
+    assert (result.stdout, result.returncode) == (b"", 1)
+    assert (b"nosuch" in result.stderr) == ("2" not in closed)
 
 
 def test_a_full_disk_is_one_line():

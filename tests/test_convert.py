@@ -3,8 +3,12 @@
 import json
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +22,7 @@ from test_loading import change_config, write_base, write_stage
 from cognica_mlx.convert import conversion as conversion_module
 from cognica_mlx.convert import safetensors_files
 from cognica_mlx.convert.conversion import Conversion, prepare, upload
+from cognica_mlx.convert.output_folder import _locked_folder, new_folder
 from cognica_mlx.convert.quantization import Scheme, make_plan, mixed, scheme
 from cognica_mlx.convert.sources import Source, locate
 from cognica_mlx.convert.tokenizer_json import write_tokenizer
@@ -248,9 +253,9 @@ def test_loading_quantised_equals_converting(tmp_path, bits):
         tree_flatten(converted.parameters()), tree_flatten(in_memory.parameters()), strict=True
     ):
         assert mx.array_equal(a, b), name
-    with pytest.raises(RequestError, match="quantised already"):
+    with pytest.raises(RequestError, match="already quantised"):
         load(folder, quantize=4)
-    with pytest.raises(RequestError, match="quantised already"):
+    with pytest.raises(RequestError, match="already quantised"):
         prepare(locate(folder), quantization=scheme())
 
 
@@ -482,6 +487,165 @@ def test_an_interruption_between_the_renames_keeps_the_old(tmp_path, monkeypatch
     assert entries(tmp_path) == before
 
 
+# Runs the command and is killed by a signal after 20 tensors, or between the two renames.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cognica_mlx.convert import safetensors_files
+from mlx_poe.commands.convert import main
+number, where = int(sys.argv.pop(1)), sys.argv.pop(1)
+write, rename, count = safetensors_files.TensorWriter.write, Path.rename, 0
+def counted(self, name, array):
+    global count
+    count += 1
+    if where == "writing" and count == 20:
+        os.kill(os.getpid(), number)
+    write(self, name, array)
+def watched(self, other):
+    if where == "renaming" and self.name.endswith(".partial"):
+        os.kill(os.getpid(), number)
+    return rename(self, other)
+safetensors_files.TensorWriter.write = counted
+Path.rename = watched
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def convert_killed(number: int, where: str, target: Path, **options: Any) -> int:
+    flags = ["--hf-path", "poe-tiny", "--mlx-path", str(target), "--overwrite"]
+    script = [sys.executable, "-c", KILLED, str(int(number)), where, *flags]
+    done = subprocess.run(script, capture_output=True, text=True, **options)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_being_told_to_end_cleans_up(tmp_path, number):
+    assert convert_killed(number, "writing", tmp_path / "new" / "out") == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_nohup_keeps_converting(tmp_path):
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    assert convert_killed(signal.SIGHUP, "writing", tmp_path / "out", preexec_fn=ignore) == 0
+    assert load(tmp_path / "out")[0].config.n_embd == 128
+
+
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
+    target = tmp_path / "out"
+    assert convert_killed(signal.SIGKILL, "writing", target) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.") and left.name.endswith(".partial")
+    # Of another target, though its name begins alike, and nothing that is ours.
+    others = [tmp_path / name for name in (".out.v2.0123abcd.partial", ".out.notes.partial")]
+    for other in others:
+        other.mkdir()
+    convert(Path("poe-tiny"), target)
+    assert sorted(tmp_path.iterdir()) == sorted([target, *others])
+
+
+def test_the_next_run_puts_back_what_a_killed_one_moved_away(tmp_path, capsys):
+    target = convert(FIXTURES / "flat-d8", tmp_path / "out")
+    before = entries(target)
+    assert convert_killed(signal.SIGKILL, "renaming", target) == -signal.SIGKILL
+    assert not target.exists() and len(list(tmp_path.iterdir())) == 2
+    assert main(["--hf-path", "poe-tiny", "--mlx-path", str(target)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert entries(target) == before and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_run_that_is_alive_keeps_its_folder(tmp_path):
+    target = tmp_path / "out"
+    with new_folder(target, 1000, overwrite=False) as first:
+        (first / "config.json").write_text("{}")
+        script = (
+            "import sys; from pathlib import Path\n"
+            "from cognica_mlx.convert.output_folder import remove_leftovers\n"
+            "remove_leftovers(Path(sys.argv[1]))\n"
+        )
+        subprocess.run([sys.executable, "-c", script, str(target)], check=True)
+        assert (first / "config.json").exists()
+    assert (target / "config.json").read_text() == "{}"
+
+
+def test_a_folder_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    mkdir, made = Path.mkdir, []
+
+    def removed(self: Path, *args: Any, **options: Any) -> None:
+        mkdir(self, *args, **options)
+        made.append(self)
+        if len(made) == 1:
+            self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", removed)
+    with _locked_folder(tmp_path / "out") as folder:
+        assert folder.is_dir() and folder != made[0]
+
+
+def test_a_source_in_another_spelling_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    """As a disk that takes Model and model for the same sees it."""
+    source = Path(shutil.copytree(FIXTURES / "flat-d8", tmp_path / "Model"))
+    target = Path(shutil.copytree(FIXTURES / "flat-d8", tmp_path / "model"))
+    before = entries(tmp_path)
+
+    def same(one: Path, other: Path) -> bool:
+        return str(one).casefold() == str(other).casefold()
+
+    monkeypatch.setattr(Path, "samefile", same)
+    flags = ["--hf-path", str(source), "--mlx-path", str(target), "--overwrite"]
+    assert main(flags) == 2
+    assert "is what is being converted" in capsys.readouterr().err
+    assert entries(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a\0b", "loop", ""])
+def test_names_that_are_no_path(tmp_path, monkeypatch, capfd, name):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for flags in (
+        ["--hf-path", "poe-tiny", "--mlx-path", name],
+        ["--hf-path", name, "--mlx-path", "out"],
+        ["--hf-path", "poe-tiny-chat", "--base", name, "--mlx-path", "out"],
+        ["--hf-path", "poe-tiny", "--mlx-path", "out", "--verify", name],
+    ):
+        assert main(flags) in (1, 2)
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("mlx_poe.convert: error: "), error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["loop"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("empty.txt", "", "has no text in it"),
+        ("empty.jsonl", "\n", "has no text in it"),
+        ("empty.jsonl", '{"text": ""}', "has no text in it"),
+        ("roles.jsonl", '{"messages": [{"role": "king", "content": "x"}]}', "its role is 'king'"),
+    ],
+)
+def test_the_text_to_verify_on_is_read_first(tmp_path, capsys, name, content, named):
+    text = tmp_path / name
+    text.write_text(content)
+    flags = ["--hf-path", "poe-tiny", "--mlx-path", str(tmp_path / "out"), "--verify", str(text)]
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_an_unusable_calibration_is_left_out_with_a_warning(tmp_path, capsys):
+    source = Path(shutil.copytree(FIXTURES / "flat-d8", tmp_path / "source"))
+    (source / "poe_calibration.json").write_text('{"p99_bounds": null}')
+    out = convert(source, tmp_path / "out")
+    error = capsys.readouterr().err
+    assert error.startswith("mlx_poe.convert: warning: calibration not copied: ")
+    assert error.count("\n") == 1
+    assert not (out / "poe_calibration.json").exists()
+    assert load(out)[0].calibration_problem is None
+
+
 def test_room_is_looked_for_first(tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -643,8 +807,6 @@ def test_what_would_not_load_is_not_written(tmp_path, capsys):
     small = shutil.copytree(FIXTURES / "flat-d8", tmp_path / "small")
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
-    junk = shutil.copytree(FIXTURES / "flat-d8", tmp_path / "junk")
-    (junk / "poe_calibration.json").write_text("{}")
     card = shutil.copytree(FIXTURES / "flat-d8", tmp_path / "card")
     (card / "README.md").write_text("---\nlicense: [\n---\n")
     bomb = shutil.copytree(FIXTURES / "flat-d8", tmp_path / "bomb")
@@ -655,7 +817,6 @@ def test_what_would_not_load_is_not_written(tmp_path, capsys):
     (bomb / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
     for source, named in (
         (small, "vocab_size is 300"),
-        (junk, "is no calibration"),
         (card, "is no model card"),
         (bomb, "vocab_size is 300"),
     ):

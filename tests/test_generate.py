@@ -376,6 +376,12 @@ def test_prompts_of_no_known_kind(prompt):
         ({"repetition_context_size": 0}, "repetition_context_size 0"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**64}, "seed 18446744073709551616"),
+        ({"temp": "hot"}, "temp takes numbers, not 'hot'"),
+        ({"seed": 1.5}, "seed takes whole numbers, not 1.5"),
+        ({"mode": "compose", "stages": "0,1"}, "stages takes a list of numbers, not '0,1'"),
+        ({"mode": "compose", "stages": np.array(1)}, "stages takes a list of numbers, not 1"),
+        ({"mode": "compose", "stages": mx.array([0.5])}, "stages takes whole numbers, not 0.5"),
+        ({"mode": "wand", "p99_bounds": [None] * 3}, "p99_bounds takes numbers, not None"),
     ],
     ids=str,
 )
@@ -383,6 +389,26 @@ def test_options_that_make_no_sense_are_named(options, named):
     with pytest.raises(RequestError, match=named) as caught:
         stream(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("array", [np.array, mx.array, lambda values: [*np.array(values)]])
+def test_options_may_be_arrays(array):
+    def tokens(**options: Any) -> list[int]:
+        return [r.token for r in stream(max_tokens=8, **options)]
+
+    plain = tokens(mode="compose", stages=[0, 3], stage_weights=[0.25, 0.75])
+    mixed = {"stages": array([0, 3]), "stage_weights": array([0.25, 0.75])}
+    assert tokens(mode="compose", **mixed) == plain
+    bounds = tokens(mode="wand", p99_bounds=BOUNDS, exit_stages=[0])
+    assert tokens(mode="wand", p99_bounds=array(BOUNDS), exit_stages=np.array([0])) == bounds
+    assert tokens(mode="stage", stage=np.int32(1), top_k=np.uint8(3)) == tokens(
+        mode="stage", stage=1, top_k=3
+    )
+
+
+def test_none_leaves_an_option_at_its_default():
+    given = stream(max_tokens=4, temp=None, top_k=None, repetition_context_size=None, seed=None)
+    assert [r.token for r in given] == [r.token for r in stream(max_tokens=4)]
 
 
 VALUES: dict[str, Any] = {

@@ -806,7 +806,7 @@ def test_only_hub_repositories_have_revisions(name):
         ("flat-d8", {"quantize": 7}, "quantize 7"),
         ("flat-d8", {"quantize": True}, "quantize True"),
         ("flat-d8", {"head_mode": "base"}, "is not a specialist"),
-        ("stage-on-flat", {"head_mode": "both"}, "head_mode 'both' is none of dual"),
+        ("stage-on-flat", {"head_mode": "both"}, "head_mode 'both' is not one of dual"),
     ],
 )
 def test_unknown_options_are_named(name, options, named):
@@ -952,6 +952,21 @@ def test_only_a_models_own_files_are_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr("cognica_mlx.convert.sources.snapshot_download", fetch)
     load("org/name")
     assert fetched == stored
+
+
+def test_mlx_without_a_back_end_names_what_to_install(tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").touch()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: no such file')")
+    for module in ("mlx_poe", "cognica_mlx.config", "cognica_mlx.convert.sources"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )
+        last = done.stderr.splitlines()[-1]
+        assert "libmlx.so: no such file" in last and "pip install 'mlx[cpu]'" in last
 
 
 def test_configurations_round_trip_through_a_folder(tmp_path):

@@ -240,6 +240,46 @@ def test_costs_are_measured_once(monkeypatch, tmp_path):
     assert len(calls) == 3
 
 
+def test_costs_are_known_by_what_stays_the_same(monkeypatch, tmp_path):
+    model, _ = fixture("poe-tiny")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(machine, "measure", lambda *a, **k: calls.append(1) or CHEAP)
+    device = {"device_name": "GPU", "architecture": "sm_90", "total_memory": 80}
+    for free, changes, measured in ((70, {}, 1), (60, {}, 1), (60, {"total_memory": 140}, 2)):
+        info = {**device, "free_memory": free, **changes}
+        monkeypatch.setattr(machine.mx, "device_info", lambda info=info: info)
+        machine.known_costs(model)
+        assert len(calls) == measured
+
+
+def test_without_a_home_folder_costs_are_measured_each_time(monkeypatch, tmp_path):
+    model, _ = fixture("poe-tiny")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "measure", lambda *a, **k: CHEAP)
+    assert machine.known_costs(model) == CHEAP
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_in_the_cache(monkeypatch, tmp_path):
+    def full(*args: object, **options: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    model, _ = fixture("poe-tiny")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "measure", lambda *a, **k: CHEAP)
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "replace", full)
+    assert machine.known_costs(model) == CHEAP
+    assert not list((tmp_path / "cognica-mlx").iterdir())
+
+
 def test_an_unwritable_cache_only_costs_the_measurement(monkeypatch):
     model, _ = fixture("poe-tiny")
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)

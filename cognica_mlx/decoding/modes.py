@@ -130,6 +130,8 @@ def _speculative(
 
 
 def _bounds(model: PoEModel, calibration: Calibration | None) -> Sequence[float]:
+    if not calibration and model.calibration_problem:
+        raise RequestError(model.calibration_problem)
     bounds = calibration.p99_bounds if calibration else published_bounds(model.config)
     if bounds is None:
         raise RequestError(

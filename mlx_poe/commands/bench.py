@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
-from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from cognica_mlx import atomic
 from cognica_mlx.bench import figures
 from cognica_mlx.bench.figures import ROWS, Figure, Setup
 from cognica_mlx.bench.machine import slow_blas, this_machine
@@ -40,7 +38,14 @@ from cognica_mlx.costs import measure
 from cognica_mlx.errors import RequestError
 from cognica_mlx.measure import calibrate, record
 from cognica_mlx.model import PoEModel
-from mlx_poe.commands.options import make_parser, numbers, run
+from mlx_poe.commands.options import (
+    check_output,
+    file_path,
+    make_parser,
+    names,
+    numbers,
+    run,
+)
 from mlx_poe.load import DEFAULT_MODEL, DTYPES, load
 from mlx_poe.tokenizer import BOS
 
@@ -90,24 +95,26 @@ def build_parser() -> argparse.ArgumentParser:
         "--agreement",
         type=float,
         metavar="A",
-        help="with --shape: plant a text of which stage 0 predicts about this share as the full "
-        "model does, so that wand and speculation can be measured",
+        help="with --shape: plant a text on which stage 0 agrees with the full model in about this "
+        "share of tokens, so that wand and speculation can be measured",
     )
     what.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     what.add_argument(
-        "--quantize", type=int, choices=BITS, metavar="BITS", help="round the matrices to so many"
+        "--quantize", type=int, choices=BITS, metavar="BITS", help="round the matrices first"
     )
     how = parser.add_argument_group("measuring")
     how.add_argument(
         "--only",
-        type=lambda text: text.split(","),
+        type=names,
         metavar="SECTION,…",
-        help=f"of {', '.join(SECTIONS)} (default: {','.join(DEFAULT_SECTIONS)})",
+        help=f"measure only these of {', '.join(SECTIONS)} (default: {','.join(DEFAULT_SECTIONS)})",
     )
-    how.add_argument("--peers", action="store_true", help="mlx-lm on a Llama of equal size, too")
-    how.add_argument("--trials", type=int, default=5, help="rounds of all cases (default: 5)")
     how.add_argument(
-        "--max-tokens", "-m", type=int, default=32, help="tokens a trial decodes (default: 32)"
+        "--peers", action="store_true", help="also measure mlx-lm on a Llama of equal size"
+    )
+    how.add_argument("--trials", type=int, default=5, help="rounds over all cases (default: 5)")
+    how.add_argument(
+        "--max-tokens", "-m", type=int, default=32, help="tokens decoded per trial (default: 32)"
     )
     how.add_argument(
         "--context", type=int, default=128, help="tokens of text before them (default: 128)"
@@ -127,13 +134,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=numbers(int),
         default=[8, 4],
         metavar="BITS,…",
-        help="of the section quantised (default: 8,4)",
+        help="bit widths of the section quantised (default: 8,4)",
     )
     out = parser.add_argument_group("output")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write the result file")
-    out.add_argument("--csv", type=Path, metavar="FILE", help="write the figures as a table")
-    out.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG, SVG or PDF")
-    out.add_argument("--compare", type=Path, metavar="FILE", help="an older result file")
+    out.add_argument("--json", type=file_path, metavar="FILE", help="write the result file")
+    out.add_argument("--csv", type=file_path, metavar="FILE", help="write the figures as a table")
+    out.add_argument("--plot", type=file_path, metavar="FILE", help="draw a PNG, SVG or PDF")
+    out.add_argument("--compare", type=file_path, metavar="FILE", help="an older result file")
     return parser
 
 
@@ -146,7 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
     _check(args)
     # Before minutes of measuring.
-    old = read(args.compare.read_text(), str(args.compare)) if args.compare else None
+    old = None
+    if args.compare:
+        text = args.compare.read_text(encoding="utf-8", errors="replace")
+        old = read(text, str(args.compare))
     remarks = []
     if mx.default_device() == mx.cpu and slow_blas():
         remarks.append(
@@ -158,12 +168,7 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         machine = this_machine()
         model, texts, calibration, recording, name = _prepare(args, progress)
         if not (calibration or recording) and "modes" in (args.only or DEFAULT_SECTIONS):
-            remarks.append(
-                "random weights: drafts are kept by chance, and wand and certified left out; "
-                "--agreement plants a text"
-                if args.shape
-                else "wand and certified are left out: no calibration (mlx_poe.calibrate makes one)"
-            )
+            remarks.append(_left_out(args, model))
         setup = Setup(model, machine, texts, args.max_tokens, args.trials, progress)
         found = _measure(args, setup, calibration, recording)
     report = Report(
@@ -182,16 +187,30 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         compare(report, old, console)
     for path, content in ((args.json, report.to_json()), (args.csv, report.to_csv())):
         if path:
-            _write(path, partial(Path.write_text, data=content, encoding="utf-8"))
+            atomic.write_text(path, content)
     if args.plot:
         from cognica_mlx.bench.plot import plot
 
-        _write(args.plot, partial(plot, report))
+        with atomic.replacing(args.plot, args.plot.suffix) as drawing:
+            plot(report, drawing)
     return 0
 
 
+def _left_out(args: argparse.Namespace, model: PoEModel) -> str:
+    """Why the modes that need a calibration are not measured."""
+    if args.shape:
+        return (
+            "random weights: drafts are kept by chance, and wand and certified left out; "
+            "--agreement plants a text"
+        )
+    problem = getattr(model, "calibration_problem", None)
+    return "wand and certified are left out: " + (
+        problem or "no calibration (mlx_poe.calibrate makes one)"
+    )
+
+
 def _check(args: argparse.Namespace) -> None:
-    """Whatever can be wrong with the flags, before minutes of measuring."""
+    """Reject bad flags before minutes of measuring."""
     if args.model and args.shape:
         raise RequestError("--model and --shape: give one of them")
     if args.agreement is not None and not args.shape:
@@ -219,9 +238,10 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("--plot needs matplotlib: pip install 'cognica-mlx[plot]'")
     if args.plot and not {"stages", "modes"} & set(args.only or DEFAULT_SECTIONS):
         raise RequestError("--plot draws the sections stages and modes; measure one of them")
-    for path in (args.json, args.csv, args.plot):
-        if path and not path.absolute().parent.is_dir():
-            raise RequestError(f"{path}: there is no folder {path.absolute().parent}")
+    if args.plot and args.plot.suffix.lower() not in ("", ".png", ".svg", ".pdf"):
+        raise RequestError(f"--plot {args.plot}: name it .png, .svg or .pdf")
+    for file in (args.json, args.csv, args.plot):
+        check_output(file)
 
 
 def _prepare(
@@ -309,14 +329,6 @@ def _measure(
     if args.peers:
         found += peers(setup, args.prompt_tokens)
     return found
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
-        made = Path(folder) / path.name
-        write(made)
-        made.replace(path)
 
 
 @contextmanager

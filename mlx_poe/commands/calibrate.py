@@ -1,11 +1,10 @@
-"""mlx_poe.calibrate: measure a model's stages on the user's text, and keep it beside the model."""
+"""mlx_poe.calibrate: measure a model's stages on a text, and keep the result beside the model."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,7 +13,7 @@ from rich.table import Table
 from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
 from cognica_mlx.errors import RequestError
 from cognica_mlx.measure import calibrate
-from mlx_poe.commands.options import add_model_flags, make_parser, run
+from mlx_poe.commands.options import add_model_flags, check_output, file_path, make_parser, run
 from mlx_poe.commands.texts import read_texts, segments
 from mlx_poe.load import find_model, load
 
@@ -29,30 +28,33 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "mlx_poe.calibrate",
         "Measure what each stage of a model is worth on a text: the bounds that the modes wand and "
-        "certified need, agreement, acceptance, bits per byte. The result lies beside the model as "
-        f"{CALIBRATION_FILE}, where mlx_poe.generate finds it.",
+        "certified need, agreement, acceptance, bits per byte. The result is written beside the "
+        f"model as {CALIBRATION_FILE}, where the other commands find it.",
         EXAMPLES,
     )
     parser.add_argument(
         "--data",
         required=True,
+        type=file_path,
         metavar="FILE",
-        help="a text file, - for stdin, or .jsonl with a text or chat messages a line "
+        help="a text file, - for stdin, or .jsonl with a text or chat messages on each line "
         '({"text": "…"} or {"messages": [{"role": "user", "content": "…"}, …]})',
     )
     parser.add_argument(
         "--num-tokens",
         type=int,
         default=16384,
-        help="most tokens of the text to read (default: 16384)",
+        help="how many tokens of the text to read at most (default: 16384)",
     )
     parser.add_argument(
         "--continuations",
         type=int,
         default=16,
-        help="greedy continuations on which acceptance is measured (default: 16)",
+        help="how many greedy continuations to measure acceptance on (default: 16)",
     )
-    parser.add_argument("--output", metavar="FILE", help="write here instead of beside the model")
+    parser.add_argument(
+        "--output", type=file_path, metavar="FILE", help="write here instead of beside the model"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON, no table")
     add_model_flags(parser)
     return parser
@@ -67,9 +69,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     for name in ("num_tokens", "continuations"):
         if getattr(args, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1")
-    output = Path(args.output) if args.output else None
-    if output is not None and not output.absolute().parent.is_dir():
-        raise RequestError(f"--output {output}: there is no folder {output.absolute().parent}")
+    check_output(args.output)
     data = read_texts(args.data)
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
@@ -92,10 +92,10 @@ def _calibrate(args: argparse.Namespace) -> int:
             continuations=args.continuations,
             progress=show,
         )
-    path = output or find_model(args.model, args.revision).folder / CALIBRATION_FILE
+    path = args.output or find_model(args.model, args.revision).folder / CALIBRATION_FILE
     calibration.save(path)
     if args.json:
-        print(path.read_text(encoding="utf-8"), end="")
+        print(calibration.to_json(), end="")
     else:
         _print_tables(calibration)
     print(f"written to {path}", file=sys.stderr)
@@ -117,7 +117,7 @@ def _print_tables(calibration: Calibration) -> None:
     stages.add_row("full", "100.0%", f"{calibration.bits_per_byte[-1]:.4f}", "", "", "")
     console.print(stages)
     console.print(
-        "p50 to p99: what the step to the next stage takes from the best token's margin.\n"
+        "p50 to p99: how much of the best token's margin is lost in the step to the next stage.\n"
     )
     drafts = Table(title="Acceptance of drafts, on the model's own continuations")
     drafts.add_column("draft stage", justify="right")
@@ -127,7 +127,7 @@ def _print_tables(calibration: Calibration) -> None:
     for stage_name, rates in calibration.acceptance.items():
         drafts.add_row(stage_name, *(f"{rate:.0%}" for rate in rates))
     console.print(drafts)
-    modes = Table(title="What the modes promise, if decoding costs the bytes it reads")
+    modes = Table(title="Expected speed of the modes, if decoding costs the bytes it reads")
     for heading in ("mode", "speed-up", "best options"):
         modes.add_column(heading)
     for mode, speedup in calibration.speedups.items():

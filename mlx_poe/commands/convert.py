@@ -1,4 +1,4 @@
-"""mlx_poe.convert: checkpoints of every kind to MLX folders, quantised if wanted."""
+"""mlx_poe.convert: checkpoints of every kind to MLX folders, optionally quantised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -21,9 +22,10 @@ from cognica_mlx.convert.output_folder import check_target
 from cognica_mlx.convert.quantization import BITS, MODES, RECIPES, Rule, Scheme, scheme
 from cognica_mlx.convert.safetensors_files import nbytes
 from cognica_mlx.errors import RequestError
-from mlx_poe.commands.options import make_parser, run
+from mlx_poe.commands.options import file_path, make_parser, run
 from mlx_poe.commands.texts import Text, read_texts, segments
 from mlx_poe.load import find_model, load
+from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.verify import SAMPLE, compare
 
 VERIFY_TOKENS = 4096
@@ -44,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         "mlx_poe.convert",
         "Convert a Cognica-PoE checkpoint to an MLX folder, which mlx_poe and mlx-lm load: a "
         "Hugging Face folder or hub id, a nanochat folder, or a converted one; a base, or a "
-        "specialist with all that it stands on.",
+        "specialist together with its base.",
         EXAMPLES,
     )
     parser.add_argument(
@@ -55,27 +57,31 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder, hub id, or built-in poe-tiny, poe-tiny-chat …",
     )
     parser.add_argument(
-        "--mlx-path", default="mlx_model", metavar="FOLDER", help="default: %(default)s"
+        "--mlx-path",
+        type=file_path,
+        default="mlx_model",
+        metavar="FOLDER",
+        help="default: %(default)s",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
     parser.add_argument("--step", type=int, help="step of a nanochat folder (default: its latest)")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="type of what is not quantised (default: as stored, and a specialist's summed head "
-        "in float32)",
+        help="type of the tensors that are not quantised (default: as stored; a specialist's "
+        "summed head is float32)",
     )
     parser.add_argument(
         "--base",
         metavar="FOLDER",
-        help="write a specialist as a delta that refers to this converted base, so that several "
-        "share it (default: merge it with its base into one model)",
+        help="write a specialist as a delta on this converted base, which several can share "
+        "(default: merge it with its base into one model)",
     )
     group = parser.add_argument_group("quantisation")
     group.add_argument("-q", "--quantize", action="store_true", help="round the matrices")
     group.add_argument("--q-bits", type=int, choices=BITS, help="bits per weight (default: 4)")
     group.add_argument(
-        "--q-group-size", type=int, help="weights that share a scale: 32, 64 or 128 (default: 64)"
+        "--q-group-size", type=int, help="weights per scale: 32, 64 or 128 (default: 64)"
     )
     group.add_argument("--q-mode", choices=MODES, default="affine", help="default: %(default)s")
     group.add_argument(
@@ -94,14 +100,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--dry-run", action="store_true", help="say what would be read and written, and stop"
+        "--dry-run", action="store_true", help="show what would be read and written, and stop"
     )
     group.add_argument(
         "--verify",
         nargs="?",
-        const="",
+        type=file_path,
+        const=False,  # a string would be taken for a path
         metavar="FILE",
-        help="run a text (of your own, if named) through source and result, and compare",
+        help="run a text, your own or a built-in one, through source and result, and compare",
     )
     group.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     group.add_argument("--upload-repo", metavar="REPO", help="hub repository to upload to")
@@ -110,13 +117,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    # What a Ctrl-C cleans up, being told to end cleans up too.
-    endings = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, signal.default_int_handler) for number in endings]
-    try:
+    with _interruptible():
         return run(build_parser(), _convert, argv)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that it cleans up."""
+    # nohup ignores SIGHUP, and so should we.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in zip(endings, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -130,9 +144,9 @@ _rule.__name__ = "WHAT=BITS"
 
 def _convert(args: argparse.Namespace) -> int:
     _check(args)
-    target, started = Path(args.mlx_path).expanduser(), time.perf_counter()
+    target, started = args.mlx_path, time.perf_counter()
     check_target(target, args.overwrite)  # before anything is fetched
-    texts = read_texts(args.verify) if args.verify else [SAMPLE]
+    data = read_texts(args.verify) if args.verify else [SAMPLE]
     conversion = prepare(
         find_model(args.hf_path, args.revision),
         step=args.step,
@@ -150,13 +164,14 @@ def _convert(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(conversion, target)
         return 0
+    texts = _verify_texts(conversion, data) if args.verify is not None else []
     with _progress_bar() as bar:
         task = bar.add_task(escape(str(target)), total=conversion.nbytes)
         conversion.write(target, args.overwrite, lambda done: bar.advance(task, done))
     seconds = time.perf_counter() - started
     _print_summary(conversion)
     print(f"written to {target} in {seconds:.1f} s, peak memory {_peak_memory() / 1e9:.2f} GB")
-    if args.verify is not None:
+    if texts:
         _verify(args, target, texts)
     if args.upload_repo:
         print(f"uploaded to {upload(target, args.upload_repo)}")
@@ -164,14 +179,14 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be known to be wrong before any work."""
-    for name in ("hf_path", "mlx_path", "base", "upload_repo"):
+    """Reject what is plainly wrong before any work."""
+    for name in ("hf_path", "base", "upload_repo"):
         if getattr(args, name) == "":
             raise RequestError(f"--{name.replace('_', '-')} is empty")
     if args.step is not None and args.step < 0:
         raise RequestError(f"--step {args.step}: steps count from 0")
     if args.quant_predicate and args.q_bits:
-        raise RequestError("--quant-predicate brings its own bits: leave out --q-bits")
+        raise RequestError("--quant-predicate sets its own bits: leave out --q-bits")
     if args.upload_repo:
         try:
             validate_repo_id(args.upload_repo)
@@ -233,10 +248,18 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
-def _verify(args: argparse.Namespace, target: Path, data: Sequence[Text]) -> None:
+def _verify_texts(conversion: Conversion, data: Sequence[Text]) -> list[list[int]]:
+    """The texts to compare on, as tokens. RequestError, before any work, if there are none."""
+    folder, size = conversion.checkpoint.tokenizer_folder, conversion.config.vocab_size
+    texts = segments(data, Tokenizer.from_folder(folder, n_vocab=size), VERIFY_TOKENS)
+    if not texts:
+        raise RequestError("--verify: the text is too short to compare on")
+    return texts
+
+
+def _verify(args: argparse.Namespace, target: Path, texts: Sequence[Sequence[int]]) -> None:
     source, tokenizer = load(args.hf_path, revision=args.revision, step=args.step)
     result, _ = load(target)
-    texts = segments(data, tokenizer, VERIFY_TOKENS)
     differences = compare(
         source, result, texts, tokenizer.token_byte_lengths(source.config.vocab_size)
     )

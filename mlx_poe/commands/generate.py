@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.style import Style
 from rich.text import Text
 
+from cognica_mlx import strict_json
 from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
@@ -25,6 +25,7 @@ from mlx_poe.commands.options import (
     add_model_flags,
     add_sampling_flags,
     make_parser,
+    names,
     numbers,
     read_stdin,
     run,
@@ -33,9 +34,10 @@ from mlx_poe.commands.options import (
 from mlx_poe.generate import GenerationResponse, Prompt, stream_generate
 from mlx_poe.load import load
 from mlx_poe.machine import known_costs
+from mlx_poe.penalty import default_repetition_penalty
 from mlx_poe.specialists import Specialists
 
-# One colour a stage, shallow to deep; deeper models start over.
+# One colour per stage, shallow to deep; deeper models start over.
 STAGE_COLORS = ("green", "cyan", "blue", "magenta", "red", "yellow")
 
 EXAMPLES = """\
@@ -62,15 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="statistics, on stderr")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
-        "--color-stages", action="store_true", help="paint each token by the stage that emitted it"
+        "--color-stages", action="store_true", help="color each token by the stage that emitted it"
     )
     add_model_flags(parser)
     group = parser.add_argument_group("specialists on top of the model")
     group.add_argument(
         "--specialists",
-        type=lambda text: text.split(","),
+        type=names,
         metavar="MODEL,…",
-        help="attach these (folders, hub ids, built-in names) to the base; several are pooled",
+        help="attach these (folders, hub ids, built-in names) to the base; several are mixed",
     )
     group.add_argument(
         "--weights", type=numbers(float), metavar="W,…", help="their weights (default: equal)"
@@ -92,23 +94,26 @@ def _generate(args: argparse.Namespace) -> int:
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )
-    names = [f.name for f in (*fields(SamplingOptions), *fields(ModeOptions))]
     if args.specialists:
         model = _with_specialists(args, model)
     elif args.weights:
-        raise RequestError("--weights are those of several --specialists")
+        raise RequestError("--weights belongs to --specialists with several of them")
+    chats = bool(model.config.specialist_layers) and not args.ignore_chat_template
+    if chats and args.repetition_penalty is None:
+        args.repetition_penalty = default_repetition_penalty(model)
+    options = [f.name for f in (*fields(SamplingOptions), *fields(ModeOptions))]
     responses: list[GenerationResponse] = []
     with PromptProgress() as progress:
         stream = stream_generate(
             model,
             tokenizer,
-            _prompt(args, model, text),
+            _prompt(args, text, chats),
             max_tokens=args.max_tokens,
             mode=args.mode,
             stop=args.stop,
             prompt_progress_callback=progress.show,
             costs=known_costs(model) if args.mode in PACED_MODES and not args.no_park else None,
-            **taken(args, names),
+            **taken(args, options),
         )
         status = _consume(stream, responses, args, progress)
     if responses and responses[-1].parked:
@@ -116,7 +121,7 @@ def _generate(args: argparse.Namespace) -> int:
             f"{args.mode} is parked: {responses[-1].parked} (--no-park forces it)", file=sys.stderr
         )
     if args.json:
-        print(json.dumps(_as_json(args, text, responses), ensure_ascii=False))
+        print(strict_json.dumps(_as_json(args, text, responses), ensure_ascii=False))
     if args.verbose and responses:
         _print_statistics(model, responses)
     return status
@@ -130,13 +135,13 @@ def _with_specialists(args: argparse.Namespace, base: PoEModel) -> PoEModel:
     if len(args.specialists) > 1:
         return specialists.compose(args.specialists, args.weights)
     if args.weights:
-        raise RequestError("--weights are those of several --specialists")
+        raise RequestError("--weights belongs to --specialists with several of them")
     return specialists.use(args.specialists[0])
 
 
-def _prompt(args: argparse.Namespace, model: PoEModel, text: str) -> Prompt:
-    """A specialist is spoken to in chat turns, a base continues the text."""
-    if model.config.specialist_layers and not args.ignore_chat_template:
+def _prompt(args: argparse.Namespace, text: str, chats: bool) -> Prompt:
+    """A user's turn for a specialist, the bare text for a base."""
+    if chats:
         system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
         return [*system, {"role": "user", "content": text}]
     if args.system_prompt:
@@ -150,7 +155,7 @@ def _consume(
     args: argparse.Namespace,
     progress: PromptProgress,
 ) -> int:
-    """Collect the responses, printing each as it comes; Ctrl-C ends it with what there is."""
+    """Collect the responses, printing each as it comes; Ctrl-C keeps what there is."""
     console = Console()
     paints = args.color_stages and console.color_system is not None and not console.no_color
     status = 0

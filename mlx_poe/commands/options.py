@@ -1,7 +1,7 @@
-"""What the commands share: their flags, each declared once, and how they end.
+"""What the commands share: their flags, each declared once, and how they begin and end.
 
-A command is a parser and a function; `run` calls it, shows our own errors as one line on stderr,
-and turns them into exit statuses: 2 for a request that makes no sense, 1 for work that failed.
+A command is a parser and a function. `run` calls it and shows our own errors as one line on stderr.
+The exit status is 2 for a request that makes no sense, 1 for work that failed.
 """
 
 from __future__ import annotations
@@ -9,22 +9,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cognica_mlx.calibration import CalibrationWarning
 from cognica_mlx.convert.quantization import BITS
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.targets import DRAFT_HEADS
 from cognica_mlx.errors import PoEError, RequestError
 from mlx_poe.load import DEFAULT_MODEL, DTYPES
+from mlx_poe.penalty import SPECIALIST_PENALTY
 
 INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that shows a usage error as the one line that all our errors are."""
+    """A parser that shows a usage error as one line, as all our errors are."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
@@ -48,20 +52,18 @@ def run(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse, run, and return the exit status; no traceback for anything a user can cause."""
-    if sys.stderr is None:
-        # Closed by the caller; what is printed to None would land on stdout.
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # What the terminal's encoding lacks is shown as "?", rather than ending the work.
+            # Show "?" for what the terminal's encoding lacks, rather than fail.
             stream.reconfigure(errors="replace")
     try:
-        try:
-            status = command(parser.parse_args(argv))
-        except SystemExit as done:
-            status = int(done.code or 0)
-        if sys.stdout:
-            sys.stdout.flush()
+        with _warnings_as_lines(parser.prog):
+            try:
+                status = command(parser.parse_args(argv))
+            except SystemExit as done:
+                status = int(done.code or 0)
+        sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
@@ -80,12 +82,45 @@ def run(
         return 2 if isinstance(error, RequestError) else 1
 
 
-def read_stdin() -> str:
-    """All of stdin as text, but for a last newline: `echo` adds one, and the model would see it.
+def open_missing_streams() -> None:
+    """Give stdin, stdout and stderr the null device where the caller closed them.
 
-    Bytes that are no UTF-8 become U+FFFD, a closed stdin is empty.
+    Otherwise the next file opened gets descriptor 0, 1 or 2: MLX takes a file on 0 for one that
+    failed to open, and a message would end up in whatever file has 2.
     """
-    text = sys.stdin.buffer.read().decode("utf-8", errors="replace") if sys.stdin else ""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free one: `number`
+            os.set_inheritable(opened, True)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+
+
+@contextmanager
+def _warnings_as_lines(prog: str) -> Iterator[None]:
+    """Show our own warnings on stderr as one line each, like errors."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, CalibrationWarning):
+                print(f"{prog}: warning: {_one_line(str(message))}", file=sys.stderr)
+            else:
+                shown(message, category, *where)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def read_stdin() -> str:
+    """All of stdin as text, without the last newline, which `echo` adds.
+
+    Bytes that are not UTF-8 become U+FFFD; a closed stdin is empty.
+    """
+    text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
     return text.removesuffix("\n")
 
 
@@ -94,8 +129,9 @@ def _one_line(message: str) -> str:
 
 
 def _silence_stdout() -> None:
-    """Send what is still buffered nowhere, so that Python does not try it again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Discard what is still buffered, so that Python does not try to write it again at exit."""
+    with suppress(OSError):  # a stream without a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -132,10 +168,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, default=0.0, help="nucleus probability; 0 is off")
     group.add_argument("--top-k", type=int, default=0, help="keep the k best tokens; 0 is off")
     group.add_argument(
-        "--min-p", type=float, default=0.0, help="least probability, as a share of the best one's"
+        "--min-p", type=float, default=0.0, help="least probability, as a share of the best token's"
     )
     group.add_argument(
-        "--repetition-penalty", type=float, help="above 1 makes recent tokens less likely"
+        "--repetition-penalty",
+        type=float,
+        help="above 1 makes recent tokens less likely; 1 is off (default: off, but "
+        f"{SPECIALIST_PENALTY} for a specialist spoken to in chat turns)",
     )
     group.add_argument(
         "--repetition-context-size",
@@ -198,13 +237,45 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         "--draft-rank",
         type=int,
         metavar="R",
-        help="speculative, certified: look for drafts along R directions of the head only",
+        help="speculative, certified: shortlist drafts along R directions of the head",
     )
     group.add_argument(
         "--no-park",
         action="store_true",
-        help="wand, speculative, certified: go on even where full depth is faster on this machine",
+        help="wand, speculative, certified: keep the mode even where full depth is faster here",
     )
+
+
+def file_path(text: str) -> Path:
+    """A flag's type: a path, with `~` as the shell reads it."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
+    try:
+        named = Path(text).expanduser()
+        named.exists()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such home folder") from None
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+    return named
+
+
+def check_output(file: Path | None) -> None:
+    """Raise RequestError where a file to be written later cannot be, before any work."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise RequestError(f"{file} is a folder: name a file to write")
+    if not file.absolute().parent.is_dir():
+        raise RequestError(f"{file}: there is no folder {file.absolute().parent}")
+
+
+def names(text: str) -> list[str]:
+    """A flag's type: names with commas between."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; separate names by one comma")
+    return found
 
 
 def numbers(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:

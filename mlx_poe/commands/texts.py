@@ -16,13 +16,22 @@ SEGMENT_TOKENS = 512
 Text = str | list[dict[str, str]]
 
 
-def read_texts(name: str) -> list[Text]:
-    """The texts and chats in a file, - for stdin. RequestError for a line that is neither."""
-    if name == "-":
-        return [read_stdin()]
-    text = Path(name).read_text(encoding="utf-8", errors="replace")
-    if not name.endswith(".jsonl"):
-        return [text]
+def read_texts(file: Path) -> list[Text]:
+    """The texts and chats in a file, - for stdin.
+
+    Raises RequestError for a file with no text in it, and for a line that is not an entry.
+    """
+    if str(file) == "-":
+        items: list[Text] = [read_stdin()]
+    else:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        items = _entries(file, text) if file.suffix == ".jsonl" else [text]
+    if not any(items):
+        raise RequestError(f"{'stdin' if str(file) == '-' else file} has no text in it")
+    return items
+
+
+def _entries(file: Path, text: str) -> list[Text]:
     items: list[Text] = []
     # Not splitlines: JSON strings may hold the other characters that it splits at.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -33,7 +42,7 @@ def read_texts(name: str) -> list[Text]:
             items.append(_chat(entry["messages"]) if "messages" in entry else str(entry["text"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise RequestError(
-                f"{name}, line {number}: expected a JSON object with text or messages"
+                f"{file}, line {number}: expected a JSON object with text or messages"
             ) from None
     return items
 
