@@ -407,9 +407,10 @@ class DecodingState:
         options = {name: fields.get(name) for name in ("slack", "max_pending", "keep_trunk")}
         numbers = [*options.values()]
         for name in ("tokens", "filled", "offsets", "starts", "stops"):
-            numbers += fields.get(name) or []
+            listed = fields.get(name)
+            numbers += listed if isinstance(listed, list) else [None]
         if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
-            raise RequestError("the saved state is damaged: it holds what is no number")
+            raise RequestError("the saved state is damaged: a number in it is missing or not valid")
         state = cls(model, **options)  # type: ignore[arg-type]
         state.check_ids(fields["tokens"])
         try:
@@ -420,14 +421,22 @@ class DecodingState:
 
     def _restore(self, arrays: Mapping[str, mx.array], fields: Mapping[str, Any]) -> None:
         config, width = self.model.config, self.model.config.n_embd
+        made = self._arrays_of_one_token()
+
+        def alike(name: str, array: mx.array | None, shape: tuple[int, ...]) -> bool:
+            if array is None or name not in made:
+                return array is None and name not in made
+            return array.shape == shape and array.dtype == made[name].dtype
+
         for i, (cache, offset) in enumerate(zip(self._caches, fields["offsets"], strict=True)):
             content = None
             if offset:
-                content = arrays[f"cache.{i}.keys"], arrays[f"cache.{i}.values"]
+                names = f"cache.{i}.keys", f"cache.{i}.values"
+                content = arrays[names[0]], arrays[names[1]]
                 rows = content[0].shape[2]
                 shape = (1, config.n_kv_head, rows, config.head_dim)
                 enough = min(offset, cache.window) <= rows <= min(offset, cache.limit)
-                if not enough or any(part.shape != shape for part in content):
+                if not enough or not all(map(alike, names, content, (shape, shape))):
                     raise ValueError(f"layer {i}")
             cache.restore(content, offset)
         text = mx.array([fields["tokens"]], dtype=mx.int32)
@@ -435,23 +444,36 @@ class DecodingState:
         for i, (boundary, start, stop) in enumerate(spans):
             boundary.stop = start
             if start < stop:
-                parts = [arrays.get(f"boundary.{i}.{name}") for name in HIDDEN_PARTS]
-                x, x0, _ = parts
+                names = tuple(f"boundary.{i}.{name}" for name in HIDDEN_PARTS)
+                parts = [arrays.get(name) for name in names]
                 span = (1, stop - start, width)
-                if x is None or x0 is None or any(p is not None and p.shape != span for p in parts):
+                if not all(alike(name, p, span) for name, p in zip(names, parts, strict=True)):
                     raise ValueError(f"boundary {i}")
                 boundary.append(Hidden(text[:, start:stop], *parts))  # type: ignore[arg-type]
             if boundary.stop != stop:
                 raise ValueError(f"boundary {i}")
-        filled, ends = fields["filled"], config.poe_stage_boundary_layers
-        fits = self.length == len(fields["tokens"]) and len(filled) == len(self.filled)
-        for stage, count in enumerate(filled if fits else []):
-            layers = self._caches[config.stage_range(stage)[0] : ends[stage] + 1]
-            fits &= all(cache.offset == count for cache in layers)
-            fits &= self._boundaries[stage + 1].stop == count <= self._input(stage).stop
-        if not fits:
+        self.filled, self._tokens = list(fields["filled"]), list(fields["tokens"])
+        if not self.consistent:
             raise ValueError("its lengths disagree")
-        self.filled, self._tokens = list(filled), list(fields["tokens"])
+
+    def _arrays_of_one_token(self) -> dict[str, mx.array]:
+        """The arrays of a one-token state, unevaluated: the names and types this model makes."""
+        state = DecodingState(self.model)
+        state.append([0])
+        for stage in range(self.model.poe_n_stages):
+            state.advance(stage)
+        return state.to_arrays()[0]
+
+    @property
+    def consistent(self) -> bool:
+        """Whether all parts agree on how far they are filled; an interruption may prevent that."""
+        if len(self.tokens) != self.length or len(self.filled) != self.model.poe_n_stages:
+            return False
+        return all(
+            cache.offset == count == self._boundaries[stage + 1].stop <= self._input(stage).stop
+            for stage, count in enumerate(self.filled)
+            for cache in (self._caches[i] for i in self.model.config.stage_range(stage))
+        )
 
     def arrays(self) -> list[mx.array]:
         cached = [a for cache in self._caches for a in cache.arrays()]
