@@ -15,7 +15,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from cognica_mlx.costs import Costs, measure
+from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
+from mlx_poe.paths import user_path
 
 MEASURE_SECONDS = 2.0
 
@@ -26,18 +28,23 @@ def known_costs(model: PoEModel) -> Costs:
     They are kept in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache), by shapes,
     types, device, MLX version and preloaded libraries.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cognica-mlx"
-    path = cache / f"costs-{_fingerprint(model)}.json"
-    # A cache that cannot be read or written only costs the two seconds again.
+    name = f"costs-{_fingerprint(model)}.json"
+    # A cache that cannot be read or written, or has no home, only costs the two seconds again.
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return _from_json(json.loads(path.read_text()))
+        return _from_json(json.loads((_cache() / name).read_text()))
     costs = measure(model, seconds=MEASURE_SECONDS)
-    with suppress(OSError):
+    with suppress(OSError, RequestError):
+        cache = _cache()
+        path = cache / name
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:
             file.write(json.dumps(asdict(costs)))
         Path(file.name).replace(path)
     return costs
+
+
+def _cache() -> Path:
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cognica-mlx"
 
 
 def _from_json(fields: dict[str, list]) -> Costs:
