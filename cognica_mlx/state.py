@@ -92,6 +92,13 @@ class Boundary:
                 self._runs[-1] = (first, hidden[: position - first])
         self.stop = min(self.stop, position)
 
+    @property
+    def consistent(self) -> bool:
+        """Whether the runs follow each other up to `stop`."""
+        ends = [first + len(hidden) for first, hidden in self._runs]
+        starts = [first for first, _ in self._runs]
+        return [*starts[1:], self.stop] == ends if ends else True
+
     def fork(self) -> Boundary:
         """An independent copy that shares the arrays."""
         other = Boundary()
@@ -468,6 +475,8 @@ class DecodingState:
     def consistent(self) -> bool:
         """Whether all parts agree on how far they are filled; an interruption may prevent that."""
         if len(self.tokens) != self.length or len(self.filled) != self.model.poe_n_stages:
+            return False
+        if not all(boundary.consistent for boundary in self._boundaries):
             return False
         return all(
             cache.offset == count == self._boundaries[stage + 1].stop <= self._input(stage).stop

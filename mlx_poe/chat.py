@@ -68,6 +68,12 @@ class Chat:
         keep_trunk = 2 * model.config.sequence_len
         return DecodingState(model, slack=SLACK, keep_trunk=keep_trunk)
 
+    def _whole_state(self) -> DecodingState:
+        """The state, a new one if an interruption has left it half-way between two texts."""
+        if not self.state.consistent:
+            self.state = self._new_state()
+        return self.state
+
     @property
     def can_chat(self) -> bool:
         """Whether the model was trained to chat: a base model only continues text."""
@@ -139,7 +145,7 @@ class Chat:
         """
         model = self.specialists.use(name)
         self._check(model, self.settings.mode, self.settings.options)
-        state = self.state.switch(model)
+        state = self._whole_state().switch(model)
         self.model, self.state, self.settings.specialist = model, state, name
 
     # Replies
@@ -154,9 +160,24 @@ class Chat:
         """
         if not text.strip():
             raise RequestError("there is nothing to reply to")
-        tokens = self._user_tokens(text, "" if self.turns else self.settings.system_text)
+        yield from self._reply(self.turns, text, progress)
+
+    def retry(self, progress: Progress | None = None) -> Generator[GenerationResponse, None, None]:
+        """Another reply to the last thing said; the exchange is replaced if it comes to anything.
+
+        Raises RequestError where nothing has been said.
+        """
+        if not self.turns:
+            raise RequestError("there is nothing to retry yet")
+        yield from self._reply(self.turns[:-1], self.turns[-1].user, progress)
+
+    def _reply(
+        self, turns: list[Turn], text: str, progress: Progress | None
+    ) -> Generator[GenerationResponse, None, None]:
+        """The reply to `text` after `turns`. Only its end changes the conversation, at once."""
+        tokens = self._user_tokens(text, "" if turns else self.settings.system_text)
         self.last = []
-        stream = self._stream(self.tokens + tokens, progress)
+        stream = self._stream(self._joined(turns) + tokens, progress)
         try:
             for response in stream:
                 self.last.append(response)
@@ -170,24 +191,7 @@ class Chat:
                 stream.close()
             finally:
                 if self.last:
-                    self.turns = [*self.turns, self._turn(text, tokens)]
-                if not self.state.consistent:
-                    self.state = self._new_state()
-
-    def retry(self, progress: Progress | None = None) -> Generator[GenerationResponse, None, None]:
-        """Another reply to the last thing said, which replaces the last one as soon as it begins.
-
-        Raises RequestError where nothing has been said.
-        """
-        if not self.turns:
-            raise RequestError("there is nothing to retry yet")
-        turns = self.turns
-        try:
-            self.turns = turns[:-1]
-            yield from self.send(turns[-1].user, progress)
-        finally:
-            if len(self.turns) < len(turns):
-                self.turns = turns
+                    self.turns = [*turns, self._turn(text, tokens)]
 
     def _stream(
         self, prompt: list[int], progress: Progress | None
@@ -202,7 +206,7 @@ class Chat:
             max_tokens=settings.max_tokens,
             mode=settings.mode,
             stop=settings.stop,
-            state=self.state,
+            state=self._whole_state(),
             prompt_progress_callback=progress,
             costs=known_costs(self.model) if paced else None,
             **{"repetition_penalty": penalty, **settings.options},
@@ -232,9 +236,12 @@ class Chat:
     @property
     def tokens(self) -> list[int]:
         """The conversation so far, as the model reads it."""
+        return self._joined(self.turns)
+
+    def _joined(self, turns: Sequence[Turn]) -> list[int]:
         end = self.tokenizer.token_id("<|assistant_end|>")
         tokens = [self.tokenizer.token_id(BOS)]
-        for turn in self.turns:
+        for turn in turns:
             tokens += [*turn.tokens, *turn.reply_tokens, end]
         return tokens
 
@@ -265,7 +272,7 @@ class Chat:
 
         Raises RequestError for an impossible path, CheckpointError if it cannot be written.
         """
-        arrays, fields = self.state.to_arrays()
+        arrays, fields = self._whole_state().to_arrays()
         probe = _probe(self.model)
         saved = SavedChat(self.name, self.settings, self.turns, probe, fields, arrays)
         write_chat(user_path(path), saved)

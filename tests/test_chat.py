@@ -1,7 +1,7 @@
 """Chats: turns whose state carries over, changes in mid-conversation, settings."""
 
 import pytest
-from chats import FUNCTIONS, TALK, new_chat, say
+from chats import FUNCTIONS, TALK, Interrupt, new_chat, say
 
 from cognica_mlx.errors import RequestError
 from mlx_poe import stream_generate
@@ -230,28 +230,29 @@ def test_a_retry_without_anything_to_retry_says_so():
         list(new_chat().retry())
 
 
-def test_an_interruption_in_the_middle_of_appending_leaves_a_state_that_agrees_with_itself(
-    monkeypatch,
-):
-    chat, expected = new_chat(), new_chat()
-    say(chat, TALK[0])
-    say(expected, TALK[0])
-    state, forget = chat.state, chat.state._forget
-    calls = []
-
-    def interrupted(boundary: int) -> None:
-        calls.append(boundary)
-        if len(calls) == 30:
-            raise KeyboardInterrupt
-        forget(boundary)
-
-    monkeypatch.setattr(state, "_forget", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("mode", ["full", "speculative"])
+def test_wherever_a_reply_is_interrupted_the_next_one_is_right(mode):
+    fresh, chat = new_chat(max_tokens=6), new_chat(max_tokens=6)
+    for one in (fresh, chat):
+        one.set_mode(mode)
+        say(one, TALK[0])
+    turns = chat.turns
+    with Interrupt() as counting:
+        list(chat.retry())
+    kept = set()
+    for at in range(1, counting.events, counting.events // 20):
+        chat.turns = turns
         say(chat, TALK[1])
-    monkeypatch.undo()
-    assert chat.state.consistent
-    chat.turns = chat.turns[:1]
-    assert say(chat, TALK[2]) == say(expected, TALK[2])
+        with pytest.raises(KeyboardInterrupt), Interrupt(at):
+            list(chat.retry())
+        kept.add(chat.state.consistent)
+        assert len(chat.turns) == 2
+        say(chat, TALK[2])
+        fresh.turns = chat.turns[:2]
+        fresh.state = fresh._new_state()
+        say(fresh, TALK[2])
+        assert chat.turns == fresh.turns
+    assert kept == {True, False}
 
 
 def test_numbers_that_make_no_sense_are_refused():
