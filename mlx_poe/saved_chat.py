@@ -95,7 +95,7 @@ def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """The arrays of a safetensors file, and the JSON object in its metadata."""
     try:
         if not path.is_file():
-            missing = "is not a file" if path.exists() else "is missing"
+            missing = "is not a regular file" if path.exists() else "is missing"
             raise CheckpointError(f"{path} {missing}")
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded

@@ -143,7 +143,7 @@ def _tools(repl: Repl, argument: str) -> None:
         return
     path = user_path(argument)
     if not path.is_file():
-        raise RequestError(f"{path} is not a file")
+        raise RequestError(f"{path} is not a regular file")
     repl.chat.set_functions(path.read_text(encoding="utf-8", errors="replace"))
 
 
