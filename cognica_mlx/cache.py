@@ -20,9 +20,8 @@ import mlx.core as mx
 
 from cognica_mlx.errors import RollbackError
 
-# Buffers grow by so many rows. On CUDA a view of a buffer whose length is a multiple of 256 rows
-# is taken for the whole buffer by cuDNN's attention, so theirs never is.
-GROWTH, UNEVEN = 256, 8
+# Buffers grow by so many rows.
+GROWTH = 256
 # The most rows beside the buffer; and the size in bytes from which a buffer is not worth copying
 # (attention in two parts is a few small operations more).
 TAIL, LARGE = 64, 1 << 20
@@ -100,7 +99,7 @@ class StageCache:
 
     `windows` has one for each layer. `offset` is the position of the next key. The last
     `window + slack` rows are always kept, so any rollback of up to `slack` positions from the
-    furthest one succeeds. No buffer exceeds `window + 2 * slack` rows (and a few).
+    furthest one succeeds. No buffer exceeds `window + 2 * slack` rows.
     """
 
     def __init__(self, windows: Sequence[int], slack: int):
@@ -115,7 +114,7 @@ class StageCache:
 
     def limit(self, window: int) -> int:
         """The most rows that a buffer ever has."""
-        return uneven(window + 2 * self.slack)
+        return window + 2 * self.slack
 
     def is_large(self, window: int) -> bool:
         """Whether the buffers of this window take longer to copy than to work around."""
@@ -286,7 +285,7 @@ class _View:
         size = buffer.shape[2]
         if self.kept < self.span.held or end > size:
             # Moved to the front, or to a longer buffer.
-            size = min(self.limit, max(size, uneven(-(-end // GROWTH) * GROWTH)))
+            size = min(self.limit, max(size, -(-end // GROWTH) * GROWTH))
             rows = mx.concatenate([self._held(buffer, tail), new], axis=2)
             return mx.pad(rows, [(0, 0), (0, 0), (0, size - end), (0, 0)])
         if self.span.tail and tail is not None:
@@ -370,11 +369,6 @@ def _joined(buffer: mx.array, tail: mx.array | None, span: Span, count: int) -> 
     if not span.tail or tail is None:
         return rows
     return mx.concatenate([rows, tail[..., : span.tail, :]], axis=2)
-
-
-def uneven(rows: int) -> int:
-    """At least `rows`, and no multiple of `GROWTH`: see there."""
-    return rows if rows % GROWTH else rows + UNEVEN
 
 
 def window_mask(window: int, offset: int, length: int) -> mx.array | str | None:

@@ -13,6 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 CANDIDATES = 64
+# Rows of a head are searched in blocks of so many.
+BLOCK = 64
 
 
 class ShortlistHead(nn.Module):
@@ -31,8 +33,25 @@ class ShortlistHead(nn.Module):
     def __call__(self, h: mx.array) -> mx.array:
         """(B, T, D) -> (B, T, V)."""
         rough = (h @ self.basis) @ self.codes.T
-        count = min(CANDIDATES, rough.shape[-1])
-        best = mx.argpartition(-rough, count - 1, axis=-1)[..., :count]
+        best = largest(rough, min(CANDIDATES, rough.shape[-1]))
         exact = (self.weight[best] @ h[..., None])[..., 0]
         nothing = mx.full(rough.shape, -mx.inf, rough.dtype)
         return mx.put_along_axis(nothing, best, exact, axis=-1)
+
+
+def largest(scores: mx.array, count: int) -> mx.array:
+    """Where the `count` largest of scores (..., V) are, in any order: (..., count).
+
+    MLX sorts a whole row for that. The largest lie in the `count` blocks with the largest maxima,
+    so a row is first cut down to those.
+    """
+    size = scores.shape[-1]
+    if size % BLOCK or size // BLOCK <= 2 * count:
+        return mx.argpartition(-scores, count - 1, axis=-1)[..., :count]
+    blocks = scores.reshape(*scores.shape[:-1], -1, BLOCK)
+    maxima = blocks.max(axis=-1)
+    chosen = mx.argpartition(-maxima, count - 1, axis=-1)[..., :count]  # (..., count)
+    kept = mx.take_along_axis(blocks, chosen[..., None], axis=-2)  # (..., count, BLOCK)
+    kept = kept.reshape(*scores.shape[:-1], -1)
+    best = mx.argpartition(-kept, count - 1, axis=-1)[..., :count]
+    return mx.take_along_axis(chosen, best // BLOCK, axis=-1) * BLOCK + best % BLOCK

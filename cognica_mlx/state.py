@@ -98,9 +98,9 @@ class DecodingState:
 
     def _read(self, count: int) -> None:
         """Turn the oldest `count` arrays of token ids into numbers; waits for them."""
-        ids = [i for tokens in self._late[:count] for i in tokens.reshape(-1).tolist()]  # type: ignore[union-attr]
-        self._late = self._late[count:]
-        self._ids += ids
+        if count:
+            ids = [i for tokens in self._late[:count] for i in tokens.reshape(-1).tolist()]  # type: ignore[union-attr]
+            self._ids, self._late = self._ids + ids, self._late[count:]
 
     def append(self, tokens: Sequence[int] | mx.array) -> None:
         """Add tokens to the text: ids, or a (1, T) int array, which may still be unevaluated.
@@ -266,9 +266,10 @@ class DecodingState:
                 f"cannot return to position {position} of {self.length}: "
                 f"the windows have slid on, {self.earliest_rollback} is the earliest"
             )
-        for cache in self.caches:
+        # From the deepest stage up, the text last: wherever this is interrupted, no stage is ahead
+        # of what it takes in.
+        for cache, given in reversed([*zip(self.caches, self.given, strict=True)]):
             cache.rollback(min(position, cache.offset))
-        for given in self.given:
             given.truncate(position)
         while self._late and self.length - self._late[-1].shape[1] >= position:
             self._late.pop()

@@ -2,16 +2,14 @@
 
 - in: models over one base, what the user says
 - out: replies token by token; nothing here knows a terminal
-- every turn keeps its own token ids, as they were said and generated, so that the text of the next
-  prompt is what the state holds and only the new turn is run
+- every turn keeps its own token ids, as they were said and generated, so that the state already
+  holds the beginning of the next prompt and only the new turn is run
 """
 
 from __future__ import annotations
 
-import json
-import secrets
-from collections.abc import Generator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +20,29 @@ from cognica_mlx.errors import CheckpointError, PoEError, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.saved_state import from_arrays, to_arrays
-from cognica_mlx.state import DecodingState, Progress
+from cognica_mlx.state import MAX_PENDING, DecodingState, Progress
+from mlx_poe.conversation import Settings, Turn
 from mlx_poe.generate import GenerationResponse, stream_generate
 from mlx_poe.machine import known_costs
+from mlx_poe.paths import user_path
+from mlx_poe.penalty import default_repetition_penalty
+from mlx_poe.saved_chat import SavedChat, read_chat, write_chat
 from mlx_poe.specialists import Specialists
 from mlx_poe.tokenizer import BOS, Tokenizer
+from mlx_poe.tools import Functions, read_functions
 
-# Greedy decoding of the specialists loops at this scale without one.
-SPECIALIST_PENALTY = 1.15
-SLACK = 256  # positions that /undo and /retry take back without reading the talk again
-_FORMAT = "cognica-mlx chat 1"
+__all__ = ["Chat", "Settings", "Turn"]
 
-
-@dataclass
-class Settings:
-    """How replies are made. `options` are sampling options and those of `mode`, by name."""
-
-    mode: str = "full"
-    options: dict[str, Any] = field(default_factory=dict)
-    system: str = ""
-    max_tokens: int = 512
-    specialist: str | None = None
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What the user said and the reply, with the token ids of both; `ended` if it came to an end
-    by itself."""
-
-    user: str
-    tokens: list[int]
-    reply: str
-    reply_tokens: list[int]
-    ended: bool
+SLACK = 256  # positions that /undo and /retry take back without running the conversation again
 
 
 class Chat:
-    """A talk with a model, or with the specialists over it.
+    """A conversation with a model, or with the specialists over it.
 
-    `settings` may be changed between replies; `set_option` and `set_mode` check what they are
-    given. `last` holds the responses of the latest reply. With `parks` a mode that does not pay on
-    this machine goes over to full depth for the rest of a reply.
+    The `set_...` methods check what they are given before they change `settings`. `last` holds the
+    responses of the latest reply. With `parks`, a mode that does not pay on this machine falls
+    back to full depth for the rest of a reply. Whatever is interrupted or fails, the conversation
+    stays as it was, or as far as the reply came.
     """
 
     def __init__(
@@ -83,15 +63,18 @@ class Chat:
         self.model = model
         self.state = self._new_state()
 
-    def _new_state(self) -> DecodingState:
-        # So far back a change of specialist runs only the specialist's own layers.
-        keep_trunk = 2 * self.model.config.sequence_len
-        return DecodingState(self.model, slack=SLACK, keep_trunk=keep_trunk)
+    def _new_state(self, model: PoEModel | None = None) -> DecodingState:
+        model = model or self.model
+        # Within this distance a change of specialist runs only the specialist's own layers.
+        keep_trunk = 2 * model.config.sequence_len
+        return DecodingState(model, slack=SLACK, keep_trunk=keep_trunk)
 
     @property
     def can_chat(self) -> bool:
-        """Whether the model has been trained to talk: a base only continues texts."""
+        """Whether the model was trained to chat: a base model only continues text."""
         return bool(self.model.config.specialist_layers)
+
+    # Settings
 
     def set_mode(self, mode: str, **options: Any) -> None:
         """Change the decoding mode and its options. RequestError, changing nothing, if it can't."""
@@ -118,148 +101,218 @@ class Chat:
         Sampler(sampling)
         make_mode(model, mode, chosen, model.calibration)
 
-    def use(self, name: str | None) -> None:
-        """Go on with another specialist, or with None the model itself; the talk stays.
+    def set_max_tokens(self, count: int) -> None:
+        """Change the length of the longest reply. RequestError below 1."""
+        if count < 1:
+            raise RequestError(f"max_tokens {count} must be at least 1")
+        self.settings.max_tokens = count
 
-        Raises RequestError where nothing of that name is attached, or the mode does not suit it.
+    def set_stop(self, texts: Sequence[str]) -> None:
+        """End replies before any of these texts. RequestError for an empty one."""
+        if not all(texts):
+            raise RequestError("a stop text is empty")
+        self.settings.stop = list(texts)
+
+    def set_system(self, text: str) -> None:
+        """Change the system text, and no longer offer functions in its place.
+
+        The next reply runs the conversation again from the beginning.
+        """
+        self._change_opening(system=text, functions=[])
+
+    def set_functions(self, functions: Functions | None) -> None:
+        """Offer functions in place of the system text; None brings the system text back.
+
+        The next reply runs the conversation again. RequestError where they are not functions.
+        """
+        self._change_opening(functions=read_functions(functions) if functions else [])
+
+    def _change_opening(self, **changes: Any) -> None:
+        settings, turns = replace(self.settings, **changes), self.turns
+        if turns:
+            tokens = self._user_tokens(turns[0].user, settings.system_text)
+            turns = [replace(turns[0], tokens=tokens), *turns[1:]]
+        self.settings, self.turns = settings, turns
+
+    def use(self, name: str | None) -> None:
+        """Go on with another specialist, or with None the base model; the conversation stays.
+
+        Raises RequestError if nothing of that name is attached, or the mode does not suit it.
         """
         model = self.specialists.use(name)
         self._check(model, self.settings.mode, self.settings.options)
-        self.state = self.state.switch(model)
-        self.model, self.settings.specialist = model, name
+        state = self.state.switch(model)
+        self.model, self.state, self.settings.specialist = model, state, name
+
+    # Replies
 
     def send(
         self, text: str, progress: Progress | None = None
     ) -> Generator[GenerationResponse, None, None]:
-        """The reply to `text`, token by token; then both belong to the talk.
+        """The reply to `text`, token by token; then both belong to the conversation.
 
-        A reply that is broken off stays as far as it came, if it came to anything. Raises
+        A reply that is broken off is kept as far as it came, if it came to anything. Raises
         RequestError for an empty text or settings that make no sense.
         """
         if not text.strip():
             raise RequestError("there is nothing to reply to")
-        tokens = self._user_tokens(text, first=not self.turns)
-        settings = self.settings
-        options = dict(settings.options)
-        if self.can_chat:
-            options.setdefault("repetition_penalty", SPECIALIST_PENALTY)
-        paced = self.parks and settings.mode in PACED_MODES
-        self.last, ended = [], False
-        stream = stream_generate(
-            self.model,
-            self.tokenizer,
-            self.tokens + tokens,
-            max_tokens=settings.max_tokens,
-            mode=settings.mode,
-            state=self.state,
-            prompt_progress_callback=progress,
-            costs=known_costs(self.model) if paced else None,
-            **options,
-        )
+        yield from self._reply(self.turns, text, progress)
+
+    def retry(self, progress: Progress | None = None) -> Generator[GenerationResponse, None, None]:
+        """Another reply to the last thing said; the exchange is replaced if it comes to anything.
+
+        Raises RequestError where nothing has been said.
+        """
+        if not self.turns:
+            raise RequestError("there is nothing to retry yet")
+        yield from self._reply(self.turns[:-1], self.turns[-1].user, progress)
+
+    def _reply(
+        self, turns: list[Turn], text: str, progress: Progress | None
+    ) -> Generator[GenerationResponse, None, None]:
+        """The reply to `text` after `turns`. Only its end changes the conversation, at once."""
+        tokens = self._user_tokens(text, "" if turns else self.settings.system_text)
+        self.last = []
+        stream = self._stream(self._joined(turns) + tokens, progress)
         try:
             for response in stream:
                 self.last.append(response)
-                ended = response.finish_reason == "stop"
                 yield response
+        except Exception:
+            # Nobody knows how far the state got. The next reply runs the conversation again.
+            self.state = self._new_state()
+            raise
         finally:
-            stream.close()  # type: ignore[attr-defined]
-            if self.last:
-                ids = [r.token for r in self.last]
-                if ids[-1] in self.tokenizer.eos_token_ids:
-                    ids.pop()
-                reply = "".join(r.text for r in self.last)
-                self.turns.append(Turn(text, tokens, reply, ids, ended))
+            try:
+                stream.close()
+            finally:
+                if self.last:
+                    self.turns = [*turns, self._turn(text, tokens)]
+
+    def _stream(
+        self, prompt: list[int], progress: Progress | None
+    ) -> Generator[GenerationResponse, None, None]:
+        settings = self.settings
+        penalty = default_repetition_penalty(self.model, bool(settings.functions))
+        paced = self.parks and settings.mode in PACED_MODES
+        return stream_generate(  # type: ignore[return-value]
+            self.model,
+            self.tokenizer,
+            prompt,
+            max_tokens=settings.max_tokens,
+            mode=settings.mode,
+            stop=settings.stop,
+            state=self.state,
+            prompt_progress_callback=progress,
+            costs=known_costs(self.model) if paced else None,
+            **{"repetition_penalty": penalty, **settings.options},
+        )
+
+    def _turn(self, text: str, tokens: list[int]) -> Turn:
+        """The exchange that `last` makes with what the user said."""
+        ids = [r.token for r in self.last]
+        reply = "".join(r.text for r in self.last)
+        ended = self.last[-1].finish_reason == "stop"
+        if ids[-1] in self.tokenizer.eos_token_ids:
+            ids.pop()
+        elif ended:
+            ids = self._shortened(ids, reply)
+        return Turn(text, tokens, reply, ids, ended)
+
+    def _shortened(self, ids: list[int], text: str) -> list[int]:
+        """Token ids that spell `text`, which a stop text has cut off from what `ids` spell.
+
+        So the model does not read the stop text later, in what it said itself.
+        """
+        while not text.startswith(start := self.tokenizer.decode(ids)):
+            ids = ids[:-1]
+        rest = text.removeprefix(start)
+        return [*ids, *self.tokenizer.encode(rest, add_special_tokens=False)]
 
     @property
     def tokens(self) -> list[int]:
-        """The talk so far, as the model reads it."""
+        """The conversation so far, as the model reads it."""
+        return self._joined(self.turns)
+
+    def _joined(self, turns: Sequence[Turn]) -> list[int]:
         end = self.tokenizer.token_id("<|assistant_end|>")
         tokens = [self.tokenizer.token_id(BOS)]
-        for turn in self.turns:
+        for turn in turns:
             tokens += [*turn.tokens, *turn.reply_tokens, end]
         return tokens
 
-    def _user_tokens(self, text: str, first: bool) -> list[int]:
-        """A user's turn up to where the reply begins; the system text goes before the first."""
-        if first and self.settings.system:
-            text = f"{self.settings.system}\n\n{text}"
+    def _user_tokens(self, text: str, system_text: str) -> list[int]:
+        """A user's turn up to where the reply begins. The first one has the system text in it."""
+        if system_text:
+            text = f"{system_text}\n\n{text}"
         name = self.tokenizer.token_id
         words = self.tokenizer.encode(text, add_special_tokens=False)
         return [name("<|user_start|>"), *words, name("<|user_end|>"), name("<|assistant_start|>")]
 
-    def set_system(self, text: str) -> None:
-        """Change the system text; the next reply reads the talk again from the beginning."""
-        self.settings.system = text
-        if self.turns:
-            first = self.turns[0]
-            tokens = self._user_tokens(first.user, first=True)
-            self.turns[0] = Turn(first.user, tokens, first.reply, first.reply_tokens, first.ended)
+    # The conversation as a whole
 
     def undo(self) -> Turn:
-        """Take back the last exchange, and give it. RequestError where there is none."""
+        """Take back the last exchange and return it. RequestError where there is none."""
         if not self.turns:
             raise RequestError("there is nothing to take back yet")
-        return self.turns.pop()
+        turn = self.turns[-1]
+        self.turns = self.turns[:-1]
+        return turn
 
     def reset(self) -> None:
-        """Forget the talk; the settings stay."""
-        self.turns, self.last = [], []
-        self.state = self._new_state()
+        """Forget the conversation; the settings stay."""
+        self.turns, self.last, self.state = [], [], self._new_state()
 
     def save(self, path: Path) -> None:
-        """Write talk, settings and state to one safetensors file, whole or not at all."""
+        """Write conversation, settings and state to one safetensors file, whole or not at all.
+
+        Raises RequestError for an impossible path, CheckpointError if it cannot be written.
+        """
         arrays, fields = to_arrays(self.state)
-        content = {
-            "format": _FORMAT,
-            "model": self.name,
-            "settings": asdict(self.settings),
-            "turns": [asdict(turn) for turn in self.turns],
-            "probe": _probe(self.model),
-            "state": fields,
-        }
-        path = path.expanduser()
-        # MLX appends .safetensors to any other name.
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.safetensors")
-        try:
-            metadata = {"chat": json.dumps(content, ensure_ascii=False)}
-            mx.save_safetensors(str(partial), arrays or {"empty": mx.zeros((1,))}, metadata)
-            partial.replace(path)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path} cannot be written: {_first_line(error)}") from None
-        finally:
-            partial.unlink(missing_ok=True)
+        probe = _probe(self.model)
+        saved = SavedChat(self.name, self.settings, self.turns, probe, fields, arrays)
+        write_chat(user_path(path), saved)
 
     def load(self, path: Path) -> bool:
-        """Go on with a talk that was saved; True if its state fits too, and needs no new reading.
+        """Go on with a saved conversation; True if its state fits, and nothing is run again.
 
-        Raises CheckpointError, changing nothing, for a file that is no talk, and RequestError for
-        settings that this model does not take.
+        Raises CheckpointError, changing nothing, for a file that is not a saved chat, and
+        RequestError for settings that this model does not take.
         """
-        path = path.expanduser()
-        arrays, content = _read(path)
-        try:
-            settings = Settings(**content["settings"])
-            turns = [Turn(**turn) for turn in content["turns"]]
-            for turn in turns:
-                self.state.check_ids([*turn.tokens, *turn.reply_tokens])
-                self.tokenizer.decode([*turn.tokens, *turn.reply_tokens])
-                if not isinstance(turn.user, str) or not isinstance(turn.reply, str):
-                    raise TypeError("a turn that is no text")
-            model = self.specialists.use(settings.specialist)
-            self._check(model, settings.mode, settings.options)
-        except PoEError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} holds a damaged talk ({_first_line(error)})") from None
-        state = None
-        if content.get("probe") == _probe(model):
+        path = user_path(path)
+        saved = read_chat(path)
+        settings = saved.settings
+        model = self.specialists.use(settings.specialist)
+        self._check(model, settings.mode, settings.options)
+        turns = []
+        for number, turn in enumerate(saved.turns, 1):
             try:
-                state = from_arrays(model, arrays, content["state"])
-            except (PoEError, KeyError, TypeError, AttributeError):
-                state = None  # the talk itself is whole: it is read again
+                self.state.check_ids([*turn.tokens, *turn.reply_tokens])
+                if not self.tokenizer.decode(turn.reply_tokens).startswith(turn.reply):
+                    raise CheckpointError("its reply is not what its tokens spell")
+            except PoEError as error:
+                message = f"{path} is a damaged chat, or another model's: turn {number}: {error}"
+                raise CheckpointError(message) from None
+            # Made anew, so that the model reads what the user sees.
+            tokens = self._user_tokens(turn.user, "" if turns else settings.system_text)
+            turns.append(replace(turn, tokens=tokens))
+        state = self._saved_state(model, saved)
+        ready = state is not None
+        state = state or self._new_state(model)
         self.settings, self.turns, self.model, self.last = settings, turns, model, []
-        self.state = state or self._new_state()
-        return state is not None
+        self.state = state
+        return ready
+
+    def _saved_state(self, model: PoEModel, saved: SavedChat) -> DecodingState | None:
+        """The state in a saved chat, None where it is not one that `model` would have now."""
+        fresh = self._new_state(model)
+        sizes = {"slack": SLACK, "max_pending": MAX_PENDING, "keep_trunk": fresh.keep_trunk}
+        if saved.probe != _probe(model) or any(saved.state.get(k) != v for k, v in sizes.items()):
+            return None
+        try:
+            return from_arrays(model, saved.arrays, saved.state)
+        except PoEError:
+            return None
 
     @property
     def nbytes(self) -> int:
@@ -270,22 +323,3 @@ class Chat:
 def _probe(model: PoEModel) -> list[float]:
     """A few of the model's own figures, by which a state is known to be its."""
     return [round(z, 2) for z in model(mx.array([[0, 1]]))[0, -1, :8].tolist()]  # type: ignore[arg-type,union-attr]
-
-
-def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-        arrays, metadata = loaded
-        content = json.loads(metadata["chat"])
-        if content["format"] != _FORMAT:
-            raise ValueError(f"its format is {content['format']!r:.40}")
-        mx.eval(arrays)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no saved talk ({_first_line(error)})") from None
-    return arrays, content
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

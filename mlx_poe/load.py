@@ -13,6 +13,7 @@ from cognica_mlx.config import HEAD_MODES, SUMMED
 from cognica_mlx.convert.checkpoint import eos_token_ids, read_checkpoint
 from cognica_mlx.convert.quantization import BITS, apply_plan, make_plan, pack, scheme
 from cognica_mlx.convert.sources import Source, locate
+from cognica_mlx.device import lay_out, prepare
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from mlx_poe.tokenizer import Tokenizer
@@ -43,7 +44,8 @@ def load(
     half precision is slow, and bfloat16 on a GPU. `quantize` is a number of bits (2, 3, 4, 5, 6 or
     8) to which the matrices are rounded in memory. `head_mode` picks a specialist's head: "dual",
     "base" or "specialist". `revision` is a hub branch, tag or commit, `step` one of a nanochat
-    folder's. With `lazy` no weight is read before it is first used.
+    folder's. With `lazy` no weight is read before it is first used, which must then be in the
+    thread that loaded: MLX's streams belong to threads.
 
     A calibration file that cannot be used does not stop the model from loading:
     `model.calibration` is then None, `model.calibration_problem` says why, and only the modes that
@@ -81,6 +83,7 @@ def load(
     model = PoEModel(config)
     apply_plan(model, plan)
     kind = DTYPES[dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")]
+    prepare(kind)
     weights: dict[str, mx.array] = {}
     for name, tensor in checkpoint.weights.items():
         arrays = pack(name, tensor.read(), plan, kind)
@@ -89,6 +92,8 @@ def load(
         weights.update(arrays)
     model.update(tree_unflatten(list(weights.items())))
     model.eval()
+    if not lazy:
+        lay_out(model)
     model.calibration, model.calibration_problem = read_calibration(source.folder, config)
     return model, tokenizer
 

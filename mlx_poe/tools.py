@@ -3,9 +3,9 @@
 - In: functions as JSON text, a dictionary or a list of them (`name`, `description`, `parameters`);
   then the model's text, piece by piece.
 - Out: the system text in the one layout that the tool specialist was trained on, the plain text
-  before a call, the call, and what is wrong with it in words.
+  before a call, the call, and in words what is wrong with it.
 - Nothing here runs a function. A call is the model's guess: it may invent names and arguments.
-- Bad functions are a RequestError. A bad call is no exception but a `problem`: models make them.
+- Bad functions raise RequestError. A bad call, which models make, is a `problem` instead.
 """
 
 import json
@@ -47,7 +47,7 @@ class ToolCall:
 
 
 def tool_system_prompt(functions: Functions) -> str:
-    """The system text that offers `functions`, laid out anew whatever layout they came in."""
+    """The system text that offers `functions`, in one layout whatever layout they came in."""
     # Only this layout works: on compact JSON the model answers in prose.
     layouts = (
         json.dumps(function, indent=4, ensure_ascii=False) for function in read_functions(functions)
@@ -81,8 +81,8 @@ def read_functions(functions: Functions) -> list[dict[str, Any]]:
 class ToolCallParser:
     """Finds the first tool call in text that comes in pieces, wherever the pieces are cut.
 
-    Feed it until `done`: then `call` is the call, or `problem` says why there is none that can be
-    used, and whatever follows is junk. Without a call all the text comes back as it is.
+    Feed it until `done`: then `call` is the call, or `problem` says why there is no usable one,
+    and whatever follows is junk. Text without a call comes back unchanged.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class ToolCallParser:
 
     @property
     def done(self) -> bool:
-        """Whether a call was read to its end, for better or worse."""
+        """Whether a call has been read to its end, usable or not."""
         return self.call is not None or self.problem is not None
 
     def feed(self, text: str) -> str:
@@ -117,24 +117,24 @@ class ToolCallParser:
         return plain
 
     def finish(self) -> str:
-        """The text held back, once no more will come; a call not closed by now is a problem."""
+        """The text held back, once no more will come; a call still open is a problem."""
         if self._begun and not self.done:
-            self.problem = "the call was begun and never closed"
+            self.problem = "the call was never closed"
         text, self._held = self._held, ""
         return text
 
     def _read(self, char: str) -> None:
         """Take one character of the call.
 
-        Counting braces outside of strings finds the end, in quoted arguments too; without the
-        single quotes around those the call is JSON.
+        Counting braces outside strings finds the end, in quoted arguments too. Without the single
+        quotes around those, the call is JSON.
         """
         self._length += 1
         if self._length > MAX_CALL:
             self.problem = f"the call is longer than {MAX_CALL} characters"
         elif self._in_string:
             if self._escaped and char == "'":
-                self._json.pop()  # JSON knows no \'
+                self._json.pop()  # JSON has no \'
             self._json.append(char)
             self._in_string = self._escaped or char != '"'
             self._escaped = char == "\\" and not self._escaped
@@ -166,21 +166,21 @@ class ToolCallParser:
 
 
 def check_call(call: ToolCall, functions: Functions) -> list[str]:
-    """What is wrong with the call by the functions' own schemas; an empty list if nothing is.
+    """What is wrong with the call according to the functions' schemas; an empty list if nothing.
 
-    Looks at the name, at arguments missing or invented, and at `type` and `enum`, in arrays' items
-    and objects' properties too. Other constraints are not checked.
+    Checks the name, missing and invented arguments, and `type` and `enum`, also inside arrays and
+    objects. Other constraints are not checked.
     """
     schemas = {f["name"]: f.get("parameters", {}) for f in read_functions(functions)}
     if call.name not in schemas:
         return [f"there is no function {_shown(call.name)}; there is: {', '.join(schemas)}"]
-    # A function that names no parameters takes none, whereas a bare object may hold anything.
+    # A function without parameters takes none, whereas a bare object may hold anything.
     schema = {"properties": {}, **schemas[call.name]}
     return list(_problems(call.arguments, schema, ""))
 
 
 def _problems(value: Any, schema: Any, where: str) -> Iterator[str]:
-    """Where `value` departs from `schema`; a part of that which makes no sense asks nothing."""
+    """Where `value` departs from `schema`; parts of a schema that make no sense are ignored."""
     if not isinstance(schema, dict):
         return
     kinds = schema.get("type")
@@ -212,7 +212,7 @@ def _problems(value: Any, schema: Any, where: str) -> Iterator[str]:
 def _is(value: Any, kind: Any) -> bool:
     if not isinstance(kind, str) or kind not in _TYPES:
         return True
-    if isinstance(value, bool):  # an int to Python, no number to JSON
+    if isinstance(value, bool):  # an int to Python, but not a number in JSON
         return kind == "boolean"
     if kind == "integer" and isinstance(value, float):
         return value.is_integer()
@@ -229,7 +229,7 @@ def _shown(value: Any) -> str:
 
 
 def _from_json(text: str) -> Any:
-    """What `text` holds. ValueError where it is no JSON, or too deep for those who walk it."""
+    """What `text` holds. ValueError if it is not JSON, or nested too deep to be walked."""
     try:
         # Not strict: the model may write a line break inside a string.
         value = json.loads(text, strict=False, parse_constant=_refuse)

@@ -1,37 +1,11 @@
-"""Talks: turns whose state carries over, changes in mid-talk, saving, and the program around it."""
+"""Chats: turns whose state carries over, changes in mid-conversation, settings."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import mlx.core as mx
 import pytest
-from conftest import fixture
-from prompt_toolkit.application import create_app_session
-from prompt_toolkit.input import create_pipe_input
-from prompt_toolkit.output import DummyOutput
+from chats import FUNCTIONS, TALK, Interrupt, new_chat, say
 
-from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.errors import RequestError
 from mlx_poe import stream_generate
-from mlx_poe.chat import Chat, Settings
-from mlx_poe.commands.chat import COMMANDS, Repl, printable
-
-TALK = ("What is the capital of Italy?", "Tell me about Kenya.", "Who are you?", "Thanks!")
-
-
-def new_chat(**settings: object) -> Chat:
-    model, tokenizer = fixture("poe-tiny")
-    chat = Chat(model, tokenizer, "poe-tiny", Settings(max_tokens=40, **settings))  # type: ignore[arg-type]
-    for name in ("chat", "math", "tool"):
-        chat.specialists.attach(name, f"poe-tiny-{name}")
-    chat.use("chat")
-    return chat
-
-
-def say(chat: Chat, text: str) -> str:
-    return "".join(r.text for r in chat.send(text))
+from mlx_poe.chat import Chat
 
 
 @pytest.mark.parametrize("mode", ["full", "speculative", "wand", "certified"])
@@ -55,7 +29,7 @@ def test_every_turn_is_what_a_fresh_prompt_gives(mode):
     assert chat.tokenizer.decode(chat.tokens).count("<|assistant_end|>") == len(TALK)
 
 
-def test_a_turn_runs_its_own_tokens_only_however_long_the_talk():
+def test_a_turn_runs_its_own_tokens_only_however_long_the_conversation():
     chat = new_chat(options={"repetition_penalty": 1.0})
     sizes, run = [], []
     for number in range(90):
@@ -70,14 +44,14 @@ def test_a_turn_runs_its_own_tokens_only_however_long_the_talk():
     assert max(sizes[70:]) < 1.05 * max(sizes[50:70])
 
 
-def test_specialists_change_in_mid_talk():
+def test_specialists_change_in_mid_conversation():
     chat = new_chat()
     say(chat, TALK[0])
     say(chat, TALK[1])
     length = len(chat.tokens)
     chat.use("math")
     say(chat, "Tom has 5 apples and gets 3 more. How many?")
-    # The base has seen the talk; only math's own stage runs over it.
+    # The base has seen the conversation; only math's own stage runs over it.
     assert chat.state.positions_run[0] < len(chat.tokens) - length + 3
     assert chat.state.positions_run[4] >= length - 1
     chat.set_mode("stage", stage=4)
@@ -140,67 +114,6 @@ def test_system_text_and_special_tokens_in_what_is_said():
     assert say(chat, TALK[0])
 
 
-def test_a_saved_talk_goes_on_without_being_read_again(tmp_path):
-    chat = new_chat()
-    chat.set_mode("speculative", draft_stage=1)
-    for text in TALK[:3]:
-        say(chat, text)
-    path = tmp_path / "talk"
-    chat.save(path)
-    assert [f.name for f in tmp_path.iterdir()] == ["talk"]
-    expected = say(chat, TALK[3])
-    other = new_chat()
-    assert other.load(path)
-    assert other.settings.mode == "speculative"
-    assert len(other.turns) == 3
-    assert say(other, TALK[3]) == expected
-    assert other.state.positions_run[0] <= len(other.turns[-1].tokens) + 41
-    # Another model's state is of no use, but the talk is.
-    model, tokenizer = fixture("poe-tiny-chat")
-    alone = Chat(model, tokenizer, "poe-tiny-chat")
-    with pytest.raises(RequestError, match="no specialist chat"):
-        alone.load(path)
-    assert alone.turns == []
-
-
-@pytest.mark.parametrize("fault", ["missing", "cut", "text", "another", "turns", "arrays"])
-def test_files_that_are_no_talk_change_nothing(tmp_path, fault):
-    chat = new_chat()
-    say(chat, TALK[0])
-    path = tmp_path / "talk"
-    chat.save(path)
-    if fault == "missing":
-        path.unlink()
-    elif fault == "cut":
-        path.write_bytes(path.read_bytes()[:5000])
-    elif fault == "text":
-        path.write_text("hello")
-    elif fault == "another":
-        mx.save_safetensors(str(path) + ".safetensors", {"a": mx.zeros((2,))})
-        Path(f"{path}.safetensors").rename(path)
-    else:
-        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)  # type: ignore[misc]
-        content = json.loads(metadata["chat"])  # type: ignore[index,call-overload,arg-type]
-        if fault == "turns":
-            content["turns"][0]["tokens"] = ["a", None]
-        else:
-            arrays.pop("cache.3.keys")  # type: ignore[union-attr]
-        mx.save_safetensors(f"{path}.safetensors", arrays, {"chat": json.dumps(content)})  # type: ignore[arg-type]
-        Path(f"{path}.safetensors").rename(path)
-    turns, tokens = list(chat.turns), chat.tokens
-    if fault == "arrays":
-        assert not chat.load(path)  # the talk is whole, its state is not
-        assert chat.tokens == tokens
-        assert say(chat, TALK[1])
-        return
-    with pytest.raises(CheckpointError) as caught:
-        chat.load(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert chat.turns == turns
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        chat.save(tmp_path / "nowhere" / "talk")
-
-
 def test_options_are_checked_and_kept():
     chat = new_chat()
     for name, value in (("temp", -1.0), ("top_p", 7.0), ("repetition_penalty", 0.0)):
@@ -218,165 +131,131 @@ def test_options_are_checked_and_kept():
     assert chat.settings.options == {}
 
 
-# The program
+def options_passed(chat: Chat, monkeypatch) -> dict[str, object]:
+    """The keywords with which a chat asks for a reply."""
+    passed: dict[str, object] = {}
+
+    def record(*arguments, **keywords):
+        passed.update(keywords)
+        return stream_generate(*arguments, **keywords)
+
+    monkeypatch.setattr("mlx_poe.chat.stream_generate", record)
+    say(chat, TALK[0])
+    chat.undo()
+    return passed
 
 
-def piped(text: str, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_poe", "chat", *flags],
-        input=text,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+def test_the_penalty_is_the_users_or_else_the_models_default(monkeypatch):
+    chat = new_chat()
+
+    def penalty() -> object:
+        return options_passed(chat, monkeypatch)["repetition_penalty"]
+
+    assert penalty() == 1.15
+    chat.set_functions(FUNCTIONS)
+    assert penalty() == 1.0
+    chat.set_system("Be brief.")
+    assert penalty() == 1.15
+    chat.set_option("repetition_penalty", 1.3)
+    assert penalty() == 1.3
+    chat.set_functions(FUNCTIONS)
+    assert penalty() == 1.3
+    chat.set_functions(None)
+    assert penalty() == 1.3
+    chat.set_option("repetition_penalty", None)
+    chat.use(None)
+    assert penalty() is None
 
 
-def test_through_a_pipe_only_replies_come_out():
-    done = piped(
-        "What is the capital of Italy?\n/mode speculative\nTell me about Kenya.\n", "--no-park"
-    )
-    assert done.stdout == (
-        "The capital of Italy is Rome.\n"
-        "Kenya is a country in Africa. Its capital is Nairobi, and people there speak Swahili.\n"
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    done = piped(
-        "/bogus\nWhat is the capital of Italy?\n",
-        "--specialist",
-        "c=poe-tiny-chat",
-        "--model",
-        "poe-tiny",
-    )
-    assert done.stdout == "The capital of Italy is Rome.\n"
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    for flags in (["--model", "nowhere"], ["--specialist", "chat"], ["--temp", "-1"]):
-        done = piped("hello\n", *flags)
-        assert done.returncode in (1, 2)
-        assert done.stderr.count("\n") == 1
+def test_functions_take_the_system_texts_place_and_give_it_back():
+    chat = new_chat(system="Be brief.")
+    say(chat, TALK[0])
+    opening = chat.tokens
+    chat.set_functions(FUNCTIONS)
+    text = chat.tokenizer.decode(chat.tokens)
+    assert "get_capital" in text and "Be brief." not in text
+    chat.set_functions(None)
+    assert chat.tokens == opening
+    with pytest.raises(RequestError):
+        chat.set_functions("[1]")
+    assert chat.tokens == opening
 
 
-@pytest.fixture
-def repl() -> Repl:
-    return Repl(new_chat())
+def test_a_stop_text_ends_the_reply_and_is_not_read_again():
+    whole = say(new_chat(), TALK[1])
+    chat = new_chat()
+    chat.set_stop(["Its", ", and"])
+    reply = say(chat, TALK[1])
+    assert reply == whole[: whole.index("Its")]
+    turn = chat.turns[0]
+    assert (turn.reply, turn.ended) == (reply, True)
+    assert chat.tokenizer.decode(turn.reply_tokens) == reply  # though a token is cut in two
+    with pytest.raises(RequestError, match="stop text is empty"):
+        chat.set_stop([""])
+    chat.set_stop([])
+    assert say(chat, TALK[1])
 
 
-@pytest.mark.parametrize(
-    ("line", "shown"),
-    [
-        ("/help", "/retry"),
-        ("/mode", "[full]"),
-        ("/use", "* chat (adds 2.6 MB)"),
-        ("/stats", "talk"),
-        ("/system", "(none)"),
-        ("/system Be brief.", ""),
-        ("/stage 2", ""),
-        ("/draft 0 4", ""),
-        ("/temp 0.7", ""),
-        ("/temp off", ""),
-        ("/top-p 0.9", ""),
-        ("/top-k 5", ""),
-        ("/min-p 0.1", ""),
-        ("/seed 1", ""),
-        ("/repetition-penalty 1.2", ""),
-        ("/max-tokens 9", ""),
-        ("/color", ""),
-        ("/use math", ""),
-        ("/attach more poe-tiny-chat", ""),
-        ("/reset", ""),
-        ("/exit", ""),
-    ],
-)
-def test_commands(repl, capsys, line, shown):
-    assert repl.obey(line)
-    captured = capsys.readouterr()
-    assert shown in captured.out
-    assert "poe-chat:" not in captured.err
+class Interrupting:
+    """A progress callback that behaves like a Ctrl-C while the prompt is read."""
+
+    def __init__(self, error: type[BaseException]):
+        self.error = error
+
+    def __call__(self, done: int, total: int) -> None:
+        raise self.error
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["/bogus", "/mode warp", "/stage", "/stage 9", "/stage x", "/draft", "/temp hot", "/top-k 1.5",
-     "/max-tokens 0", "/use nobody", "/attach a", "/attach a nowhere", "/retry", "/undo", "/save",
-     "/load /nowhere", "/tools /nowhere", "/save /nowhere/a/b"],
-)  # fmt: skip
-def test_commands_that_cannot_be_done_say_why(repl, capsys, line):
-    assert not repl.obey(line)
-    error = capsys.readouterr().err
-    assert error.startswith("poe-chat: ")
-    assert error.count("\n") == 1
-    assert repl.obey("What is the capital of Italy?")
-    assert capsys.readouterr().out == "The capital of Italy is Rome.\n"
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_exchange_survives_a_retry_that_is_broken_off_before_its_first_token(error):
+    chat = new_chat()
+    for text in TALK[:2]:
+        say(chat, text)
+    turns, tokens = chat.turns, chat.tokens
+    chat.reset()
+    chat.turns = turns  # nothing is run yet, so that there is a prompt to read
+    with pytest.raises(error):
+        list(chat.retry(Interrupting(error)))
+    assert (chat.turns, chat.tokens) == (turns, tokens)
+    assert "".join(r.text for r in chat.retry()) == turns[1].reply
+    assert chat.turns == turns
+    stream = chat.retry()
+    next(stream)
+    stream.close()
+    assert len(chat.turns) == 2 and len(chat.turns[1].reply_tokens) == 1
 
 
-def test_every_command_is_in_the_help(repl, capsys):
-    repl.obey("/help")
-    printed = capsys.readouterr().out
-    assert all(f"/{name}" in printed for name in COMMANDS)
+def test_a_retry_without_anything_to_retry_says_so():
+    with pytest.raises(RequestError, match="nothing to retry"):
+        list(new_chat().retry())
 
 
-def test_a_call_is_shown_and_checked(repl, capsys, tmp_path):
-    functions = [
-        {
-            "name": "get_capital",
-            "description": "Look up the capital of a country",
-            "parameters": {
-                "type": "object",
-                "properties": {"country": {"type": "string", "description": "Country name"}},
-                "required": ["country"],
-            },
-        }
-    ]
-    path = tmp_path / "functions.json"
-    path.write_text(json.dumps(functions))
-    repl.obey("/use tool")
-    assert repl.obey(f"/tools {path}")
-    assert repl.obey("What is the capital of Peru?")
-    assert "→ get_capital({'country': 'Peru'})" in capsys.readouterr().out
-    assert repl.obey("/tools off")
-    assert repl.functions == []
+@pytest.mark.parametrize("mode", ["full", "speculative"])
+def test_wherever_a_reply_is_interrupted_the_next_one_is_right(mode):
+    fresh, chat = new_chat(max_tokens=6), new_chat(max_tokens=6)
+    for one in (fresh, chat):
+        one.set_mode(mode)
+        say(one, TALK[0])
+    turns = chat.turns
+    with Interrupt() as counting:
+        list(chat.retry())
+    for at in range(1, counting.events, counting.events // 20):
+        chat.turns = turns
+        say(chat, TALK[1])
+        with pytest.raises(KeyboardInterrupt), Interrupt(at):
+            list(chat.retry())
+        # No stage is ever ahead of what it takes in.
+        assert min(map(chat.state.pending, range(5))) >= 0
+        assert len(chat.turns) == 2
+        say(chat, TALK[2])
+        fresh.turns = chat.turns[:2]
+        fresh.state = fresh._new_state()
+        say(fresh, TALK[2])
+        assert chat.turns == fresh.turns
 
 
-def test_a_terminal_session(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        # A line given up with Ctrl-C, one of two lines, a command, and Ctrl-D.
-        keys.send_text("half a line\x03")
-        keys.send_text("What is the capital\x1b\rof Italy?\r")
-        keys.send_text("/stats\r")
-        keys.send_text("\x04")
-        Repl(new_chat()).run()
-    printed = capsys.readouterr().out
-    assert "1 exchanges" in printed
-    assert "half" not in (tmp_path / "cognica-mlx" / "chat_history").read_text()
-
-
-def test_ctrl_c_stops_the_reply_and_not_the_program(repl, capsys, monkeypatch):
-    send = repl.chat.send
-
-    def interrupted(text, progress=None):
-        for count, response in enumerate(send(text, progress)):
-            yield response
-            if count == 2:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(repl.chat, "send", interrupted)
-    assert repl.obey(TALK[1])
-    assert capsys.readouterr().out.endswith(" …\n")
-    monkeypatch.undo()
-    assert repl.obey(TALK[0])
-
-
-def test_the_status_line_fits(repl, monkeypatch):
-    repl.obey("/mode speculative")
-    repl.obey(TALK[1])
-    monkeypatch.setenv("COLUMNS", "120")
-    repl = Repl(repl.chat)
-    whole = repl.status()
-    for part in ("poe-tiny", "chat", "speculative", "tok/s", "stages", "accepted", "MB"):
-        assert part in whole
-    monkeypatch.setenv("COLUMNS", "30")
-    assert len(Repl(repl.chat).status()) < 30
-
-
-def test_nothing_steers_the_terminal():
-    assert printable("a\x1b[31mb\x07\n\tc\x9b1m\x7f") == "a[31mb\n\tc1m"
+def test_numbers_that_make_no_sense_are_refused():
+    chat = new_chat()
+    with pytest.raises(RequestError):
+        chat.set_max_tokens(0)
+    assert chat.settings.max_tokens == 40

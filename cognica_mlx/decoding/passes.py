@@ -93,7 +93,8 @@ def score(requests: Sequence[Score]) -> list[mx.array]:
 
 def read(requests: Sequence[Read]) -> list[list[Any]]:
     """The numbers in each request's arrays, after one wait for all; then what is ahead begins."""
-    mx.eval([request.arrays for request in requests])
+    if arrays := [request.arrays for request in requests if request.arrays]:
+        mx.eval(arrays)
     numbers = [[array.tolist() for array in request.arrays] for request in requests]
     if ahead := [request.ahead for request in requests if request.ahead]:
         mx.async_eval(ahead)
@@ -104,7 +105,8 @@ def read(requests: Sequence[Read]) -> list[list[Any]]:
 
 def submit(state: DecodingState, before: Sequence[mx.array]) -> list[mx.array]:
     """Start on all that the state holds, once `before` is done; what to wait for the next time."""
-    mx.eval(before)
+    if before:
+        mx.eval(before)
     arrays = state.arrays()
     mx.async_eval(arrays)
     state.next_round()

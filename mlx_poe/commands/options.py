@@ -22,6 +22,7 @@ from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.targets import DRAFT_HEADS
 from cognica_mlx.errors import PoEError, RequestError
 from mlx_poe.load import DEFAULT_MODEL, DTYPES
+from mlx_poe.paths import user_path
 from mlx_poe.penalty import SPECIALIST_PENALTY
 
 INTERRUPTED = 130
@@ -248,13 +249,13 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
 
 def file_path(text: str) -> Path:
     """A flag's type: a path, with `~` as the shell reads it."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
+    if not text:
+        raise argparse.ArgumentTypeError("a path is empty")
     try:
-        named = Path(text).expanduser()
+        named = user_path(text)
         named.exists()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text}: there is no such home folder") from None
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
     return named

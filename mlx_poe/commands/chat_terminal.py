@@ -1,0 +1,105 @@
+"""What poe-chat adds to the terminal's line editing: history, completion, a key for a new line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from cognica_mlx.decoding.modes import MODES
+from cognica_mlx.errors import PoEError
+from mlx_poe.chat import Chat
+from mlx_poe.commands.chat_commands import COMMANDS
+from mlx_poe.paths import user_path
+
+
+class ChatHistory(FileHistory):
+    """Earlier input, kept in a file for as long as the file can be used, then in memory.
+
+    `problem` says why the file was given up; None while it works.
+    """
+
+    def __init__(self) -> None:
+        self.problem: str | None = None
+        super().__init__(os.devnull)
+        try:
+            self.filename = _history_file()
+            # Now, so that the user hears of it before the first prompt.
+            with self.filename.open("ab+"):
+                pass
+        except (OSError, PoEError) as error:
+            self._give_up(error)
+
+    def load_history_strings(self) -> Iterable[str]:
+        """The lines in the file, the latest first."""
+        try:
+            return [] if self.problem else list(super().load_history_strings())
+        except OSError as error:
+            self._give_up(error)
+            return []
+
+    def store_string(self, string: str) -> None:
+        """Add a line to the file."""
+        try:
+            if not self.problem:
+                super().store_string(string)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.problem = f"input history is not kept: {error}"
+
+
+def _history_file() -> Path:
+    folder = user_path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "cognica-mlx"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "chat_history"
+    if path.exists() and not path.is_file():
+        # Opening a pipe would wait for its other end for ever.
+        raise OSError(f"{path} is not a regular file")
+    return path
+
+
+def key_bindings() -> KeyBindings:
+    """Esc Enter starts a new line."""
+    bindings = KeyBindings()
+
+    @bindings.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return bindings
+
+
+class CommandCompleter(Completer):
+    """Completes commands, and the names that some of them take."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+
+    def get_completions(
+        self, document: Document, complete_event: CompleteEvent
+    ) -> Iterator[Completion]:
+        """The ways to go on from the text before the cursor."""
+        text = document.text_before_cursor
+        if not text.startswith("/") or text.startswith("//") or "\n" in text:
+            return
+        command, space, word = text[1:].partition(" ")
+        if not space:
+            for name, what in COMMANDS.items():
+                if name.startswith(command):
+                    yield Completion(name, -len(command), display_meta=what.purpose)
+            return
+        choices: tuple[str, ...] = ()
+        if command == "mode":
+            choices = tuple(MODES)
+        elif command == "use":
+            choices = (*self._chat.specialists.names, "base")
+        for choice in choices:
+            if choice.startswith(word):
+                yield Completion(choice, -len(word))
