@@ -438,12 +438,14 @@ class DecodingState:
         for i, (cache, offset) in enumerate(zip(self._caches, fields["offsets"], strict=True)):
             content = None
             if offset:
-                names = f"cache.{i}.keys", f"cache.{i}.values"
-                content = arrays[names[0]], arrays[names[1]]
+                keys, values = f"cache.{i}.keys", f"cache.{i}.values"
+                content = arrays[keys], arrays[values]
                 rows = content[0].shape[2]
                 shape = (1, config.n_kv_head, rows, config.head_dim)
                 enough = min(offset, cache.window) <= rows <= min(offset, cache.limit)
-                if not enough or not all(map(alike, names, content, (shape, shape))):
+                if not (
+                    enough and alike(keys, content[0], shape) and alike(values, content[1], shape)
+                ):
                     raise ValueError(f"layer {i}")
             cache.restore(content, offset)
         text = mx.array([fields["tokens"]], dtype=mx.int32)
@@ -451,7 +453,7 @@ class DecodingState:
         for i, (boundary, start, stop) in enumerate(spans):
             boundary.stop = start
             if start < stop:
-                names = tuple(f"boundary.{i}.{name}" for name in HIDDEN_PARTS)
+                names = [f"boundary.{i}.{name}" for name in HIDDEN_PARTS]
                 parts = [arrays.get(name) for name in names]
                 span = (1, stop - start, width)
                 if not all(alike(name, p, span) for name, p in zip(names, parts, strict=True)):

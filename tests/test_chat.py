@@ -239,20 +239,28 @@ def test_wherever_a_reply_is_interrupted_the_next_one_is_right(mode):
     turns = chat.turns
     with Interrupt() as counting:
         list(chat.retry())
-    kept = set()
     for at in range(1, counting.events, counting.events // 20):
         chat.turns = turns
         say(chat, TALK[1])
         with pytest.raises(KeyboardInterrupt), Interrupt(at):
             list(chat.retry())
-        kept.add(chat.state.consistent)
         assert len(chat.turns) == 2
         say(chat, TALK[2])
         fresh.turns = chat.turns[:2]
         fresh.state = fresh._new_state()
         say(fresh, TALK[2])
         assert chat.turns == fresh.turns
-    assert kept == {True, False}
+
+
+def test_a_state_whose_activations_overlap_is_given_up():
+    chat, expected = new_chat(), new_chat()
+    for one in (chat, expected):
+        say(one, TALK[0])
+    held = chat.state._boundaries[0]
+    held._runs.append((held.stop, held._runs[-1][1]))  # as if interrupted in Boundary.append
+    assert not chat.state.consistent
+    assert say(chat, TALK[1]) == say(expected, TALK[1])
+    assert chat.state.consistent
 
 
 def test_numbers_that_make_no_sense_are_refused():
