@@ -252,15 +252,22 @@ def test_wherever_a_reply_is_interrupted_the_next_one_is_right(mode):
         assert chat.turns == fresh.turns
 
 
-def test_a_state_whose_activations_overlap_is_given_up():
+@pytest.mark.parametrize("where", ["Boundary.append", "Boundary.truncate", "rollback"])
+def test_a_state_left_half_way_by_an_interruption_is_given_up(where):
     chat, expected = new_chat(), new_chat()
     for one in (chat, expected):
         say(one, TALK[0])
-    held = chat.state._boundaries[0]
-    held._runs.append((held.stop, held._runs[-1][1]))  # as if interrupted in Boundary.append
+    runs, stop = chat.state._boundaries[0]._runs, chat.state._boundaries[0].stop
+    if where == "Boundary.append":
+        runs.append((stop, runs[-1][1]))
+    elif where == "Boundary.truncate":
+        runs.pop()
+    else:
+        chat.state._caches[0].rollback(stop - 5)
     assert not chat.state.consistent
     assert say(chat, TALK[1]) == say(expected, TALK[1])
     assert chat.state.consistent
+    assert chat.state.positions_run[0] >= len(chat.tokens) - 2  # all of it was run again
 
 
 def test_numbers_that_make_no_sense_are_refused():
