@@ -284,7 +284,7 @@ class Chat:
         settings = saved.settings
         model = self.specialists.use(settings.specialist)
         self._check(model, settings.mode, settings.options)
-        turns = []
+        turns: list[Turn] = []
         for number, turn in enumerate(saved.turns, 1):
             try:
                 self.state.check_ids([*turn.tokens, *turn.reply_tokens])

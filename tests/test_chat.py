@@ -254,6 +254,24 @@ def test_wherever_a_reply_is_interrupted_the_next_one_is_right(mode):
         assert chat.turns == fresh.turns
 
 
+@pytest.mark.parametrize("where", ["put", "truncate", "rollback"])
+def test_a_state_left_half_way_by_an_interruption_goes_on_rightly(where):
+    chat, expected = new_chat(), new_chat()
+    for one in (chat, expected):
+        say(one, TALK[0])
+    state = chat.state
+    if where == "put":  # activations are there, the caches not yet
+        given = state.given[0]
+        given.append(given.read(given.stop - 1, given.stop)[0])
+    elif where == "truncate":
+        state.caches[-1].rollback(state.length - 5)
+        state.given[-1].truncate(state.length - 5)
+    else:
+        for cache in state.caches[2:]:
+            cache.rollback(state.length - 5)
+    assert say(chat, TALK[1]) == say(expected, TALK[1])
+
+
 def test_numbers_that_make_no_sense_are_refused():
     chat = new_chat()
     with pytest.raises(RequestError):

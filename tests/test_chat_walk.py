@@ -170,7 +170,7 @@ class Walk(RuleBasedStateMachine):
         if how == "cut":
             del content[chance.randrange(len(content)) :]
         else:
-            header = content.index(b"cache.0.keys") if how == "json" else len(content)
+            header = content.index(b"cache.0.0.keys") if how == "json" else len(content)
             for _ in range(3):
                 content[chance.randrange(header)] = chance.randrange(256)
         damaged = Path(self.folder.name, "damaged")

@@ -29,7 +29,8 @@ class ChatHistory(FileHistory):
         super().__init__(os.devnull)
         try:
             self.filename = _history_file()
-            # Now, so that the user hears of it before the first prompt.
+            # Now, so that the user hears of it before the first prompt. For reading and appending
+            # at once, because that fails for a pipe, where reading alone would wait for ever.
             with self.filename.open("ab+"):
                 pass
         except (OSError, PoEError) as error:
@@ -58,11 +59,7 @@ class ChatHistory(FileHistory):
 def _history_file() -> Path:
     folder = user_path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "cognica-mlx"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "chat_history"
-    if path.exists() and not path.is_file():
-        # Opening a pipe would wait for its other end for ever.
-        raise OSError(f"{path} is not a regular file")
-    return path
+    return folder / "chat_history"
 
 
 def key_bindings() -> KeyBindings:
