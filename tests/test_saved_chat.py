@@ -144,9 +144,9 @@ def without(name: str) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("change", [
-    recast("cache.0.keys", mx.float16), recast("cache.3.values", mx.bfloat16),
-    recast("cache.3.values", mx.int32), recast("boundary.1.x", mx.float16),
-    recast("boundary.4.backout", mx.bfloat16), without("boundary.4.backout"),
+    recast("cache.0.0.keys", mx.float16), recast("cache.1.1.values", mx.bfloat16),
+    recast("cache.1.1.values", mx.int32), recast("given.0.x", mx.float16),
+    recast("given.4.backout", mx.bfloat16), without("given.4.backout"),
     without("given.0.x0"), without("cache.1.1.keys"),
     lambda content, _: put(content, "state", 5), lambda content, _: put(content, "state", []),
     lambda content, _: put(content, "state", "tokens", 5),
