@@ -27,7 +27,8 @@ class Pace:
     """Advice to `mode` by `costs`; with `park` it ends a mode that costs more than full depth.
 
     `spent` is in the unit of the costs, seconds if measured; `tokens` are those of the mode.
-    `parked` says why the mode was ended. `others` are the rows of other sequences that share each pass.
+    `parked` says why the mode was ended. `others` are the rows of other sequences that share each
+    pass.
     """
 
     def __init__(self, costs: Costs, mode: Mode, *, park: bool = True):
@@ -67,6 +68,8 @@ class Pace:
     def pays(self) -> bool:
         """Whether the mode should go on. Ends it where even drafts that are all accepted would not
         pay, or where the tokens so far have cost more than plain decoding's."""
+        if not self.tokens:
+            self.spent = 0.0  # what reading the prompt took is not the mode's
         if not self.park or self.parked:
             return not self.parked
         if self._mode and not self.tokens:
