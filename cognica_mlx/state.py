@@ -98,7 +98,8 @@ class DecodingState:
 
     def _read(self, count: int) -> None:
         """Turn the oldest `count` arrays of token ids into numbers; waits for them."""
-        ids = [i for tokens in self._late[:count] for i in tokens.reshape(-1).tolist()]  # type: ignore[union-attr]
+        late = self._late[:count]
+        ids: list[int] = [i for tokens in late for i in tokens.reshape(-1).tolist()]  # type: ignore
         self._late = self._late[count:]
         self._ids += ids
 
