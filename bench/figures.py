@@ -18,10 +18,11 @@ from cognica_mlx.bench.machine import Machine
 from cognica_mlx.bench.shapes import rounded
 from cognica_mlx.bench.timing import Progress, Samples, interleaved
 from cognica_mlx.costs import Costs, bytes_read, measure, nbytes
-from cognica_mlx.decoding.loop import DecodedToken, Policy, decode
-from cognica_mlx.decoding.modes import ModeOptions, make_policy
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.single import Driver, decode, drive, prefill, set_depth
 from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import Sampler
 from cognica_mlx.state import DecodingState
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 16)
@@ -67,8 +68,8 @@ class Setup:
     def state(self, depth: int, text: Sequence[int]) -> DecodingState:
         """A state that holds all of `text` but its last token, up to stage `depth`."""
         state = DecodingState(self.model)
-        state.set_depth(depth)
-        state.prefill(text[:-1], depth)
+        set_depth(state, depth)
+        prefill(state, text[:-1], depth)
         return state
 
 
@@ -116,7 +117,7 @@ def lengths(setup: Setup, counts: Sequence[int]) -> list[Figure]:
     last = model.poe_n_stages - 1
     state, cases, sizes = DecodingState(model), {}, {}
     for i, count in enumerate(sorted(counts)):
-        state.prefill(longest[state.length : count - 1], last)
+        prefill(state, longest[state.length : count - 1], last)
         sizes[count] = state.nbytes
         if setup.progress:
             setup.progress("reading", i + 1, len(counts))
@@ -232,8 +233,7 @@ def memory(setup: Setup, count: int) -> list[Figure]:
     mx.clear_cache()
     mx.reset_peak_memory()
     state = DecodingState(model)
-    policy = make_policy(model, Sampler())
-    for _ in decode(model, setup.text(count), policy, max_tokens=4, state=state):
+    for _ in decode(model, setup.text(count), make_mode(model), max_tokens=4, state=state):
         pass
     peak = mx.get_peak_memory()
     sizes = {
@@ -263,26 +263,29 @@ def read_per_token(model: PoEModel, stage: int, context: int, *, full: bool) -> 
 
 
 def timed_decode(
-    model: PoEModel, policy: Policy, state: DecodingState, text: Sequence[int], tokens: int
+    sequence: DecodingSequence, driver: Driver | None = None
 ) -> tuple[float, list[DecodedToken]]:
-    """The tokens decoded after `text`, and the seconds that took."""
+    """The tokens of a sequence, and the seconds that they took."""
     started = time.perf_counter()
-    decoded = list(decode(model, text, policy, max_tokens=tokens, state=state))
+    decoded = list(drive(sequence.steps(), driver))
     return time.perf_counter() - started, decoded
 
 
 def _per_token(
     setup: Setup, mode: str, options: dict, state: DecodingState, text: Sequence[int]
 ) -> float:
-    policy = make_policy(setup.model, Sampler(), mode, ModeOptions(**options))
-    seconds, decoded = timed_decode(setup.model, policy, state, text, setup.tokens)
+    model = setup.model
+    chosen = make_mode(model, mode, ModeOptions(**options))
+    seconds, decoded = timed_decode(
+        DecodingSequence(model, text, chosen, max_tokens=setup.tokens, state=state)
+    )
     return 1e3 * seconds / len(decoded)
 
 
 def _first_token(model: PoEModel, mode: str, options: dict, text: Sequence[int]) -> float:
-    policy = make_policy(model, Sampler(), mode, ModeOptions(**options))
+    chosen = make_mode(model, mode, ModeOptions(**options))
     started = time.perf_counter()
-    next(decode(model, text, policy, max_tokens=1))
+    next(decode(model, text, chosen, max_tokens=1))
     return time.perf_counter() - started
 
 

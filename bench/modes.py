@@ -15,18 +15,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from cognica_mlx.bench.figures import ROWS, Figure, Setup, figure, timed_decode
-from cognica_mlx.bench.scripted import RIGHT, Script
 from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.costs import Costs, measure
-from cognica_mlx.decoding.loop import DecodedToken, number
-from cognica_mlx.decoding.modes import ModeOptions, make_policy
-from cognica_mlx.decoding.pace import Pace
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.pace import Metered, Pace
+from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.scripted import RIGHT, Script, Scripted
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.single import Driver, Single
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.model import PoEModel
 from cognica_mlx.replay import Trace, best_options
-from cognica_mlx.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ def modes(
         cases.update(_recorded_cases(setup, recording))
     else:
         cases.update(_drafting_cases(model, calibration))
+    chosen = {
+        name: make_mode(model, mode, ModeOptions(**options), calibration)
+        for name, (mode, options) in cases.items()
+    }
     last = model.poe_n_stages - 1
     held = {name: [setup.state(last, text) for text in setup.texts] for name in cases}
     made: dict[str, list[list[DecodedToken]]] = {}
@@ -63,22 +68,25 @@ def modes(
         costs.append(measure(model, ROWS, state=spare, trials=1, ranks=sorted(ranks)))
 
     def run(name: str) -> float:
-        mode, options = cases[name]
-        pace = Pace(costs[-1], park=False)
+        mode = chosen[name]
+        pace = Pace(costs[-1], mode, park=False)
         seconds, made[name], drafted[name] = 0.0, [], 0
         for i, (text, state) in enumerate(zip(setup.texts, held[name], strict=True)):
-            policy = make_policy(model, Sampler(), mode, ModeOptions(**options), calibration, pace)
-            if recording and isinstance(policy, Speculative):
+            driver: Driver = Single()
+            if recording and isinstance(mode, Speculative):
                 trace = recording.traces[i % len(recording.traces)]
-                Script(trace, state, len(text)).direct(policy)
-            taken, decoded = timed_decode(model, policy, state, text, setup.tokens)
+                script = Script(trace.draft_hits, trace.draft_margins, len(text))
+                driver = Scripted(driver, script)
+            sequence = DecodingSequence(
+                model, text, mode, max_tokens=setup.tokens, state=state, advice=pace
+            )
+            taken, decoded = timed_decode(sequence, Metered(driver, pace))
             seconds += taken
             made[name].append(decoded)
-            drafted[name] += policy.drafted
+            drafted[name] += sequence.drafted
         total = sum(map(len, made[name]))
-        if pace.spent:
-            predicted[name].append(pace.costs.full_token * total / pace.spent)
-            overhead[name].append(seconds / pace.spent - 1)
+        predicted[name].append(pace.costs.full_token * total / pace.spent)
+        overhead[name].append(seconds / pace.spent - 1)
         return 1e3 * seconds / total
 
     taken = interleaved(
@@ -102,8 +110,7 @@ def modes(
         }
         if drafted[name]:
             notes["acceptance"] = sum(one.from_draft for one in tokens) / drafted[name]
-        if overhead[name]:
-            notes["over_its_parts"] = Samples(tuple(overhead[name][1:])).median
+        notes["over_its_parts"] = Samples(tuple(overhead[name][1:])).median
         figures.append(
             figure(
                 "modes",
@@ -111,7 +118,7 @@ def modes(
                 "ms/token",
                 taken[name],
                 speedup=taken["full"].over(taken[name]),
-                predicted=Samples(tuple(predicted[name][1:])).median if predicted[name] else None,
+                predicted=Samples(tuple(predicted[name][1:])).median,
                 notes=notes,
             )
         )
@@ -137,8 +144,6 @@ def _drafting_cases(
     if calibration:
         draft = dict(calibration.options.get("speculative", plain))
         cases["speculative, as calibrated"] = ("speculative", draft)
-    half = {"draft_vocab": model.config.vocab_size // 2}
-    cases["speculative, half the draft head"] = ("speculative", {**draft, **half})
     several = model.config.per_stage_head or model.config.specialist_layers
     quarter: dict[str, int] = {}
     if not several and isinstance(model.lm_head, nn.Linear):
@@ -161,9 +166,7 @@ def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, tuple[str, 
     model = setup.model
     costs = measure(model, ROWS, text=setup.texts[0], trials=2)
     needed = exit_margins(model, recording.p99_bounds, safety=1.0)
-    chosen = best_options(
-        recording.traces, costs, needed, pools_stages=model.pools_stages, summed=False
-    )
+    chosen = best_options(model, recording.traces, costs, needed)
     label = "decided as recorded from poe-tiny"
     bounds = {"p99_bounds": recording.p99_bounds}
     return {
@@ -182,6 +185,6 @@ def _agreement(
         hidden = model.boundaries(mx.array([[*text, *tokens[:-1]]]))
         chosen = {k: h[len(text) - 1 :] for k, h in enumerate(hidden)}
         best = model.full_scores(chosen)[0].argmax(-1)
-        agreeing += int(number((best == mx.array(tokens)).sum()))
+        agreeing += int((best == mx.array(tokens)).sum())
         total += len(tokens)
     return agreeing / total

@@ -22,9 +22,8 @@ from mlx_lm.models import llama
 from cognica_mlx.bench.figures import Figure, Setup, figure, stage_name
 from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.decoding.loop import decode
-from cognica_mlx.decoding.modes import ModeOptions, make_policy
-from cognica_mlx.sampling import Sampler
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.single import decode
 
 DRAFTS = 3
 
@@ -67,8 +66,8 @@ def peers(setup: Setup, prompt_tokens: int) -> list[Figure]:
     draft = _beginning(big, depth)
 
     def ours(mode: str, **options: int) -> Iterable[object]:
-        policy = make_policy(model, Sampler(), mode, ModeOptions(**options))  # type: ignore[arg-type]
-        return decode(model, prompt, policy, max_tokens=setup.tokens)
+        chosen = make_mode(model, mode, ModeOptions(**options))  # type: ignore[arg-type]
+        return decode(model, prompt, chosen, max_tokens=setup.tokens)
 
     def theirs() -> Iterable[object]:
         return generate_step(mx.array(prompt), big, max_tokens=setup.tokens)

@@ -25,9 +25,10 @@ import numpy as np
 
 from cognica_mlx.bench.shapes import random_model
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.decoding.loop import number
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import Block, Hidden, PoEModel
+from cognica_mlx.hidden import Hidden
+from cognica_mlx.model import PoEModel
+from cognica_mlx.stages import Block
 
 # So much of poe-tiny's own text (64 tokens after each of the benchmark's beginnings) is in the
 # first half of the ids.
@@ -145,20 +146,19 @@ def _scale_deeper(model: PoEModel, factor: float) -> None:
         mx.eval(block.parameters())
 
 
-def _boundaries(built: Synthetic) -> list[Hidden]:
-    return built.model.boundaries(mx.array([built.text(PROBE, start=17)]))
+def _probe(built: Synthetic) -> mx.array:
+    return mx.array([built.text(PROBE, start=17)])
 
 
 def _agreement(built: Synthetic) -> float:
-    boundaries = dict(enumerate(_boundaries(built)))
-    full = built.model.full_scores(boundaries).argmax(-1)
-    return number(mx.mean(built.model.stage_logits(0, boundaries[0]).argmax(-1) == full))
+    first, *_, full = built.model.predictions(_probe(built))
+    return float(mx.mean(first.argmax(-1) == full.argmax(-1)))
 
 
 def _strength_for(built: Synthetic, agreement: float) -> float:
     """The factor on what the deeper stages add by which stage 0 should agree so often."""
     model = built.model
-    boundaries = _boundaries(built)
+    boundaries = model.boundaries(_probe(built))
     first = boundaries[0]
     best = model.stage_logits(0, first).argmax(-1)
     mx.eval(best)
@@ -166,7 +166,7 @@ def _strength_for(built: Synthetic, agreement: float) -> float:
     for _ in range(24):
         middle = (low + high) / 2
         bent = {k: _bent(first, hidden, middle) for k, hidden in enumerate(boundaries)}
-        rate = number(mx.mean(model.full_scores(bent).argmax(-1) == best))
+        rate = float(mx.mean(model.full_scores(bent).argmax(-1) == best))
         low, high = (middle, high) if rate > agreement else (low, middle)
     return (low + high) / 2
 

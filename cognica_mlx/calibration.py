@@ -152,8 +152,6 @@ def _check(content: Any, config: PoEConfig) -> None:
         _table(options, name, keys=modes[mode])
         for option, value in options.items():
             modes[mode][option](value, f"{option} in the {name}")
-        if "draft_vocab" in options and "draft_rank" in options:
-            raise ValueError(f"{name} hold both draft_vocab and draft_rank")
 
 
 def _option_checks(config: PoEConfig) -> dict[str, dict[str, _Check]]:
@@ -174,7 +172,6 @@ def _option_checks(config: PoEConfig) -> dict[str, dict[str, _Check]]:
             **drafts,
             "draft_stage": partial(_whole, least=0, most=last),
             "draft_head": partial(_one_of, known=["summed", "base"]),
-            "draft_vocab": partial(_whole, least=1, most=config.vocab_size),
         },
         "certified": {
             **safety,

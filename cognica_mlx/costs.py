@@ -68,7 +68,7 @@ class Costs:
 
     def target(self, target: Target, rows: int = 1) -> float:
         """What a target predicts for a batch."""
-        if target.rank in self.shortlists:
+        if target.rank is not None and target.rank in self.shortlists:
             return self.shortlists[target.rank]
         return target.share * sum(self.head(k, rows) for k in target.heads)
 

@@ -84,11 +84,11 @@ def _restore(
         given.stop = start
         if start < filled:
             span = (1, filled - start, model.config.n_embd)
-            parts = [_checked(model, arrays, f"given.{k}.{name}", span) for name in PARTS[:2]]
+            x, x0 = (_checked(model, arrays, f"given.{k}.{name}", span) for name in PARTS[:2])
             backout = None
             if stage.layers[-1] >= model.config.backout_layer:
                 backout = _checked(model, arrays, f"given.{k}.backout", span)
-            given.append(Rows.of(Hidden(text[:, start:filled], *parts, backout)))
+            given.append(Rows.of(Hidden(text[:, start:filled], x, x0, backout)))
     state.append(tokens)
 
 

@@ -69,7 +69,7 @@ class Attention(nn.Module):
         if any(type(part) is not type(first) for part in parts):
             return
         if isinstance(first, nn.QuantizedLinear):
-            ways = {(part.group_size, part.bits, part.mode) for part in parts}  # type: ignore[union-attr]
+            ways = {(part.group_size, part.bits, part.mode) for part in parts}
             if len(ways) > 1:
                 return
         joined = copy.copy(first)

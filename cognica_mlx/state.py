@@ -99,7 +99,8 @@ class DecodingState:
     def _read(self, count: int) -> None:
         """Turn the oldest `count` arrays of token ids into numbers; waits for them."""
         if count:
-            ids = [i for tokens in self._late[:count] for i in tokens.reshape(-1).tolist()]  # type: ignore[union-attr]
+            late = self._late[:count]
+            ids: list[int] = [i for tokens in late for i in tokens.reshape(-1).tolist()]  # type: ignore
             self._ids, self._late = self._ids + ids, self._late[count:]
 
     def append(self, tokens: Sequence[int] | mx.array) -> None:

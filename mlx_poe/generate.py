@@ -36,7 +36,7 @@ _LIST_OPTIONS = ("stages", "stage_weights", "p99_bounds", "exit_stages")
 _WHOLE_OPTIONS = (
     *("top_k", "repetition_context_size", "seed"),
     *("stage", "max_stages", "stages", "exit_stages"),
-    *("draft_stage", "num_draft_tokens", "draft_vocab", "draft_rank"),
+    *("draft_stage", "num_draft_tokens", "draft_rank"),
 )
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]

@@ -24,19 +24,18 @@ from cognica_mlx.bench.figures import Figure, Setup, read_per_token
 from cognica_mlx.bench.machine import Machine, this_machine
 from cognica_mlx.bench.modes import Recording, modes
 from cognica_mlx.bench.report import Report, compare, read
-from cognica_mlx.bench.scripted import RIGHT, Script
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import synthetic_model
 from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.costs import Costs, bytes_read
-from cognica_mlx.decoding.loop import decode
-from cognica_mlx.decoding.modes import ModeOptions, make_policy
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.scripted import RIGHT, Script, Scripted
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
 from cognica_mlx.measure import calibrate
 from cognica_mlx.model import PoEModel
 from cognica_mlx.replay import Trace, replay_speculative
-from cognica_mlx.sampling import Sampler
-from cognica_mlx.state import DecodingState
 from mlx_poe.commands import bench as command
 
 MACHINE = Machine("a chip", 2, 8.0, "MLX CPU", "an OS", "3.12", {"mlx": "1"}, 1e10)
@@ -118,7 +117,7 @@ def test_the_synthetic_model_can_be_calibrated_and_its_modes_measured():
     found = {figure.name: figure for figure in modes(setup, calibration)}
     assert found["full"].speedup == 1 and found["full"].notes["mean_depth"] == 4
     assert found["stage 0"].notes["mean_depth"] == 1
-    for name in ("full", "speculative, 3 drafts", "speculative, half the draft head"):
+    for name in ("full", "speculative, 3 drafts", "speculative, as calibrated"):
         assert found[name].notes["agreement"] == 1
     assert found["wand"].notes["agreement"] > 0.9
     assert 0.3 < found["speculative, 3 drafts"].notes["acceptance"] < 1
@@ -142,15 +141,14 @@ def test_recorded_drafts_are_kept_as_recorded():
         {"num_draft_tokens": 3},
         {"num_draft_tokens": 8, "draft_margin": 1.0},
     ):
-        state = DecodingState(model)
-        policy = make_policy(model, Sampler(), "speculative", ModeOptions(**options))
-        Script(trace, state, len(text)).direct(policy)
-        made = list(decode(model, text, policy, max_tokens=24, state=state))
+        mode = make_mode(model, "speculative", ModeOptions(**options))
+        sequence = DecodingSequence(model, text, mode, max_tokens=24)
+        script = Script(trace.draft_hits, trace.draft_margins, len(text))
+        made = list(drive(sequence.steps(), Scripted(Single(), script)))
         assert {one.token for one in made} == {RIGHT}
-        replay = replay_speculative(
-            [trace], CHEAP, 0, options["num_draft_tokens"], options.get("draft_margin")
-        )
-        assert policy.drafted == pytest.approx(replay.drafted, abs=3)
+        count, stop = options["num_draft_tokens"], options.get("draft_margin")
+        replay = replay_speculative([trace], CHEAP, 0, count, stop, head=CHEAP.head(0))
+        assert sequence.drafted == pytest.approx(replay.drafted, abs=3)
         assert sum(one.from_draft for one in made) == pytest.approx(replay.kept, abs=3)
     setup = Setup(model, MACHINE, [text], tokens=12, trials=1)
     found = modes(setup, None, Recording([trace], [0.5, 0.5, 0.5]))
@@ -285,7 +283,7 @@ def test_the_command_on_a_planted_text(quick, capsys):
     assert command.main([*quick, *flags]) == 0
     out = capsys.readouterr().out
     assert "tiny, random weights, planted text: stage 0 agrees on" in out and "8 bits" in out
-    assert "speculative, half the draft head" in out
+    assert "speculative, as calibrated" in out
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,10 @@ from cognica_mlx.calibration import (
 )
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.costs import Costs, bytes_read
-from cognica_mlx.decoding.loop import decode
-from cognica_mlx.decoding.modes import ModeOptions, make_policy
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.single import decode, drive
+from cognica_mlx.decoding.targets import stage_target
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.measure import calibrate
 from cognica_mlx.model import PoEModel
@@ -36,7 +38,6 @@ from cognica_mlx.replay import (
     replay_speculative,
     replay_wand,
 )
-from cognica_mlx.sampling import Sampler
 from mlx_poe import generate, load
 from mlx_poe.load import BUILT_IN
 from mlx_poe.specialists import Specialists
@@ -75,8 +76,7 @@ def test_measurements_are_what_they_are_called(measured):
     nll, hits, losses, n_bytes, count = np.zeros(5), np.zeros(3), [[], [], []], 0, 0
     for text in HELD_OUT:
         tokens = tokenizer.encode(text)
-        stages = [np.array(z[0]) for z in model.forward_all_stages(mx.array([tokens]))]
-        full = np.array(model(mx.array([tokens]))[0])
+        *stages, full = (np.array(z[0]) for z in model.predictions(mx.array([tokens])))
         for row, z in enumerate([*stages, full]):
             log_probs = z - np.log(np.exp(z).sum(-1, keepdims=True))
             nll[row] -= log_probs[np.arange(len(tokens) - 1), tokens[1:]].sum()
@@ -102,28 +102,24 @@ def test_acceptance_is_what_speculation_does(measured):
     """The replay of a recorded text makes the very drafts that decoding makes."""
     model, tokenizer = fixture("poe-tiny")
     prompt, length = tokenizer.encode("Once upon a time"), 40
-    full = [d.token for d in decode(model, prompt, _policy("full"), max_tokens=length)]
+    full = [d.token for d in decode(model, prompt, make_mode(model), max_tokens=length)]
     text = prompt + full
     stages = model.forward_all_stages(mx.array([text]))[:3]
     best = np.stack([np.array(z[0].argmax(-1)) for z in stages])[:, len(prompt) - 1 : -1]
     sorted_scores = [np.sort(np.array(z[0]), -1)[len(prompt) - 1 : -1] for z in stages]
     margins = np.stack([z[:, -1] - z[:, -2] for z in sorted_scores])
     hits = best == np.array(full)
-    trace = Trace(hits, margins, hits, margins)
+    trace, costs = Trace(hits, margins, hits, margins), bytes_read(model)
     for stage, count, stop in [(0, 3, None), (0, 4, 1.0), (2, 2, None), (1, 8, 0.5)]:
-        policy = _policy(
-            "speculative", draft_stage=stage, num_draft_tokens=count, draft_margin=stop
-        )
-        decoded = list(decode(model, prompt, policy, max_tokens=length))
-        replay = replay_speculative([trace], bytes_read(model), stage, count, stop)
+        options = ModeOptions(draft_stage=stage, num_draft_tokens=count, draft_margin=stop)
+        mode = make_mode(model, "speculative", options)
+        sequence = DecodingSequence(model, prompt, mode, max_tokens=length)
+        decoded = list(drive(sequence.steps()))
+        head = costs.target(stage_target(model, stage))
+        replay = replay_speculative([trace], costs, stage, count, stop, head)
         # They may part in the last round, which decoding cuts short.
         assert abs(sum(d.from_draft for d in decoded) - replay.kept) <= count
-        assert abs(policy.drafted - replay.drafted) <= count
-
-
-def _policy(mode: str, **options):
-    model, _ = fixture("poe-tiny")
-    return make_policy(model, Sampler(), mode, ModeOptions(**options))
+        assert abs(sequence.drafted - replay.drafted) <= count
 
 
 @pytest.mark.parametrize("mode", ["wand", "certified", "speculative"])
@@ -132,10 +128,10 @@ def test_shipped_calibration_keeps_99_percent_agreement_at_well_below_full_depth
     model, tokenizer = fixture("poe-tiny")
     assert model.calibration is not None
     agreeing = total = depth = 0
+    chosen = make_mode(model, mode, calibration=model.calibration)
     for prompt in PROMPTS:
         tokens = tokenizer.encode(prompt)
-        policy = make_policy(model, Sampler(), mode, calibration=model.calibration)
-        decoded = list(decode(model, tokens, policy, max_tokens=64))
+        decoded = list(decode(model, tokens, chosen, max_tokens=64))
         made = [d.token for d in decoded]
         full = model(mx.array([tokens + made[:-1]]))[0, len(tokens) - 1 :].argmax(-1)
         agreeing += sum(int(a == b) for a, b in zip(full.tolist(), made, strict=True))
@@ -155,9 +151,9 @@ def test_shipped_specialists_answer_the_same_in_every_mode(name, mode):
     assert model.calibration is not None
     known = json.loads((FIXTURES / "poe-tiny-goldens.json").read_text())[name]
     assert known
+    chosen = make_mode(model, mode, calibration=model.calibration)
     for one in known:
-        policy = make_policy(model, Sampler(), mode, calibration=model.calibration)
-        made = decode(model, one["prompt"], policy, max_tokens=len(one["full"]))
+        made = decode(model, one["prompt"], chosen, max_tokens=len(one["full"]))
         assert [d.token for d in made] == one["full"]
 
 
@@ -176,12 +172,12 @@ def test_replayed_costs_add_up():
     wand = replay_wand([trace], costs, [6.0, 2.0, 1.0], (0, 1), pools_stages=False)
     assert wand.cost == 10 * (1 + 10) + 10 * (1 + 10)
     # Rounds of two drafts emit 3 tokens, 2 (the draft at 4 is refused), 3 and 3.
-    rounds = replay_speculative([trace], costs, 0, 2, None)
+    rounds = replay_speculative([trace], costs, 0, 2, None, head=10)
     assert (rounds.tokens, rounds.kept, rounds.drafted) == (11, 7, 8)
     # A round costs its drafts (11 each), stage 0 for the last of them (1), then three stages and
     # the head (13).
     assert rounds.cost == 8 * 11 + 4 * (1 + 13)
-    everything = replay_certified([trace], costs, 0, 5, None, [0.0])
+    everything = replay_certified([trace], costs, 0, 5, None, [0.0], head=10)
     assert (everything.tokens, everything.agreeing) == (10, 9)
     assert everything.cost == 10 * (1 + 10)
 
@@ -259,7 +255,7 @@ SHIPPED = json.loads((BUILT_IN / "poe-tiny" / CALIBRATION_FILE).read_text())
         ("options", {"speculative": {"draft_stage": 9}}, "9 is not between 0 and 3"),
         ("options", {"speculative": {"draft_head": 1}}, "1 is not one of summed, base"),
         ("options", {"speculative": {"num_draft_tokens": 1.5}}, "1.5 is not a whole number"),
-        ("options", {"speculative": {"draft_vocab": 9, "draft_rank": 9}}, "both draft_vocab and"),
+        ("options", {"speculative": {"draft_vocab": 9}}, "draft_vocab"),
         ("options", {"certified": {"draft_stage": 3}}, "3 is not between 0 and 2"),
         ("options", {"certified": {"num_draft_tokens": 0}}, "0 is not between 1 and 64"),
         ("speedups", {"wand": []}, "speedups: [] is not a number"),
@@ -326,18 +322,15 @@ def test_calibration_steers_only_what_was_not_said():
     model, _ = load(dtype="float32")
     file = model.calibration
     assert file is not None
-    policy = make_policy(model, Sampler(), "speculative", calibration=file)
-    assert policy.num_draft_tokens == file.options["speculative"]["num_draft_tokens"]
-    policy = make_policy(
-        model, Sampler(), "speculative", ModeOptions(num_draft_tokens=7), calibration=file
-    )
-    assert (policy.num_draft_tokens, policy.draft_margin) == (7, None)
-    policy = make_policy(model, Sampler(), "wand", ModeOptions(safety=2.0), calibration=file)
-    assert policy.exits[0] == pytest.approx(2 * sum(file.p99_bounds))
-    policy = make_policy(
-        model, Sampler(), "wand", ModeOptions(p99_bounds=[1.0] * 3), calibration=file
-    )
-    assert policy.exits == {0: 3.0, 1: 2.0, 2: 1.0}
+    mode = make_mode(model, "speculative", calibration=file)
+    assert mode.num_draft_tokens == file.options["speculative"]["num_draft_tokens"]
+    assert mode.drafter.stop_below == file.options["speculative"].get("draft_margin")
+    mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=7), file)
+    assert (mode.num_draft_tokens, mode.drafter.stop_below) == (7, None)
+    mode = make_mode(model, "wand", ModeOptions(safety=2.0), file)
+    assert mode.exits[0] == pytest.approx(2 * sum(file.p99_bounds))
+    mode = make_mode(model, "wand", ModeOptions(p99_bounds=[1.0] * 3), file)
+    assert mode.exits == {0: 3.0, 1: 2.0, 2: 1.0}
 
 
 def test_published_bounds_serve_the_one_model_they_were_measured_on():
@@ -397,7 +390,7 @@ def test_command_measures_a_text_and_writes_beside_the_model(tmp_path):
     assert printed["text"]["tokens"] <= 700
     model, _ = load(folder, dtype="float32")
     assert model.calibration is not None and len(model.calibration.p99_bounds) == 3
-    make_policy(model, Sampler(), "wand", calibration=model.calibration)
+    make_mode(model, "wand", calibration=model.calibration)
 
 
 def test_command_reads_chats_and_prints_tables(tmp_path):

@@ -220,8 +220,8 @@ def long_text() -> tuple[PoEModel, DecodingState]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_large_buffer_is_written_once_between_two_waits(mode, monkeypatch):
-    """What is written while earlier work on it is not done is copied whole on a GPU. The CPU's short
-    queue hides that, so writes are counted."""
+    """What is written while earlier work on it is not done is copied whole on a GPU. The CPU's
+    short queue hides that, so writes are counted."""
     model, held = long_text()
     writes: Counter[int] = Counter()
     most = []
@@ -281,9 +281,9 @@ def test_a_token_takes_little_memory_beside_what_is_held(mode):
 
 def test_what_is_ahead_is_begun_after_the_wait(monkeypatch):
     calls = []
+    state = DecodingState(fixture("flat-d8")[0])
     for name in ("eval", "async_eval"):
         monkeypatch.setattr(mx, name, lambda *arrays, name=name: calls.append(name))
-    state = DecodingState(fixture("flat-d8")[0])
     read([Read(state, (mx.array(1),), (mx.array(2),))])
     assert calls == ["eval", "async_eval"]
 

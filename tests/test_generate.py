@@ -12,8 +12,8 @@ from conftest import FIXTURES, fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cognica_mlx.decoding.loop import DecodedToken
 from cognica_mlx.decoding.modes import MODES
+from cognica_mlx.decoding.requests import DecodedToken
 from cognica_mlx.errors import RequestError, TokenizerError
 from cognica_mlx.model import log_softmax
 from cognica_mlx.state import DecodingState
@@ -115,7 +115,7 @@ def test_half_a_character_at_the_end_is_shown_as_replaced(monkeypatch):
         yield from (DecodedToken(token, -1.0, 3) for token in emoji)
 
     # By its name the package holds the function, not the module.
-    monkeypatch.setattr(sys.modules["mlx_poe.generate"], "decode", emit_emoji)
+    monkeypatch.setattr(sys.modules["mlx_poe.generate"], "drive", emit_emoji)
     for count, pieces in ((4, ["", "", "", "\U0001f600"]), (3, ["", "", "\ufffd"])):
         assert [r.text for r in stream(max_tokens=count)] == pieces
         assert [r.text for r in stream(max_tokens=count, stop="\ufffd\ufffd")] == pieces
@@ -423,7 +423,6 @@ VALUES: dict[str, Any] = {
     "num_draft_tokens": 2,
     "draft_margin": 0.1,
     "draft_head": "base",
-    "draft_vocab": 1024,
     "draft_rank": 64,
 }
 

@@ -9,11 +9,10 @@ from mlx.utils import tree_flatten
 
 from cognica_mlx import elementwise
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.decoding.loop import decode
-from cognica_mlx.decoding.modes import make_policy
+from cognica_mlx.decoding.modes import make_mode
+from cognica_mlx.decoding.single import decode
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel, log_op
-from cognica_mlx.sampling import Sampler
 from mlx_poe import load
 
 TOLERANCE = 2e-4
@@ -45,6 +44,15 @@ def test_every_stage_matches_alone_and_in_one_pass(golden, text):
         assert largest_difference(together[stage], answer) < TOLERANCE
 
 
+def test_predictions_are_those_of_the_stages_and_of_the_full_model(golden):
+    model, answers = golden
+    tokens = answers["short.tokens"]
+    *stages, full = model.predictions(tokens)
+    pairs = zip(stages, model.forward_all_stages(tokens), strict=True)
+    for ours, alone in [*pairs, (full, model(tokens))]:
+        assert mx.array_equal(ours, alone)
+
+
 @pytest.mark.parametrize("name", ["flat-d8", "gqa-logop-d8"])
 def test_the_kernels_compiled_on_a_gpu_give_the_same(name, monkeypatch):
     model, answers = fixture(name)[0], goldens(name)
@@ -54,8 +62,8 @@ def test_the_kernels_compiled_on_a_gpu_give_the_same(name, monkeypatch):
         assert largest_difference(model(tokens), answers[f"{text}.logits_full"]) < TOLERANCE
     text = tokens[0, :20].tolist()
     for mode in ("full", "speculative"):
-        policy = make_policy(model, Sampler(), mode)
-        made = [one.token for one in decode(model, text, policy, max_tokens=16)]
+        decoded = decode(model, text, make_mode(model, mode), max_tokens=16)
+        made = [one.token for one in decoded]
         whole = model(mx.array([[*text, *made[:-1]]]))[0, len(text) - 1 :]
         assert made == whole.argmax(-1).tolist()
 

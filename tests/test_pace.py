@@ -1,4 +1,4 @@
-"""Costs, paces and parking; the few-rows path of matrices; drafts among the first token ids."""
+"""Costs, paces and parking; the few-rows path of matrices; drafts from a shortlist."""
 
 import json
 import os
@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from cognica_mlx import linear
 from cognica_mlx.bench.shapes import rounded
 from cognica_mlx.costs import Costs, bytes_read, measure
-from cognica_mlx.decoding.loop import decode
-from cognica_mlx.decoding.modes import ModeOptions, make_policy
-from cognica_mlx.decoding.pace import PATIENCE, Pace
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.pace import PATIENCE, Metered, Pace
+from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.single import Single, decode, drive, prefill
+from cognica_mlx.decoding.targets import draft_target, stage_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.linear import FULL_ROWS, Linear
 from cognica_mlx.sampling import Sampler, SamplingOptions
@@ -32,14 +35,35 @@ CHEAP = Costs((1, 8), ((1.0, 1.0),) * 4, ((0.1, 0.1),) * 4, full_boundaries=(3,)
 DEAR = Costs((1, 2), ((1.0, 9.0),) * 4, ((9.0, 9.0),) * 4, full_boundaries=(3,))
 
 
-def decoded(mode: str, pace: Pace | None = None, count: int = 48, **options):
+def decoded(mode: str, count: int = 48, **options) -> list[DecodedToken]:
+    """What a mode writes, whatever it costs."""
     model, tokenizer = fixture("poe-tiny")
-    sampler = Sampler(SamplingOptions())
-    policy = make_policy(
-        model, sampler, mode, ModeOptions(**options), calibration=model.calibration, pace=pace
+    chosen = make_mode(model, mode, ModeOptions(**options), model.calibration)
+    return list(decode(model, tokenizer.encode("Once upon a time"), chosen, max_tokens=count))
+
+
+def paced(
+    mode: str,
+    costs: Costs,
+    *,
+    park: bool = True,
+    count: int = 48,
+    text: str = "Once upon a time",
+    **options,
+) -> tuple[list[DecodedToken], DecodingSequence, Pace]:
+    """What a mode writes at these costs, with full depth to fall back to."""
+    model, tokenizer = fixture("poe-tiny")
+    chosen = make_mode(model, mode, ModeOptions(**options), model.calibration)
+    pace = Pace(costs, chosen, park=park)
+    sequence = DecodingSequence(
+        model,
+        tokenizer.encode(text),
+        chosen,
+        max_tokens=count,
+        advice=pace,
+        fallback=make_mode(model),
     )
-    prompt = tokenizer.encode("Once upon a time")
-    return list(decode(model, prompt, policy, max_tokens=count)), policy
+    return list(drive(sequence.steps(), Metered(Single(), pace))), sequence, pace
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, FULL_ROWS - 1, FULL_ROWS])
@@ -63,7 +87,7 @@ def test_costs_between_and_beyond_the_rows_measured():
 def test_measured_costs_have_a_figure_for_every_part_and_leave_the_state_alone():
     model, tokenizer = fixture("poe-tiny")
     state = DecodingState(model)
-    state.prefill(tokenizer.encode("Once upon a time"), 3)
+    prefill(state, tokenizer.encode("Once upon a time"), 3)
     before = list(state.tokens)
     costs = measure(model, (1, 2), state=state, trials=1)
     assert state.tokens == before and state.filled == [len(before)] * 4
@@ -73,96 +97,69 @@ def test_measured_costs_have_a_figure_for_every_part_and_leave_the_state_alone()
 
 @pytest.mark.parametrize("mode", ["speculative", "certified", "wand"])
 def test_a_mode_that_does_not_pay_parks_and_says_why(mode):
-    full, _ = decoded("full")
-    pace = Pace(DEAR)
-    made, _ = decoded(mode, pace)
+    full = decoded("full")
+    made, _, pace = paced(mode, DEAR)
     assert [one.token for one in made] == [one.token for one in full]
     assert {one.stage for one in made[PATIENCE + 8 :]} == {3}
     assert pace.parked and "times what it does at full depth" in pace.parked
-    forced = Pace(DEAR, park=False)
-    made, _ = decoded(mode, forced)
+    made, _, forced = paced(mode, DEAR, park=False)
     assert forced.parked is None and any(one.stage == 0 for one in made[-24:])
 
 
 @pytest.mark.parametrize("mode", ["speculative", "certified", "wand"])
 def test_a_mode_that_pays_goes_on(mode):
-    pace = Pace(CHEAP)
-    made, _ = decoded(mode, pace)
+    made, _, pace = paced(mode, CHEAP)
     assert pace.parked is None and pace.tokens >= len(made)
     assert any(one.stage == 0 for one in made[-24:])
 
 
+def test_reading_a_long_prompt_is_not_held_against_a_mode():
+    costs = Costs((1, 8), ((1.0, 1.5),) * 4, ((0.1, 0.15),) * 4, full_boundaries=(3,))
+    made, _, pace = paced("speculative", costs, text="Once upon a time " * 60)
+    assert pace.parked is None and any(one.stage == 0 for one in made[-24:])
+
+
 def test_drafting_that_cannot_pay_is_not_begun():
-    pace = Pace(Costs((1, 8), ((1.0, 8.0),) * 4, ((1.0, 8.0),) * 4, (3,)))
-    made, policy = decoded("speculative", pace)
-    assert policy.drafted == 0 and pace.parked
+    costs = Costs((1, 8), ((1.0, 8.0),) * 4, ((1.0, 8.0),) * 4, (3,))
+    made, sequence, pace = paced("speculative", costs)
+    assert sequence.drafted == 0 and pace.parked
     assert {one.stage for one in made} == {3}
 
 
 def test_what_is_spent_is_what_was_run():
     """Three drafts a round, counted from the tokens alone."""
-    pace = Pace(CHEAP, park=False)
-    made, policy = decoded("speculative", pace, count=41, draft_stage=0, num_draft_tokens=3)
+    options = {"draft_stage": 0, "num_draft_tokens": 3}
+    made, sequence, pace = paced("speculative", CHEAP, park=False, count=41, **options)
     rounds = sum(not one.from_draft for one in made)
     # A draft costs a stage and a head; a verification the stage 0 of the last draft, three others
     # and a head.
-    assert pace.spent == pytest.approx(policy.drafted * 1.1 + rounds * 4.1)
+    assert pace.spent == pytest.approx(sequence.drafted * 1.1 + rounds * 4.1)
 
 
 @given(
     st.floats(0.01, 0.99),
+    st.floats(0, 0.5),
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), max_size=30),
     st.integers(1, 8),
 )
-def test_draft_length_is_the_cheapest(step, history, most):
-    pace = Pace(CHEAP)
+def test_draft_length_is_the_cheapest(step, slope, history, most):
+    """A draft costs `step`, half of it stage 0; a row more costs each deeper stage `slope`."""
+    model, _ = fixture("poe-tiny")
+    stages = ((step / 2,) * 2, *((1.0, 1 + 8 * slope),) * 3)
+    costs = Costs((1, 9), stages, ((step / 2,) * 2, *((0.1,) * 2,) * 3), full_boundaries=(3,))
+    pace = Pace(costs, make_mode(model, "speculative"))
     for kept, drafted in history:
         pace.judged(min(kept, drafted), drafted)
     a = pace.acceptance
     assert 0 < a <= 1
-    verify = 1.0 + CHEAP.upper(0)
 
     def token(n: int) -> float:
+        verify = step / 2 + 3 * (1 + slope * n) + 0.1
         return (n * step + verify) / sum(a**i for i in range(n + 1))
 
-    chosen = pace.draft_length(most, 0, step)
+    chosen = pace.draft_length(most)
     assert 1 <= chosen <= most
     assert token(chosen) == pytest.approx(min(token(n) for n in range(1, most + 1)))
-
-
-@pytest.mark.parametrize("name", ["poe-tiny", "gqa-logop-d8", "stage-on-flat"])
-@pytest.mark.parametrize("temp", [0.0, 0.8])
-def test_drafts_among_the_first_ids_leave_the_output_alone(name, temp):
-    model, _ = fixture(name)
-    size = model.config.vocab_size
-    prompt = [3, 7, 1, 9]
-    plain = decode(model, prompt, make_policy(model, Sampler()), max_tokens=24)
-    policy = make_policy(
-        model,
-        Sampler(SamplingOptions(temp=temp, seed=5, repetition_penalty=1.2 if temp else None)),
-        "speculative",
-        ModeOptions(draft_vocab=size // 2, num_draft_tokens=3),
-    )
-    made = list(decode(model, prompt, policy, max_tokens=24))
-    assert all(one.token < size // 2 for one in made if one.from_draft)
-    if not temp:
-        assert [one.token for one in made] == [one.token for one in plain]
-
-
-def test_short_heads_share_their_rows_also_quantised():
-    model, _ = fixture("poe-tiny")
-    short = model.with_short_heads(100)
-    assert model.lm_head.weight.shape[0] == 2048 and short.h is model.h
-    tokens = mx.array([[1, 2, 3]])
-    whole, part = model.forward_stage(tokens, 0), short.forward_stage(tokens, 0)
-    np.testing.assert_allclose(np.array(part), np.array(whole[..., :100]), atol=1e-5)
-    head = nn.QuantizedLinear.from_linear(model.lm_head)
-    quantised = model.with_short_heads(2048)
-    quantised.lm_head = head
-    part = quantised.with_short_heads(100).forward_stage(tokens, 0)
-    np.testing.assert_allclose(
-        np.array(part), np.array(quantised.forward_stage(tokens, 0)[..., :100]), atol=1e-5
-    )
 
 
 def test_a_shortlist_holds_the_best_tokens_and_their_exact_logits():
@@ -181,20 +178,22 @@ def test_a_shortlist_holds_the_best_tokens_and_their_exact_logits():
 def test_drafts_from_a_shortlist_leave_the_output_alone(temp):
     model, tokenizer = fixture("poe-tiny")
     prompt = tokenizer.encode("Once upon a time")
-    plain = decode(model, prompt, make_policy(model, Sampler()), max_tokens=40)
-    policies = [
-        make_policy(
-            model,
-            Sampler(SamplingOptions(temp=temp, seed=5)),
-            "speculative",
-            ModeOptions(draft_rank=rank, num_draft_tokens=3),
-        )
+    plain = decode(model, prompt, make_mode(model), max_tokens=40)
+    whole, short = (
+        [
+            *decode(
+                model,
+                prompt,
+                make_mode(model, "speculative", ModeOptions(draft_rank=rank, num_draft_tokens=3)),
+                max_tokens=40,
+                sampler=Sampler(SamplingOptions(temp=temp, seed=5)),
+            )
+        ]
         for rank in (None, 64)
-    ]
-    whole, short = ([*decode(model, prompt, policy, max_tokens=40)] for policy in policies)
+    )
     if not temp:
         assert [one.token for one in short] == [one.token for one in plain]
-        certified = [decoded("certified", draft_rank=rank, draft_stage=0)[0] for rank in (None, 64)]
+        certified = [decoded("certified", draft_rank=rank, draft_stage=0) for rank in (None, 64)]
         tokens = [[(one.token, one.stage, one.from_draft) for one in m] for m in certified]
         assert tokens[0] == tokens[1]
         # A certified draft's is normalised over the candidates.
@@ -214,14 +213,6 @@ def test_where_a_shortlist_cannot_be():
             fixture(name)[0].with_shortlist(16)
     with pytest.raises(RequestError, match="quantised"):
         rounded(model, 8).with_shortlist(16)
-    with pytest.raises(RequestError, match="give one of them"):
-        decoded("speculative", draft_rank=16, draft_vocab=100)
-
-
-@pytest.mark.parametrize("draft_vocab", [0, -1, 2049])
-def test_a_draft_vocabulary_out_of_range_is_refused(draft_vocab):
-    with pytest.raises(RequestError, match=f"draft_vocab {draft_vocab}"):
-        decoded("speculative", draft_vocab=draft_vocab)
 
 
 def test_costs_are_measured_once(monkeypatch, tmp_path):
@@ -313,21 +304,23 @@ def test_a_shortlist_costs_what_was_measured_else_its_share():
     model, _ = fixture("poe-tiny")
     costs = measure(model, (1, 2), trials=1, ranks=(16, 32))
     assert set(costs.shortlists) == {16, 32} and min(costs.shortlists.values()) > 0
-    assert costs.draft_head(0, False, 0.25, rank=16) == costs.shortlists[16]
-    assert costs.draft_head(0, False, 0.25, rank=8) == costs.head(0) / 4
-    policy = make_policy(
-        model, Sampler(), "speculative", ModeOptions(draft_rank=16), pace=Pace(costs, park=False)
-    )
-    next(decode(model, [5], policy, max_tokens=2))
+    assert costs.target(draft_target(model, 0, "summed", 16)) == costs.shortlists[16]
+    assert costs.target(draft_target(model, 0, "summed", 8)) == costs.head(0) * 8 / 128
+    mode = make_mode(model, "speculative", ModeOptions(draft_rank=16))
+    pace = Pace(costs, mode, park=False)
+    driver = Metered(Single(), pace)
+    next(decode(model, [5], mode, driver=driver, max_tokens=2, advice=pace))
     step = costs.lower(0) + costs.shortlists[16]
-    assert policy.pace.spent == pytest.approx(step + costs.lower(0) + costs.upper(0, 2))
+    assert pace.spent == pytest.approx(step + costs.lower(0) + costs.upper(0, 2))
 
 
 def test_bytes_of_short_and_pooled_heads():
     model, _ = fixture("gqa-logop-d8")
     costs = bytes_read(model)
     assert costs.full_head() == sum(costs.head(k) for k in range(model.poe_n_stages))
-    assert costs.draft_head(1, summed=False) == costs.head(0) + costs.head(1)
-    specialist = bytes_read(fixture("stage-on-flat")[0])
-    assert specialist.draft_head(0, summed=True) == specialist.full_head()
-    assert specialist.draft_head(0, summed=False) == specialist.head(0)
+    assert costs.target(draft_target(model, 1, "base")) == costs.head(0) + costs.head(1)
+    assert costs.target(stage_target(model, 1)) == costs.head(1)
+    model, _ = fixture("stage-on-flat")
+    costs = bytes_read(model)
+    assert costs.target(draft_target(model, 0, "summed")) == costs.full_head()
+    assert costs.target(draft_target(model, 0, "base")) == costs.head(0)

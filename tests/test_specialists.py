@@ -16,6 +16,7 @@ from cognica_mlx.convert.conversion import prepare
 from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import locate
 from cognica_mlx.costs import bytes_read
+from cognica_mlx.decoding.single import advance_through, prefill, set_depth
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
 from cognica_mlx.model import log_op
 from cognica_mlx.specialist import PatchedEmbedding, shared_stages
@@ -145,10 +146,9 @@ def test_a_specialist_of_another_base_is_refused(tmp_path, seed):
 def states_agree(state: DecodingState, tokens: list[int]) -> None:
     """The full prediction after the state's text is a fresh forward's."""
     model = state.model
-    state.set_depth(model.poe_n_stages - 1)
+    set_depth(state, model.poe_n_stages - 1)
     state.append([7])
-    for stage in range(model.poe_n_stages):
-        state.advance(stage)
+    advance_through(state, model.poe_n_stages - 1)
     hidden = {k: state.boundary(k, len(tokens), len(tokens) + 1) for k in model.full_boundaries}
     ours, fresh = model.full_scores(hidden), model(mx.array([[*tokens, 7]]))[:, -1:]
     assert mx.abs(ours - fresh).max().item() < 1e-4
@@ -158,7 +158,7 @@ def states_agree(state: DecodingState, tokens: list[int]) -> None:
 def test_a_prompt_runs_through_the_base_once():
     specialists, tokens = attached(), [2039, 2040, *some_tokens(900), 2041, 2042]
     state = DecodingState(specialists.use("chat"), keep_trunk=2048)
-    state.prefill(tokens, 4)
+    prefill(state, tokens, 4)
     other = state.switch(specialists.use("math"))
     states_agree(other, tokens)
     # The base's stages ran the one new token, the specialist's own all.
@@ -184,17 +184,17 @@ def test_what_is_not_alike_is_run_again():
     agree = mx.array_equal(upper.resid_lambdas[:10], stage.resid_lambdas)
     assert shared_stages(upper, stage, [1, 2]) in ((5, 4) if agree else (0, 1, 2, 3, 4))
     state = DecodingState(base, keep_trunk=512)
-    state.prefill([*text, 2041], 3)
+    prefill(state, [*text, 2041], 3)
     other = state.switch(chat)
     assert other.length == 0
-    other.prefill([*text, 2041], 4)
+    prefill(other, [*text, 2041], 4)
     states_agree(other, [*text, 2041])
 
 
 def test_texts_longer_than_what_is_kept_are_run_again():
     specialists, tokens = attached(), [2039, 2040, *some_tokens(1500)]
     state = DecodingState(specialists.use("chat"), keep_trunk=512)
-    state.prefill(tokens, 4)
+    prefill(state, tokens, 4)
     other = state.switch(specialists.use("tool"))
     states_agree(other, tokens)
     assert other.positions_run[0] > len(tokens)
@@ -204,7 +204,7 @@ def test_what_is_kept_is_bounded():
     sizes = []
     for length in (2000, 6096):  # as far from a whole chunk
         state = DecodingState(attached().use("chat"), keep_trunk=600)
-        state.prefill([2039, *some_tokens(length)], 4)
+        prefill(state, [2039, *some_tokens(length)], 4)
         sizes.append(state.nbytes)
     assert sizes[1] < 1.05 * sizes[0]
 
@@ -228,13 +228,12 @@ def test_any_sequence_of_switches_stays_exact(steps):
     for number, (what, value) in enumerate(steps):
         if what == "append":
             new = some_tokens(value, number)
-            state.prefill(new, state.depth)
+            prefill(state, new, state.depth)
             tokens += new
         elif what == "advance":
             depth = min(value, state.model.poe_n_stages - 1)
-            state.set_depth(depth)
-            for stage in range(depth + 1):
-                state.advance(stage)
+            set_depth(state, depth)
+            advance_through(state, depth)
         elif what == "rollback":
             position = max(len(tokens) - value, state.earliest_rollback)
             if position < len(tokens):
@@ -243,7 +242,7 @@ def test_any_sequence_of_switches_stays_exact(steps):
         else:
             state = state.switch(specialists.use(value))
             if not state.length:
-                state.prefill(tokens, state.depth)
+                prefill(state, tokens, state.depth)
         assert state.tokens == tokens
     if tokens:
         states_agree(state, tokens)
@@ -350,6 +349,14 @@ def test_stages_with_other_lambdas_are_not_shared():
             other[name] = mx.array(values)
             assert shared_stages(base, other, [1, 2]) == alike
             assert shared_stages(other, chat, [1, 2]) == alike
+            # Only the layer's own stage is another; those after it still share passes.
+            same = [a is b for a, b in zip(chat.stages, other.stages, strict=True)]
+            assert same == [stage != alike for stage in range(4)] + [True]
+            assert len(other.stages[alike].lambdas()) == 2
+            again = copy(other)
+            again[name] = mx.array(values)
+            assert shared_stages(again, other, [1, 2]) == 5
+        assert shared_stages(base, chat, [1, 2]) == 4
 
 
 def quiet(tokenizer: Tokenizer) -> Tokenizer:
@@ -360,7 +367,7 @@ def quiet(tokenizer: Tokenizer) -> Tokenizer:
 def test_a_state_passes_to_siblings_and_back():
     specialists, tokens = attached(), [2039, 2040, *some_tokens(400), 2041]
     state = DecodingState(specialists.use("chat"), keep_trunk=1024)
-    state.prefill(tokens, 4)
+    prefill(state, tokens, 4)
     both = state.switch(specialists.compose(["chat", "math"]))
     states_agree(both, tokens)
     # chat is the first of the two, so its stage is known as well.

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.pace import Pace, price
+from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.decoding.passes import read, run_stage, score, submit
 from cognica_mlx.decoding.requests import Advance, DecodedToken, Read, Request, Score, Steps, Submit
 from cognica_mlx.decoding.sequence import prefill_step_size_here
@@ -160,7 +160,7 @@ class Batch:
         total = sum(_rows(job.request) for job in jobs)
         for job in jobs:
             if job.pace and job.request:
-                job.pace.spent += price(job.pace.costs, job.request, total)
+                job.pace.spent += job.pace.price(job.request, total)
         try:
             answers = work([job.request for job in jobs])
         except Exception as error:

@@ -28,7 +28,7 @@ class Pace:
 
     `spent` is in the unit of the costs, seconds if measured; `tokens` are those of the mode.
     `parked` says why the mode was ended. `others` are the rows of other sequences that share each
-    pass.
+    pass, `start` the first position whose passes are the mode's to pay, and not the prompt's.
     """
 
     def __init__(self, costs: Costs, mode: Mode, *, park: bool = True):
@@ -36,9 +36,14 @@ class Pace:
         self.spent = 0.0
         self.tokens = 0
         self.others = 0
+        self.start = 0
         self.parked: str | None = None
         self._kept, self._judged = PRIOR_KEPT, float(PRIOR_JUDGED)
         self._mode = mode if isinstance(mode, Speculative) else None
+
+    def begins(self, position: int) -> None:
+        """The mode's own positions start here."""
+        self.start = position
 
     def judged(self, kept: int, drafted: int) -> None:
         """Of `drafted` tokens in a row the first `kept` were accepted."""
@@ -64,6 +69,20 @@ class Pace:
             return most
         costs = [self._token(n, self.acceptance) for n in range(1, most + 1)]
         return 1 + costs.index(min(costs)) if costs else 0
+
+    def price(self, request: Request, rows: int | None = None) -> float:
+        """What a request costs: its part of a pass or prediction of `rows` rows, its own if None."""
+        if isinstance(request, Advance):
+            stage = request.index
+            # Of what is left of the prompt nothing is counted.
+            count = request.count
+            own = min(count, max(request.state.filled[stage] + count - self.start, 0))
+            total = own if rows is None else rows
+            return self.costs.stage(stage, total) * own / total if own else 0.0
+        if isinstance(request, Score):
+            total = rows or request.rows
+            return self.costs.target(request.target, total) * request.rows / total
+        return 0.0
 
     def pays(self) -> bool:
         """Whether the mode should go on. Ends it where even drafts that are all accepted would not
@@ -107,17 +126,5 @@ class Metered:
 
     def answer(self, request: Request) -> Any:
         """See `Driver`."""
-        self._pace.spent += price(self._pace.costs, request)
+        self._pace.spent += self._pace.price(request)
         return self._driver.answer(request)
-
-
-def price(costs: Costs, request: Request, rows: int | None = None) -> float:
-    """What a request costs: its part of a pass or a prediction of `rows` rows, its own if None."""
-    if isinstance(request, Advance):
-        count = request.count
-        total = rows or count
-        return costs.stage(request.index, total) * count / total if count else 0.0
-    if isinstance(request, Score):
-        total = rows or request.rows
-        return costs.target(request.target, total) * request.rows / total
-    return 0.0

@@ -22,6 +22,9 @@ from cognica_mlx.state import DecodingState, Progress
 class Advice(Protocol):
     """What a mode may ask about its own worth. `Pace` gives it by measured costs."""
 
+    def begins(self, position: int) -> None:
+        """The mode's own positions start here, those before are the prompt's."""
+
     def pays(self) -> bool:
         """Whether to go on in this mode."""
 
@@ -37,6 +40,9 @@ class Advice(Protocol):
 
 class NoAdvice:
     """Every mode goes on as it was told to."""
+
+    def begins(self, position: int) -> None:
+        """See `Advice`."""
 
     def pays(self) -> bool:
         """See `Advice`."""
@@ -126,6 +132,7 @@ class DecodingSequence:
             self.state.append(rest[whole:])
             if self.progress and len(rest) > whole:
                 self.progress(len(rest), len(rest))
+            self.advice.begins(len(prompt))
             yield from self._emitted(self.mode)
             if self.budget and self.fallback:
                 yield from self._emitted(self.fallback)

@@ -70,7 +70,7 @@ class Speculative:
             certified: list[bool] = []
             if self.certain is not None:
                 arrays = tuple(mx.concatenate(part) for part in _emitted(draft))
-                numbers = (yield Read(sequence.state, arrays)) if arrays else ()
+                numbers: list = (yield Read(sequence.state, arrays)) if arrays else []
                 certified = [lead > self.certain for lead in numbers[2]] if arrays else []
                 if all(certified) and not draft.stopped:
                     for token, logprob in zip(*numbers[:2], strict=True):

@@ -203,7 +203,7 @@ def _left_out(args: argparse.Namespace, model: PoEModel) -> str:
             "random weights: drafts are kept by chance, and wand and certified left out; "
             "--agreement plants a text"
         )
-    problem = getattr(model, "calibration_problem", None)
+    problem = model.calibration_problem
     return "wand and certified are left out: " + (
         problem or "no calibration (mlx_poe.calibrate makes one)"
     )
