@@ -92,7 +92,7 @@ class Made:
 
 def together(plans: list[Plan], batch: Batch | None = None) -> list[Made]:
     """Run the plans in one batch, each joining and leaving when it says."""
-    batch = batch or Batch(prompt_rows=80)
+    batch = Batch(prompt_rows=80) if batch is None else batch
     made = [Made(plan, plan.sequence()) for plan in plans]
     waiting, rounds = list(range(len(plans))), 0
     while waiting or len(batch):

@@ -302,7 +302,7 @@ def test_the_command_on_a_planted_text(quick, capsys):
         (["--json", "no/such/folder/r.json"], "there is no folder"),
         (["--csv", "/"], "is a folder"),
         (["--json", "~nosuchuser/r.json"], "no such home folder"),
-        (["--compare", "a\0b"], "is not a path"),
+        (["--compare", "a\0b"], "null character"),
         (["--only", "stages,"], "empty name"),
         (["--shape", "huge"], "--shape"),
         (["--shape", "tiny", "--agreement", "0.1"], "agreement 0.1"),

@@ -113,9 +113,10 @@ def test_a_mode_that_pays_goes_on(mode):
     assert any(one.stage == 0 for one in made[-24:])
 
 
-def test_reading_a_long_prompt_is_not_held_against_a_mode():
+@pytest.mark.parametrize("mode", ["speculative", "certified", "wand"])
+def test_reading_a_long_prompt_is_not_held_against_a_mode(mode):
     costs = Costs((1, 8), ((1.0, 1.5),) * 4, ((0.1, 0.15),) * 4, full_boundaries=(3,))
-    made, _, pace = paced("speculative", costs, text="Once upon a time " * 60)
+    made, _, pace = paced(mode, costs, text="Once upon a time " * 60)
     assert pace.parked is None and any(one.stage == 0 for one in made[-24:])
 
 

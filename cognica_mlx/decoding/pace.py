@@ -71,7 +71,7 @@ class Pace:
         return 1 + costs.index(min(costs)) if costs else 0
 
     def price(self, request: Request, rows: int | None = None) -> float:
-        """What a request costs: its part of a pass or prediction of `rows` rows, its own if None."""
+        """What a request costs: its part of a pass or prediction of `rows` rows, or of its own."""
         if isinstance(request, Advance):
             stage = request.index
             # Of what is left of the prompt nothing is counted.

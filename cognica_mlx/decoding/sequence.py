@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -121,18 +122,19 @@ class DecodingSequence:
         """Everything from the prompt to the last token, as requests and tokens."""
         prompt = self.text[:-1]
         self.cached = self._return_to_common_start(prompt)
+        self.advice.begins(len(prompt))
         try:
             yield from ready(self.state, self.mode.depth, self.step_size, self.progress)
             # What is left after whole chunks runs with the prompt's last token.
             rest = prompt[self.state.length :]
             whole = len(rest) - len(rest) % self.step_size
+            told = self.progress and partial(self._tell, len(rest))
             yield from read_prompt(
-                self.state, rest[:whole], self.mode.prefill_stage, self.step_size, self.progress
+                self.state, rest[:whole], self.mode.prefill_stage, self.step_size, told
             )
             self.state.append(rest[whole:])
-            if self.progress and len(rest) > whole:
-                self.progress(len(rest), len(rest))
-            self.advice.begins(len(prompt))
+            if told and len(rest) > whole:
+                told(len(rest), whole)
             yield from self._emitted(self.mode)
             if self.budget and self.fallback:
                 yield from self._emitted(self.fallback)
@@ -158,6 +160,11 @@ class DecodingSequence:
                     answer = yield step
         finally:
             steps.close()
+
+    def _tell(self, total: int, done: int, _: int) -> None:
+        """Progress of the prompt as a whole, its rest included."""
+        if self.progress:
+            self.progress(done, total)
 
     def _return_to_common_start(self, wanted: list[int]) -> int:
         """Roll the state back to what it has in common with `wanted`; how much that is."""
