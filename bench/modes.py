@@ -17,6 +17,7 @@ import mlx.nn as nn
 from cognica_mlx.bench.figures import ROWS, Figure, Setup, figure, timed_decode
 from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.calibration import Calibration
+from cognica_mlx.calibration.replaying import Trace, best_options
 from cognica_mlx.costs import Costs, measure
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import Metered, Pace
@@ -27,7 +28,6 @@ from cognica_mlx.decoding.single import Driver, Single
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.model import PoEModel
-from cognica_mlx.replay import Trace, best_options
 
 
 @dataclass(frozen=True)

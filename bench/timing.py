@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cognica_mlx.measure import Progress
+from cognica_mlx.calibration.measuring import Progress
 
 
 @dataclass(frozen=True)

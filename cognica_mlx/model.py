@@ -56,7 +56,7 @@ class PoEModel(nn.Module):
         # Why there is none, where a file lies beside the model.
         self.calibration_problem: str | None = None
         self._shortlists: dict[int, ShortlistHead] = {}
-        # The model over whose stages this one stands in memory: see `specialist.share_base`.
+        # The model over whose stages this one stands in memory: see `shared_base.share_base`.
         self._base: PoEModel | None
         object.__setattr__(self, "_base", None)  # its parameters are not this model's
         self._variants: WeakSet[Stage] = WeakSet()

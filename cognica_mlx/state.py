@@ -30,7 +30,7 @@ from cognica_mlx.cache import StageCache, StagePass
 from cognica_mlx.errors import RequestError, RollbackError
 from cognica_mlx.hidden import Boundary, Hidden, Rows, pack
 from cognica_mlx.model import PoEModel
-from cognica_mlx.specialist import shared_stages
+from cognica_mlx.shared_base import shared_stages
 
 SLACK = 128
 MAX_PENDING = 256

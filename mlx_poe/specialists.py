@@ -18,7 +18,7 @@ from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
 from cognica_mlx.convert.quantization import apply_plan, make_plan, pack, scheme
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.specialist import Siblings, share_base
+from cognica_mlx.shared_base import Siblings, share_base
 from mlx_poe.load import find_model
 
 # Trained, small and never packed: these tell a base from another of the same shape.

@@ -27,15 +27,15 @@ from cognica_mlx.bench.report import Report, compare, read
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import synthetic_model
 from cognica_mlx.bench.timing import Samples, interleaved
+from cognica_mlx.calibration.measuring import calibrate
+from cognica_mlx.calibration.replaying import Trace, replay_speculative
 from cognica_mlx.costs import Costs, bytes_read
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.scripted import RIGHT, Script, Scripted
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
-from cognica_mlx.measure import calibrate
 from cognica_mlx.model import PoEModel
-from cognica_mlx.replay import Trace, replay_speculative
 from mlx_poe.commands import bench as command
 
 MACHINE = Machine("a chip", 2, 8.0, "MLX CPU", "an OS", "3.12", {"mlx": "1"}, 1e10)

@@ -23,6 +23,13 @@ from cognica_mlx.calibration import (
     CalibrationWarning,
     published_bounds,
 )
+from cognica_mlx.calibration.measuring import calibrate
+from cognica_mlx.calibration.replaying import (
+    Trace,
+    replay_certified,
+    replay_speculative,
+    replay_wand,
+)
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.costs import Costs, bytes_read
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
@@ -30,14 +37,7 @@ from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import decode, drive
 from cognica_mlx.decoding.targets import stage_target
 from cognica_mlx.errors import CheckpointError, RequestError
-from cognica_mlx.measure import calibrate
 from cognica_mlx.model import PoEModel
-from cognica_mlx.replay import (
-    Trace,
-    replay_certified,
-    replay_speculative,
-    replay_wand,
-)
 from mlx_poe import generate, load
 from mlx_poe.load import BUILT_IN
 from mlx_poe.specialists import Specialists

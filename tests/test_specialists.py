@@ -19,7 +19,7 @@ from cognica_mlx.costs import bytes_read
 from cognica_mlx.decoding.single import advance_through, prefill, set_depth
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
 from cognica_mlx.model import log_op
-from cognica_mlx.specialist import PatchedEmbedding, shared_stages
+from cognica_mlx.shared_base import PatchedEmbedding, shared_stages
 from cognica_mlx.state import DecodingState
 from mlx_poe import generate, load, stream_generate
 from mlx_poe.commands.generate import main

@@ -33,10 +33,10 @@ from cognica_mlx.bench.report import Report, compare, read, show
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
 from cognica_mlx.calibration import Calibration
+from cognica_mlx.calibration.measuring import calibrate, record
 from cognica_mlx.convert.quantization import BITS
 from cognica_mlx.costs import measure
 from cognica_mlx.errors import RequestError
-from cognica_mlx.measure import calibrate, record
 from cognica_mlx.model import PoEModel
 from mlx_poe.commands.options import (
     check_output,

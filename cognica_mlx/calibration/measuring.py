@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.calibration import Calibration
+from cognica_mlx.calibration.replaying import DRAFT_LENGTHS, Trace, best_options, replay_speculative
 from cognica_mlx.costs import Costs, bytes_read
 from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.single import decode
@@ -21,7 +22,6 @@ from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.replay import DRAFT_LENGTHS, Trace, best_options, replay_speculative
 from cognica_mlx.sampling import logprob_of, margin
 
 CONTINUATION_PROMPT = 16
