@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# A view that is this much smaller than what it keeps in memory is copied.
-SPARSE = 8
+# A view is copied if it is this much smaller than what it keeps in memory, and that is more rows
+# than many sequences decode at once: then a prompt rode along.
+SPARSE, MANY = 8, 64
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Rows:
 
     def compact(self) -> Rows:
         """The same positions, in arrays of their own if they keep much more in memory."""
-        if len(self.source) < SPARSE * len(self):
+        if len(self.source) < max(SPARSE * len(self), MANY):
             return self
         return Rows.of(self.source.copy(self.start, self.stop))
 

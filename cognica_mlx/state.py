@@ -68,7 +68,7 @@ class DecodingState:
     ):
         if slack < 1 or max_pending < 1:
             raise RequestError(f"slack {slack} and max_pending {max_pending} must be at least 1")
-        self.model = model
+        self.model, self.stages = model, model.stages
         self.slack, self.max_pending, self.keep_trunk = slack, max_pending, keep_trunk
         self.depth = model.poe_n_stages - 1
         self.positions_run = [0] * model.poe_n_stages
@@ -76,19 +76,20 @@ class DecodingState:
 
     def clear(self) -> None:
         """Forget the text and all that was computed from it."""
-        self.caches = [StageCache(stage.windows, self.slack) for stage in self.model.stages]
+        self.caches = [StageCache(stage.windows, self.slack) for stage in self.stages]
         # What each stage has given out.
-        self.given = [Boundary() for _ in self.model.stages]
+        self.given = [Boundary() for _ in self.stages]
         # The text: ids on the host, then arrays that it has not read yet.
         self._ids: list[int] = []
         self._late: list[mx.array] = []
+        self._late_count = 0
 
     # The text
 
     @property
     def length(self) -> int:
         """Positions appended so far."""
-        return len(self._ids) + sum(tokens.shape[1] for tokens in self._late)
+        return len(self._ids) + self._late_count
 
     @property
     def tokens(self) -> list[int]:
@@ -101,7 +102,9 @@ class DecodingState:
         if count:
             late = self._late[:count]
             ids: list[int] = [i for tokens in late for i in tokens.reshape(-1).tolist()]  # type: ignore
-            self._ids, self._late = self._ids + ids, self._late[count:]
+            known, rest = self._ids + ids, self._late[count:]
+            left = self._late_count - len(ids)
+            self._ids, self._late, self._late_count = known, rest, left
 
     def append(self, tokens: Sequence[int] | mx.array) -> None:
         """Add tokens to the text: ids, or a (1, T) int array, which may still be unevaluated.
@@ -115,7 +118,8 @@ class DecodingState:
                 return
             tokens = mx.array([list(tokens)], dtype=mx.int32)
         if tokens.size:
-            self._late.append(tokens)
+            rest, count = [*self._late, tokens], self._late_count + tokens.shape[1]
+            self._late, self._late_count = rest, count
         if len(self._late) > 2 * UNREAD:
             # Long since computed: without this a long text would keep an array for every token.
             self._read(UNREAD)
@@ -153,7 +157,7 @@ class DecodingState:
 
     def supply(self, stage: int) -> int:
         """How many positions have reached `stage`."""
-        source = self.model.stages[stage].source
+        source = self.stages[stage].source
         return self.caches[source - 1].offset if source else self.length
 
     def pending(self, stage: int) -> int:
@@ -170,7 +174,7 @@ class DecodingState:
                 f"stage {stage} is beyond the depth kept ready; call set_depth first"
             )
         start = self.caches[stage].offset
-        source = self.model.stages[stage].source
+        source = self.stages[stage].source
         if source:
             return self.given[source - 1].read(start, start + count)
         previous = self._span(start - 1, start) if start else None
@@ -189,7 +193,7 @@ class DecodingState:
 
     def forget(self, stage: int) -> None:
         """Drop activations around `stage` that are older than the slack and that no stage needs."""
-        source = self.model.stages[stage].source
+        source = self.stages[stage].source
         for given in {source - 1, stage} - {-1}:
             self._forget(given)
 
@@ -205,7 +209,7 @@ class DecodingState:
 
     def _readers(self, stage: int) -> list[int]:
         """The stages that take in what `stage` gives out."""
-        return [k for k, other in enumerate(self.model.stages) if other.source == stage + 1]
+        return [k for k, other in enumerate(self.stages) if other.source == stage + 1]
 
     def overdue(self) -> int | None:
         """A stage within `depth` before which more than `max_pending` positions wait."""
@@ -216,7 +220,7 @@ class DecodingState:
 
     def lacks(self, stage: int) -> bool:
         """Whether positions that `stage` has not run are no longer held before it."""
-        source = self.model.stages[stage].source
+        source = self.stages[stage].source
         if not source or not self.pending(stage):
             return False
         return self.given[source - 1].start > self.caches[stage].offset
@@ -272,8 +276,10 @@ class DecodingState:
         for cache, given in reversed([*zip(self.caches, self.given, strict=True)]):
             cache.rollback(min(position, cache.offset))
             given.truncate(position)
-        while self._late and self.length - self._late[-1].shape[1] >= position:
-            self._late.pop()
+        late, count = list(self._late), self._late_count
+        while late and len(self._ids) + count - late[-1].shape[1] >= position:
+            count -= late.pop().shape[1]
+        self._late, self._late_count = late, count
         if self.length > position:
             self._ids = self.tokens[:position]
 

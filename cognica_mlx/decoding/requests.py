@@ -29,7 +29,7 @@ class Advance:
     @property
     def stage(self) -> Stage:
         """The stage itself: requests that name the same one can share a pass."""
-        return self.state.model.stages[self.index]
+        return self.state.stages[self.index]
 
     @property
     def count(self) -> int:
