@@ -16,6 +16,8 @@ import mlx.core as mx
 
 # A view that is this much smaller than what it keeps in memory is copied.
 SPARSE = 8
+# `Boundary.compact` makes runs of so many positions, and leaves alone those of a quarter.
+RUN = 64
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,36 @@ class Boundary:
             if first + len(rows) > position:
                 self._runs[-1] = (first, rows.part(0, position - first))
         self.stop = min(self.stop, position)
+
+    def compact(self) -> list[mx.array]:
+        """Hold short runs, and views of passes shared with other sequences, in arrays of their own.
+
+        Returns the new arrays, unevaluated: until they are computed the old ones stay in memory.
+        """
+        made: list[mx.array] = []
+        runs: deque[tuple[int, Rows]] = deque()
+        loose: list[tuple[int, Rows]] = []
+
+        def finish() -> None:
+            if loose:
+                hidden = pack([rows for _, rows in loose])
+                whole = len(loose) == 1 and len(loose[0][1]) < len(loose[0][1].source)
+                rows = Rows.of(hidden.copy(0, len(hidden)) if whole else hidden)
+                runs.append((loose[0][0], rows))
+                made.extend(hidden.arrays())
+                loose.clear()
+
+        for first, rows in self._runs:
+            if len(rows) == len(rows.source) and len(rows) >= RUN // 4:
+                finish()
+                runs.append((first, rows))
+                continue
+            if loose and first + len(rows) - loose[0][0] > RUN:
+                finish()
+            loose.append((first, rows))
+        finish()
+        self._runs = runs
+        return made
 
     def fork(self) -> Boundary:
         """An independent copy that shares the arrays."""
