@@ -128,6 +128,9 @@ class Boundary:
     def __init__(self) -> None:
         self._runs: deque[tuple[int, Rows]] = deque()
         self.stop = 0
+        # Positions of other sequences, and refused ones, that have come into memory with these
+        # since `compact`.
+        self.excess = 0
 
     @property
     def start(self) -> int:
@@ -138,6 +141,7 @@ class Boundary:
         """Add the positions that follow the last."""
         self._runs.append((self.stop, rows))
         self.stop += len(rows)
+        self.excess += len(rows.source) - len(rows)
 
     def read(self, start: int, stop: int) -> list[Rows]:
         """The positions start .. stop - 1, which must be held, in pieces."""
@@ -163,6 +167,7 @@ class Boundary:
             first, rows = self._runs[-1]
             if first + len(rows) > position:
                 self._runs[-1] = (first, rows.part(0, position - first))
+                self.excess += first + len(rows) - position
         self.stop = min(self.stop, position)
 
     def compact(self) -> list[mx.array]:
@@ -177,9 +182,8 @@ class Boundary:
         def finish() -> None:
             if loose:
                 hidden = pack([rows for _, rows in loose])
-                whole = len(loose) == 1 and len(loose[0][1]) < len(loose[0][1].source)
-                rows = Rows.of(hidden.copy(0, len(hidden)) if whole else hidden)
-                runs.append((loose[0][0], rows))
+                hidden = hidden.copy(0, len(hidden))  # where it is still a view
+                runs.append((loose[0][0], Rows.of(hidden)))
                 made.extend(hidden.arrays())
                 loose.clear()
 
@@ -192,13 +196,13 @@ class Boundary:
                 finish()
             loose.append((first, rows))
         finish()
-        self._runs = runs
+        self._runs, self.excess = runs, 0
         return made
 
     def fork(self) -> Boundary:
         """An independent copy that shares the arrays."""
         other = Boundary()
-        other._runs, other.stop = self._runs.copy(), self.stop
+        other._runs, other.stop, other.excess = self._runs.copy(), self.stop, self.excess
         return other
 
     def sources(self) -> list[Hidden]:
