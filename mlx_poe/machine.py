@@ -53,7 +53,8 @@ def _fingerprint(model: PoEModel) -> str:
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     parts = [
         *(f"{name} {p.shape} {p.dtype}" for name, p in arrays.items()),
-        *map(str, (model.config, model.stage_inputs, version("mlx"), mx.default_device())),
+        *map(str, (model.config, [stage.source for stage in model.stages])),
+        *map(str, (version("mlx"), mx.default_device())),
         str(mx.device_info()),
         os.environ.get("LD_PRELOAD", ""),
         os.environ.get("OPENBLAS_NUM_THREADS", ""),

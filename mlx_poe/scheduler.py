@@ -186,7 +186,12 @@ class Scheduler:
         )
 
     def add(self, task: Task) -> None:
-        """Let a task wait for its turn. Raises RequestError for one that memory is too small for."""
+        """Let a task wait for its turn. Raises RequestError for one that could never have it."""
+        self.check(task)
+        self._waiting.append(task)
+
+    def check(self, task: Task) -> None:
+        """Raise RequestError for a task that needs more memory than there will ever be."""
         need = self.bytes_needed(task)
         if need > self.memory:
             raise RequestError(
@@ -194,7 +199,6 @@ class Scheduler:
                 f"{_megabytes(need)}, but all sequences together may take "
                 f"{_megabytes(self.memory)}: allow more memory, or fewer tokens"
             )
-        self._waiting.append(task)
 
     def bytes_needed(self, task: Task, state: DecodingState | None = None) -> int:
         """The most bytes that the task's state can come to need, if it goes on from `state`."""
@@ -348,4 +352,3 @@ class Scheduler:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
-
