@@ -24,12 +24,15 @@ def state_bytes(
     pending: int = 0,
     spare: int = 0,
     chunk: int = GROWTH,
+    room: int = 0,
 ) -> int:
     """The most bytes that a state holds after any text of up to `positions` tokens.
 
     Drafts count as positions. `slack` and `keep_trunk` are those of the state; `pending` says how
-    many positions may wait before a stage, `chunk` how many run at once, as activations are
-    dropped in the pieces in which they came.
+    many positions may wait before a stage, `spare` how many that are not the state's own its
+    activations may keep in memory (see `DecodingState.compact`), `chunk` how many run at once, as
+    activations are dropped in the pieces in which they came. `room` is what `made_for` says of a
+    state that the text goes on from.
     """
     config, itemsize = model.config, model.resid_lambdas.dtype.size
     row = config.n_kv_head * config.head_dim * itemsize
@@ -37,7 +40,7 @@ def state_bytes(
     for k, stage in enumerate(model.stages):
         for window in stage.windows:
             longest = uneven(window + 2 * slack)
-            rows = min(longest, uneven(-(-positions // GROWTH) * GROWTH))
+            rows = min(longest, uneven(-(-max(positions, room) // GROWTH) * GROWTH))
             if rows * row >= LARGE:
                 rows += min(TAIL, slack)
             total += 2 * rows * row  # keys and values

@@ -156,7 +156,7 @@ class Engine:
         those of `stream_generate`. Raises RequestError for whatever cannot be done, before any of
         it is.
         """
-        if mode not in MODES:
+        if not isinstance(mode, str) or mode not in MODES:
             raise RequestError(f"mode {mode!r} is none of {', '.join(MODES)}")
         sorted_options = sort_options(options)
         StopStrings(stop)

@@ -205,14 +205,14 @@ class Scheduler:
         last, mode = task.model.poe_n_stages - 1, task.mode
         drafts = mode.num_draft_tokens if isinstance(mode, Speculative) else 0
         plain = mode.depth == mode.prefill_stage == last
-        positions = len(task.tokens) + task.max_tokens + drafts
         return state_bytes(
             task.model,
-            max(positions, made_for(state)) if state else positions,
+            len(task.tokens) + task.max_tokens + drafts,
             keep_trunk=self.keep_trunk,
             pending=0 if plain and not drafts else MAX_PENDING,
             spare=EXCESS if drafts or self.max_sequences > 1 else 0,
             chunk=task.step_size or prefill_step_size_here(),
+            room=made_for(state) if state else 0,
         )
 
     def cancel(self, task: Task) -> None:

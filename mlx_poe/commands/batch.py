@@ -243,14 +243,13 @@ class _Models:
 
 def _task(args: argparse.Namespace, tokenizer: Tokenizer, models: _Models, line: Line) -> Task:
     own = {k: v for k, v in line.fields.items() if k not in ("id", "specialist", "weights")}
-    mode = _mode(args, line)
-    common = taken(args, OPTIONS)
-    if mode != args.mode and mode in MODES:
-        # The command line's are its own mode's.
-        others = {f.name for f in fields(ModeOptions)} - set(MODES[mode])
-        common = {k: v for k, v in common.items() if k not in others}
-    options = {"max_tokens": args.max_tokens, "stop": args.stop, **common, **own, "mode": mode}
+    mode, common = _mode(args, line), taken(args, OPTIONS)
     with _named(line):
+        if mode != args.mode and mode in MODES:
+            # The command line's are its own mode's.
+            others = {f.name for f in fields(ModeOptions)} - set(MODES[mode])
+            common = {k: v for k, v in common.items() if k not in others}
+        options = {"max_tokens": args.max_tokens, "stop": args.stop, **common, **own, "mode": mode}
         model = models.of(line.fields)
         if mode in PACED_MODES and not args.no_park:
             options["costs"] = models.costs(model)
