@@ -97,7 +97,7 @@ def test_the_output_is_what_json_prints(tmp_path, capsys):
 
 def test_options_of_the_command_line_are_the_lines_defaults(tmp_path):
     prompts = ["Once", {"prompt": "Once", "seed": 4}, {"prompt": "Once", "mode": "full"}]
-    flags = ["--mode", "stage", "--stage", "1", "--temp", "0.9", "--seed", "3", "--max-tokens", "8"]
+    flags = ["--mode", "stage", "--stage", "1", "--temp", "3", "--seed", "3", "--max-tokens", "8"]
     assert run(tmp_path, prompts, *flags) == 0
     first, second, third = (read(tmp_path / "out.jsonl")[i] for i in range(3))
     assert {t["stage"] for t in first["tokens"] + second["tokens"]} == {1}

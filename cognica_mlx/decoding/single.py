@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -52,7 +52,7 @@ class Single:
         return None
 
 
-def drive(steps: Steps, driver: Driver | None = None) -> Iterator[DecodedToken]:
+def drive(steps: Steps, driver: Driver | None = None) -> Generator[DecodedToken, None, None]:
     """The tokens that `steps` emits; the driver is `Single` unless given."""
     driver, answer = driver or Single(), None
     try:

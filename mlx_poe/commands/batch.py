@@ -210,7 +210,7 @@ class _Models:
         weights = fields.get("weights")
         if "specialist" not in fields and weights is None:
             weights = self._args.weights
-        names = [wanted] if isinstance(wanted, str) or wanted is None else list(wanted)
+        names: list[Any] = [wanted] if isinstance(wanted, str | None) else list(wanted)
         try:
             for name in names:
                 if name is not None and name not in self._specialists.names:
