@@ -275,3 +275,17 @@ def test_a_models_states_can_be_dropped():
     cache.put(read(text(40), models()["chat"]))
     cache.drop([models()["chat"]])
     assert [state.model for state, _ in cache._entries.values()] == [base]
+
+
+def test_a_stream_tells_what_its_state_held():
+    state = DecodingState(base)
+    prompt = text(420)
+
+    def cached(mode: str, count: int) -> int:
+        options = {"mode": mode, "max_tokens": 2, "state": state}
+        return list(stream_generate(base, endless, prompt[:count], **options))[-1].cached_tokens
+
+    assert [cached("stage", 420), cached("stage", 420)] == [0, 419]
+    # The deeper stages need what has been forgotten: all of it runs again.
+    assert [cached("full", 420), cached("full", 410)] == [0, 409]
+    assert cached("full", 30) == 0
