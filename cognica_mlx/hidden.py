@@ -17,6 +17,8 @@ import mlx.core as mx
 # A view is copied if it is this much smaller than what it keeps in memory, and that is more rows
 # than many sequences decode at once: then a prompt rode along.
 SPARSE, MANY = 8, 64
+# `Boundary.compact` makes runs of so many positions, and leaves alone those of a quarter.
+RUN = 64
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,9 @@ class Boundary:
     def __init__(self) -> None:
         self._runs: deque[tuple[int, Rows]] = deque()
         self.stop = 0
+        # Positions of other sequences, and refused ones, that have come into memory with these
+        # since `compact`.
+        self.excess = 0
 
     @property
     def start(self) -> int:
@@ -137,6 +142,7 @@ class Boundary:
         """Add the positions that follow the last."""
         self._runs.append((self.stop, rows))
         self.stop += len(rows)
+        self.excess += len(rows.source) - len(rows)
 
     def read(self, start: int, stop: int) -> list[Rows]:
         """The positions start .. stop - 1, which must be held, in pieces."""
@@ -162,12 +168,42 @@ class Boundary:
             first, rows = self._runs[-1]
             if first + len(rows) > position:
                 self._runs[-1] = (first, rows.part(0, position - first))
+                self.excess += first + len(rows) - position
         self.stop = min(self.stop, position)
+
+    def compact(self) -> list[mx.array]:
+        """Hold short runs, and views of passes shared with other sequences, in arrays of their own.
+
+        Returns the new arrays, unevaluated: until they are computed the old ones stay in memory.
+        """
+        made: list[mx.array] = []
+        runs: deque[tuple[int, Rows]] = deque()
+        loose: list[tuple[int, Rows]] = []
+
+        def finish() -> None:
+            if loose:
+                hidden = pack([rows for _, rows in loose])
+                hidden = hidden.copy(0, len(hidden))  # where it is still a view
+                runs.append((loose[0][0], Rows.of(hidden)))
+                made.extend(hidden.arrays())
+                loose.clear()
+
+        for first, rows in self._runs:
+            if len(rows) == len(rows.source) and len(rows) >= RUN // 4:
+                finish()
+                runs.append((first, rows))
+                continue
+            if loose and first + len(rows) - loose[0][0] > RUN:
+                finish()
+            loose.append((first, rows))
+        finish()
+        self._runs, self.excess = runs, 0
+        return made
 
     def fork(self) -> Boundary:
         """An independent copy that shares the arrays."""
         other = Boundary()
-        other._runs, other.stop = self._runs.copy(), self.stop
+        other._runs, other.stop, other.excess = self._runs.copy(), self.stop, self.excess
         return other
 
     def sources(self) -> list[Hidden]:

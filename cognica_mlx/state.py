@@ -309,6 +309,14 @@ class DecodingState:
         other.positions_run = list(self.positions_run)
         return other
 
+    def compact(self, excess: int = 0) -> None:
+        """Hold activations in arrays of their own, at boundaries where they keep more than `excess`
+        positions in memory that are not theirs: refused drafts, and rows of other sequences that
+        were run together with these. Waits for nothing."""
+        over = [given for given in self.given if given.excess > excess]
+        if over:
+            mx.async_eval([array for given in over for array in given.compact()])
+
     def arrays(self) -> list[mx.array]:
         """All arrays that are held, each once, for evaluation."""
         found = [array for cache in self.caches for array in cache.arrays()]

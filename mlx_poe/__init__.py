@@ -1,7 +1,8 @@
-"""Cognica Product-of-Experts language models on Apple's MLX: load, generate, stream_generate."""
+"""Cognica Product-of-Experts language models on MLX: load, generate, many prompts at once."""
 
 import cognica_mlx  # noqa: F401  first, as it says what to install where MLX cannot be loaded
+from mlx_poe.batch import batch_generate
 from mlx_poe.generate import GenerationResponse, generate, stream_generate
 from mlx_poe.load import load
 
-__all__ = ["GenerationResponse", "generate", "load", "stream_generate"]
+__all__ = ["GenerationResponse", "batch_generate", "generate", "load", "stream_generate"]

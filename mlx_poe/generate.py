@@ -7,15 +7,12 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from operator import index
 from typing import Any
-
-import mlx.core as mx
 
 from cognica_mlx.calibration import CalibrationWarning
 from cognica_mlx.costs import Costs
@@ -27,7 +24,10 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.state import DecodingState, Progress
+from mlx_poe.responses import GenerationResponse, Responses
 from mlx_poe.tokenizer import Tokenizer
+
+__all__ = ["GenerationResponse", "encode_prompt", "generate", "sort_options", "stream_generate"]
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -40,33 +40,6 @@ _WHOLE_OPTIONS = (
 )
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-
-
-@dataclass(frozen=True)
-class GenerationResponse:
-    """One token and where things stand.
-
-    text: the piece of text that this token made certain, possibly empty; the pieces joined are the
-    whole. token, logprob, stage, from_draft: as `DecodedToken`, stages counted from 0.
-    prompt_tps and generation_tps: tokens a second so far. peak_memory: GB, of the whole process.
-    drafted_tokens: drafts made so far, kept or not.
-    parked: None, or why decoding has gone over to full depth: see `costs` in `stream_generate`.
-    finish_reason: None but for the last token, where it is "stop" or "length".
-    """
-
-    text: str
-    token: int
-    logprob: float
-    stage: int
-    from_draft: bool
-    prompt_tokens: int
-    prompt_tps: float
-    generation_tokens: int
-    generation_tps: float
-    peak_memory: float
-    drafted_tokens: int = 0
-    parked: str | None = None
-    finish_reason: str | None = None
 
 
 def stream_generate(
@@ -102,15 +75,12 @@ def stream_generate(
     Raises RequestError for an empty prompt, an unknown mode, option or stage, or a mode that needs
     the model's calibration where its file cannot be used; other modes warn about such a file.
     """
-    sampling, mode_options = _sort_options(options)
+    sampling, mode_options = sort_options(options)
     chosen = make_mode(model, mode, mode_options, model.calibration)
     pace = Pace(costs, chosen) if costs else None
     if model.calibration_problem:
         warnings.warn(model.calibration_problem, CalibrationWarning, stacklevel=2)
-    stops = _StopStrings([stop] if isinstance(stop, str) else stop or ())
     tokens = encode_prompt(tokenizer, prompt)
-    detokenizer = tokenizer.detokenizer()
-    started = time.perf_counter()
     sequence = DecodingSequence(
         model,
         tokens,
@@ -123,40 +93,13 @@ def stream_generate(
         advice=pace,
         fallback=make_mode(model),
     )
+    responses = Responses(tokenizer, sequence, stop, pace)
     decoded_tokens = drive(sequence.steps(), Metered(Single(), pace) if pace else None)
-    prompt_seconds = 0.0
     with closing(decoded_tokens):
-        for count, decoded in enumerate(decoded_tokens, start=1):
-            now = time.perf_counter()
-            if count == 1:
-                prompt_seconds, started = now - started, now
-            finish_reason = "length" if count == max_tokens else None
-            text = ""
-            if decoded.token in tokenizer.eos_token_ids:
-                finish_reason = "stop"
-            else:
-                text = stops.add(detokenizer.add_token(decoded.token))
-            if finish_reason and not stops.found:
-                text += stops.add(detokenizer.finalize()) + stops.rest()
-            if stops.found:
-                finish_reason = "stop"
-            yield GenerationResponse(
-                text=text,
-                token=decoded.token,
-                logprob=decoded.logprob,
-                stage=decoded.stage,
-                from_draft=decoded.from_draft,
-                prompt_tokens=len(tokens),
-                prompt_tps=len(tokens) / prompt_seconds,
-                generation_tokens=count,
-                # The first token belongs to the prompt's time.
-                generation_tps=(count - 1) / (now - started) if count > 1 else 0.0,
-                peak_memory=mx.get_peak_memory() / 1e9,
-                drafted_tokens=sequence.drafted,
-                parked=pace.parked if pace else None,
-                finish_reason=finish_reason,
-            )
-            if finish_reason:
+        for decoded in decoded_tokens:
+            response = responses.add(decoded)
+            yield response
+            if response.finish_reason:
                 return
 
 
@@ -184,7 +127,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         raise RequestError("a prompt of token ids may hold whole numbers only") from None
 
 
-def _sort_options(options: Mapping[str, Any]) -> tuple[SamplingOptions, ModeOptions]:
+def sort_options(options: Mapping[str, Any]) -> tuple[SamplingOptions, ModeOptions]:
+    """Sampling options and those of a mode, by name. RequestError for one that is neither."""
     sampling_names = {f.name for f in fields(SamplingOptions)}
     mode_names = {f.name for f in fields(ModeOptions)}
     for name in options:
@@ -214,33 +158,3 @@ def _number(name: str, value: Any) -> int | float:
     if isinstance(value, int) or (isinstance(value, float) and not whole):
         return value
     raise RequestError(f"{name} takes {'whole numbers' if whole else 'numbers'}, not {value!r}")
-
-
-class _StopStrings:
-    """Passes text on until a stop string comes; holds back what may be the start of one."""
-
-    def __init__(self, stops: Sequence[str]):
-        if any(not stop for stop in stops):
-            raise RequestError("a stop string is empty")
-        self.stops = tuple(stops)
-        self.held = ""
-        self.found = False
-
-    def add(self, text: str) -> str:
-        """The text that is certain to come before any stop string."""
-        text = self.held + text
-        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if ends:
-            self.found, self.held = True, ""
-            return text[: min(ends)]
-        keep = max(
-            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def rest(self) -> str:
-        """What was held back, once no more text will come."""
-        text, self.held = self.held, ""
-        return text

@@ -18,7 +18,7 @@ from cognica_mlx.errors import RequestError, TokenizerError
 from cognica_mlx.model import log_softmax
 from cognica_mlx.state import DecodingState
 from mlx_poe import GenerationResponse, generate, stream_generate
-from mlx_poe.generate import _StopStrings
+from mlx_poe.responses import StopStrings
 from mlx_poe.tokenizer import Tokenizer
 
 PROMPT = "The capital of France is"
@@ -253,7 +253,7 @@ def test_no_stop_strings_at_all():
     stops=st.lists(st.text("ab\u00e9", min_size=1, max_size=5), max_size=3),
 )
 def test_stop_strings_of_any_kind_in_pieces_of_any_kind(pieces, stops):
-    filter_, given_out, taken = _StopStrings(stops), "", ""
+    filter_, given_out, taken = StopStrings(stops), "", ""
     for piece in pieces:
         given_out, taken = given_out + filter_.add(piece), taken + piece
         if filter_.found:

@@ -285,7 +285,7 @@ def test_the_command_parks_with_one_line(monkeypatch, capsys, tmp_path: Path):
     flags = ["--dtype", "float32", "--prompt", "Once upon a time", "-m", "40"]
     assert generate_command.main([*flags, "--mode", "wand"]) == 0
     parked = capsys.readouterr()
-    assert parked.err.startswith("wand is parked: ") and parked.err.count("\n") == 1
+    assert parked.err.startswith("wand fell back to full depth: ") and parked.err.count("\n") == 1
     assert generate_command.main([*flags, "--mode", "wand", "--no-park"]) == 0
     assert capsys.readouterr().err == ""
     assert generate_command.main(flags) == 0

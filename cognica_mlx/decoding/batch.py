@@ -55,6 +55,8 @@ class Batch:
     def __init__(self, prompt_rows: int | None = None):
         self.prompt_rows = prompt_rows or 2 * prefill_step_size_here()
         self._jobs: dict[Hashable, _Job] = {}
+        # Kept from call to call: an interruption must not lose any.
+        self._events: list[Event] = []
         # Passes made and rows run in them, for those who want to know how well they are shared.
         self.passes = self.rows = 0
 
@@ -81,16 +83,16 @@ class Batch:
 
         Nothing when none is left. An interruption loses nothing: the next call goes on.
         """
-        events: list[Event] = []
-        while self._jobs and not events:
+        while self._jobs and not self._events:
             for job in list(self._jobs.values()):
                 if job.request is None:
-                    self._resume(job, events)
+                    self._resume(job)
             waiting = [job for job in self._jobs.values() if not job.had_turn]
             if not waiting:
                 self._next_sweep()
-            elif not events:
-                self._work(waiting, events)
+            elif not self._events:
+                self._work(waiting)
+        events, self._events = self._events, []
         return events
 
     def _next_sweep(self) -> None:
@@ -100,18 +102,18 @@ class Batch:
             if job.pace:
                 job.pace.others = count - 1
 
-    def _work(self, waiting: Sequence[_Job], events: list[Event]) -> None:
+    def _work(self, waiting: Sequence[_Job]) -> None:
         """Carry out the requests that come next."""
         for job in waiting:
             if isinstance(job.request, Submit):
                 job.submitted = submit(job.request.state, job.submitted)
                 job.had_turn = True
-                self._resume(job, events)
+                self._resume(job)
                 return
         if scores := [job for job in waiting if isinstance(job.request, Score)]:
             target = scores[0].request.target  # type: ignore[union-attr]
             group = [job for job in scores if job.request.target == target]  # type: ignore[union-attr]
-            self._together(group, score, events)
+            self._together(group, score)
             return
         reads = [job for job in waiting if isinstance(job.request, Read)]
         advances = [job for job in waiting if isinstance(job.request, Advance)]
@@ -120,15 +122,15 @@ class Batch:
             # Who waits for numbers of a shallower stage may want to come along.
             early = [job for job in reads if job.depth < first]
             if not early:
-                self._advance(advances, first, events)
+                self._advance(advances, first)
                 return
             reads = early
         for job in reads:
             # Only to start work: what it leads to is read in the next sweep.
             job.had_turn |= not job.request.arrays  # type: ignore[union-attr]
-        self._together(reads, read, events)
+        self._together(reads, read)
 
-    def _advance(self, jobs: Sequence[_Job], first: int, events: list[Event]) -> None:
+    def _advance(self, jobs: Sequence[_Job], first: int) -> None:
         """One pass through the shallowest stage that is asked for."""
         stage = next(
             job.request.stage  # type: ignore[union-attr]
@@ -153,9 +155,9 @@ class Batch:
         self.rows += total
         for job in chosen:
             job.depth = stage.layers[-1]
-        self._together(chosen, _run_stage, events)
+        self._together(chosen, _run_stage)
 
-    def _together(self, jobs: Sequence[_Job], work: Any, events: list[Event]) -> None:
+    def _together(self, jobs: Sequence[_Job], work: Any) -> None:
         """Do the same work for several jobs at once, and hand each its answer."""
         total = sum(_rows(job.request) for job in jobs)
         for job in jobs:
@@ -165,18 +167,18 @@ class Batch:
             answers = work([job.request for job in jobs])
         except Exception as error:
             if len(jobs) == 1:
-                self._end(jobs[0], events, error)
+                self._end(jobs[0], error)
             else:
                 for job in jobs:
-                    self._together([job], work, events)
+                    self._together([job], work)
             return
         # All have their answers before any goes on: an interruption loses none.
         for job, answer in zip(jobs, answers, strict=True):
             job.request, job.answer = None, answer
         for job in jobs:
-            self._resume(job, events)
+            self._resume(job)
 
-    def _resume(self, job: _Job, events: list[Event]) -> None:
+    def _resume(self, job: _Job) -> None:
         """Let a job go on to its next request."""
         answer, job.answer = job.answer, None
         try:
@@ -186,16 +188,16 @@ class Batch:
                     job.request = step
                     return
                 answer, job.had_turn = None, True
-                events.append(Event(job.name, step))
+                self._events.append(Event(job.name, step))
         except StopIteration:
-            self._end(job, events)
+            self._end(job)
         except Exception as error:
-            self._end(job, events, error)
+            self._end(job, error)
 
-    def _end(self, job: _Job, events: list[Event], error: Exception | None = None) -> None:
+    def _end(self, job: _Job, error: Exception | None = None) -> None:
         self._jobs.pop(job.name, None)
         job.steps.close()
-        events.append(Event(job.name, error=error))
+        self._events.append(Event(job.name, error=error))
 
 
 def _run_stage(requests: Sequence[Advance]) -> list[None]:

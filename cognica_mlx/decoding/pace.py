@@ -87,6 +87,8 @@ class Pace:
     def pays(self) -> bool:
         """Whether the mode should go on. Ends it where even drafts that are all accepted would not
         pay, or where the tokens so far have cost more than plain decoding's."""
+        if not self.tokens:
+            self.spent = 0.0  # what reading the prompt took is not the mode's
         if not self.park or self.parked:
             return not self.parked
         if self._mode and not self.tokens:

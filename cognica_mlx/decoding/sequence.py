@@ -123,6 +123,8 @@ class DecodingSequence:
         prompt = self.text[:-1]
         self.cached = self._return_to_common_start(prompt)
         self.advice.begins(len(prompt))
+        if any(self.state.lacks(stage) for stage in range(self.mode.depth + 1)):
+            self.cached = 0  # the whole text is run again
         try:
             yield from ready(self.state, self.mode.depth, self.step_size, self.progress)
             # What is left after whole chunks runs with the prompt's last token.

@@ -19,6 +19,7 @@ from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import SamplingOptions
+from mlx_poe.commands.batch import add_batch_flags, as_json, generate_file
 from mlx_poe.commands.options import (
     INTERRUPTED,
     add_mode_flags,
@@ -46,6 +47,7 @@ EXAMPLES = """\
   mlx_poe.generate --prompt "Once there was a" --mode speculative --num-draft-tokens 4 --verbose
   mlx_poe.generate --prompt "Once there was a" --mode wand --color-stages
   mlx_poe.generate --specialists poe-tiny-math,poe-tiny-chat --weights 1,0.5 --prompt "Hello!"
+  mlx_poe.generate --prompts questions.jsonl --output answers.jsonl --batch 16
   echo "Once there was a" | mlx_poe.generate --prompt - --temp 0.8 --seed 7 --json"""
 
 
@@ -54,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "mlx_poe.generate", "Generate text with a Cognica PoE language model.", EXAMPLES
     )
-    parser.add_argument("--prompt", "-p", required=True, help="the prompt; - reads it from stdin")
+    parser.add_argument("--prompt", "-p", help="the prompt; - reads it from stdin")
     parser.add_argument("--system-prompt", help="system text of the chat template")
     parser.add_argument(
         "--ignore-chat-template",
@@ -79,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_sampling_flags(parser)
     add_mode_flags(parser)
+    add_batch_flags(parser)
     return parser
 
 
@@ -88,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    if (args.prompt is None) == (args.prompts is None):
+        raise RequestError("give a prompt with --prompt, or a file of them with --prompts")
+    if args.prompts is not None:
+        return generate_file(args)
+    if args.output is not None:
+        raise RequestError("--output is where --prompts puts its replies")
     text = read_stdin() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise RequestError("the prompt is empty; give some text with --prompt")
@@ -118,10 +127,12 @@ def _generate(args: argparse.Namespace) -> int:
         status = _consume(stream, responses, args, progress)
     if responses and responses[-1].parked:
         print(
-            f"{args.mode} is parked: {responses[-1].parked} (--no-park forces it)", file=sys.stderr
+            f"{args.mode} fell back to full depth: {responses[-1].parked} (--no-park forces it)",
+            file=sys.stderr,
         )
     if args.json:
-        print(strict_json.dumps(_as_json(args, text, responses), ensure_ascii=False))
+        record = as_json(args.model, args.mode, text, responses)
+        print(strict_json.dumps(record, ensure_ascii=False))
     if args.verbose and responses:
         _print_statistics(model, responses)
     return status
@@ -222,41 +233,6 @@ class PromptProgress:
         if self.bar:
             self.bar.stop()
             self.bar = None
-
-
-def _as_json(
-    args: argparse.Namespace, prompt: str, responses: Sequence[GenerationResponse]
-) -> dict[str, object]:
-    result: dict[str, object] = {
-        "model": args.model,
-        "mode": args.mode,
-        "prompt": prompt,
-        "text": "".join(r.text for r in responses),
-        "tokens": [
-            {
-                "token": r.token,
-                "text": r.text,
-                "logprob": r.logprob,
-                "stage": r.stage,
-                "from_draft": r.from_draft,
-            }
-            for r in responses
-        ],
-    }
-    if responses:
-        last = responses[-1]
-        for name in (
-            "finish_reason",
-            "prompt_tokens",
-            "prompt_tps",
-            "generation_tokens",
-            "generation_tps",
-            "peak_memory",
-            "drafted_tokens",
-            "parked",
-        ):
-            result[name] = getattr(last, name)
-    return result
 
 
 def _print_statistics(model: PoEModel, responses: Sequence[GenerationResponse]) -> None:

@@ -1,0 +1,58 @@
+"""How much memory a decoding state can come to need, known before it is made.
+
+- in: a model, how long the text may become, a state's options
+- out: bytes, never less than `DecodingState.nbytes` will be
+- by shapes alone: nothing is computed or allocated
+"""
+
+from __future__ import annotations
+
+from cognica_mlx.cache import GROWTH, LARGE, TAIL, UNEVEN, uneven
+from cognica_mlx.model import PoEModel
+from cognica_mlx.state import SLACK, DecodingState
+
+# Bytes of a token id.
+ID = 4
+
+
+def state_bytes(
+    model: PoEModel,
+    positions: int,
+    *,
+    slack: int = SLACK,
+    keep_trunk: int = 0,
+    pending: int = 0,
+    spare: int = 0,
+    chunk: int = GROWTH,
+    room: int = 0,
+) -> int:
+    """The most bytes that a state holds after any text of up to `positions` tokens.
+
+    Drafts count as positions. `slack` and `keep_trunk` are those of the state; `pending` says how
+    many positions may wait before a stage, `spare` how many that are not the state's own its
+    activations may keep in memory (see `DecodingState.compact`), `chunk` how many run at once, as
+    activations are dropped in the pieces in which they came. `room` is what `made_for` says of a
+    state that the text goes on from.
+    """
+    config, itemsize = model.config, model.resid_lambdas.dtype.size
+    row = config.n_kv_head * config.head_dim * itemsize
+    base, total = len(config.stage_layers), 0
+    for k, stage in enumerate(model.stages):
+        for window in stage.windows:
+            longest = uneven(window + 2 * slack)
+            rows = min(longest, uneven(-(-max(positions, room) // GROWTH) * GROWTH))
+            if rows * row >= LARGE:
+                rows += min(TAIL, slack)
+            total += 2 * rows * row  # keys and values
+        held = max(slack, pending, keep_trunk if k + 1 == base else 0) + chunk
+        streams = 3 if stage.layers[-1] >= config.backout_layer else 2
+        total += (min(positions, held) + spare) * (streams * config.n_embd * itemsize + ID)
+    return total
+
+
+def made_for(state: DecodingState) -> int:
+    """How long a text the state's buffers are made for: they do not shrink when it is rolled
+    back."""
+    layers = [layer for cache in state.caches for layer in cache.content.layers]
+    rows = (layer.keys.shape[2] for layer in layers if layer.keys is not None)
+    return max(max(rows, default=0) - UNEVEN, 0)

@@ -1,0 +1,350 @@
+"""mlx_poe.generate --prompts: a file of prompts in, a file of replies out.
+
+- in: lines of JSON, a prompt each, with options of its own
+- out: a line of JSON for each, as `--json` prints it, with the prompt's index and id; appended as
+  soon as it is finished, in any order
+- a run that was killed goes on where it was: what the output holds is not generated again
+- every line is checked before any work begins; a bad one is named by its number
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from cognica_mlx import strict_json
+from cognica_mlx.costs import Costs
+from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions
+from cognica_mlx.errors import CheckpointError, PoEError, RequestError
+from cognica_mlx.model import PoEModel
+from cognica_mlx.sampling import SamplingOptions
+from mlx_poe.batch import BatchStats, plan, run_tasks, trunk_to_keep
+from mlx_poe.commands.options import check_output, file_path, taken
+from mlx_poe.generate import Prompt
+from mlx_poe.load import load
+from mlx_poe.machine import known_costs
+from mlx_poe.penalty import default_repetition_penalty
+from mlx_poe.responses import GenerationResponse
+from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Task
+from mlx_poe.specialists import Specialists
+from mlx_poe.tokenizer import Tokenizer
+
+# What a line may hold: one of these, and options.
+PROMPTS = ("prompt", "messages", "tokens")
+OPTIONS = tuple(f.name for f in (*fields(SamplingOptions), *fields(ModeOptions)))
+NAMES = (*PROMPTS, *OPTIONS, "id", "mode", "max_tokens", "stop", "specialist", "weights")
+# Every line that we write begins so.
+OURS = b'{"index": '
+SHOWN = (
+    *("finish_reason", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps"),
+    *("peak_memory", "drafted_tokens", "parked", "cached_tokens"),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the input: `number` counts lines from 1, `index` prompts from 0."""
+
+    number: int
+    index: int
+    prompt: Prompt
+    fields: Mapping[str, Any]
+
+
+def add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    """--prompts, --output, --batch."""
+    group = parser.add_argument_group("many prompts")
+    group.add_argument(
+        "--prompts",
+        type=file_path,
+        metavar="FILE.jsonl",
+        help='a line for each: text in quotes, or an object with "prompt", "messages" or "tokens", '
+        'and perhaps "id", "specialist" and options by their Python names',
+    )
+    group.add_argument(
+        "--output",
+        type=file_path,
+        metavar="OUT.jsonl",
+        help="where replies are appended; prompts whose reply it holds are not run again",
+    )
+    group.add_argument(
+        "--batch",
+        type=int,
+        default=MAX_SEQUENCES,
+        metavar="N",
+        help="prompts to run together (default: %(default)s)",
+    )
+
+
+def generate_file(args: argparse.Namespace) -> int:
+    """Reply to every line of `args.prompts` that `args.output` has no reply to."""
+    if not args.output:
+        raise RequestError("--prompts needs --output, a file for the replies")
+    if args.batch < 1:
+        raise RequestError(f"--batch {args.batch} must be at least 1")
+    check_output(args.output)
+    lines, output = read_lines(args.prompts), args.output
+    done = finished_lines(output)
+    model, tokenizer = load(
+        args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
+    )
+    models = _Models(args, model)
+    tasks = [_task(args, tokenizer, models, line) for line in lines]
+    scheduler = Scheduler(
+        tokenizer,
+        max_sequences=args.batch,
+        keep_trunk=trunk_to_keep([task.model for task in tasks]),
+    )
+    for line, task in zip(lines, tasks, strict=True):
+        with _named(line):
+            scheduler.check(task)
+    left = [
+        (line, task)
+        for line, task in zip(lines, tasks, strict=True)
+        if done.get(line.index) != line.prompt
+    ]
+    if len(left) < len(lines):
+        print(f"{len(lines) - len(left)} of {len(lines)} are in {output} already", file=sys.stderr)
+    with open_output(output) as file, _bar(len(lines), len(lines) - len(left)) as progress:
+
+        def finished(i: int, responses: list[GenerationResponse]) -> None:
+            line, task = left[i]
+            record = as_json(models.name_of(task.model), _mode(args, line), line.prompt, responses)
+            about = {k: line.fields[k] for k in ("id", "specialist") if k in line.fields}
+            whole = {"index": line.index, **about, **record}
+            text = strict_json.dumps(whole, ensure_ascii=False)
+            # Whole lines only, and each at once: a kill loses none.
+            file.write(text.encode("utf-8", errors="replace") + b"\n")
+            file.flush()
+
+        result = run_tasks(scheduler, [task for _, task in left], progress, finished)
+    if args.verbose:
+        _print_statistics(result.stats, len(left))
+    return 0
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The prompts of a file. RequestError names the first line that makes no sense."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read: {error}") from None
+    lines: list[Line] = []
+    # Not splitlines: JSON may hold other line separators.
+    for number, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            try:
+                lines.append(_line(number, len(lines), json.loads(content)))
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"{path}, line {number}: {error}") from None
+    if not lines:
+        raise RequestError(f"{path} holds no prompts")
+    return lines
+
+
+def _line(number: int, index: int, content: Any) -> Line:
+    if isinstance(content, str):
+        content = {"prompt": content}
+    if not isinstance(content, dict):
+        raise RequestError(f"an object or text is needed, not {type(content).__name__}")
+    for name in content:
+        if name not in NAMES:
+            raise RequestError(f"there is no option {name}")
+    given = [name for name in PROMPTS if name in content]
+    if len(given) != 1:
+        raise RequestError(f"one of {', '.join(PROMPTS)} is needed, not {len(given)}")
+    prompt = content[given[0]]
+    kind = str if given[0] == "prompt" else list
+    if not isinstance(prompt, kind) or (kind is list and not prompt):
+        raise RequestError(f"{given[0]} is {'text' if kind is str else 'a list of them'}")
+    rest = {k: v for k, v in content.items() if k not in PROMPTS and v is not None}
+    return Line(number, index, prompt, rest)
+
+
+def finished_lines(path: Path) -> dict[int, Any]:
+    """The prompts that a file of replies answers, by index; a torn last line is cut off.
+
+    Raises RequestError for a file that holds anything else, changing nothing.
+    """
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    whole, newline, torn = data.rpartition(b"\n")
+    done = {}
+    for number, content in enumerate(whole.split(b"\n") if newline else [], 1):
+        try:
+            record = json.loads(content)
+            done[record["index"]] = record["prompt"]
+        except (ValueError, KeyError, TypeError):
+            raise RequestError(
+                f"{path}, line {number} is no reply of ours; give another --output"
+            ) from None
+    if torn:
+        if not torn.startswith(OURS[: len(torn)]):
+            raise RequestError(f"{path} ends in what is no reply of ours; give another --output")
+        os.truncate(path, len(data) - len(torn))
+    return done
+
+
+class _Models:
+    """The models that lines may ask for, each loaded once."""
+
+    def __init__(self, args: argparse.Namespace, base: PoEModel):
+        self._args, self._specialists = args, Specialists(base)
+        self._names = {id(base): args.model}
+        self._composed: dict[Any, PoEModel] = {}
+        self._costs: dict[int, Costs] = {}
+        names = args.specialists or None
+        if args.weights and len(names or ()) < 2:
+            raise RequestError("--weights are those of several --specialists")
+        self._default = names if names is None or len(names) > 1 else names[0]
+
+    def of(self, fields: Mapping[str, Any]) -> PoEModel:
+        """The model for a line; RequestError where it names a specialist that is none."""
+        wanted = fields.get("specialist", self._default)
+        weights = fields.get("weights")
+        if "specialist" not in fields and weights is None:
+            weights = self._args.weights
+        names: list[Any] = [wanted] if isinstance(wanted, str | None) else list(wanted)
+        try:
+            for name in names:
+                if name is not None and name not in self._specialists.names:
+                    self._specialists.attach(name, name, quantize=self._args.quantize)
+        except PoEError as error:
+            raise RequestError(str(error)) from None
+        if len(names) == 1:
+            if weights is not None:
+                raise RequestError("weights are for several specialists")
+            model = self._specialists.use(names[0])
+        else:
+            key = tuple(names), None if weights is None else tuple(weights)
+            if key not in self._composed:
+                self._composed[key] = self._specialists.compose(names, weights)
+            model = self._composed[key]
+        if names != [None]:
+            self._names.setdefault(id(model), "+".join(map(str, names)))
+        return model
+
+    def costs(self, model: PoEModel) -> Costs:
+        """What the model's steps cost on this machine."""
+        if id(model) not in self._costs:
+            self._costs[id(model)] = known_costs(model)
+        return self._costs[id(model)]
+
+    def name_of(self, model: PoEModel) -> str:
+        """How the output calls a model."""
+        return self._names[id(model)]
+
+
+def _task(args: argparse.Namespace, tokenizer: Tokenizer, models: _Models, line: Line) -> Task:
+    own = {k: v for k, v in line.fields.items() if k not in ("id", "specialist", "weights")}
+    mode, common = _mode(args, line), taken(args, OPTIONS)
+    with _named(line):
+        if mode != args.mode and mode in MODES:
+            # The command line's are its own mode's.
+            others = {f.name for f in fields(ModeOptions)} - set(MODES[mode])
+            common = {k: v for k, v in common.items() if k not in others}
+        options = {"max_tokens": args.max_tokens, "stop": args.stop, **common, **own, "mode": mode}
+        model = models.of(line.fields)
+        if mode in PACED_MODES and not args.no_park:
+            options["costs"] = models.costs(model)
+        prompt = _prompt(args, model, line.prompt)
+        if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
+            # Spoken to in turns, as `--prompt` would be.
+            options.setdefault("repetition_penalty", default_repetition_penalty(model))
+        return plan(tokenizer, prompt, model=model, **options)
+
+
+def _mode(args: argparse.Namespace, line: Line) -> str:
+    return line.fields.get("mode", args.mode)
+
+
+def _prompt(args: argparse.Namespace, model: PoEModel, prompt: Prompt) -> Prompt:
+    """Text is a user's turn to a specialist, and a base continues it; else as it is."""
+    if not isinstance(prompt, str) or args.ignore_chat_template:
+        return prompt
+    if not model.config.specialist_layers:
+        if args.system_prompt:
+            raise RequestError("--system-prompt needs a specialist and its chat template")
+        return prompt
+    if not prompt.strip():
+        raise RequestError("the prompt is empty")
+    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+@contextmanager
+def _named(line: Line) -> Iterator[None]:
+    """Errors inside name the line."""
+    try:
+        yield
+    except (PoEError, TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"line {line.number}: {error}") from None
+
+
+@contextmanager
+def open_output(path: Path) -> Iterator[Any]:
+    """The file of replies, to append bytes to."""
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from None
+    with file:
+        yield file
+
+
+@contextmanager
+def _bar(total: int, done: int) -> Iterator[Any]:
+    """A progress bar on stderr, if that is a terminal; gives a callback, or None."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("prompts", total=total, completed=done)
+        yield lambda count, _: bar.update(task, completed=done + count)
+
+
+def as_json(
+    model: str, mode: str, prompt: object, responses: Sequence[GenerationResponse]
+) -> dict[str, object]:
+    """A reply as one JSON object: what `--json` prints."""
+    result: dict[str, object] = {
+        "model": model,
+        "mode": mode,
+        "prompt": prompt,
+        "text": "".join(r.text for r in responses),
+        "tokens": [
+            {
+                "token": r.token,
+                "text": r.text,
+                "logprob": r.logprob,
+                "stage": r.stage,
+                "from_draft": r.from_draft,
+            }
+            for r in responses
+        ],
+    }
+    if responses:
+        result |= {name: getattr(responses[-1], name) for name in SHOWN}
+    return result
+
+
+def _print_statistics(stats: BatchStats, count: int) -> None:
+    lines = [
+        "=" * 10,
+        f"Prompts: {count}, {stats.prompt_tokens} tokens, {stats.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {stats.generation_tokens} tokens, {stats.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {stats.peak_memory:.3f} GB",
+    ]
+    print("\n".join(lines), file=sys.stderr)

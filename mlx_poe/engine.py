@@ -1,0 +1,336 @@
+"""Many requests over time, from any thread.
+
+- in: prompts with their options, cancellations, specialists to attach
+- out: for each request its responses, as they come
+- one thread owns the model and every array: MLX's streams belong to a thread; the others see
+  numbers, strings and queues
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+from cognica_mlx.costs import Costs
+from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel
+from cognica_mlx.sampling import SamplingOptions
+from mlx_poe.generate import DEFAULT_MAX_TOKENS, Prompt, encode_prompt, sort_options
+from mlx_poe.prompt_cache import chat_marks
+from mlx_poe.responses import GenerationResponse, StopStrings
+from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Stats, Task, Update, make_task
+from mlx_poe.specialists import Specialists
+from mlx_poe.tokenizer import Tokenizer
+
+# Compositions by names and weights that are remembered.
+COMPOSITIONS = 16
+
+Result = TypeVar("Result")
+
+
+class EngineRequest:
+    """A prompt on its way: iterate over it for the responses, from one thread at a time.
+
+    What comes is kept until it is asked for, so a consumer may be slow, or stop: the engine never
+    waits for one.
+    """
+
+    def __init__(self, engine: Engine, task: Task):
+        self._engine, self._task = engine, task
+        self._queue: SimpleQueue[GenerationResponse | Exception | None] = SimpleQueue()
+        self._over = False
+
+    def __iter__(self) -> Iterator[GenerationResponse]:
+        """The responses that have not been taken yet; ends with the last, or when cancelled.
+
+        Raises what ended the request, if anything went wrong.
+        """
+        while not self._over:
+            item = self._queue.get()
+            if item is None or isinstance(item, Exception):
+                self._over = True
+                if item:
+                    raise item
+                return
+            yield item
+
+    def cancel(self) -> None:
+        """End the request, and drop what has not been taken of it. From any thread."""
+        self._over = True
+        self._queue.put(None)  # for whoever is waiting
+        self._engine._cancel(self)
+
+    @property
+    def text(self) -> str:
+        """The text of all responses not taken yet. Waits for the last."""
+        return "".join(response.text for response in self)
+
+
+@dataclass(frozen=True)
+class _Command:
+    """Something to be done in the engine's thread, and where its result goes."""
+
+    work: Callable[[], Any]
+    result: Future
+
+
+class Engine:
+    """A model, its specialists, and a thread that decodes for all requests together.
+
+    `max_sequences`, `memory` and `prompt_cache_bytes` are those of `Scheduler`. With `costs`
+    (`mlx_poe.machine.known_costs`) drafts are as long as pays on this machine, and a mode that does
+    not pay goes over to full depth. The model must be loaded, and its arrays made, in the thread
+    that makes the engine, or one that still runs.
+
+    All methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        model: PoEModel,
+        tokenizer: Tokenizer,
+        max_sequences: int = MAX_SEQUENCES,
+        memory: int | None = None,
+        prompt_cache_bytes: int | None = None,
+        *,
+        costs: Callable[[PoEModel], Costs] | None = None,
+    ):
+        mx.eval(model.parameters())  # what was loaded lazily belongs to the loading thread
+        self.tokenizer = tokenizer
+        self._costs = costs
+        self._specialists = Specialists(model)
+        self._compositions: OrderedDict[tuple, PoEModel] = OrderedDict()
+        self._requests: dict[Task, EngineRequest] = {}
+        self._commands: SimpleQueue[_Command | None] = SimpleQueue()
+        # Guards `_closed`: no command may follow the last.
+        self._lock = threading.Lock()
+        self._closed = False
+        self._options: dict[str, Any] = {
+            "max_sequences": max_sequences,
+            "memory": memory,
+            "prompt_cache_bytes": prompt_cache_bytes,
+            # So far back a specialist takes up what the base has read.
+            "keep_trunk": 2 * model.config.sequence_len,
+        }
+        self._scheduler = Scheduler(tokenizer, **self._options)
+        self.stats: Stats = self._scheduler.stats
+        self._thread = threading.Thread(target=self._run, name="cognica-mlx engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # For callers
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        specialist: str | Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        mode: str = "full",
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        stop: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> EngineRequest:
+        """Let a prompt wait for its turn; returns once it has been checked, at the latest after the
+        pass that is under way.
+
+        `specialist` is the name of one that is attached, or several names, whose predictions are
+        mixed by `weights` (equally unless given); None is the model itself. Other arguments are
+        those of `stream_generate`. Raises RequestError for whatever cannot be done, before any of
+        it is.
+        """
+        if not isinstance(mode, str) or mode not in MODES:
+            raise RequestError(f"mode {mode!r} is none of {', '.join(MODES)}")
+        sorted_options = sort_options(options)
+        StopStrings(stop)
+        tokens = encode_prompt(self.tokenizer, prompt)
+        marks = chat_marks(self.tokenizer, prompt, tokens)
+        if specialist is not None and not isinstance(specialist, str):
+            specialist = tuple(specialist)
+        about = {"max_tokens": max_tokens, "stop": stop, "marks": marks}
+        return self._call(
+            lambda: self._add(specialist, weights, tokens, mode, sorted_options, about)
+        )
+
+    def attach(
+        self,
+        name: str,
+        path_or_hf_repo: str | Path,
+        *,
+        revision: str | None = None,
+        quantize: int | None = None,
+    ) -> None:
+        """Attach a specialist by name: see `Specialists.attach`. Requests wait while it is read."""
+        self._call(
+            lambda: self._attach(name, path_or_hf_repo, revision=revision, quantize=quantize)
+        )
+
+    def detach(self, name: str) -> None:
+        """Forget a specialist. Requests that use it go on; what was kept for it goes."""
+        self._call(lambda: self._detach(name))
+
+    @property
+    def specialists(self) -> tuple[str, ...]:
+        """The names of the specialists attached, in the order of attaching."""
+        return self._specialists.names
+
+    def close(self) -> None:
+        """End all requests and wait for the thread; nothing if it is closed already.
+
+        Whoever waits for a response then gets a RequestError.
+        """
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._commands.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        atexit.unregister(self.close)
+
+    def _call(self, work: Callable[[], Result]) -> Result:
+        """Do something in the engine's thread, and wait for its result."""
+        command = _Command(work, Future())
+        with self._lock:
+            if self._closed:
+                raise RequestError("the engine is closed")
+            self._commands.put(command)
+        return command.result.result()
+
+    def _cancel(self, request: EngineRequest) -> None:
+        with self._lock:
+            if not self._closed:
+                self._commands.put(_Command(lambda: self._drop(request), Future()))
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        error: Exception = RequestError("the engine was closed before this reply was complete")
+        try:
+            while True:
+                if not self._obey():
+                    break
+                try:
+                    updates = self._scheduler.step()
+                except Exception as problem:
+                    # Not one sequence's: whatever it is, later requests start afresh.
+                    self._fail_all(problem)
+                    self._scheduler.close()
+                    self._scheduler = Scheduler(self.tokenizer, **self._options)
+                    updates = []
+                # Whoever sees a response finds it in the figures.
+                self.stats = self._scheduler.stats
+                for update in updates:
+                    self._deliver(update)
+        except BaseException as problem:
+            error = RuntimeError(f"the engine's thread has died: {problem!r}")
+            raise
+        finally:
+            with self._lock:
+                self._closed = True
+            self._fail_all(error)
+            self._refuse_commands(error)
+            self._scheduler.close()
+            self.stats = self._scheduler.stats
+            # A stream that outlives its thread takes the process down when that ends.
+            mx.clear_streams()
+
+    def _obey(self) -> bool:
+        """Do what callers have asked for; waits where there is nothing else to do. False to end."""
+        while True:
+            try:
+                command = self._commands.get(block=not len(self._scheduler))
+            except Empty:
+                return True
+            if command is None:
+                return False
+            try:
+                result = command.work()
+            except Exception as error:
+                command.result.set_exception(error)
+            else:
+                self.stats = self._scheduler.stats
+                command.result.set_result(result)
+
+    def _refuse_commands(self, error: Exception) -> None:
+        with suppress(Empty):
+            while True:
+                if command := self._commands.get(block=False):
+                    command.result.set_exception(error)
+
+    def _add(
+        self,
+        specialist: str | tuple[str, ...] | None,
+        weights: Sequence[float] | None,
+        tokens: Sequence[int],
+        mode: str,
+        options: tuple[SamplingOptions, ModeOptions],
+        about: dict[str, Any],
+    ) -> EngineRequest:
+        model = self._model(specialist, weights)
+        costs = self._costs(model) if self._costs and mode in PACED_MODES else None
+        task = make_task(model, tokens, mode, options, costs=costs, **about)
+        self._scheduler.add(task)
+        request = self._requests[task] = EngineRequest(self, task)
+        return request
+
+    def _model(
+        self, specialist: str | tuple[str, ...] | None, weights: Sequence[float] | None
+    ) -> PoEModel:
+        if specialist is None or isinstance(specialist, str):
+            if weights is not None:
+                raise RequestError("weights are for several specialists")
+            return self._specialists.use(specialist)
+        key = specialist, None if weights is None else tuple(weights)
+        if key not in self._compositions:
+            self._compositions[key] = self._specialists.compose(specialist, weights)
+            if len(self._compositions) > COMPOSITIONS:
+                self._scheduler.cache.drop([self._compositions.popitem(last=False)[1]])
+        self._compositions.move_to_end(key)
+        return self._compositions[key]
+
+    def _attach(self, name: str, path: str | Path, **options: Any) -> None:
+        self._specialists.attach(name, path, **options)
+
+    def _detach(self, name: str) -> None:
+        gone = [self._specialists.use(name)]
+        for key in [key for key in self._compositions if name in key[0]]:
+            gone.append(self._compositions.pop(key))
+        self._specialists.detach(name)
+        self._scheduler.cache.drop(gone)
+
+    def _drop(self, request: EngineRequest) -> None:
+        """A request that was cancelled."""
+        if self._requests.pop(request._task, None):
+            self._scheduler.cancel(request._task)
+
+    def _deliver(self, update: Update) -> None:
+        request = self._requests.get(update.task)
+        if request is None:
+            return
+        if update.response:
+            request._queue.put(update.response)
+        if update.ended:
+            del self._requests[update.task]
+            request._queue.put(update.error)
+
+    def _fail_all(self, error: Exception) -> None:
+        for request in self._requests.values():
+            request._queue.put(error)
+        self._requests.clear()

@@ -1,0 +1,141 @@
+"""From tokens to what a caller sees: text, where it ends, and how fast it came.
+
+- in: the tokens of one sequence, one by one
+- out: a `GenerationResponse` for each
+- whoever decodes uses this: alone (`stream_generate`), many together (`Scheduler`, `Engine`)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from cognica_mlx.decoding.pace import Pace
+from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.errors import RequestError
+from mlx_poe.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One token and where things stand.
+
+    text: the piece of text that this token made certain, possibly empty; the pieces joined are the
+    whole. token, logprob, stage, from_draft: as `DecodedToken`, stages counted from 0.
+    prompt_tps and generation_tps: tokens a second so far. peak_memory: GB, of the whole process.
+    drafted_tokens: drafts made so far, kept or not.
+    parked: None, or why decoding has gone over to full depth: see `costs` in `stream_generate`.
+    finish_reason: None but for the last token, where it is "stop" or "length".
+    cached_tokens: how many of the prompt's positions came from a state, and were not run.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    stage: int
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    drafted_tokens: int = 0
+    parked: str | None = None
+    finish_reason: str | None = None
+    cached_tokens: int = 0
+
+
+class Responses:
+    """Makes the responses of one sequence; its clock starts here."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sequence: DecodingSequence,
+        stop: str | Sequence[str] | None = None,
+        pace: Pace | None = None,
+        cached: int | None = None,
+    ):
+        """`cached` is what to report as `cached_tokens`, by default what the sequence says.
+
+        Raises RequestError for an empty stop string.
+        """
+        self._sequence, self._pace, self._cached = sequence, pace, cached
+        self._eos = tokenizer.eos_token_ids
+        self._detokenizer = tokenizer.detokenizer()
+        self._stops = StopStrings(stop)
+        self._started = time.perf_counter()
+        self._prompt_seconds = 0.0
+        self.count = 0
+
+    def add(self, decoded: DecodedToken) -> GenerationResponse:
+        """The response to the sequence's next token; the last one has a `finish_reason`."""
+        sequence, stops, now = self._sequence, self._stops, time.perf_counter()
+        self.count += 1
+        if self.count == 1:
+            # The first token belongs to the prompt's time.
+            self._prompt_seconds, self._started = now - self._started, now
+        finish_reason = "length" if self.count == sequence.max_tokens else None
+        text = ""
+        if decoded.token in self._eos:
+            finish_reason = "stop"
+        else:
+            text = stops.add(self._detokenizer.add_token(decoded.token))
+        if finish_reason and not stops.found:
+            text += stops.add(self._detokenizer.finalize()) + stops.rest()
+        if stops.found:
+            finish_reason = "stop"
+        return GenerationResponse(
+            text=text,
+            token=decoded.token,
+            logprob=decoded.logprob,
+            stage=decoded.stage,
+            from_draft=decoded.from_draft,
+            prompt_tokens=sequence.prompt_length,
+            prompt_tps=sequence.prompt_length / self._prompt_seconds,
+            generation_tokens=self.count,
+            generation_tps=(self.count - 1) / (now - self._started) if self.count > 1 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            drafted_tokens=sequence.drafted,
+            parked=self._pace.parked if self._pace else None,
+            finish_reason=finish_reason,
+            cached_tokens=sequence.cached if self._cached is None else self._cached,
+        )
+
+
+class StopStrings:
+    """Passes text on until a stop string comes; holds back what may be the start of one."""
+
+    def __init__(self, stop: str | Sequence[str] | None = None):
+        """Raises RequestError for an empty stop string, or one that is not text."""
+        self.stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        for one in self.stops:
+            if not isinstance(one, str):
+                raise RequestError(f"a stop string is text, not {type(one).__name__}")
+            if not one:
+                raise RequestError("a stop string is empty")
+        self.held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """The text that is certain to come before any stop string."""
+        text = self.held + text
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.found, self.held = True, ""
+            return text[: min(ends)]
+        keep = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """What was held back, once no more text will come."""
+        text, self.held = self.held, ""
+        return text

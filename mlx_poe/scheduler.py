@@ -1,0 +1,354 @@
+"""Many prompts over time: which run together, what memory they may take, what they share.
+
+- in: tasks, first come first served
+- out: for each a response for every token, then its end
+- a task starts once there is a slot and enough memory for all that it may come to hold; kept
+  prompts make room for it
+- synchronous, and for one thread: `Engine` and `batch_generate` stand on it
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cognica_mlx.costs import Costs
+from cognica_mlx.decoding.batch import Batch
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.pace import Pace
+from cognica_mlx.decoding.requests import Steps
+from cognica_mlx.decoding.sequence import (
+    DecodingSequence,
+    Mode,
+    prefill_step_size_here,
+    read_prompt,
+    ready,
+)
+from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.errors import RequestError
+from cognica_mlx.footprint import made_for, state_bytes
+from cognica_mlx.model import PoEModel
+from cognica_mlx.sampling import Sampler, SamplingOptions
+from cognica_mlx.state import MAX_PENDING, DecodingState
+from mlx_poe.memory import memory_for_states
+from mlx_poe.prompt_cache import LEAST, PromptCache
+from mlx_poe.responses import GenerationResponse, Responses, StopStrings
+from mlx_poe.tokenizer import Tokenizer
+
+MAX_SEQUENCES = 8
+# From so many positions on that are not a state's own, its activations are worth copying.
+EXCESS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One prompt and all that decides what follows it; compared by identity.
+
+    `marks` are positions that other prompts may share, where the state is kept for them.
+    """
+
+    model: PoEModel
+    tokens: Sequence[int]
+    mode: Mode
+    sampling: SamplingOptions
+    max_tokens: int
+    stop: str | Sequence[str] | None = None
+    step_size: int | None = None
+    costs: Costs | None = None
+    marks: Sequence[int] = ()
+
+
+def make_task(
+    model: PoEModel,
+    tokens: Sequence[int],
+    mode: str,
+    options: tuple[SamplingOptions, ModeOptions],
+    *,
+    max_tokens: int,
+    stop: str | Sequence[str] | None = None,
+    prefill_step_size: int | None = None,
+    costs: Costs | None = None,
+    marks: Sequence[int] = (),
+) -> Task:
+    """A task that can be run. Raises RequestError for whatever `stream_generate` would refuse."""
+    chosen = make_mode(model, mode, options[1], model.calibration)
+    StopStrings(stop)
+    # Checks the rest, and holds nothing yet.
+    DecodingSequence(
+        model, tokens, chosen, max_tokens=max_tokens, prefill_step_size=prefill_step_size
+    )
+    return Task(
+        model, tokens, chosen, options[0], max_tokens, stop, prefill_step_size, costs, marks
+    )
+
+
+@dataclass(frozen=True)
+class Update:
+    """What has become of a task: a response, or with `ended` its end, for which `error` may be
+    why."""
+
+    task: Task
+    response: GenerationResponse | None = None
+    error: Exception | None = None
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Totals so far, and how things stand. Times are in seconds, memory in bytes.
+
+    prompt_time and generation_time: what decoding took, divided by the positions of prompts and of
+    replies that were run. state_bytes: what running sequences may come to hold, of which with
+    cache_bytes no more than memory_bytes are ever promised.
+    """
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prompt_time: float = 0.0
+    generation_time: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cached_tokens: int = 0
+    cache_entries: int = 0
+    cache_bytes: int = 0
+    state_bytes: int = 0
+    memory_bytes: int = 0
+
+
+@dataclass(eq=False)
+class _Running:
+    task: Task
+    state: DecodingState
+    sequence: DecodingSequence
+    responses: Responses
+    need: int
+
+
+class Scheduler:
+    """Runs tasks, `max_sequences` at a time.
+
+    `memory` is the most bytes for states and kept prompts together (default: what
+    `memory_for_states` finds), `prompt_cache_bytes` the part that kept prompts may take (default: a
+    quarter). `keep_trunk` is that of the states: where several models over one base are served,
+    twice the base's `sequence_len` lets them share what it has read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_sequences: int = MAX_SEQUENCES,
+        memory: int | None = None,
+        prompt_cache_bytes: int | None = None,
+        keep_trunk: int = 0,
+    ):
+        if max_sequences < 1:
+            raise RequestError(f"max_sequences {max_sequences} must be at least 1")
+        self.tokenizer, self.max_sequences = tokenizer, max_sequences
+        self.memory = memory_for_states() if memory is None else memory
+        if prompt_cache_bytes is None:
+            prompt_cache_bytes = self.memory // 4
+        if self.memory < 0 or prompt_cache_bytes < 0:
+            raise RequestError("memory and prompt_cache_bytes must be at least 0")
+        self.cache = PromptCache(prompt_cache_bytes)
+        self.keep_trunk = keep_trunk
+        self._batch = Batch()
+        self._waiting: deque[Task] = deque()
+        self._running: dict[Task, _Running] = {}
+        self._prompt_tokens = self._generation_tokens = 0
+        self._prompt_time = self._generation_time = 0.0
+
+    def __len__(self) -> int:
+        """Tasks that have not ended."""
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def stats(self) -> Stats:
+        """How things stand."""
+        return Stats(
+            self._prompt_tokens,
+            self._generation_tokens,
+            self._prompt_time,
+            self._generation_time,
+            len(self._running),
+            len(self._waiting),
+            self.cache.hits,
+            self.cache.misses,
+            self.cache.cached_tokens,
+            len(self.cache),
+            self.cache.nbytes,
+            self._promised,
+            self.memory,
+        )
+
+    def add(self, task: Task) -> None:
+        """Let a task wait for its turn. Raises RequestError for one that could never have it."""
+        self.check(task)
+        self._waiting.append(task)
+
+    def check(self, task: Task) -> None:
+        """Raise RequestError for a task that needs more memory than there will ever be."""
+        need = self.bytes_needed(task)
+        if need > self.memory:
+            raise RequestError(
+                f"{len(task.tokens)} tokens of prompt and {task.max_tokens} to generate may need "
+                f"{_megabytes(need)}, but all sequences together may take "
+                f"{_megabytes(self.memory)}: allow more memory, or fewer tokens"
+            )
+
+    def bytes_needed(self, task: Task, state: DecodingState | None = None) -> int:
+        """The most bytes that the task's state can come to need, if it goes on from `state`."""
+        last, mode = task.model.poe_n_stages - 1, task.mode
+        drafts = mode.num_draft_tokens if isinstance(mode, Speculative) else 0
+        plain = mode.depth == mode.prefill_stage == last
+        return state_bytes(
+            task.model,
+            len(task.tokens) + task.max_tokens + drafts,
+            keep_trunk=self.keep_trunk,
+            pending=0 if plain and not drafts else MAX_PENDING,
+            spare=EXCESS if drafts or self.max_sequences > 1 else 0,
+            chunk=task.step_size or prefill_step_size_here(),
+            room=made_for(state) if state else 0,
+        )
+
+    def cancel(self, task: Task) -> None:
+        """End a task, wherever it is; nothing if it has ended. What it has read is kept."""
+        if task in self._running:
+            self._batch.remove(task)
+            self._finish(self._running[task])
+        elif task in self._waiting:
+            self._waiting.remove(task)
+
+    def close(self) -> None:
+        """End all tasks, and let all memory go."""
+        self._waiting.clear()
+        self._batch.close()
+        self._running.clear()
+        self.cache.shrink(0)
+
+    def step(self) -> list[Update]:
+        """Work until there is something to tell; nothing where no task is left."""
+        started = time.perf_counter()
+        updates = self._admit()
+        before = [
+            (running, running.state.positions_run[0], running.responses.count > 0)
+            for running in self._running.values()
+        ]
+        events = self._batch.run()
+        # A sequence may have made more tokens than its reply has.
+        ended = {event.name for event in events if not event.token}
+        for event in events:
+            running = self._running.get(event.name)  # type: ignore[call-overload]
+            if running is None:
+                continue
+            if event.token:
+                response = running.responses.add(event.token)
+                self._generation_tokens += 1
+                if running.responses.count == 1:
+                    self._prompt_tokens += response.prompt_tokens
+                over = response.finish_reason is not None
+                updates.append(Update(running.task, response, ended=over))
+                if over:
+                    if running.task not in ended:
+                        self._batch.remove(running.task)
+                    self._finish(running)
+            else:
+                self._running.pop(running.task)
+                error = event.error or RuntimeError("the sequence ended before its reply did")
+                updates.append(Update(running.task, error=error, ended=True))
+        self._charge(time.perf_counter() - started, before)
+        for running in self._running.values():
+            running.state.compact(EXCESS)
+        return updates
+
+    @property
+    def _promised(self) -> int:
+        return sum(running.need for running in self._running.values())
+
+    def _admit(self) -> list[Update]:
+        """Start those that wait, in turn, as far as slots and memory go."""
+        updates = []
+        while self._waiting and len(self._running) < self.max_sequences:
+            task = self._waiting[0]
+            if self._promised + self.bytes_needed(task) > self.memory:
+                break
+            self._waiting.popleft()
+            try:
+                self._start(task)
+            except Exception as error:
+                self._running.pop(task, None)
+                updates.append(Update(task, error=error, ended=True))
+            self.cache.shrink(self.memory - self._promised)
+        return updates
+
+    def _start(self, task: Task) -> None:
+        running = [other.state for other in self._running.values()]
+        free = self.memory - self._promised
+        found = self.cache.find(
+            task.model,
+            task.tokens,
+            task.mode.depth,
+            running,
+            # One that has grown long may be too large for a short task.
+            lambda state: self.bytes_needed(task, state) <= free,
+        )
+        state = found.state if found else DecodingState(task.model, keep_trunk=self.keep_trunk)
+        need = self.bytes_needed(task, state)
+        pace = Pace(task.costs, task.mode) if task.costs else None
+        sequence = DecodingSequence(
+            task.model,
+            task.tokens,
+            task.mode,
+            max_tokens=task.max_tokens,
+            sampler=Sampler(task.sampling),
+            state=state,
+            prefill_step_size=task.step_size,
+            progress=lambda *_: state.compact(EXCESS),
+            advice=pace,
+            fallback=make_mode(task.model),
+        )
+        cached = found.length if found else 0
+        responses = Responses(self.tokenizer, sequence, task.stop, pace, cached)
+        self._running[task] = _Running(task, state, sequence, responses, need)
+        self._batch.add(task, self._steps(task, sequence), pace)
+
+    def _steps(self, task: Task, sequence: DecodingSequence) -> Steps:
+        """The sequence's own steps, after its prompt has been read up to each mark."""
+        state, mode, size = sequence.state, task.mode, task.step_size
+        for mark in sorted(task.marks):
+            if state.length + LEAST <= mark < len(task.tokens):
+                yield from ready(state, mode.depth, size)
+                rest = task.tokens[state.length : mark]
+                yield from read_prompt(state, rest, mode.prefill_stage, size, sequence.progress)
+                self._keep(state.fork())
+        yield from sequence.steps()
+
+    def _finish(self, running: _Running) -> None:
+        """A reply is over: its state, back at the reply's end, is kept for the next turn."""
+        del self._running[running.task]
+        state = running.state
+        end = len(running.task.tokens) + running.responses.count
+        if state.length > end:
+            state.rollback(end)
+        self._keep(state)
+
+    def _keep(self, state: DecodingState) -> None:
+        self.cache.put(state, self.memory - self._promised)
+
+    def _charge(self, seconds: float, before: Sequence[tuple[_Running, int, bool]]) -> None:
+        """Divide the time between prompts and replies, by the positions that were run."""
+        prompts = replies = 0
+        for running, ran, replying in before:
+            count = running.state.positions_run[0] - ran
+            prompts, replies = prompts + count * (not replying), replies + count * replying
+        share = prompts / (prompts + replies) if prompts else 0.0
+        self._prompt_time += seconds * share
+        self._generation_time += seconds * (1 - share)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

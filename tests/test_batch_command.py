@@ -1,0 +1,241 @@
+"""mlx_poe.generate --prompts: many prompts from a file, resumed where a run was killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import fixture
+
+import mlx_poe.commands.batch as command
+from mlx_poe import stream_generate
+from mlx_poe.commands.generate import main
+
+PROMPTS: list[Any] = [
+    "Once there was a",
+    {"prompt": "The capital of France is", "id": "fr", "mode": "speculative"},
+    {"prompt": "What is the capital of Japan?", "specialist": "poe-tiny-chat", "id": 7},
+    {
+        "messages": [{"role": "user", "content": "What is 2 + 3?"}],
+        "specialist": "poe-tiny-math",
+        "temp": 0.7,
+        "seed": 5,
+    },
+    {"tokens": [2039, 5, 6, 7], "max_tokens": 4, "stop": "never"},
+    {"prompt": "Hi!", "specialist": ["poe-tiny-chat", "poe-tiny-math"], "weights": [1, 2]},
+    {"prompt": "Once there was a", "mode": "wand", "p99_bounds": [0.3, 0.3, 0.3], "safety": 1.5},
+]
+
+
+def write(path: Path, prompts: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    return path
+
+
+def read(path: Path) -> dict[int, dict[str, Any]]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {record["index"]: record for record in records}
+    assert len(found) == len(records)
+    return found
+
+
+def run(tmp_path: Path, prompts: list[Any], *flags: str) -> int:
+    source = write(tmp_path / "in.jsonl", prompts)
+    output = str(tmp_path / "out.jsonl")
+    return main(
+        ["--prompts", str(source), "--output", output, "--dtype", "float32", "--no-park", *flags]
+    )
+
+
+def test_each_line_gets_what_the_prompt_gets_alone(tmp_path, capsys):
+    assert run(tmp_path, PROMPTS, "--max-tokens", "12", "--batch", "3", "--verbose") == 0
+    records = read(tmp_path / "out.jsonl")
+    assert records.keys() == set(range(len(PROMPTS)))
+    shown = capsys.readouterr()
+    assert shown.out == "" and "Prompts: 7" in shown.err and "tokens-per-sec" in shown.err
+    model, tokenizer = fixture("poe-tiny")
+    chat, _ = fixture("poe-tiny-chat")
+    talk = [{"role": "user", "content": PROMPTS[2]["prompt"]}]
+    alone = [
+        (0, model, PROMPTS[0], {}),
+        (1, model, PROMPTS[1]["prompt"], {"mode": "speculative"}),
+        (2, chat, talk, {}),
+        (4, model, PROMPTS[4]["tokens"], {"max_tokens": 4}),
+        (6, model, "Once there was a", {"mode": "wand", "p99_bounds": [0.3] * 3, "safety": 1.5}),
+    ]
+    for index, its_model, prompt, options in alone:
+        options = {"max_tokens": 12, **options}
+        expected = list(stream_generate(its_model, tokenizer, prompt, **options))
+        record = records[index]
+        assert [t["token"] for t in record["tokens"]] == [r.token for r in expected]
+        assert record["text"] == "".join(r.text for r in expected)
+        assert record["finish_reason"] == expected[-1].finish_reason
+        assert record["generation_tokens"] == len(expected)
+    assert (records[1]["id"], records[2]["id"]) == ("fr", 7) and "id" not in records[0]
+    assert records[1]["mode"] == "speculative" and records[1]["drafted_tokens"] > 0
+    assert records[2]["model"] == "poe-tiny-chat" and records[2]["prompt"] == talk[0]["content"]
+    assert records[3]["prompt"] == PROMPTS[3]["messages"]
+    assert records[5]["model"] == "poe-tiny-chat+poe-tiny-math"
+
+
+def test_the_output_is_what_json_prints(tmp_path, capsys):
+    assert run(tmp_path, ["Once there was a"], "--max-tokens", "3") == 0
+    (record,) = read(tmp_path / "out.jsonl").values()
+    capsys.readouterr()
+    assert main(["--prompt", "Once there was a", "--max-tokens", "3", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert list(record) == ["index", *printed]
+    for name in ("model", "mode", "prompt", "text", "finish_reason", "cached_tokens"):
+        assert record[name] == printed[name]
+
+
+def test_options_of_the_command_line_are_the_lines_defaults(tmp_path):
+    prompts = ["Once", {"prompt": "Once", "seed": 4}, {"prompt": "Once", "mode": "full"}]
+    flags = ["--mode", "stage", "--stage", "1", "--temp", "3", "--seed", "3", "--max-tokens", "8"]
+    assert run(tmp_path, prompts, *flags) == 0
+    first, second, third = (read(tmp_path / "out.jsonl")[i] for i in range(3))
+    assert {t["stage"] for t in first["tokens"] + second["tokens"]} == {1}
+    assert {t["stage"] for t in third["tokens"]} == {3}
+    assert first["text"] != second["text"]
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_not_generated_again(tmp_path, capsys):
+    prompts = [f"Once there was a {word}" for word in ("dog", "cat", "mouse", "house")]
+    flags = ["--max-tokens", "4"]
+    assert run(tmp_path, prompts, *flags) == 0
+    output = tmp_path / "out.jsonl"
+    whole = output.read_bytes().splitlines(keepends=True)
+    # Two lines are there, a third is torn.
+    output.write_bytes(b"".join(whole[:2]) + whole[2][:40])
+    assert run(tmp_path, prompts, *flags) == 0
+    assert "2 of 4 are in" in capsys.readouterr().err
+    lines = output.read_bytes().splitlines(keepends=True)
+    assert lines[:2] == whole[:2]
+    texts = {i: record["text"] for i, record in read(output).items()}
+    assert texts == {record["index"]: record["text"] for record in map(json.loads, whole)}
+    assert run(tmp_path, prompts, *flags) == 0
+    assert output.read_bytes() == b"".join(lines)
+
+
+def test_a_prompt_that_has_changed_is_generated(tmp_path):
+    assert run(tmp_path, ["Once", "There"], "--max-tokens", "2") == 0
+    assert run(tmp_path, ["Once", "Then"], "--max-tokens", "2") == 0
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert sorted(record["prompt"] for record in records) == ["Once", "Then", "There"]
+
+
+@pytest.mark.parametrize("content", [b"notes\n", b'{"index": 0}\n', b"[1]\n", b"my notes"])
+def test_a_file_of_something_else_is_left_alone(tmp_path, capsys, content):
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(content)
+    assert run(tmp_path, ["Once"]) == 2
+    assert "no reply of ours" in capsys.readouterr().err
+    assert output.read_bytes() == content
+
+
+def test_a_run_that_is_killed_goes_on(tmp_path):
+    source = write(tmp_path / "in.jsonl", [f"Once there was a {i}" for i in range(12)])
+    output = tmp_path / "out.jsonl"
+    code = "from mlx_poe.commands.generate import main; raise SystemExit(main())"
+    flags = ["--prompts", str(source), "--output", str(output), "--max-tokens", "60"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *flags, "--batch", "2"], stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and process.poll() is None:
+            if output.exists() and output.read_bytes().count(b"\n") >= 3:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+    before = read(output)
+    assert 3 <= len(before) < 12
+    assert main([*flags, "--batch", "6"]) == 0
+    after = read(output)
+    assert after.keys() == set(range(12))
+    assert {i: after[i] for i in before} == before
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+    real = command.as_json
+    calls: list[int] = []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(command, "as_json", interrupted)
+    assert run(tmp_path, ["Once"] * 5, "--max-tokens", "2", "--batch", "1") == 130
+    assert len(read(tmp_path / "out.jsonl")) == 2
+    assert "interrupted" in capsys.readouterr().err
+
+
+# --- what is wrong --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("{", "line 3: "),
+        ("5", "line 3: an object or text"),
+        ("{}", "line 3: one of prompt, messages, tokens"),
+        ('{"prompt": "a", "tokens": [1]}', "line 3: one of prompt"),
+        ('{"prompt": 5}', "line 3: prompt is text"),
+        ('{"messages": "a"}', "line 3: messages is"),
+        ('{"prompt": ""}', "line 3: the prompt is empty"),
+        ('{"prompt": "a", "temperature": 1}', "line 3: there is no option temperature"),
+        ('{"prompt": "a", "mode": "deep"}', "line 3: mode 'deep'"),
+        ('{"prompt": "a", "stage": 1}', "line 3: stage belongs to mode stage"),
+        ('{"prompt": "a", "specialist": "no/such/model/at-all"}', "line 3: "),
+        ('{"prompt": "a", "weights": [1]}', "line 3: weights are for several"),
+        ('{"prompt": "a", "temp": "hot"}', "line 3: "),
+        ('{"prompt": "a", "max_tokens": 0}', "line 3: max_tokens 0"),
+        ('{"prompt": "a", "max_tokens": "many"}', "line 3: "),
+        ('{"prompt": "a", "mode": ["full"]}', "line 3: "),
+        ('{"tokens": [2048]}', "line 3: token id 2048"),
+        ('{"messages": [{"role": "nobody", "content": "x"}]}', "line 3: message 1"),
+    ],
+)
+def test_a_bad_line_is_named_before_any_work(tmp_path, capsys, monkeypatch, line, named):
+    monkeypatch.setattr(command, "run_tasks", None)
+    source = tmp_path / "in.jsonl"
+    source.write_text(f'"Once"\n\n{line}\n')
+    output = tmp_path / "out.jsonl"
+    assert main(["--prompts", str(source), "--output", str(output)]) == 2
+    shown = capsys.readouterr().err
+    assert named in shown and shown.count("\n") == 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([], "give a prompt with --prompt, or a file"),
+        (["--prompt", "a", "--prompts", "b", "--output", "c"], "give a prompt with --prompt"),
+        (["--prompt", "a", "--output", "c"], "--output is where"),
+        (["--prompts", "b"], "--prompts needs --output"),
+        (["--prompts", "b", "--output", "c", "--batch", "0"], "--batch 0"),
+        (["--prompts", "/no/such/file", "--output", "c"], "/no/such/file cannot be read"),
+        (["--prompts", "/dev/null", "--output", "c"], "holds no prompts"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, named, capsys):
+    assert main(flags) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", ["Once"])
+    output = str(tmp_path / "no" / "folder" / "out.jsonl")
+    assert main(["--prompts", str(source), "--output", output]) == 1
+    assert "cannot be written" in capsys.readouterr().err

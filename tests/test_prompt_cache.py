@@ -1,0 +1,291 @@
+"""Prompts that begin alike are read once, with the same replies, within a bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import fixture
+from test_scheduler import endless, models, run, task, text, tokens_of
+
+from cognica_mlx.decoding.modes import MODES
+from cognica_mlx.decoding.single import prefill
+from cognica_mlx.model import PoEModel
+from cognica_mlx.state import DecodingState
+from mlx_poe import stream_generate
+from mlx_poe.prompt_cache import LEAST, PromptCache, chat_marks, common_start
+from mlx_poe.scheduler import Scheduler, Task
+
+base, tokenizer = fixture("poe-tiny")
+SYSTEM = {"role": "system", "content": "You are a kind and patient teacher. " * 12}
+
+
+def read(tokens: list[int], model: PoEModel = base, **options: int) -> DecodingState:
+    state = DecodingState(model, **options)
+    prefill(state, tokens, state.depth)
+    return state
+
+
+def replies(scheduler: Scheduler, tasks: list[Task]) -> list[tuple[list[int], int]]:
+    """Each task's tokens, and how much of its prompt was cached."""
+    updates = run(scheduler, tasks)
+    found = []
+    for each in tasks:
+        responses = [update.response for update in updates[each] if update.response]
+        found.append((tokens_of(responses), responses[-1].cached_tokens))
+    return found
+
+
+def cold(each: Task, mode: str = "full", **options: Any) -> list[int]:
+    stream = stream_generate(
+        each.model, endless, each.tokens, max_tokens=each.max_tokens, mode=mode, **options
+    )
+    return tokens_of(list(stream))
+
+
+def test_common_start():
+    for a, b, n in (([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 5, 3], 1), ([4], [5], 0)):
+        assert common_start(a, b) == common_start(b, a) == n
+
+
+# --- hits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hit_gives_the_tokens_of_a_cold_run(mode):
+    options = {"p99_bounds": [0.3] * 3} if "p99_bounds" in MODES[mode] else {}
+    prompt = text(420)
+    for other in ("stage", "full"):
+        scheduler = Scheduler(endless)
+        run(scheduler, [task(prompt, mode=other)])
+        each = task([*prompt, 5, 6, 7], mode=mode, **options)
+        ((tokens, cached),) = replies(scheduler, [each])
+        assert tokens == cold(each, mode, **options)
+        # What the deeper stages need has been forgotten by one that ran the first alone.
+        assert cached == (0 if other == "stage" and mode != "stage" else 420)
+
+
+def test_the_next_turn_reads_the_new_turn_only():
+    scheduler = Scheduler(endless)
+    first = task(text(40), max_tokens=20)
+    ((said, cached),) = replies(scheduler, [first])
+    assert cached == 0
+    second = task([*first.tokens, *said, *text(10, start=3)])
+    before = scheduler.stats.cached_tokens
+    ((tokens, cached),) = replies(scheduler, [second])
+    # The last token of a reply has not been run: nothing was predicted from it.
+    assert cached == 40 + 19 == scheduler.stats.cached_tokens - before
+    assert tokens == cold(second)
+    assert scheduler.stats.cache_hits == 1
+
+
+def test_a_sequence_that_is_still_running_serves_others():
+    scheduler = Scheduler(endless)
+    long = task(text(200), max_tokens=40)
+    scheduler.add(long)
+    said = []
+    while len(said) < 5:
+        said += [u.response.token for u in scheduler.step() if u.response]
+    other = task([*text(150), 9, 9, 9])
+    assert replies(scheduler, [other]) == [(cold(other), 150)]
+
+
+def test_equal_prompts_at_once():
+    tasks = [task(text(60), max_tokens=5) for _ in range(6)]
+    need = Scheduler(endless).bytes_needed(tasks[0])
+    for memory in (need, 2 * need, None):
+        scheduler = Scheduler(endless, memory=memory, max_sequences=3, prompt_cache_bytes=need)
+        found = replies(scheduler, tasks)
+        assert [tokens for tokens, _ in found] == [cold(tasks[0])] * 6
+        assert found[-1][1] == 59
+
+
+@pytest.mark.parametrize("first", ["base", "math", "both"])
+@pytest.mark.parametrize("then", ["base", "chat", "both"])
+def test_what_the_base_has_read_serves_every_specialist(first, then):
+    scheduler = Scheduler(endless, keep_trunk=1024)
+    prompt = text(400)
+    run(scheduler, [task(prompt, model=models()[first])])
+    state = next(iter(scheduler.cache._entries.values()))[0]
+    each = task([*prompt, 3, 4, 5], model=models()[then])
+    ((tokens, cached),) = replies(scheduler, [each])
+    assert tokens == cold(each)
+    assert cached == 400
+    assert state.tokens[:400] == prompt  # what is kept has not moved
+
+
+def test_a_specialist_that_would_need_what_is_gone_reads_again():
+    scheduler = Scheduler(endless, keep_trunk=0)
+    run(scheduler, [task(text(400))])
+    each = task(text(420), model=models()["chat"])
+    assert replies(scheduler, [each]) == [(cold(each), 0)]
+
+
+def test_tokens_that_a_specialist_embeds_anew_are_not_shared():
+    scheduler = Scheduler(endless, keep_trunk=1024)
+    prompt = [2039, 2040, *text(30)[1:]]
+    run(scheduler, [task(prompt)])
+    each = task([*prompt, 3, 4], model=models()["chat"])
+    assert replies(scheduler, [each]) == [(cold(each), 0)]
+
+
+def test_a_state_that_cannot_go_back_is_of_no_use():
+    cache = PromptCache(1 << 30)
+    cache.put(read(text(700)))
+    assert cache.find(base, text(400), 3) is None
+    found = cache.find(base, [*text(600), 1, 2], 3)
+    assert found and found.length == 600
+    assert (cache.hits, cache.misses, cache.cached_tokens) == (1, 1, 600)
+
+
+def test_the_best_of_several():
+    cache = PromptCache(1 << 30)
+    cache.put(read([*text(20), 1, 1, 1]))
+    cache.put(read([*text(60), 1, 1, 1]))
+    cache.put(read([*text(40), 1, 1, 1]))
+    found = cache.find(base, text(200), 3)
+    assert found and found.length == 60 == found.state.length
+    assert cache.find(base, text(LEAST), 3) is None  # not worth it
+
+
+# --- chats ----------------------------------------------------------------------------------------
+
+
+def talk(*said: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [SYSTEM, *({"role": roles[i % 2], "content": s} for i, s in enumerate(said))]
+
+
+def test_a_system_text_is_shared_by_conversations():
+    """Longer than what can be rolled back, and beyond the short windows."""
+    model = models()["chat"]
+    scheduler = Scheduler(endless)
+    tasks = [
+        task(talk(words), model=model, max_tokens=4)
+        for words in ("Tell me about the sea. " * 50, "12 plus 13?", "Why?")
+    ]
+    (mark,) = [m for m in tasks[0].marks if m > LEAST]
+    assert mark > 128
+    for each in tasks:
+        ((tokens, cached),) = replies(scheduler, [each])
+        assert tokens == cold(each)
+        assert abs(cached - mark) < 8 if each is not tasks[0] else cached == 0
+
+
+def test_another_last_question_finds_the_conversation_before_it():
+    model = models()["chat"]
+    scheduler = Scheduler(endless)
+    history = ("Hello! " * 40, "Good morning. " * 30)
+    one, other = (
+        task(talk(*history, last), model=model, max_tokens=3)
+        for last in ("Why is the sea blue? " * 60, "Who are you?")
+    )
+    replies(scheduler, [one])
+    ((tokens, cached),) = replies(scheduler, [other])
+    assert tokens == cold(other)
+    start = other.marks[-1]
+    assert other.tokens[start] == tokenizer.token_id("<|user_start|>")
+    assert start <= cached <= start + 8
+
+
+def test_marks():
+    assert chat_marks(tokenizer, "text", tokenizer.encode("text")) == ()
+    tokens = tokenizer.apply_chat_template(talk("Hi"))
+    (end,) = chat_marks(tokenizer, talk("Hi"), tokens)
+    assert "teacher" in tokenizer.decode(tokens[:end])
+    assert "Hi" not in tokenizer.decode(tokens[:end])
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+def test_what_was_of_no_use_for_longest_goes_first():
+    texts = [text(30, start=i) for i in range(4)]
+    size = read(texts[0]).nbytes
+    cache = PromptCache(3 * size)
+    for tokens in texts[:3]:
+        cache.put(read(tokens))
+    assert len(cache) == 3 and cache.nbytes <= 3 * size
+    assert cache.find(base, [*texts[0], 1], 3)
+    cache.put(read(texts[3]))
+    assert len(cache) == 3 and cache.nbytes <= 3 * size
+    found = [cache.find(base, [*tokens, 1], 3) is not None for tokens in texts]
+    assert found == [True, False, True, True]
+    cache.shrink(size)
+    assert len(cache) == 1
+    cache.shrink(0)
+    assert (len(cache), cache.nbytes, cache._users) == (0, 0, {})
+
+
+def test_a_state_that_is_too_large_is_not_kept_and_drives_nothing_out():
+    small = read(text(30))
+    cache = PromptCache(small.nbytes + 1000)
+    cache.put(small)
+    cache.put(read(text(500, start=3)))
+    assert len(cache) == 1
+    cache.put(read(text(40, start=5)), room=1000)
+    assert len(cache) == 1
+
+
+def test_states_that_others_cover_are_not_kept_twice():
+    cache = PromptCache(1 << 30)
+    cache.put(read(text(40)))
+    cache.put(read(text(30)))
+    assert len(cache) == 1
+    cache.put(read(text(50)))
+    assert len(cache) == 1
+    found = cache.find(base, [*text(50), 1], 3)
+    assert found and found.length == 50
+    # Another model's, and one that cannot come back so far, are others.
+    cache.put(read(text(50), models()["chat"]))
+    cache.put(read(text(700)))
+    assert len(cache) == 3
+
+
+def test_shared_arrays_are_counted_once():
+    cache = PromptCache(1 << 30)
+    state = read(text(700))
+    cache.put(state.fork())
+    size = cache.nbytes
+    prefill(state, text(10, start=1), 3)
+    shorter = cache.find(base, [*text(690), 1, 2], 3)
+    assert shorter
+    cache.put(shorter.state)  # the same buffers, rolled back
+    assert cache.nbytes == size
+    cache.put(state)
+    assert size < cache.nbytes <= 2 * size + 100_000
+
+
+def test_kept_prompts_make_room_for_those_that_run():
+    each = task(text(100), max_tokens=4)
+    need = Scheduler(endless).bytes_needed(each)
+    scheduler = Scheduler(endless, memory=need + need // 2, prompt_cache_bytes=need)
+    for i in range(8):
+        scheduler.add(task(text(100, start=i), max_tokens=4))
+        while len(scheduler):
+            scheduler.step()
+            stats = scheduler.stats
+            assert stats.state_bytes + stats.cache_bytes <= stats.memory_bytes
+        assert 0 < scheduler.stats.cache_bytes <= need
+
+
+def test_a_models_states_can_be_dropped():
+    cache = PromptCache(1 << 30)
+    cache.put(read(text(40)))
+    cache.put(read(text(40), models()["chat"]))
+    cache.drop([models()["chat"]])
+    assert [state.model for state, _ in cache._entries.values()] == [base]
+
+
+def test_a_stream_tells_what_its_state_held():
+    state = DecodingState(base)
+    prompt = text(420)
+
+    def cached(mode: str, count: int) -> int:
+        options = {"mode": mode, "max_tokens": 2, "state": state}
+        return list(stream_generate(base, endless, prompt[:count], **options))[-1].cached_tokens
+
+    assert [cached("stage", 420), cached("stage", 420)] == [0, 419]
+    # The deeper stages need what has been forgotten: all of it runs again.
+    assert [cached("full", 420), cached("full", 410)] == [0, 409]
+    assert cached("full", 30) == 0

@@ -1,0 +1,452 @@
+"""Many prompts in one thread: the same replies as alone, within a memory budget."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from conftest import fixture
+
+from cognica_mlx.costs import Costs
+from cognica_mlx.decoding.modes import MODES
+from cognica_mlx.errors import RequestError
+from cognica_mlx.footprint import made_for, state_bytes
+from cognica_mlx.model import PoEModel
+from cognica_mlx.state import DecodingState
+from mlx_poe import batch_generate, stream_generate
+from mlx_poe.batch import plan
+from mlx_poe.memory import memory_for_states
+from mlx_poe.responses import GenerationResponse
+from mlx_poe.scheduler import Scheduler, Task, Update
+from mlx_poe.specialists import Specialists
+from mlx_poe.tokenizer import Tokenizer
+
+base, tokenizer = fixture("poe-tiny")
+endless = Tokenizer(tokenizer.encoding, eos_token_ids=[])
+BOUNDS = [0.3] * 3
+TALK = [{"role": "user", "content": "What is the capital of Japan?"}]
+STORY = "Once there was a little mouse who lived in a big house and"
+
+
+@cache
+def models() -> dict[str, PoEModel]:
+    tiny = Specialists(base)
+    for name in ("chat", "math"):
+        tiny.attach(name, f"poe-tiny-{name}")
+    return {
+        "base": base,
+        "chat": tiny.use("chat"),
+        "math": tiny.use("math"),
+        "both": tiny.compose(["chat", "math"], [1, 2]),
+        "flat": fixture("flat-d8")[0],
+    }
+
+
+def text(length: int, start: int = 0) -> list[int]:
+    return [2039, *((7 * i + start) % 2000 for i in range(1, length))]
+
+
+def task(prompt: Any = STORY, **options: Any) -> Task:
+    options = {"model": base, "max_tokens": 12, **options}
+    return plan(endless, prompt, **options)
+
+
+def run(scheduler: Scheduler, tasks: list[Task]) -> dict[Task, list[Update]]:
+    """Every update of each task, run to its end."""
+    updates: dict[Task, list[Update]] = {each: [] for each in tasks}
+    for each in tasks:
+        scheduler.add(each)
+    while len(scheduler):
+        for update in scheduler.step():
+            updates.setdefault(update.task, []).append(update)
+    return updates
+
+
+def tokens_of(responses: list[GenerationResponse]) -> list[int]:
+    return [response.token for response in responses]
+
+
+def told(responses: list[GenerationResponse]) -> list[tuple]:
+    """All that does not depend on the clock or on where the prompt's state came from."""
+    return [
+        (
+            *(r.text, r.token, r.stage, r.from_draft, r.prompt_tokens, r.generation_tokens),
+            *(r.drafted_tokens, r.parked, r.finish_reason, pytest.approx(r.logprob, abs=2e-4)),
+        )
+        for r in responses
+    ]
+
+
+# --- batch_generate -------------------------------------------------------------------------------
+
+MIXED: list[tuple[Any, dict[str, Any]]] = [
+    (STORY, {}),
+    (STORY, {"mode": "speculative", "num_draft_tokens": 5}),
+    ("The capital of France is", {"temp": 0.8, "seed": 7, "top_p": 0.9}),
+    (TALK, {"model": "chat"}),
+    (TALK, {"model": "math", "mode": "certified"}),
+    (TALK, {"model": "both", "mode": "speculative", "temp": 0.9, "seed": 3}),
+    (text(300), {"mode": "wand", "p99_bounds": BOUNDS}),
+    (text(30), {"mode": "stage", "stage": 1}),
+    (STORY, {"mode": "prefix", "max_stages": 2, "repetition_penalty": 1.3}),
+    (STORY, {"mode": "compose", "stages": [0, 3]}),
+    ("The capital of France is", {"stop": "language"}),
+    (text(640), {"max_tokens": 3, "prefill_step_size": 70}),
+    (text(9), {"mode": "certified", "p99_bounds": BOUNDS, "max_tokens": 30}),
+    (STORY, {"temp": 1.2, "seed": 9, "min_p": 0.05, "model": "chat", "mode": "wand"}),
+]
+
+
+@pytest.mark.parametrize("max_sequences", [3, 16])
+def test_every_prompt_gets_what_it_gets_alone(max_sequences):
+    known = [{k: models()[v] if k == "model" else v for k, v in o.items()} for _, o in MIXED]
+    prompts = [prompt for prompt, _ in MIXED]
+    result = batch_generate(
+        base, tokenizer, prompts, per_prompt=known, max_sequences=max_sequences, max_tokens=20
+    )
+    for prompt, options, responses, whole in zip(
+        prompts, known, result.responses, result.texts, strict=True
+    ):
+        options = {"model": base, "max_tokens": 20, **options}
+        alone = list(stream_generate(options.pop("model"), tokenizer, prompt, **options))
+        assert told(responses) == told(alone), (prompt, options)
+        assert whole == "".join(r.text for r in alone)
+    counts = [len(responses) for responses in result.responses]
+    stats = result.stats
+    assert stats.generation_tokens == sum(counts)
+    assert stats.prompt_tokens == sum(r[-1].prompt_tokens for r in result.responses)
+    assert stats.prompt_tps == stats.prompt_tokens / stats.prompt_time
+    assert stats.generation_tps == stats.generation_tokens / stats.generation_time
+    assert stats.peak_memory > 0
+
+
+def test_models_over_different_bases_in_one_batch():
+    per_prompt = [{"model": models()["flat"]}, None, {"model": models()["flat"]}]
+    prompts = [list(range(20)), text(20), [i % 99 for i in range(300)]]
+    result = batch_generate(base, endless, prompts, per_prompt=per_prompt, max_tokens=8)
+    for prompt, special, responses in zip(prompts, per_prompt, result.responses, strict=True):
+        alone = stream_generate((special or {}).get("model", base), endless, prompt, max_tokens=8)
+        assert tokens_of(responses) == tokens_of(list(alone))
+
+
+def test_progress_and_replies_are_told_as_they_come():
+    done: list[tuple[int, int]] = []
+    finished: dict[int, int] = {}
+    batch_generate(
+        base,
+        endless,
+        [STORY] * 3,
+        per_prompt=[{"max_tokens": n} for n in (9, 2, 5)],
+        max_sequences=2,
+        progress=lambda *counts: done.append(counts),
+        finished=lambda i, responses: finished.update({i: len(responses)}),
+    )
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert list(finished.items()) == [(1, 2), (2, 5), (0, 9)]
+
+
+def test_an_interruption_keeps_what_is_finished():
+    finished: list[int] = []
+
+    def interrupt(done: int, _: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        batch_generate(
+            base,
+            endless,
+            [STORY] * 6,
+            max_tokens=4,
+            max_sequences=2,
+            progress=interrupt,
+            finished=lambda i, _: finished.append(i),
+        )
+    assert finished == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "named"),
+    [
+        ("one text", {}, "prompts are a list, not str"),
+        (["a", ""], {}, "prompt 1: the prompt is empty"),
+        (["a", [5, 2048]], {}, "prompt 1: token id 2048"),
+        (["a"], {"mode": "deep"}, "prompt 0: mode 'deep'"),
+        (["a"], {"per_prompt": []}, "per_prompt has 0 entries for 1"),
+        (["a"], {"per_prompt": [{"temperature": 1}]}, "prompt 0: there is no option temperature"),
+        (["a"], {"per_prompt": [{"model": "chat"}]}, "prompt 0: model is a loaded model"),
+        (["a"], {"max_tokens": 0}, "prompt 0: max_tokens 0"),
+        (["a"], {"stop": [""]}, "prompt 0: a stop string is empty"),
+        (["a"], {"state": None}, "prompt 0: there is no option state"),
+        (["a"], {"max_sequences": 0}, "max_sequences 0"),
+        (["a"], {"memory": 1000}, "prompt 0: 2 tokens of prompt and 256 to generate"),
+    ],
+    ids=str,
+)
+def test_bad_requests_are_named_before_any_work(prompts, options, named, monkeypatch):
+    monkeypatch.setattr(Scheduler, "step", None)
+    with pytest.raises(RequestError, match=named):
+        batch_generate(base, endless, prompts, **options)
+
+
+def test_an_error_in_one_reply_is_raised_after_the_others(monkeypatch):
+    real = Tokenizer.detokenizer
+    made: list[int] = []
+
+    def failing(self: Tokenizer) -> Any:
+        made.append(1)
+        if len(made) == 2:
+            raise OSError("a broken reply")
+        return real(self)
+
+    monkeypatch.setattr(Tokenizer, "detokenizer", failing)
+    finished: list[int] = []
+    with pytest.raises(OSError, match="a broken reply"):
+        batch_generate(
+            base, endless, [STORY] * 3, max_tokens=3, finished=lambda i, _: finished.append(i)
+        )
+    assert finished == [0, 2]
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "keep_trunk"), [("base", 1024), ("chat", 0), ("both", 1024), ("flat", 0)]
+)
+@pytest.mark.parametrize("mode", ["full", "speculative", "stage", "wand"])
+def test_no_state_is_larger_than_foretold(name, mode, keep_trunk):
+    model = models()[name]
+    options = {"p99_bounds": [0.3] * (model.poe_n_stages - 1)} if mode == "wand" else {}
+    for length in (1, 250, 600):
+        state = DecodingState(model, keep_trunk=keep_trunk)
+        count = 10
+        # Refused drafts stay in memory with the token that was kept.
+        drafts = 3 if mode == "speculative" else 0
+        most = state_bytes(
+            model,
+            length + count + drafts,
+            keep_trunk=keep_trunk,
+            pending=256 if mode in ("stage", "wand") else 0,
+            spare=count * drafts,
+        )
+        for _ in stream_generate(
+            model, endless, [7] * length, max_tokens=count, mode=mode, state=state, **options
+        ):
+            assert state.nbytes <= most, (length, state.nbytes, most)
+
+
+@pytest.mark.parametrize(("name", "keep_trunk"), [("base", 0), ("both", 1024)])
+def test_what_is_foretold_is_close_for_texts_beyond_the_windows(name, keep_trunk):
+    model, state = models()[name], DecodingState(models()[name], keep_trunk=keep_trunk)
+    options = {"max_tokens": 128, "state": state}
+    most = max(state.nbytes for _ in stream_generate(model, endless, text(1024), **options))
+    foretold = state_bytes(model, 1024 + 128, keep_trunk=keep_trunk)
+    assert most <= foretold <= 1.3 * most
+    # Longer texts need no more.
+    assert state_bytes(model, 10**9, keep_trunk=keep_trunk) <= 1.3 * most
+
+
+def test_a_state_that_was_long_is_counted_as_such():
+    state = DecodingState(base)
+    list(stream_generate(base, endless, text(380), max_tokens=1, state=state))
+    state.rollback(370)
+    state.rollback(260)
+    assert made_for(state) > 260
+    assert state.nbytes <= state_bytes(base, 260, room=made_for(state), spare=256)
+    assert made_for(DecodingState(base)) == 0
+
+
+def test_what_does_not_fit_waits_and_what_never_fits_is_refused():
+    short = Scheduler(endless).bytes_needed(task())
+    scheduler = Scheduler(endless, memory=2 * short, prompt_cache_bytes=0)
+    tasks = [task() for _ in range(5)]
+    most = 0
+    for each in tasks:
+        scheduler.add(each)
+    order = []
+    while len(scheduler):
+        order += [update.task for update in scheduler.step() if update.ended]
+        stats = scheduler.stats
+        most = max(most, stats.running)
+        assert stats.state_bytes <= 2 * short
+    assert most == 2
+    assert order == tasks
+    large = task(text(400))
+    assert short < scheduler.bytes_needed(large)
+    scheduler = Scheduler(endless, memory=short)
+    with pytest.raises(RequestError, match=r"400 tokens of prompt and 12 .* MB, but .* MB: allow"):
+        scheduler.add(large)
+    assert not len(scheduler)
+
+
+def test_a_large_task_is_not_overtaken_for_ever():
+    small = Scheduler(endless).bytes_needed(task())
+    large = task(text(600))
+    need = Scheduler(endless).bytes_needed(large)
+    scheduler = Scheduler(endless, memory=need + small // 2, prompt_cache_bytes=0)
+    tasks = [task(), large, task(), task()]
+    updates = run(scheduler, tasks)
+    assert all(each[-1].ended and not each[-1].error for each in updates.values())
+    ends = [tasks.index(update.task) for each in updates.values() for update in each[-1:]]
+    assert ends == [0, 1, 2, 3]
+
+
+def held(scheduler: Scheduler) -> int:
+    """Bytes of all arrays that running states and kept prompts hold."""
+    arrays = [a for running in scheduler._running.values() for a in running.state.arrays()]
+    arrays += [a for _, kept in scheduler.cache._entries.values() for a in kept]
+    return sum(array.nbytes for array in {id(array): array for array in arrays}.values())
+
+
+def test_real_memory_stays_within_the_budget():
+    """Sequences of many lengths and modes that come and go, with prompts that begin alike."""
+    key = mx.random.key(3)
+    picks = mx.random.randint(0, 10**6, (30,), key=key).tolist()
+    names, modes = list(models())[:4], ["full", "speculative", "wand", "stage", "certified"]
+    tasks = []
+    for pick in picks:
+        model = models()[names[pick % 4]]
+        mode = modes[pick // 4 % 5]
+        options: dict[str, Any] = {}
+        if "p99_bounds" in MODES[mode]:
+            options["p99_bounds"] = [0.3] * (model.poe_n_stages - 1)
+        if mode == "speculative":
+            options["num_draft_tokens"] = 1 + pick % 7
+        prompt = text(10 + pick % 3 * 150 + pick % 11, start=pick % 3)
+        tasks.append(task(prompt, model=model, mode=mode, max_tokens=1 + pick % 20, **options))
+    need = max(Scheduler(endless, keep_trunk=1024).bytes_needed(each) for each in tasks)
+    scheduler = Scheduler(
+        endless, memory=4 * need, prompt_cache_bytes=need, max_sequences=6, keep_trunk=1024
+    )
+    for each in tasks:
+        scheduler.add(each)
+    most = 0
+    while len(scheduler):
+        for update in scheduler.step():
+            assert not update.error
+        stats = scheduler.stats
+        assert stats.cache_bytes <= need
+        assert stats.state_bytes + stats.cache_bytes <= 4 * need
+        for running in scheduler._running.values():
+            assert running.state.nbytes <= running.need
+        most = max(most, held(scheduler))
+    assert need < most <= 4 * need
+    assert scheduler.stats.cache_hits > 5
+
+
+def test_a_short_task_that_goes_on_from_a_long_text_is_counted_with_its_buffers():
+    scheduler = Scheduler(endless)
+    run(scheduler, [task(text(370), max_tokens=1)])
+    short = task([*text(20), 1, 2], max_tokens=30)
+    scheduler.add(short)
+    scheduler.step()
+    running = scheduler._running[short]
+    assert running.need > scheduler.bytes_needed(short)
+    assert running.state.nbytes <= running.need
+    assert run(scheduler, [])  # it has a reply
+    assert scheduler.cache.cached_tokens == 20
+
+
+def test_rows_of_others_do_not_stay_in_memory():
+    """One long sequence beside many short ones."""
+    scheduler = Scheduler(endless, max_sequences=5, keep_trunk=1024, prompt_cache_bytes=0)
+    long = task(text(20), max_tokens=120)
+    scheduler.add(long)
+    while not scheduler._running:
+        scheduler.step()
+    state, most = scheduler._running[long].state, 0
+    while long in scheduler._running:
+        while len(scheduler) < 5:
+            scheduler.add(task(text(10), max_tokens=6))
+        most = max(most, state.nbytes)
+        scheduler.step()
+    alone = DecodingState(base, keep_trunk=1024)
+    list(stream_generate(base, endless, text(20), max_tokens=120, state=alone))
+    assert most <= 1.4 * alone.nbytes
+    assert state.tokens == alone.tokens
+
+
+def test_there_is_memory_on_this_machine():
+    assert memory_for_states() > 1 << 28
+
+
+# --- the life of tasks ----------------------------------------------------------------------------
+
+
+def test_a_task_can_be_cancelled_wherever_it_is():
+    scheduler = Scheduler(endless, max_sequences=2)
+    tasks = [task(max_tokens=40) for _ in range(4)]
+    for each in tasks:
+        scheduler.add(each)
+    got: dict[Task, list[int]] = {each: [] for each in tasks}
+    steps = 0
+    while len(scheduler):
+        steps += 1
+        for update in scheduler.step():
+            if update.response:
+                got[update.task].append(update.response.token)
+        if steps == 5:
+            scheduler.cancel(tasks[0])  # running
+            scheduler.cancel(tasks[3])  # waiting
+            scheduler.cancel(tasks[0])  # a second time
+    whole = tokens_of(list(stream_generate(base, endless, STORY, max_tokens=40)))
+    assert 0 < len(got[tasks[0]]) < 40
+    assert got[tasks[0]] == whole[: len(got[tasks[0]])]
+    assert got[tasks[1]] == got[tasks[2]] == whole
+    assert got[tasks[3]] == []
+
+
+def test_a_reply_that_ends_early_leaves_the_state_at_its_end():
+    """Several tokens may come at once; those behind a stop string are not the reply's."""
+    scheduler = Scheduler(endless)
+    options = {"mode": "speculative", "num_draft_tokens": 6, "max_tokens": 40}
+    each = task("The capital of France is", stop=" French", **options)
+    updates = run(scheduler, [each])[each]
+    ((state, _),) = scheduler.cache._entries.values()
+    said = [*each.tokens, *(update.response.token for update in updates if update.response)]
+    assert state.tokens in (said, said[:-1])
+    assert updates[-1].response and updates[-1].response.finish_reason == "stop"
+    assert sum(update.ended for update in updates) == 1
+
+
+def test_a_mode_that_does_not_pay_falls_back_beside_others():
+    dear = Costs((1, 8), ((1.0, 20.0),) * 4, ((1.0, 20.0),) * 4, (3,))
+    options = {"mode": "speculative", "costs": dear, "max_tokens": 30}
+    tasks = [task(**options), task(text(30)), task(mode="speculative", max_tokens=30)]
+    updates = run(Scheduler(endless), tasks)
+    parked, _, unwatched = (
+        [update.response for update in updates[each] if update.response] for each in tasks
+    )
+    assert tokens_of(parked) == tokens_of(unwatched)
+    assert parked[-1].parked and "full depth" in parked[-1].parked
+    assert unwatched[-1].parked is None
+    assert parked[-1].drafted_tokens < unwatched[-1].drafted_tokens
+
+
+def test_nothing_grows_over_several_hundred_requests():
+    scheduler = Scheduler(endless, max_sequences=4, prompt_cache_bytes=12_000_000)
+    sizes = []
+    for i in range(200):
+        updates = run(scheduler, [task(text(12 + i % 5, start=i), max_tokens=2)])
+        assert all(not each[-1].error for each in updates.values())
+        if i in (100, 199):
+            cache = scheduler.cache
+            sizes.append((len(cache), cache.nbytes, len(cache._users), mx.get_active_memory()))
+        assert scheduler.cache.nbytes <= 12_000_000
+    assert not scheduler._running and not scheduler._waiting and not len(scheduler._batch)
+    (*first, before), (*last, after) = sizes
+    assert first == last
+    assert after <= before + 1_000_000
+
+
+def test_a_closed_scheduler_holds_nothing():
+    scheduler = Scheduler(endless, max_sequences=1)
+    for _ in range(3):
+        scheduler.add(task())
+    scheduler.step()
+    scheduler.close()
+    assert len(scheduler) == 0 and scheduler.step() == []
+    assert held(scheduler) == scheduler.cache.nbytes == 0
