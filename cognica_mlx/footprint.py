@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from cognica_mlx.cache import GROWTH, LARGE, TAIL, UNEVEN, uneven
+from cognica_mlx.cache import GROWTH, LARGE, TAIL
 from cognica_mlx.model import PoEModel
 from cognica_mlx.state import SLACK, DecodingState
 
@@ -39,8 +39,8 @@ def state_bytes(
     base, total = len(config.stage_layers), 0
     for k, stage in enumerate(model.stages):
         for window in stage.windows:
-            longest = uneven(window + 2 * slack)
-            rows = min(longest, uneven(-(-max(positions, room) // GROWTH) * GROWTH))
+            longest = window + 2 * slack
+            rows = min(longest, -(-max(positions, room) // GROWTH) * GROWTH)
             if rows * row >= LARGE:
                 rows += min(TAIL, slack)
             total += 2 * rows * row  # keys and values
@@ -55,4 +55,4 @@ def made_for(state: DecodingState) -> int:
     back."""
     layers = [layer for cache in state.caches for layer in cache.content.layers]
     rows = (layer.keys.shape[2] for layer in layers if layer.keys is not None)
-    return max(max(rows, default=0) - UNEVEN, 0)
+    return max(rows, default=0)

@@ -237,5 +237,5 @@ def test_flags_that_make_no_sense(flags, named, capsys):
 def test_an_output_that_cannot_be_written(tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", ["Once"])
     output = str(tmp_path / "no" / "folder" / "out.jsonl")
-    assert main(["--prompts", str(source), "--output", output]) == 1
+    assert main(["--prompts", str(source), "--output", output]) == 2
     assert "cannot be written" in capsys.readouterr().err
