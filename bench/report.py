@@ -22,6 +22,7 @@ FORMAT = 1
 
 TITLES = {
     "stages": "Latency by stage cut-off",
+    "batch": "Many sequences at once; the ceiling is what batches of rows alone would allow",
     "lengths": "Latency by length of the text",
     "rows": "A batch of rows",
     "prompt": "Reading a prompt",
@@ -92,6 +93,8 @@ _COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "state": lambda f: _with("{:.1f} MB", f.notes.get("state_mb")),
     "of weights": lambda f: _with("{:.1%}", f.notes.get("of_weights")),
     "agreement": lambda f: _with("{:.1%}", f.notes.get("agreement")),
+    "of the states": lambda f: _with("{:.1%}", f.notes.get("of_states")),
+    "fell back": lambda f: _with("{}", f.notes.get("fell_back")),
     "depth": lambda f: _with("{:.2f}", f.notes.get("mean_depth")),
     "accepted": lambda f: _with("{:.1%}", f.notes.get("acceptance")),
 }

@@ -25,6 +25,7 @@ from rich.progress import (
 
 from cognica_mlx import atomic
 from cognica_mlx.bench import figures
+from cognica_mlx.bench.batch import batches
 from cognica_mlx.bench.figures import ROWS, Figure, Setup
 from cognica_mlx.bench.machine import slow_blas, this_machine
 from cognica_mlx.bench.modes import Recording, modes
@@ -49,7 +50,7 @@ from mlx_poe.commands.options import (
 from mlx_poe.load import DEFAULT_MODEL, DTYPES, load
 from mlx_poe.tokenizer import BOS
 
-SECTIONS = ("stages", "prompt", "rows", "modes", "lengths", "quantised", "memory")
+SECTIONS = ("stages", "prompt", "rows", "modes", "batch", "lengths", "quantised", "memory")
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
 # Beginnings in the kinds of text that poe-tiny has learnt, which other models can go on from too.
 BEGINNINGS = (
@@ -70,6 +71,7 @@ EXAMPLES = """\
   mlx_poe.bench --shape 1.3b --only stages,rows --json 1.3b.json
   mlx_poe.bench --shape 1.3b --agreement 0.88 --only modes --plot modes.png
   mlx_poe.bench --shape 1.3b --only lengths --lengths 2048,16384
+  mlx_poe.bench --only batch --peers                   # many sequences, against mlx-lm's batch
   mlx_poe.bench --compare old.json
 
 On Linux without a GPU MLX brings a slow BLAS, with which no figure means much. Install OpenBLAS
@@ -110,7 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"measure only these of {', '.join(SECTIONS)} (default: {','.join(DEFAULT_SECTIONS)})",
     )
     how.add_argument(
-        "--peers", action="store_true", help="also measure mlx-lm on a Llama of equal size"
+        "--peers",
+        action="store_true",
+        help="also measure mlx-lm: on a Llama of equal size, and in batches over the same weights",
     )
     how.add_argument("--trials", type=int, default=5, help="rounds over all cases (default: 5)")
     how.add_argument(
@@ -321,12 +325,13 @@ def _measure(
         "prompt": lambda: figures.prompts(setup, args.prompt_tokens),
         "rows": lambda: figures.rows(setup),
         "modes": lambda: modes(setup, calibration, recording),
+        "batch": lambda: batches(setup, calibration, peer=args.peers),
         "lengths": lambda: figures.lengths(setup, args.lengths),
         "quantised": lambda: figures.quantised(setup, args.q_bits),
         "memory": lambda: figures.memory(setup, max(args.prompt_tokens, args.context)),
     }
     found = [figure for name, measure in sections.items() if name in wanted for figure in measure()]
-    if args.peers:
+    if args.peers and set(wanted) != {"batch"}:
         found += peers(setup, args.prompt_tokens)
     return found
 
