@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten
 
 from cognica_mlx.calibration import CALIBRATION_FILE, CalibrationWarning, read_calibration
 from cognica_mlx.config import SUMMED, PoEConfig
+from cognica_mlx.convert.chat_layout import BOS, REPLY_END
 from cognica_mlx.convert.checkpoint import Checkpoint, eos_token_ids, read_checkpoint
 from cognica_mlx.convert.model_card import model_card
 from cognica_mlx.convert.output_folder import check_target, new_folder, remove_leftovers
@@ -173,8 +174,8 @@ class Conversion:
         checkpoint = self.checkpoint
         encoding = read_encoding(checkpoint.tokenizer_folder)
         special = encoding._special_tokens
-        bos = special.get("<|bos|>")
-        stops = [t for t in (special.get("<|assistant_end|>"), bos) if t is not None]
+        bos = special.get(BOS)
+        stops = [t for t in (special.get(REPLY_END), bos) if t is not None]
         try:
             write_tokenizer(folder, encoding, chat=bool(self.config.specialist_layers))
         except TokenizerError as error:

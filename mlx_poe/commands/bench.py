@@ -34,6 +34,7 @@ from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.calibration.measuring import calibrate, record
+from cognica_mlx.convert.chat_layout import BOS
 from cognica_mlx.convert.quantization import BITS
 from cognica_mlx.costs import measure
 from cognica_mlx.errors import RequestError
@@ -47,7 +48,6 @@ from mlx_poe.commands.options import (
     run,
 )
 from mlx_poe.load import DEFAULT_MODEL, DTYPES, load
-from mlx_poe.tokenizer import BOS
 
 SECTIONS = ("stages", "prompt", "rows", "modes", "lengths", "quantised", "memory")
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
