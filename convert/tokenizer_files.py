@@ -17,7 +17,7 @@ import tiktoken
 
 from cognica_mlx.convert import tokenizer_json
 from cognica_mlx.convert.plain_pickle import BYTES, INTEGERS, TEXT, Dialect, Global, replay
-from cognica_mlx.errors import TokenizerError
+from cognica_mlx.errors import TokenizerError, one_line
 
 FILE_NAME = "tokenizer.pkl"
 MOST_BYTES = 64 * 2**20  # 48000 tokens take half a megabyte
@@ -75,7 +75,7 @@ def _checked(path: Path, read: Callable[[], object]) -> tiktoken.Encoding:
         raise TokenizerError(f"{path} {error}") from error.__cause__
     except Exception as error:  # what pickletools and bad stack contents can raise is no fixed list
         raise TokenizerError(
-            f"{path} is damaged or not a tokenizer ({_one_line(error)}): download it again"
+            f"{path} is damaged or not a tokenizer ({one_line(error)}): download it again"
         ) from error
 
 
@@ -165,8 +165,4 @@ def _tiktoken_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise TokenizerError(f"{what} ({_one_line(error)})") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+        raise TokenizerError(f"{what} ({one_line(error)})") from error

@@ -21,7 +21,7 @@ from typing import Any
 import tiktoken
 
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END, TEMPLATE
-from cognica_mlx.errors import TokenizerError
+from cognica_mlx.errors import TokenizerError, one_line
 
 FILE_NAME = "tokenizer.json"
 MOST_SPLITS = 50_000_000  # characters of merges; 48000 tokens take 3 million
@@ -180,7 +180,6 @@ def read_fields(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise TokenizerError(
-            f"{path} is damaged or not a converted model's tokenizer ({reason})"
+            f"{path} is damaged or not a converted model's tokenizer ({one_line(error)})"
         ) from error

@@ -35,7 +35,7 @@ from cognica_mlx.convert.plain_pickle import (
     Global,
     replay,
 )
-from cognica_mlx.errors import CheckpointError
+from cognica_mlx.errors import CheckpointError, one_line
 
 MOST_DIRECTORY_BYTES = 4 * 2**20  # 300 storages take 30 thousand bytes
 MOST_PICKLE_BYTES = 16 * 2**20  # and 30 thousand in the pickle
@@ -97,9 +97,8 @@ class TorchFile:
         except (
             Exception
         ) as error:  # what zipfile, pickletools and bad stacks raise is no fixed list
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise CheckpointError(
-                f"{path} is damaged or no PyTorch checkpoint ({reason}): fetch it again"
+                f"{path} is damaged or no PyTorch checkpoint ({one_line(error)}): fetch it again"
             ) from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
