@@ -70,5 +70,6 @@ def rounded(model: PoEModel, bits: int) -> PoEModel:
     """The same model with its matrices rounded to so many bits, as `load(quantize=)` makes it."""
     config = model.config
     plan, other = make_plan(config, scheme(bits)), PoEModel(config)
-    fill(other, iter(tree_flatten(model.parameters())), plan)
+    given: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    fill(other, iter(given.items()), plan)
     return other

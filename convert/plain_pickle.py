@@ -72,7 +72,7 @@ def replay(data: bytes, dialect: Dialect) -> list[object]:
     known = _COMMON | dialect.values | dialect.rules.keys()
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, object] = {}
+    memo: dict[Any, object] = {}
 
     def take(count: int) -> list[Any]:
         if not 0 <= count <= len(stack):
@@ -114,15 +114,15 @@ def replay(data: bytes, dialect: Dialect) -> list[object]:
             items = take(len(stack) - marks.pop() if name == "SETITEMS" else 2)
             _set_items(stack[-1], items, dialect)
         elif name == "GLOBAL":
-            stack.append(_global(*str(arg).split(" ", 1), dialect))
+            stack.append(_global(dialect, *str(arg).split(" ", 1)))
         elif name == "STACK_GLOBAL":
-            stack.append(_global(*take(2), dialect))
+            stack.append(_global(dialect, *take(2)))
         elif name in dialect.rules:
             stack.append(dialect.rules[name](*take(_OPERANDS[name])))
     return stack
 
 
-def _global(module: object, name: object, dialect: Dialect) -> Global:
+def _global(dialect: Dialect, module: object, name: object = "") -> Global:
     # Exact types: a text is all that may be looked for, or shown.
     if type(module) is not str or type(name) is not str:
         full_name = "a non-name"
