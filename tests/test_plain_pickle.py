@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pickles import Calls
 
 from cognica_mlx.convert.tokenizer_files import read_encoding
 from cognica_mlx.convert.torch_files import TorchFile
@@ -163,16 +164,6 @@ def test_both_readers_refuse_the_same_instructions(tmp_path, name, data):
     for message in refusals(tmp_path, data):
         assert message.startswith(f"uses the pickle instruction {name}, which no ")
         assert message.endswith(": refused, nothing was run")
-
-
-class Calls:
-    """Pickles to a call of `function(*args)`."""
-
-    def __init__(self, function: Callable[..., object], *args: object) -> None:
-        self.call = (function, args)
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 def test_both_readers_run_nothing_where_an_unpickler_would(tmp_path):
