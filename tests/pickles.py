@@ -2,6 +2,14 @@
 
 from typing import Any
 
+# of the smallest tiktoken.Encoding
+FIELDS: dict[str, Any] = {
+    "name": "small",
+    "pat_str": r"\S+|\s+",
+    "mergeable_ranks": {bytes([byte]): byte for byte in range(256)},
+    "special_tokens": {"<|bos|>": 256},
+}
+
 
 def text(value: str) -> bytes:
     data = value.encode()

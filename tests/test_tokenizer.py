@@ -10,6 +10,7 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pickles import FIELDS
 
 from cognica_mlx.errors import RequestError, TokenizerError
 from mlx_poe.tokenizer import Tokenizer
@@ -18,12 +19,6 @@ ROOT = Path(__file__).parents[1]
 TINY = ROOT / "mlx_poe" / "models" / "poe-tiny"
 GOLDENS = json.loads((ROOT / "tests" / "fixtures" / "poe-tiny-goldens.json").read_text())
 TOKENIZER = Tokenizer.from_folder(TINY)
-FIELDS: dict[str, Any] = {
-    "name": "small",
-    "pat_str": r"\S+|\s+",
-    "mergeable_ranks": {bytes([byte]): byte for byte in range(256)},
-    "special_tokens": {"<|bos|>": 256},
-}
 
 # ids over 2047 have no token; single high bytes make broken UTF-8
 HIGH_BYTES = [TOKENIZER.encoding.encode_single_token(bytes([byte])) for byte in range(128, 256)]

@@ -12,7 +12,7 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pickles import Calls, short
+from pickles import FIELDS, Calls, short
 
 from cognica_mlx.convert import tokenizer_files
 from cognica_mlx.convert.tokenizer_files import read_encoding
@@ -22,12 +22,6 @@ from mlx_poe.tokenizer import Tokenizer
 TINY = Path(__file__).parents[1] / "mlx_poe" / "models" / "poe-tiny"
 REAL = (TINY / "tokenizer.pkl").read_bytes()
 TOKENIZER = Tokenizer.from_folder(TINY)
-FIELDS: dict[str, Any] = {
-    "name": "small",
-    "pat_str": r"\S+|\s+",
-    "mergeable_ranks": {bytes([byte]): byte for byte in range(256)},
-    "special_tokens": {"<|bos|>": 256},
-}
 
 
 def refusal(folder: Path, data: bytes) -> str:
