@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.convert.quantization import apply_plan, make_plan, pack, scheme
+from cognica_mlx.convert.quantization import fill, make_plan, scheme
 from cognica_mlx.model import PoEModel
 
 _COMMON: dict[str, Any] = {"head_dim": 128, "sequence_len": 2048, "window_pattern": "SSSL"}
@@ -70,12 +70,6 @@ def rounded(model: PoEModel, bits: int) -> PoEModel:
     """The same model with its matrices rounded to so many bits, as `load(quantize=)` makes it."""
     config = model.config
     plan, other = make_plan(config, scheme(bits)), PoEModel(config)
-    apply_plan(other, plan)
-    weights: dict[str, mx.array] = {}
     given: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    for name, array in given.items():
-        weights.update(pack(name, array, plan))
-        mx.eval(weights)
-    other.update(tree_unflatten(list(weights.items())))
-    other.eval()
+    fill(other, iter(given.items()), plan)
     return other

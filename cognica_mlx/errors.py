@@ -23,3 +23,8 @@ class RequestError(PoEError, ValueError):
 
 class RollbackError(PoEError):
     """The decoding state no longer holds what a rollback would need."""
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's error says, in one line that is not too long."""
+    return " ".join(str(error).split())[:160] or type(error).__name__

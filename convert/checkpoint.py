@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cognica_mlx.config import SUMMED, PoEConfig, flatten
 from cognica_mlx.convert.quantization import Plan, apply_plan, from_fields
 from cognica_mlx.convert.safetensors_files import read_json, read_tensors
 from cognica_mlx.convert.sources import Source, locate_base
-from cognica_mlx.convert.stored import StoredTensor
+from cognica_mlx.convert.stored import DTYPES, StoredTensor
 from cognica_mlx.convert.tokenizer_files import has_tokenizer
 from cognica_mlx.convert.torch_files import TorchFile
 from cognica_mlx.errors import CheckpointError, ConfigError
@@ -42,7 +42,8 @@ _PREFIXES = ("_orig_mod.", "gpt.", "model.")
 _BUFFERS = re.compile(r"(.*\.)?(cos|sin|inv_freq)")
 # Their rows are padded, to 64 or otherwise; the logits are cropped to vocab_size.
 _VOCAB_ROWS = re.compile(r"wte\.|lm_head|.*\.value_embed\.")
-_FLOATS = (mx.float32, mx.bfloat16, mx.float16)
+# Trained, small and never packed: these tell a base from another of the same shape.
+FINGERPRINT = ("smear_lambda", "backout_lambda", "smear_gate.weight")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,20 @@ class Checkpoint:
         """The weights that a delta brings, or all of a base."""
         inherited = self.base.weights if self.base else {}
         return {k: v for k, v in self.weights.items() if inherited.get(k) is not v}
+
+    def unpacked(self, name: str, dtype: mx.Dtype) -> mx.array:
+        """A weight as a model of `dtype` computes with it, whether it is packed or not."""
+
+        def read(name: str) -> mx.array:
+            array = self.weights[name].read()
+            return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+        path = name.removesuffix(".weight")
+        if path not in self.plan:
+            return read(name)
+        biases = read(f"{path}.biases") if f"{path}.biases" in self.weights else None
+        how = asdict(self.plan[path])
+        return mx.dequantize(read(name), read(f"{path}.scales"), biases, **how).astype(dtype)
 
 
 def read_checkpoint(source: Source, step: int | None = None) -> Checkpoint:
@@ -290,7 +305,7 @@ def check_weights(
             wanted = (shape[0], wanted[1])
         if shape != wanted:
             problems.append(f"has {key} of shape {shape}, not {wanted}")
-        elif dtype not in _FLOATS if kind in _FLOATS else dtype != kind:
+        elif dtype not in DTYPES.values() if kind in DTYPES.values() else dtype != kind:
             problems.append(f"has {key} in {dtype}, which is no weight's type")
     if problems:
         more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""

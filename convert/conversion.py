@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,13 @@ from mlx.utils import tree_flatten
 
 from cognica_mlx.calibration import CALIBRATION_FILE, CalibrationWarning, read_calibration
 from cognica_mlx.config import SUMMED, PoEConfig
-from cognica_mlx.convert.checkpoint import Checkpoint, eos_token_ids, read_checkpoint
+from cognica_mlx.convert.chat_layout import BOS, REPLY_END
+from cognica_mlx.convert.checkpoint import (
+    FINGERPRINT,
+    Checkpoint,
+    eos_token_ids,
+    read_checkpoint,
+)
 from cognica_mlx.convert.model_card import model_card
 from cognica_mlx.convert.output_folder import check_target, new_folder, remove_leftovers
 from cognica_mlx.convert.quantization import Plan, Rule, Scheme, make_plan, mixed, pack, to_fields
@@ -36,8 +42,8 @@ from cognica_mlx.convert.safetensors_files import (
     read_json,
     write_index,
 )
-from cognica_mlx.convert.sources import Source
-from cognica_mlx.convert.stored import StoredTensor
+from cognica_mlx.convert.sources import Source, hub_reason
+from cognica_mlx.convert.stored import DTYPES, StoredTensor
 from cognica_mlx.convert.tokenizer_files import read_encoding
 from cognica_mlx.convert.tokenizer_json import write_tokenizer
 from cognica_mlx.errors import CheckpointError, RequestError, TokenizerError
@@ -50,12 +56,8 @@ SHIM = """\
 from cognica_mlx.mlx_lm_model import Model, ModelArgs
 """
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
 _HEADS = ("wte", "lm_head", "value_embed")
 _SMALL_FILES_BYTES = 32 * 2**20  # more than tokenizer, card and the rest take
-# Trained and too small to be quantised: these tell a base from another of the same shape.
-_FINGERPRINT = ("smear_lambda", "backout_lambda", "smear_gate.weight", "resid_lambdas")
 _FINGERPRINT_MATRICES = ("h.0.attn.c_q.weight", "lm_head.weight")
 
 
@@ -173,8 +175,8 @@ class Conversion:
         checkpoint = self.checkpoint
         encoding = read_encoding(checkpoint.tokenizer_folder)
         special = encoding._special_tokens
-        bos = special.get("<|bos|>")
-        stops = [t for t in (special.get("<|assistant_end|>"), bos) if t is not None]
+        bos = special.get(BOS)
+        stops = [t for t in (special.get(REPLY_END), bos) if t is not None]
         try:
             write_tokenizer(folder, encoding, chat=bool(self.config.specialist_layers))
         except TokenizerError as error:
@@ -301,10 +303,8 @@ def upload(folder: Path, repo_id: str) -> str:
         api.create_repo(repo_id, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
     except Exception as error:
-        # Errors of its HTTP library come through too, and which one that is changes.
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise CheckpointError(
-            f"{folder} is written, but the hub did not take it as {repo_id} ({reason})"
+            f"{folder} is written, but the hub did not take it as {repo_id} ({hub_reason(error)})"
         ) from None
 
 
@@ -329,26 +329,12 @@ def _check_base(checkpoint: Checkpoint, base: Source) -> None:
             raise CheckpointError(
                 f"{base.name} is not what {name} stands on: {field} is {other}, not {value}"
             )
-    for tensor in (*_FINGERPRINT, *_FINGERPRINT_MATRICES):
-        ours, theirs = (unpacked(c, tensor)[:64] for c in (expected, converted))
+    for tensor in (*FINGERPRINT, "resid_lambdas", *_FINGERPRINT_MATRICES):
+        ours, theirs = (c.unpacked(tensor, mx.float32)[:64] for c in (expected, converted))
         rounding = mx.abs(ours - theirs).max() / mx.abs(ours).max()
         # A matrix may have been rounded to few bits, the others at most to 16.
         if not rounding.item() < (0.5 if tensor in _FINGERPRINT_MATRICES else 0.01):  # type: ignore[operator]
             raise CheckpointError(f"{base.name} is not what {name} stands on: its {tensor} differs")
-
-
-def unpacked(checkpoint: Checkpoint, name: str) -> mx.array:
-    """A checkpoint's tensor in float32, whether it is packed or not."""
-    array, path = checkpoint.weights[name].read(), name.rpartition(".")[0]
-    if path not in checkpoint.plan:
-        return array.astype(mx.float32)
-    biases = checkpoint.weights.get(f"{path}.biases")
-    return mx.dequantize(
-        array,
-        checkpoint.weights[f"{path}.scales"].read(),
-        biases.read() if biases else None,
-        **asdict(checkpoint.plan[path]),
-    ).astype(mx.float32)
 
 
 def _with_summed_heads(checkpoint: Checkpoint) -> dict[str, StoredTensor]:

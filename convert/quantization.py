@@ -9,12 +9,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import CheckpointError, RequestError
@@ -178,6 +179,31 @@ def apply_plan(model: PoEModel, plan: Plan) -> None:
         nn.quantize(
             model, class_predicate=lambda path, _: asdict(plan[path]) if path in plan else False
         )
+
+
+def fill(
+    model: PoEModel,
+    arrays: Iterator[tuple[str, mx.array]],
+    plan: Plan,
+    dtype: mx.Dtype | None = None,
+    *,
+    lazy: bool = False,
+) -> None:
+    """Give `model` its parameters, in `dtype` and rounded as `plan` says; others stay as they are.
+
+    `arrays` makes them as they are asked for. Unless `lazy` each is evaluated before the next, so
+    that memory never holds two copies of the model.
+    """
+    apply_plan(model, plan)
+    weights: dict[str, mx.array] = {}
+    for name, array in arrays:
+        packed = pack(name, array, plan, dtype)
+        if not lazy:
+            mx.eval(packed)
+        weights.update(packed)
+        del array  # before the next is read
+    model.update(tree_unflatten(list(weights.items())))
+    model.eval()
 
 
 def to_fields(plan: Plan) -> dict[str, Any]:

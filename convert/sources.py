@@ -87,9 +87,15 @@ def _fetch(hub_id: str, revision: str | None) -> Source:
             hub_id, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"]
         )
     except Exception as error:
-        # Errors of its HTTP library come through too, and which one that is changes.
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise CheckpointError(
-            f"{hub_id}: no such folder here, and the hub did not give it ({reason})"
+            f"{hub_id}: no such folder here, and the hub did not give it ({hub_reason(error)})"
         ) from None
     return Source(Path(snapshot), hub_id, from_hub=True, revision=Path(snapshot).name)
+
+
+def hub_reason(error: Exception) -> str:
+    """What went wrong with the hub, in one line.
+
+    Errors of its HTTP library come through too, and which one that is changes.
+    """
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""A tensor that lies in a file: what it is at once, its values only when asked for."""
+"""A tensor that lies in a file: what it is at once, its values only when asked for; its types."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
+
+# By the names that flags and configurations have for them.
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 @dataclass(frozen=True)

@@ -3,37 +3,28 @@
 - In: a folder with a `tokenizer.pkl`, a pickled `tiktoken.Encoding` (pickle protocol 3 to 5), or
   with the `tokenizer.json` that converted models have.
 - Out: a `tiktoken.Encoding` that we build from the file's four plain fields, once checked.
-- No unpickler runs. pickletools takes the file apart, which never executes it, and a small machine
-  here replays the few instructions that such a file is made of. It can make text, bytes, integers
-  and dictionaries, and has nothing to import, call or set attributes with. Any other instruction,
-  and any global but tiktoken's Encoding, is refused.
+- No unpickler runs: `plain_pickle` replays the few instructions that such a file is made of. Any
+  other instruction, and any global but tiktoken's Encoding, is refused.
 - Whatever is wrong with the file is one TokenizerError that names it.
-
-A `pickle.Unpickler` with a strict `find_class` was not enough: extension codes that copyreg has
-cached bypass `find_class`, a large memo index allocates gigabytes, and hashing a deeply nested
-tuple overflows the C stack.
 """
 
-import pickletools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tiktoken
 
 from cognica_mlx.convert import tokenizer_json
-from cognica_mlx.errors import TokenizerError
+from cognica_mlx.convert.plain_pickle import BYTES, INTEGERS, TEXT, Dialect, Global, replay
+from cognica_mlx.errors import TokenizerError, one_line
 
 FILE_NAME = "tokenizer.pkl"
 MOST_BYTES = 64 * 2**20  # 48000 tokens take half a megabyte
 MOST_STEPS = 4_000_000  # and 150 thousand pickle instructions
 
 _FIELDS = ("name", "pat_str", "mergeable_ranks", "special_tokens")
-_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-_BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
-_INTEGERS = {"BININT", "BININT1", "BININT2"}
-_PLAIN = _TEXT | _BYTES | _INTEGERS
+_ENCODING = frozenset({"tiktoken.core.Encoding", "tiktoken.Encoding"})
 _PROBE = "Hello,  world! 12'll\r\n\n\té\u4e16\U0001f600 \n"
 
 
@@ -43,7 +34,7 @@ class _Built(NamedTuple):
     fields: object
 
 
-_CLASS, _BLANK = object(), object()  # the Encoding class, and an instance without fields yet
+_BLANK = object()  # an Encoding without fields yet
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -84,7 +75,7 @@ def _checked(path: Path, read: Callable[[], object]) -> tiktoken.Encoding:
         raise TokenizerError(f"{path} {error}") from error.__cause__
     except Exception as error:  # what pickletools and bad stack contents can raise is no fixed list
         raise TokenizerError(
-            f"{path} is damaged or not a tokenizer ({_one_line(error)}): download it again"
+            f"{path} is damaged or not a tokenizer ({one_line(error)}): download it again"
         ) from error
 
 
@@ -98,71 +89,30 @@ def encode_text(encoding: tiktoken.Encoding, text: str, allow_special: bool = Fa
 
 def _replay(data: bytes) -> object:
     """What the one pickled Encoding in `data` would have been given as its fields."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, object] = {}
-    for step, (opcode, arg, _) in enumerate(pickletools.genops(data)):
-        name = opcode.name
-        if step == MOST_STEPS:
-            raise TokenizerError(f"has over {MOST_STEPS} pickle instructions: not a tokenizer")
-        if name in _PLAIN:
-            stack.append(arg)
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[arg] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[arg])
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "EMPTY_TUPLE":
-            stack.append(())
-        elif name in ("SETITEM", "SETITEMS"):
-            start = marks.pop() if name == "SETITEMS" else len(stack) - 2
-            items = stack[start:]
-            del stack[start:]
-            _set_items(stack[-1], items)
-        elif name == "GLOBAL":
-            stack.append(_find_class(*str(arg).split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            qualified, module = stack.pop(), stack.pop()
-            stack.append(_find_class(module, qualified))
-        elif name == "NEWOBJ":
-            args, made = stack.pop(), stack.pop()
-            if made is not _CLASS or args != ():
-                raise ValueError("it makes something else than an Encoding")
-            stack.append(_BLANK)
-        elif name == "BUILD":
-            fields, target = stack.pop(), stack.pop()
-            if target is not _BLANK:
-                raise ValueError("it sets the fields of something else than an Encoding")
-            stack.append(_Built(fields))
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise TokenizerError(
-                f"uses the pickle instruction {name}, which no tokenizer needs:"
-                " refused, nothing was run"
-            )
-    if len(stack) != 1 or not isinstance(stack[0], _Built):
+    dialect = Dialect(
+        kind="tokenizer",
+        error=TokenizerError,
+        most_steps=MOST_STEPS,
+        values=TEXT | BYTES | INTEGERS,
+        names=_ENCODING,
+        rules={"NEWOBJ": _make, "BUILD": _fill},
+    )
+    made = replay(data, dialect)
+    if len(made) != 1 or not isinstance(made[0], _Built):
         raise TokenizerError("does not hold a tiktoken Encoding and nothing else")
-    return stack[0].fields
+    return made[0].fields
 
 
-def _find_class(module: object, name: object = "") -> object:
-    if (module, name) not in (("tiktoken.core", "Encoding"), ("tiktoken", "Encoding")):
-        shown = ascii(f"{module}.{name}" if type(module) is type(name) is str else "a non-name")
-        raise TokenizerError(f"asks for {shown[:120]}: refused, nothing was run")
-    return _CLASS
+def _make(what: object, args: object) -> object:
+    if type(what) is not Global or args != ():
+        raise ValueError("it makes something else than an Encoding")
+    return _BLANK
 
 
-def _set_items(target: object, items: list[Any]) -> None:
-    keys, values = items[::2], items[1::2]
-    if type(target) is not dict or len(keys) != len(values):
-        raise ValueError("it sets items where there is no dictionary")
-    if any(type(key) not in (str, bytes) for key in keys):
-        raise ValueError("it has dictionary keys that are neither text nor bytes")
-    target.update(zip(keys, values, strict=True))
+def _fill(target: object, fields: object) -> _Built:
+    if target is not _BLANK:
+        raise ValueError("it sets the fields of something else than an Encoding")
+    return _Built(fields)
 
 
 def _build(fields: object) -> tiktoken.Encoding:
@@ -215,8 +165,4 @@ def _tiktoken_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise TokenizerError(f"{what} ({_one_line(error)})") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+        raise TokenizerError(f"{what} ({one_line(error)})") from error

@@ -20,38 +20,12 @@ from typing import Any
 
 import tiktoken
 
-from cognica_mlx.errors import TokenizerError
+from cognica_mlx.convert.chat_layout import BOS, REPLY_END, TEMPLATE
+from cognica_mlx.errors import TokenizerError, one_line
 
 FILE_NAME = "tokenizer.json"
 MOST_SPLITS = 50_000_000  # characters of merges; 48000 tokens take 3 million
 MOST_BYTES = 32 * 2**20  # 48000 tokens with their merges take 8 million
-
-_BOS, _ASSISTANT_END = "<|bos|>", "<|assistant_end|>"
-
-# As `Tokenizer.apply_chat_template`: at most one system message, then user and assistant in turns.
-_CHAT_TEMPLATE = """\
-{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else none -%}
-{%- set turns = messages if system is none else messages[1:] -%}
-{%- if not turns -%}{{- raise_exception("the list of messages has no user message") -}}{%- endif -%}
-{%- if add_generation_prompt and turns[-1]['role'] == 'assistant' -%}
-{{- raise_exception("the last message is the assistant's: end with a user message") -}}
-{%- endif -%}
-{%- for message in messages if message['content'] is not string -%}
-{{- raise_exception("the content of a message is not text") -}}
-{%- endfor -%}
-{{- '<|bos|>' -}}
-{%- for message in turns -%}
-{%- set due = 'user' if loop.index0 % 2 == 0 else 'assistant' -%}
-{%- if message['role'] != due -%}
-{{- raise_exception("a message is the " ~ message['role'] ~ "'s where the " ~ due ~ "'s is due") -}}
-{%- endif -%}
-{{- '<|' ~ due ~ '_start|>' -}}
-{%- if loop.first and system is not none -%}{{- system ~ '\\n\\n' -}}{%- endif -%}
-{{- message['content'] -}}
-{{- '<|' ~ due ~ '_end|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
-"""
 
 
 def _byte_characters() -> dict[int, str]:
@@ -87,11 +61,11 @@ def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, *, chat: bool) ->
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**9,  # the windows slide: there is no longest text
     }
-    end = _ASSISTANT_END if chat else _BOS
-    config |= {k: v for k, v in (("bos_token", _BOS), ("eos_token", end)) if v in special}
+    end = REPLY_END if chat else BOS
+    config |= {k: v for k, v in (("bos_token", BOS), ("eos_token", end)) if v in special}
     _write(folder / "tokenizer_config.json", config)
     if chat:
-        (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -149,15 +123,15 @@ def _tokenizer_json(
 
 
 def _bos_first(special: Mapping[str, int]) -> dict[str, Any] | None:
-    if _BOS not in special:
+    if BOS not in special:
         return None
-    bos = {"SpecialToken": {"id": _BOS, "type_id": 0}}
+    bos = {"SpecialToken": {"id": BOS, "type_id": 0}}
     first, second = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
     return {
         "type": "TemplateProcessing",
         "single": [bos, first],
         "pair": [bos, first, second],
-        "special_tokens": {_BOS: {"id": _BOS, "ids": [special[_BOS]], "tokens": [_BOS]}},
+        "special_tokens": {BOS: {"id": BOS, "ids": [special[BOS]], "tokens": [BOS]}},
     }
 
 
@@ -206,7 +180,6 @@ def read_fields(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise TokenizerError(
-            f"{path} is damaged or not a converted model's tokenizer ({reason})"
+            f"{path} is damaged or not a converted model's tokenizer ({one_line(error)})"
         ) from error

@@ -4,12 +4,10 @@
   float32, bfloat16 or float16 tensors, plain or as Parameters.
 - Out: names and shapes at once; each tensor when asked for, copied from the mapped file. The file
   must stay as it is while a `TorchFile` is in use.
-- No unpickler runs. pickletools takes the pickle apart, which never executes it, and a small
-  machine here replays the few instructions that a state dict is made of. It has nothing to import,
-  call or set attributes with. Any other instruction, and any other global, is refused by name.
+- No unpickler runs: `plain_pickle` replays the few instructions that a state dict is made of. Any
+  other instruction, and any other global, is refused by name.
 - Nothing is inflated, extracted or believed: sizes, offsets and strides are checked against the
-  file before a tensor is touched. Nested values are never hashed, compared or walked, so their
-  depth needs no limit.
+  file before a tensor is touched.
 - Whatever is wrong with a file is one CheckpointError that names it.
 """
 
@@ -17,7 +15,6 @@ from __future__ import annotations
 
 import io
 import mmap
-import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -29,7 +26,16 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from cognica_mlx.errors import CheckpointError
+from cognica_mlx.convert.plain_pickle import (
+    CONSTANTS,
+    NUMBERS,
+    TEXT,
+    TUPLES,
+    Dialect,
+    Global,
+    replay,
+)
+from cognica_mlx.errors import CheckpointError, one_line
 
 MOST_DIRECTORY_BYTES = 4 * 2**20  # 300 storages take 30 thousand bytes
 MOST_PICKLE_BYTES = 16 * 2**20  # and 30 thousand in the pickle
@@ -46,19 +52,10 @@ _STORAGES = {
 _ORDERED_DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
-_GLOBALS = {*_STORAGES, _ORDERED_DICT, _TENSOR, _PARAMETER}
+_NAMES = frozenset({*_STORAGES, _ORDERED_DICT, _TENSOR, _PARAMETER})
 
-_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-_NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_VALUES = TEXT | NUMBERS | CONSTANTS.keys() | TUPLES.keys() | {"TUPLE"}
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, lengths of name and extra
-
-
-class _Global(NamedTuple):
-    """Stands where unpickling would have imported something."""
-
-    name: str
 
 
 class _Storage(NamedTuple):
@@ -100,9 +97,8 @@ class TorchFile:
         except (
             Exception
         ) as error:  # what zipfile, pickletools and bad stacks raise is no fixed list
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise CheckpointError(
-                f"{path} is damaged or no PyTorch checkpoint ({reason}): fetch it again"
+                f"{path} is damaged or no PyTorch checkpoint ({one_line(error)}): fetch it again"
             ) from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -196,7 +192,7 @@ class _Archive:
 
     def storage(self, key: object) -> _Storage:
         """The storage of a persistent id: ("storage", its class, its record, a device, numel)."""
-        if type(key) is not tuple or [type(k) for k in key] != [str, _Global, str, str, int]:
+        if type(key) is not tuple or [type(k) for k in key] != [str, Global, str, str, int]:
             raise ValueError("a persistent id is not a storage's")
         kind, (cls,), number, _, numel = key
         if kind != "storage" or cls not in _STORAGES:
@@ -221,84 +217,31 @@ class _CarefulFile(io.FileIO):
 
 
 def _replay(data: bytes, storage: Callable[[object], _Storage]) -> object:
-    """What the pickle in `data` stands for, made of plain values, _Globals and _Tensors."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, object] = {}
-
-    def take(count: int) -> list[Any]:
-        if not 0 <= count <= len(stack):
-            raise ValueError("the pickle takes more than it has made")
-        start = len(stack) - count
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    for step, (opcode, arg, _) in enumerate(pickletools.genops(data)):
-        name = opcode.name
-        if step == MOST_STEPS:
-            raise CheckpointError(f"has over {MOST_STEPS} pickle instructions: not a checkpoint")
-        if name in _TEXT or name in _NUMBERS:
-            stack.append(arg)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if name == "MEMOIZE" else arg] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[arg])
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "TUPLE" or name in _TUPLES:
-            count = len(stack) - marks.pop() if name == "TUPLE" else _TUPLES[name]
-            stack.append(tuple(take(count)))
-        elif name in ("SETITEM", "SETITEMS"):
-            items = take(len(stack) - marks.pop() if name == "SETITEMS" else 2)
-            _set_items(stack[-1], items)
-        elif name == "GLOBAL":
-            stack.append(_global(*str(arg).split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            stack.append(_global(*take(2)))
-        elif name == "BINPERSID":
-            stack.append(storage(*take(1)))
-        elif name == "REDUCE":
-            stack.append(_rebuild(*take(2)))
-        elif name == "BUILD":
-            # A Module's state_dict() carries its parts' versions this way: dropped, not set.
-            target, state = take(2)
-            if type(target) is not OrderedDict or type(state) is not dict:
-                raise CheckpointError("sets an object's attributes: refused, nothing was run")
-            stack.append(target)
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise CheckpointError(
-                f"uses the pickle instruction {name}, which no state dict needs:"
-                " refused, nothing was run"
-            )
-    if len(stack) != 1:
+    """What the pickle in `data` stands for, made of plain values, Globals and _Tensors."""
+    dialect = Dialect(
+        kind="state dict",
+        error=CheckpointError,
+        most_steps=MOST_STEPS,
+        values=_VALUES,
+        names=_NAMES,
+        rules={"BINPERSID": storage, "REDUCE": _rebuild, "BUILD": _keep},
+    )
+    made = replay(data, dialect)
+    if len(made) != 1:
         raise ValueError("the pickle does not end in one value")
-    return stack[0]
+    return made[0]
 
 
-def _global(module: object, name: object = "") -> _Global:
-    full_name = f"{module}.{name}" if type(module) is type(name) is str else "a non-name"
-    if full_name not in _GLOBALS:
-        raise CheckpointError(f"asks for {_shown(full_name)}: refused, nothing was run")
-    return _Global(full_name)
-
-
-def _set_items(target: object, items: list[Any]) -> None:
-    keys, values = items[::2], items[1::2]
-    if not isinstance(target, dict) or len(keys) != len(values):
-        raise ValueError("it sets items where there is no dictionary")
-    if any(type(key) is not str for key in keys):  # hashing a deep tuple overflows the C stack
-        raise ValueError("it has dictionary keys that are not text")
-    target.update(zip(keys, values, strict=True))
+def _keep(target: object, state: object) -> object:
+    """A Module's state_dict() has its parts' versions set as an attribute: dropped here."""
+    if type(target) is not OrderedDict or type(state) is not dict:
+        raise CheckpointError("sets an object's attributes: refused, nothing was run")
+    return target
 
 
 def _rebuild(function: object, args: object) -> object:
     """What a call stands for: an empty OrderedDict, or a tensor."""
-    if type(function) is not _Global or type(args) is not tuple:
+    if type(function) is not Global or type(args) is not tuple:
         raise ValueError("it calls what is no function")
     if function.name == _ORDERED_DICT and not args:
         return OrderedDict()

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.convert.chat_layout import BOS, REPLY_END, REPLY_START, with_system
 from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions, make_mode
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
 from cognica_mlx.model import PoEModel
@@ -28,7 +29,7 @@ from mlx_poe.paths import user_path
 from mlx_poe.penalty import default_repetition_penalty
 from mlx_poe.saved_chat import SavedChat, read_chat, write_chat
 from mlx_poe.specialists import Specialists
-from mlx_poe.tokenizer import BOS, Tokenizer
+from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.tools import Functions, read_functions
 
 __all__ = ["Chat", "Settings", "Turn"]
@@ -235,7 +236,7 @@ class Chat:
         return self._joined(self.turns)
 
     def _joined(self, turns: Sequence[Turn]) -> list[int]:
-        end = self.tokenizer.token_id("<|assistant_end|>")
+        end = self.tokenizer.token_id(REPLY_END)
         tokens = [self.tokenizer.token_id(BOS)]
         for turn in turns:
             tokens += [*turn.tokens, *turn.reply_tokens, end]
@@ -244,10 +245,9 @@ class Chat:
     def _user_tokens(self, text: str, system_text: str) -> list[int]:
         """A user's turn up to where the reply begins. The first one has the system text in it."""
         if system_text:
-            text = f"{system_text}\n\n{text}"
-        name = self.tokenizer.token_id
-        words = self.tokenizer.encode(text, add_special_tokens=False)
-        return [name("<|user_start|>"), *words, name("<|user_end|>"), name("<|assistant_start|>")]
+            text = with_system(system_text, text)
+        tokens = self.tokenizer.encode_turn("user", text)
+        return [*tokens, self.tokenizer.token_id(REPLY_START)]
 
     # The conversation as a whole
 

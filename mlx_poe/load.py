@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 
 from cognica_mlx.calibration import read_calibration
 from cognica_mlx.config import HEAD_MODES, SUMMED
 from cognica_mlx.convert.checkpoint import eos_token_ids, read_checkpoint
-from cognica_mlx.convert.quantization import BITS, apply_plan, make_plan, pack, scheme
+from cognica_mlx.convert.quantization import BITS, fill, make_plan, scheme
 from cognica_mlx.convert.sources import Source, locate
+from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.device import lay_out, prepare
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
@@ -20,7 +20,6 @@ from mlx_poe.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "poe-tiny"
 BUILT_IN = Path(__file__).parent / "models"
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def load(
@@ -81,17 +80,10 @@ def load(
             raise RequestError(f"quantize {quantize}: {source.name} is already quantised")
         plan = make_plan(config, scheme(quantize))
     model = PoEModel(config)
-    apply_plan(model, plan)
     kind = DTYPES[dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")]
     prepare(kind)
-    weights: dict[str, mx.array] = {}
-    for name, tensor in checkpoint.weights.items():
-        arrays = pack(name, tensor.read(), plan, kind)
-        if not lazy:
-            mx.eval(arrays)  # one at a time: never two copies of the model
-        weights.update(arrays)
-    model.update(tree_unflatten(list(weights.items())))
-    model.eval()
+    arrays = ((name, tensor.read()) for name, tensor in checkpoint.weights.items())
+    fill(model, arrays, plan, kind, lazy=lazy)
     if not lazy:
         lay_out(model)
     model.calibration, model.calibration_problem = read_calibration(source.folder, config)

@@ -7,22 +7,18 @@ changed. The base is not copied, reloaded or touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from cognica_mlx.calibration import read_calibration
-from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
-from cognica_mlx.convert.quantization import apply_plan, make_plan, pack, scheme
+from cognica_mlx.convert.checkpoint import FINGERPRINT, Checkpoint, read_checkpoint
+from cognica_mlx.convert.quantization import fill, make_plan, scheme
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.shared_base import Siblings, share_base
 from mlx_poe.load import find_model
-
-# Trained, small and never packed: these tell a base from another of the same shape.
-_FINGERPRINT = ("smear_lambda", "backout_lambda", "smear_gate.weight")
 
 
 class Specialists:
@@ -104,7 +100,7 @@ class Specialists:
         if link is None:
             raise CheckpointError(f"{name} does not stand on the model in memory: shapes differ")
         ours = dict(tree_flatten(self.base.parameters()))
-        for tensor in _FINGERPRINT:
+        for tensor in FINGERPRINT:
             theirs = link.weights[tensor].read().astype(mx.float32)
             # Within what a cast to 16 bits changes.
             if not mx.allclose(ours[tensor].astype(mx.float32), theirs, rtol=0.01, atol=1e-4):
@@ -125,36 +121,17 @@ class Specialists:
             plan = make_plan(config, scheme(quantize))
             plan = {path: s for path, s in plan.items() if f"{path}.weight" in own}
         model = PoEModel(config)
-        apply_plan(model, plan)
+        fill(model, ((name, tensor.read()) for name, tensor in own.items()), plan, dtype)
         share_base(model, self.base, *self._changed_rows(checkpoint, link))
-        arrays: dict[str, mx.array] = {}
-        for name, tensor in own.items():
-            arrays |= pack(name, tensor.read(), plan, dtype)
-            mx.eval(arrays)
-        model.update(tree_unflatten(list(arrays.items())))
-        model.eval()
         return model
 
     def _changed_rows(self, checkpoint: Checkpoint, link: Checkpoint) -> tuple[list[int], mx.array]:
         """The tokens whose embedding is not the base's, and theirs."""
         dtype = self.base.resid_lambdas.dtype
-        theirs, ours = _table(checkpoint, dtype), _table(link, dtype)
+        theirs, ours = (c.unpacked("wte.weight", dtype) for c in (checkpoint, link))
         count = min(theirs.shape[0], ours.shape[0], checkpoint.config.padded_vocab_size)
         changed = mx.any(theirs[:count] != ours[:count], axis=1).tolist()
         rows = [row for row, differs in enumerate(changed) if differs]  # type: ignore[arg-type]
         values = theirs[mx.array(rows, mx.int32)]
         mx.eval(values)
         return rows, values
-
-
-def _table(checkpoint: Checkpoint, dtype: mx.Dtype) -> mx.array:
-    """A checkpoint's embeddings as a model of `dtype` sees them, (rows, D)."""
-
-    def read(part: str) -> mx.array:
-        return pack(part, checkpoint.weights[f"wte.{part}"].read(), {}, dtype)[part]
-
-    if "wte" not in checkpoint.plan:
-        return read("weight")
-    biases = read("biases") if "wte.biases" in checkpoint.weights else None
-    how = asdict(checkpoint.plan["wte"])
-    return mx.dequantize(read("weight"), read("scales"), biases, **how).astype(dtype)

@@ -7,7 +7,7 @@
 - `decode` takes every id that a model can emit: one without a token, such as a row of padding in
   the vocabulary, is U+FFFD. Bytes that are no UTF-8 become U+FFFD too.
 - A streaming detokenizer's pieces, joined, are exactly what `decode` gives for the same ids.
-- `apply_chat_template` knows the one chat layout the specialists were trained on.
+- `apply_chat_template` and `encode_turn` put a chat into the layout of `convert.chat_layout`.
 - A bad text or id is a TokenizerError, a bad list of messages a RequestError.
 """
 
@@ -18,12 +18,11 @@ from pathlib import Path
 
 import tiktoken
 
+from cognica_mlx.convert.chat_layout import BOS, REPLY_END, REPLY_START, end, start, turns
 from cognica_mlx.convert.tokenizer_files import encode_text, read_encoding
 from cognica_mlx.errors import RequestError, TokenizerError
 
-BOS = "<|bos|>"
-STOPS = (BOS, "<|assistant_end|>")
-ROLES = ("system", "user", "assistant")
+STOPS = (BOS, REPLY_END)
 
 _REPLACEMENT = "\ufffd".encode()
 
@@ -102,20 +101,23 @@ class Tokenizer:
         Messages are {"role": "user", "content": "..."} and so on: perhaps one "system" first, then
         "user" and "assistant" in turns. Nothing inside a message counts as a special token.
         """
-        turns = _turns(messages)
-        if add_generation_prompt and turns[-1][0] == "assistant":
+        chat = turns(messages)
+        if add_generation_prompt and chat[-1][0] == "assistant":
             raise RequestError(
                 "the last message is the assistant's: end with a user message,"
                 " or pass add_generation_prompt=False"
             )
         tokens = [self.token_id(BOS)]
-        for role, content in turns:
-            tokens.append(self.token_id(f"<|{role}_start|>"))
-            tokens += self.encode(content, add_special_tokens=False)
-            tokens.append(self.token_id(f"<|{role}_end|>"))
+        for role, content in chat:
+            tokens += self.encode_turn(role, content)
         if add_generation_prompt:
-            tokens.append(self.token_id("<|assistant_start|>"))
+            tokens.append(self.token_id(REPLY_START))
         return tokens
+
+    def encode_turn(self, role: str, content: str) -> list[int]:
+        """Token ids of one turn, between its special tokens; nothing in `content` counts as one."""
+        content_ids = self.encode(content, add_special_tokens=False)
+        return [self.token_id(start(role)), *content_ids, self.token_id(end(role))]
 
     def _shown_bytes(self, token: int, skip_special: bool) -> bytes:
         token = _token_id(token)
@@ -149,37 +151,3 @@ def _token_id(token: object) -> int:
     if number < 0:
         raise TokenizerError(f"a token id is a whole number from 0, not {ascii(token)[:60]}")
     return number
-
-
-def _turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """The (role, content) pairs that have tokens of their own: user and assistant, in turns."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise RequestError(f"messages are a list of dictionaries, not {type(messages).__name__}")
-    pairs = [_turn(number, message) for number, message in enumerate(messages, 1)]
-    has_system = bool(pairs) and pairs[0][0] == "system"
-    turns = pairs[has_system:]
-    if not turns:
-        raise RequestError("the list of messages has no user message")
-    for position, (role, _) in enumerate(turns):
-        due = ("user", "assistant")[position % 2]
-        if role != due:
-            raise RequestError(
-                f"message {position + 1 + has_system} is the {role}'s where the {due}'s is due:"
-                " at most one system message, then user and assistant in turns"
-            )
-    if has_system:
-        turns[0] = ("user", f"{pairs[0][1]}\n\n{turns[0][1]}")
-    return turns
-
-
-def _turn(number: int, message: Mapping[str, str]) -> tuple[str, str]:
-    if not isinstance(message, Mapping):
-        raise RequestError(f"message {number} is not a dictionary but {type(message).__name__}")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        shown = ascii(role)[:60] if "role" in message else "missing"
-        raise RequestError(f"message {number}: its role is {shown}, not one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        shown = type(content).__name__ if "content" in message else "missing"
-        raise RequestError(f"message {number}: its content is {shown}, not text")
-    return role, content

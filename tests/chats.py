@@ -40,6 +40,8 @@ class Interrupt:
     """A Ctrl-C at one point of the project's own code, where Python would deliver it.
 
     That is where functions, of C too, begin and end. Without a number it only counts those points.
+    The end of a generator expression is none: `any` may have thrown it away before it was through,
+    and what is raised there is lost.
     """
 
     def __init__(self, at: int = 0):
@@ -54,7 +56,8 @@ class Interrupt:
 
     def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
         name = frame.f_code.co_filename
-        if "/cognica_mlx/" in name or "/mlx_poe/" in name:
+        lost = event == "return" and frame.f_code.co_name == "<genexpr>"
+        if ("/cognica_mlx/" in name or "/mlx_poe/" in name) and not lost:
             self.events += 1
             if self.events == self.at:
                 sys.setprofile(None)

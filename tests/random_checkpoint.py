@@ -6,13 +6,12 @@ For measuring what needs size and not sense. The tokenizer is of single bytes.
 """
 
 import json
-import pickle
 import re
 import sys
 from pathlib import Path
 
 import mlx.core as mx
-import tiktoken
+from checkpoints import write_tokenizer
 from mlx.utils import tree_flatten
 
 from cognica_mlx.bench.shapes import SHAPES
@@ -21,8 +20,6 @@ from cognica_mlx.convert.safetensors_files import TensorWriter
 from cognica_mlx.model import PoEModel
 
 BASES = [name for name in SHAPES if "specialist_layers" not in SHAPES[name]]
-SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
-SPECIAL += ("python_start", "python_end", "output_start", "output_end")
 
 
 def released_name(name: str) -> str:
@@ -37,13 +34,7 @@ def main(shape: str, folder: Path) -> None:
     fields = {**SHAPES[shape], "torch_dtype": "bfloat16"}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=2))
-    encoding = tiktoken.Encoding(
-        "bytes",
-        pat_str=r"\S+|\s+",
-        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
-        special_tokens={f"<|{s}|>": fields["vocab_size"] - 9 + i for i, s in enumerate(SPECIAL)},
-    )
-    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    write_tokenizer(folder, fields["vocab_size"])
     parameters = dict(tree_flatten(PoEModel(PoEConfig.from_dict(fields)).parameters()))
     specs = [(released_name(name), p.shape, mx.bfloat16) for name, p in parameters.items()]
     writer = TensorWriter(folder / "model.safetensors", specs)

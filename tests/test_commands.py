@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import tiktoken
 from conftest import FIXTURES, fixture
+from pickles import Calls
 from reference import write_checkpoint
 
 from mlx_poe import GenerationResponse, generate, load, stream_generate
@@ -298,23 +299,15 @@ def test_the_verbs_are_listed():
 # --- work that fails ------------------------------------------------------------------------------
 
 
-class Harm:
-    """Unpickles to a call that leaves a file behind."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch '{self.canary}'",)
-
-
 def truncate(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
 
 
 def booby_trap(folder: Path) -> None:
-    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(Harm(folder / "ran")))
+    (folder / "tokenizer.pkl").write_bytes(
+        pickle.dumps(Calls(os.system, f"touch '{folder / 'ran'}'"))
+    )
 
 
 @pytest.mark.parametrize(

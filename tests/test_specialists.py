@@ -6,11 +6,11 @@ from functools import cache
 
 import mlx.core as mx
 import pytest
+from checkpoints import write_base, write_stage
 from conftest import FIXTURES, fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from test_loading import write_base, write_stage
 
 from cognica_mlx.convert.conversion import prepare
 from cognica_mlx.convert.quantization import scheme

@@ -35,7 +35,9 @@ from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.calibration.measuring import calibrate, record
+from cognica_mlx.convert.chat_layout import BOS
 from cognica_mlx.convert.quantization import BITS
+from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.costs import measure
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
@@ -47,8 +49,7 @@ from mlx_poe.commands.options import (
     numbers,
     run,
 )
-from mlx_poe.load import DEFAULT_MODEL, DTYPES, load
-from mlx_poe.tokenizer import BOS
+from mlx_poe.load import DEFAULT_MODEL, load
 
 SECTIONS = ("stages", "prompt", "rows", "modes", "batch", "lengths", "quantised", "memory")
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")

@@ -18,10 +18,11 @@ from typing import Any, NoReturn
 
 from cognica_mlx.calibration import CalibrationWarning
 from cognica_mlx.convert.quantization import BITS
+from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.targets import DRAFT_HEADS
 from cognica_mlx.errors import PoEError, RequestError
-from mlx_poe.load import DEFAULT_MODEL, DTYPES
+from mlx_poe.load import DEFAULT_MODEL
 from mlx_poe.paths import user_path
 from mlx_poe.penalty import SPECIALIST_PENALTY
 
