@@ -145,7 +145,8 @@ def _beside_a_prompt(setup: Setup) -> list[Figure]:
     long, mode = setup.text(max(8 * chunk, 1024)), make_mode(setup.model)
     waited = []
     for _ in range(setup.trials):
-        batch, chunks = Batch(), []
+        batch = Batch()
+        chunks: list[int] = []
 
         def chunk_read(done: int, _: int, chunks: list[int] = chunks) -> None:
             chunks.append(done)
@@ -218,13 +219,18 @@ def _peer(setup: Setup) -> list[Figure]:
             batch.run()
 
     def mlx_lm() -> None:
-        generator = BatchGenerator(theirs, max_tokens=setup.tokens, completion_batch_size=16)
-        generator.insert([list(text) for text in texts], [setup.tokens] * len(texts))
+        together, tokens = len(texts), setup.tokens
+        generator = BatchGenerator(theirs, max_tokens=tokens, completion_batch_size=together)
+        generator.insert([list(text) for text in texts], [tokens] * together)
         while generator.next_generated():
             pass
         generator.close()
 
-    runs = {"ours, one by one": partial(ours, 1), "ours": partial(ours, 16), "mlx-lm": mlx_lm}
+    runs: dict[str, Callable[[], object]] = {
+        "ours, one by one": partial(ours, 1),
+        "ours": partial(ours, len(texts)),
+        "mlx-lm": mlx_lm,
+    }
     cases = {name: partial(timed, work) for name, work in runs.items()}
     taken = interleaved(cases, setup.trials, setup.progress, "mlx-lm's batch")
     return [

@@ -28,6 +28,7 @@ from cognica_mlx.sampling import logprob_of
 from cognica_mlx.shortlist import largest
 from cognica_mlx.state import DecodingState
 from mlx_poe import load, stream_generate
+from mlx_poe.specialists import Specialists
 
 # What only names a part of an array, or an order, and computes nothing.
 VIEWS = {
@@ -297,11 +298,22 @@ def test_a_model_loaded_in_one_thread_generates_in_another():
             responses = stream_generate(model, tokenizer, "The capital of France is", mode=mode)
             said.append("".join(r.text for r in responses))
 
-    for work in (lambda: loaded.append(load("poe-tiny")), generate_there):
+        for model in loaded[1:]:
+            question = [{"role": "user", "content": "What is the capital of France?"}]
+            said.append("".join(r.text for r in stream_generate(model, tokenizer, question)))
+
+    def load_here() -> None:
+        loaded.append(load("poe-tiny"))
+        specialists = Specialists(loaded[0][0])
+        for name in ("chat", "math"):
+            loaded.append(specialists.attach(name, f"poe-tiny-{name}"))
+        loaded.append(specialists.compose(["chat", "math"], [2, 1]))
+
+    for work in (load_here, generate_there):
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-    assert len(said) == 3 and all(text.startswith(" Paris") for text in said)
+    assert len(said) == 6 and all("Paris" in text for text in (*said[:4], said[5]))
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
