@@ -167,12 +167,14 @@ class DecodingState:
     def take(self, stage: int, count: int) -> Text | list[Rows]:
         """The next `count` positions that wait before `stage`: text, or activations in pieces.
 
-        Raises RequestError for a stage that is not kept ready.
+        Raises RequestError for a stage that is not kept ready, or that lacks some of them.
         """
         if stage > self.depth:
             raise RequestError(
                 f"stage {stage} is beyond the depth kept ready; call set_depth first"
             )
+        if self.lacks(stage):
+            raise RequestError(f"what waits before stage {stage} is no longer held; call set_depth")
         start = self.caches[stage].offset
         source = self.stages[stage].source
         if source:

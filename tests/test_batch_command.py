@@ -238,4 +238,5 @@ def test_an_output_that_cannot_be_written(tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", ["Once"])
     output = str(tmp_path / "no" / "folder" / "out.jsonl")
     assert main(["--prompts", str(source), "--output", output]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"{output}: there is no folder" in shown and shown.count("\n") == 1

@@ -209,6 +209,17 @@ def test_what_is_kept_is_bounded():
     assert sizes[1] < 1.05 * sizes[0]
 
 
+def test_a_stage_that_lacks_positions_is_not_run():
+    specialists, tokens = attached(), [2039, *some_tokens(900)]
+    state = DecodingState(specialists.use("chat"), keep_trunk=300)
+    prefill(state, tokens, 4)
+    other = state.switch(specialists.use("tool"))
+    with pytest.raises(RequestError, match="stage 4 is no longer held; call set_depth"):
+        advance_through(other, 4)
+    prefill(other, [2040], 4)
+    states_agree(other, [*tokens, 2040])
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(

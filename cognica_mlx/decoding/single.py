@@ -100,7 +100,9 @@ def advance_through(state: DecodingState, depth: int) -> None:
 
 
 def prefill(state: DecodingState, tokens: Sequence[int], depth: int) -> None:
-    """Append tokens and run them through the stages up to `depth`."""
+    """Append tokens and run them through the stages up to `depth`, the text before them first where
+    stages kept ready do not hold it any more."""
+    carry_out(ready(state, state.depth))
     carry_out(read_prompt(state, tokens, depth))
     mx.eval(state.arrays())
     mx.clear_cache()
