@@ -13,12 +13,15 @@ and the next round's first write takes the tail in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import mlx.core as mx
 
 from cognica_mlx.errors import RollbackError
+
+if TYPE_CHECKING:
+    from cognica_mlx.shelf import Place
 
 # Buffers grow by so many rows.
 GROWTH = 256
@@ -51,8 +54,7 @@ class WholeText:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self._mask)
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Where the rows of one window's layers lie: `rows` in the buffer, then `tail` beside it."""
 
     rows: int = 0
@@ -80,18 +82,25 @@ class Layer:
         return [array for array in found if array is not None]
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     """All that a `StageCache` holds: replaced as a whole, so that it is never half changed.
 
     offset: the position of the next key. spans: by window. written: the round of the last write to
-    the buffers.
+    the buffers. place: where the rows are instead of in `layers`, while they stand on a shelf.
     """
 
     offset: int
     spans: dict[int, Span]
     layers: tuple[Layer, ...]
     written: int = -1
+    place: Place | None = None
+
+
+class Done(Protocol):
+    """A pass that has been made."""
+
+    def result(self) -> Content:
+        """What its cache holds from then on."""
 
 
 class StageCache:
@@ -106,6 +115,8 @@ class StageCache:
         self.windows, self.slack = tuple(windows), slack
         self.content = Content(0, dict.fromkeys(windows, Span()), (Layer(),) * len(windows))
         self.round = 0
+        # How many passes of single positions came last; see `shelf.arrange`.
+        self.steady, self.patience = 0, 0
 
     @property
     def offset(self) -> int:
@@ -126,10 +137,10 @@ class StageCache:
         self.round += 1
 
     def begin(self, length: int) -> StagePass:
-        """A pass of the next `length` positions. Nothing changes before `commit`."""
+        """A pass of the next `length` positions, off any shelf. Nothing changes before `commit`."""
         return StagePass(self, length)
 
-    def commit(self, done: StagePass) -> None:
+    def commit(self, done: Done) -> None:
         """Take in what the pass has computed."""
         self.content = done.result()
 
@@ -153,18 +164,33 @@ class StageCache:
             window: Span(span.rows - max(gone - span.tail, 0), max(span.tail - gone, 0))
             for window, span in self.content.spans.items()
         }
-        self.content = replace(self.content, offset=position, spans=spans)
+        self.content = self.content._replace(offset=position, spans=spans)
 
     def fork(self) -> StageCache:
         """An independent copy; the buffers are shared until either side writes."""
+        self.leave()
         other = StageCache(self.windows, self.slack)
         other.content, other.round = self.content, self.round
         return other
 
+    def leave(self) -> None:
+        """Hold the rows in buffers of its own, if they stand on a shelf. Waits for them."""
+        if self.content.place:
+            layers = self.layers
+            # Until they are copied the shelf would be in use, and be copied where it is written.
+            mx.eval([layer.arrays() for layer in layers])
+            self.content = self.content._replace(layers=layers, place=None)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Its arrays by layer, copied from the shelf if they stand on one."""
+        place = self.content.place
+        return place.layers(self.content) if place else self.content.layers
+
     def rows(self) -> list[tuple[mx.array, mx.array]]:
         """Each layer's keys and values (1, KV, rows, head_dim); empty before the first."""
         found = []
-        for window, layer in zip(self.windows, self.content.layers, strict=True):
+        for window, layer in zip(self.windows, self.layers, strict=True):
             if layer.keys is not None and layer.values is not None:
                 span = self.content.spans[window]
                 found.append(
@@ -186,8 +212,10 @@ class StageCache:
         self.content = Content(offset, spans, layers) if rows else empty
 
     def arrays(self) -> list[mx.array]:
-        """The buffers and tails, for evaluation and for counting bytes."""
-        return [array for layer in self.content.layers for array in layer.arrays()]
+        """The buffers and tails, for evaluation and for counting bytes; views of a shelf's."""
+        place = self.content.place
+        layers = place.views() if place else self.content.layers
+        return [array for layer in layers for array in layer.arrays()]
 
 
 class StagePass:
@@ -202,6 +230,10 @@ class StagePass:
             for window, span in cache.content.spans.items()
         }
         self._layers: list[Layer] = []
+
+    def positions(self) -> range:
+        """Which they are."""
+        return range(self.offset, self.offset + self.length)
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         """See `Attention`; each call is for the next layer."""
@@ -341,25 +373,6 @@ def _two_parts(
     weights = mx.softmax(scores, axis=-1, precise=True)
     out = weights[..., :count] @ old[1] + weights[..., count:] @ new[1]
     return out.reshape(1, heads, length, dim)
-
-
-class PackedPass:
-    """The passes of several sequences as one: rows (1, total, …) follow each other."""
-
-    def __init__(self, passes: Sequence[StagePass]):
-        self._passes = passes
-        positions = [p for one in passes for p in range(one.offset, one.offset + one.length)]
-        self.offset = mx.array(positions, dtype=mx.int32)
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `Attention`."""
-        outs, start = [], 0
-        for one in self._passes:
-            stop = start + one.length
-            rows = slice(start, stop)
-            outs.append(one.attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], scale))
-            start = stop
-        return mx.concatenate(outs, axis=2)
 
 
 def _joined(buffer: mx.array, tail: mx.array | None, span: Span, count: int) -> mx.array:

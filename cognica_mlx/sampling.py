@@ -1,6 +1,6 @@
 """From scores to tokens: penalties, filters, temperature, and a seeded source of chance.
 
-- in: scores (n, V) for n consecutive positions and the tokens before each
+- in: `Scores` of consecutive positions and the tokens before each
 - out: chosen tokens, or the whole distribution they would be drawn from
 - order as in mlx-lm: repetition penalty, top-p, min-p, top-k, temperature
 """
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
@@ -50,6 +52,68 @@ class SamplingOptions:
             raise RequestError(f"seed {self.seed} is not between 0 and 2**64 - 1")
 
 
+class Scores:
+    """Scores (n, V) of n positions, a part of what one pass has given for many.
+
+    What greedy decoding asks about them is computed for all the rows together, once.
+    """
+
+    def __init__(self, array: mx.array):
+        self._whole, self._start, self._stop = _Whole(array), 0, array.shape[0]
+
+    def part(self, start: int, stop: int) -> Scores:
+        """Rows start .. stop - 1."""
+        part = copy(self)
+        part._start, part._stop = self._start + start, self._start + stop
+        return part
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def _rows(self, array: mx.array) -> mx.array:
+        whole = len(self) == array.shape[0]
+        return array if whole else array[self._start : self._stop]
+
+    @property
+    def array(self) -> mx.array:
+        """The scores themselves, (n, V)."""
+        return self._rows(self._whole.array)
+
+    @property
+    def best(self) -> mx.array:
+        """The token (n,) int32 with the highest score."""
+        return self._rows(self._whole.best)
+
+    @property
+    def best_logprobs(self) -> mx.array:
+        """Its log-probability (n,)."""
+        return self._rows(self._whole.best_logprobs)
+
+    @property
+    def margins(self) -> mx.array:
+        """How far it lies above the second best, (n,)."""
+        return self._rows(self._whole.margins)
+
+
+class _Whole:
+    """What `Scores` are parts of."""
+
+    def __init__(self, array: mx.array):
+        self.array = array
+
+    @cached_property
+    def best(self) -> mx.array:
+        return mx.argmax(self.array, axis=-1).astype(mx.int32)
+
+    @cached_property
+    def best_logprobs(self) -> mx.array:
+        return mx.max(self.array, axis=-1) - mx.logsumexp(self.array, axis=-1)
+
+    @cached_property
+    def margins(self) -> mx.array:
+        return margin(self.array)
+
+
 class Sampler:
     """Chooses tokens by `options`; carries the random key from draw to draw."""
 
@@ -72,30 +136,31 @@ class Sampler:
         """`context` with the tokens (any shape) that came after it."""
         return None if context is None else mx.concatenate([context, tokens.reshape(-1)])
 
-    def process(self, scores: mx.array, context: mx.array | None) -> mx.array:
-        """Scores (n, V) with the repetition penalty (Keskar et al. 2019) applied.
+    def process(self, scores: Scores, context: mx.array | None) -> Scores:
+        """Scores of n positions with the repetition penalty (Keskar et al. 2019) applied.
 
         `context` (c,) ends with the token before the last row's prediction, so row i sees it
         without the last n - 1 - i tokens.
         """
         if context is None or self._penalty is None:
             return scores
-        rows, size = scores.shape[0], min(self.options.repetition_context_size, context.size)
+        array, rows = scores.array, len(scores)
+        size = min(self.options.repetition_context_size, context.size)
         ends = mx.arange(context.size - rows, context.size)[:, None]
         # Where the text is still short the first token stands in for what is not there; a token
         # seen twice is penalised once.
         seen = context[mx.maximum(ends - mx.arange(size)[None], 0)]  # (n, size)
-        chosen = mx.take_along_axis(scores, seen, axis=-1)
+        chosen = mx.take_along_axis(array, seen, axis=-1)
         chosen = mx.where(chosen < 0, chosen * self._penalty, chosen / self._penalty)
-        return mx.put_along_axis(scores, seen, chosen, axis=-1)
+        return Scores(mx.put_along_axis(array, seen, chosen, axis=-1))
 
-    def log_probs(self, scores: mx.array) -> mx.array:
+    def log_probs(self, scores: Scores) -> mx.array:
         """The distribution (n, V) that a token is drawn from at a temperature above 0."""
         # mlx-lm's own filters; importing them takes a second, which greedy decoding need not pay.
         from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
         options = self.options
-        log_probs = log_softmax(scores)
+        log_probs = log_softmax(scores.array)
         if 0 < options.top_p < 1:
             log_probs = apply_top_p(log_probs, options.top_p)
         if options.min_p > 0:
@@ -116,11 +181,12 @@ class Sampler:
         self._key, key = mx.random.split(self._key)
         return key
 
-    def choose(self, scores: mx.array) -> mx.array:
-        """A token (n,) for each row of processed scores (n, V)."""
+    def choose(self, scores: Scores) -> tuple[mx.array, mx.array]:
+        """A token (n,) for each row of processed scores, and its log-probability (n,)."""
         if self.greedy:
-            return mx.argmax(scores, axis=-1)
-        return self.draw(self.log_probs(scores))
+            return scores.best, scores.best_logprobs
+        chosen = self.draw(self.log_probs(scores))
+        return chosen, logprob_of(scores.array, chosen)
 
 
 def logprob_of(scores: mx.array, tokens: mx.array) -> mx.array:

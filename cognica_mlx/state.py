@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from cognica_mlx.cache import StageCache, StagePass
+from cognica_mlx.cache import Done, StageCache
 from cognica_mlx.errors import RequestError, RollbackError
 from cognica_mlx.hidden import Boundary, Hidden, Rows, pack
 from cognica_mlx.model import PoEModel
@@ -71,6 +71,11 @@ class DecodingState:
         self.model, self.stages = model, model.stages
         self.slack, self.max_pending, self.keep_trunk = slack, max_pending, keep_trunk
         self.depth = model.poe_n_stages - 1
+        # The stages that take in what each gives out.
+        self._readers = [
+            [k for k, other in enumerate(self.stages) if other.source == stage + 1]
+            for stage in range(len(self.stages))
+        ]
         self.positions_run = [0] * model.poe_n_stages
         self.clear()
 
@@ -182,7 +187,7 @@ class DecodingState:
         previous = self._span(start - 1, start) if start else None
         return Text(self._span(start, start + count), previous)
 
-    def put(self, stage: int, rows: Rows, done: StagePass) -> None:
+    def put(self, stage: int, rows: Rows, done: Done) -> None:
         """Take in what `stage` has made of the positions that `take` gave.
 
         Until the last line they count as not run, so that an interruption loses nothing.
@@ -195,23 +200,19 @@ class DecodingState:
 
     def forget(self, stage: int) -> None:
         """Drop activations around `stage` that are older than the slack and that no stage needs."""
-        source = self.stages[stage].source
-        for given in {source - 1, stage} - {-1}:
-            self._forget(given)
+        if source := self.stages[stage].source:
+            self._forget(source - 1)
+        self._forget(stage)
 
     def _forget(self, stage: int) -> None:
         """Drop from what `stage` has given out."""
         kept, needed = self.slack, self.caches[stage].offset
         if stage + 1 == len(self.model.config.stage_layers):
             kept = max(kept, self.keep_trunk)
-        for reader in self._readers(stage):
+        for reader in self._readers[stage]:
             if reader <= self.depth or self.pending(reader) <= self.max_pending:
                 needed = min(needed, self.caches[reader].offset)
         self.given[stage].forget_before(min(needed, self.length - kept))
-
-    def _readers(self, stage: int) -> list[int]:
-        """The stages that take in what `stage` gives out."""
-        return [k for k, other in enumerate(self.stages) if other.source == stage + 1]
 
     def overdue(self) -> int | None:
         """A stage within `depth` before which more than `max_pending` positions wait."""

@@ -16,7 +16,7 @@ from cognica_mlx.decoding.single import decode, prefill, set_depth
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel, log_op
-from cognica_mlx.sampling import Sampler, SamplingOptions
+from cognica_mlx.sampling import Sampler, SamplingOptions, Scores
 from cognica_mlx.state import DecodingState
 
 TINY = json.loads((FIXTURES / "poe-tiny-goldens.json").read_text())
@@ -330,7 +330,8 @@ def chi_squared(
     sampler, trials = Sampler(sampling), sum(seen.values())
 
     def distribution(tokens: list[int]) -> dict[int, float]:
-        scores = sampler.process(model(mx.array([tokens]))[0, -1:], sampler.context(tokens))
+        scores = Scores(model(mx.array([tokens]))[0, -1:])
+        scores = sampler.process(scores, sampler.context(tokens))
         probs = mx.exp(sampler.log_probs(scores))[0]
         return {int(t): probs[t].item() for t in np.argsort(np.array(probs))[-width:]}
 

@@ -17,6 +17,7 @@ from cognica_mlx.decoding.single import Driver, Single, carry_out, decode, drive
 from cognica_mlx.decoding.targets import full_target, stage_target
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.model import PoEModel
+from cognica_mlx.sampling import Scores
 from cognica_mlx.state import DecodingState
 from mlx_poe import load
 
@@ -270,15 +271,15 @@ def test_the_real_scores_are_computed_under_a_script():
     prefill(state, PROMPT[:12], 3)
 
     class Broken:
-        def answer(self, request: Request) -> mx.array:
+        def answer(self, request: Request) -> Scores:
             assert isinstance(request, Score)
-            return mx.full((request.rows, model.config.vocab_size), mx.nan)
+            return Scores(mx.full((request.rows, model.config.vocab_size), mx.nan))
 
     script = Script(np.ones((3, 4), dtype=bool), np.full((3, 4), 2.0), start=9)
     request = Score(state, stage_target(model, 0), 3)
-    assert mx.isnan(Scripted(Broken(), script).answer(request)).all()
-    real = Single().answer(request)
-    said = Scripted(Single(), script).answer(request)
+    assert mx.isnan(Scripted(Broken(), script).answer(request).array).all()
+    real = Single().answer(request).array
+    said = Scripted(Single(), script).answer(request).array
     assert said.shape == real.shape and said.dtype == real.dtype == mx.float32
     assert said.argmax(-1).tolist() == [RIGHT] * 3
     assert mx.allclose(said[:, RIGHT] - said[:, WRONG], mx.array(2.0))

@@ -36,6 +36,8 @@ class _Job:
     steps: Steps
     pace: Pace | None
     request: Request | None = None
+    # Positions that the request runs or scores.
+    rows: int = 0
     answer: Any = None
     # It has had its turn in this sweep.
     had_turn: bool = False
@@ -140,17 +142,16 @@ class Batch:
         group = [job for job in jobs if job.request.stage is stage]  # type: ignore[union-attr]
         # Those left out before come first, then short ones, so that no prompt holds up the others;
         # single rows lie side by side, which makes them cheaper to embed.
-        group.sort(key=lambda job: (not job.deferred, job.request.count))  # type: ignore[union-attr]
+        group.sort(key=lambda job: (not job.deferred, job.rows))
         chosen: list[_Job] = []
         total = 0
         for job in group:
-            count = job.request.count  # type: ignore[union-attr]
-            job.deferred = bool(chosen) and count > 1 and total + count > self.prompt_rows
+            job.deferred = bool(chosen) and job.rows > 1 and total + job.rows > self.prompt_rows
             if job.deferred:
                 job.had_turn = True
             else:
                 chosen.append(job)
-                total += count
+                total += job.rows
         self.passes += 1
         self.rows += total
         for job in chosen:
@@ -159,7 +160,7 @@ class Batch:
 
     def _together(self, jobs: Sequence[_Job], work: Any) -> None:
         """Do the same work for several jobs at once, and hand each its answer."""
-        total = sum(_rows(job.request) for job in jobs)
+        total = sum(job.rows for job in jobs)
         for job in jobs:
             if job.pace and job.request:
                 job.pace.spent += job.pace.price(job.request, total)
@@ -185,7 +186,7 @@ class Batch:
             while True:
                 step = job.steps.send(answer)
                 if not isinstance(step, DecodedToken):
-                    job.request = step
+                    job.request, job.rows = step, _rows(step)
                     return
                 answer, job.had_turn = None, True
                 self._events.append(Event(job.name, step))
@@ -205,7 +206,7 @@ def _run_stage(requests: Sequence[Advance]) -> list[None]:
     return [None] * len(requests)
 
 
-def _rows(request: Request | None) -> int:
+def _rows(request: Request) -> int:
     if isinstance(request, Advance):
         return request.count
     return request.rows if isinstance(request, Score) else 1

@@ -16,7 +16,7 @@ from cognica_mlx.decoding.requests import Read, Request, Score, as_row, through
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.sampling import logprob_of, margin
+from cognica_mlx.sampling import logprob_of
 
 
 @dataclass
@@ -71,20 +71,21 @@ class OwnStages:
             state.append(token)
             yield from through(state, self.target.depth)
             scores = sampler.process((yield Score(state, self.target)), context)
-            lead = margin(scores)
+            lead = scores.margins
             if self.stop_below is not None:
                 ((number,),) = yield Read(state, (lead,))
                 if number < self.stop_below:
                     draft.stopped = True
                     break
             if sampler.greedy:
-                chosen = mx.argmax(scores, axis=-1)
+                chosen, logprob = sampler.choose(scores)
             else:
                 draft.log_probs.append(sampler.log_probs(scores))
                 chosen = sampler.draw(draft.log_probs[-1])
+                logprob = logprob_of(scores.array, chosen)
             token = as_row(chosen)
             draft.tokens.append(token)
-            draft.logprobs.append(logprob_of(scores, chosen))
+            draft.logprobs.append(logprob)
             draft.margins.append(lead)
             context = sampler.extend(context, token)
         return draft

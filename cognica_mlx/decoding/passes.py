@@ -6,38 +6,42 @@ the graph for all of them before any state changes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
-from cognica_mlx.cache import PackedPass, StagePass
 from cognica_mlx.decoding.requests import Advance, Read, Score
 from cognica_mlx.hidden import Hidden, Rows, pack
 from cognica_mlx.model import PoEModel
+from cognica_mlx.packed_pass import begin, in_order
+from cognica_mlx.sampling import Scores
+from cognica_mlx.shelf import arrange
 from cognica_mlx.state import DecodingState, Text
 
 
 def run_stage(requests: Sequence[Advance]) -> None:
     """Run what each of the requests, all for the same stage, asks for in one pass."""
     # None is left where an interruption came between a pass and its answers.
-    requests = [request for request in requests if request.count]
-    if not requests:
+    asked = [(r, r.state.caches[r.index], n) for r in requests if (n := r.count)]
+    if not asked:
         return
-    counts = [request.count for request in requests]
+    arrange([cache for _, cache, _ in asked], [count for _, _, count in asked])
+    asked = [asked[i] for i in in_order([cache for _, cache, _ in asked])]
+    requests, caches, counts = zip(*asked, strict=True)
     taken = [r.state.take(r.index, n) for r, n in zip(requests, counts, strict=True)]
     if isinstance(taken[0], Text):
         models = [request.state.model for request in requests]
         hidden = embed(models, taken)  # type: ignore[arg-type]
     else:
         hidden = pack([rows for pieces in taken for rows in pieces])  # type: ignore[union-attr]
-    passes = [r.state.caches[r.index].begin(n) for r, n in zip(requests, counts, strict=True)]
-    seen: StagePass | PackedPass = passes[0] if len(passes) == 1 else PackedPass(passes)
     stage = requests[0].stage
+    seen, done = begin(caches, counts)
     hidden = stage(hidden, [seen] * len(stage.blocks))
     start = 0
-    for request, count, done in zip(requests, counts, passes, strict=True):
-        request.state.put(request.index, Rows(hidden, start, start + count), done)
+    for request, count, one in zip(requests, counts, done, strict=True):
+        request.state.put(request.index, Rows(hidden, start, start + count), one)
         request.state.forget(request.index)
         start += count
 
@@ -71,8 +75,8 @@ def embed(models: Sequence[PoEModel], texts: Sequence[Text]) -> Hidden:
     return Hidden.concatenate(parts)
 
 
-def score(requests: Sequence[Score]) -> list[mx.array]:
-    """The scores (rows, V) of each of the requests, all for the same target."""
+def score(requests: Sequence[Score]) -> list[Scores]:
+    """What the target of all the requests predicts for each of them."""
     target = requests[0].target
     hidden = {}
     for boundary in target.boundaries:
@@ -81,14 +85,9 @@ def score(requests: Sequence[Score]) -> list[mx.array]:
             end = request.state.length
             pieces += request.state.rows(boundary, end - request.rows, end)
         hidden[boundary] = pack(pieces)
-    scores = target.scores(hidden)[0]
-    if len(requests) == 1:
-        return [scores]
-    answers, start = [], 0
-    for request in requests:
-        answers.append(scores[start : start + request.rows])
-        start += request.rows
-    return answers
+    scores = Scores(target.scores(hidden)[0])
+    ends = itertools.accumulate(request.rows for request in requests)
+    return [scores.part(end - r.rows, end) for r, end in zip(requests, ends, strict=True)]
 
 
 def read(requests: Sequence[Read]) -> list[list[Any]]:

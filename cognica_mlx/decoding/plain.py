@@ -12,7 +12,6 @@ import mlx.core as mx
 from cognica_mlx.decoding.requests import DecodedToken, Read, Score, Steps, as_row, through
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
-from cognica_mlx.sampling import logprob_of
 
 
 class Plain:
@@ -33,11 +32,10 @@ class Plain:
             state.append(token)
             yield from through(state, self.depth)
             scores = yield Score(state, self.target)
-            scores = sampler.process(scores, context)
-            chosen = sampler.choose(scores)
+            chosen, logprob = sampler.choose(sampler.process(scores, context))
             token = as_row(chosen)
             context = sampler.extend(context, token)
-            ahead = token, logprob_of(scores, chosen)
+            ahead = token, logprob
             if first:
                 # Nobody should wait for the second token to see the first.
                 yield self._token((yield Read(state, ahead)))

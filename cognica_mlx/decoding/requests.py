@@ -40,7 +40,7 @@ class Advance:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What `target` predicts from the last `rows` positions: scores (rows, V) float32."""
+    """What `target` predicts from the last `rows` positions: `Scores`, float32."""
 
     state: DecodingState
     target: Target

@@ -16,6 +16,7 @@ import numpy as np
 
 from cognica_mlx.decoding.requests import Request, Score
 from cognica_mlx.decoding.single import Driver
+from cognica_mlx.sampling import Scores
 
 # What the best token scores, what all others do but the second, and the ids that stand in for the
 # token recorded and for one that is wrong.
@@ -35,7 +36,7 @@ class Scripted:
         if not isinstance(request, Score):
             return answer
         # Nothing is taken from the real scores, but they must be there.
-        return self._script(request) + mx.minimum(mx.abs(answer[:, :1]), 0)
+        return Scores(self._script(request) + mx.minimum(mx.abs(answer.array[:, :1]), 0))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from cognica_mlx.decoding.requests import DecodedToken, Read, Score, Steps, as_r
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.sampling import Sampler, logprob_of
+from cognica_mlx.sampling import Sampler, Scores, logprob_of
 
 MAX_DRAFTS = 64
 
@@ -94,8 +94,8 @@ class Speculative:
         if certified:
             agree = agree | mx.array(certified, dtype=mx.bool_)
         kept = mx.cumprod(agree.astype(mx.int32)).sum() if len(draft) else mx.array(0)
-        logprobs = logprob_of(scores, chosen)
-        drafted_logprobs = logprob_of(scores, mx.concatenate([drafted, chosen[-1:]]))
+        logprobs = logprob_of(scores.array, chosen)
+        drafted_logprobs = logprob_of(scores.array, mx.concatenate([drafted, chosen[-1:]]))
         arrays = kept, chosen, logprobs, drafted, drafted_logprobs
         accepted, chosen, logprobs, drafted, drafted_logprobs = yield Read(state, arrays)
         sequence.advice.judged(accepted, len(draft))
@@ -113,13 +113,12 @@ def _emitted(draft: Draft) -> tuple[list[mx.array], ...]:
 
 
 def judge(
-    sampler: Sampler, scores: mx.array, drafted: mx.array, draft: Draft
+    sampler: Sampler, scores: Scores, drafted: mx.array, draft: Draft
 ) -> tuple[mx.array, mx.array]:
     """Which drafts (n,) the full model's scores (n + 1, V) keep, and for every row the token
     (n + 1,) that follows if it is the first refused (or, in the last row, if none is)."""
     if sampler.greedy:
-        best = mx.argmax(scores, axis=-1)
-        return best[:-1] == drafted, best
+        return scores.best[:-1] == drafted, scores.best
     p = sampler.log_probs(scores)
     if not len(draft):
         return mx.zeros((0,), mx.bool_), sampler.draw(p)

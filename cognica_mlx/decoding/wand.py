@@ -35,7 +35,7 @@ from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import full_target, stage_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import logprob_of, margin
+from cognica_mlx.sampling import Scores
 
 
 def exit_margins(model: PoEModel, p99_bounds: Sequence[float], safety: float) -> list[float]:
@@ -97,13 +97,12 @@ class Wand:
                 yield from advance(state, stage)
                 tested = stage == self.depth or stage in self.exits
                 if self._pool is not None:
-                    passed.append((yield Score(state, target)))
+                    passed.append((yield Score(state, target)).array)
                 if not tested:
                     continue
-                scores = self._pool(passed) if self._pool else (yield Score(state, target))
+                scores = Scores(self._pool(passed)) if self._pool else (yield Score(state, target))
                 scores = sampler.process(scores, context)
-                chosen = sampler.choose(scores)
-                arrays = chosen, logprob_of(scores, chosen), margin(scores)
+                arrays = *sampler.choose(scores), scores.margins
                 (token,), (logprob,), (lead,) = yield Read(state, arrays)
                 if stage == self.depth or lead > self.exits[stage]:
                     break

@@ -1,0 +1,196 @@
+"""One pass through a stage for many sequences: whose rows follow each other, and what each sees.
+
+- caches that stand on one shelf write their rows together and are attended together
+- the others attend one by one, each over its own buffers
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from cognica_mlx.cache import Content, Done, Span, StageCache, StagePass
+from cognica_mlx.shelf import Shelf
+
+
+class ShelfPass:
+    """A position each of several caches on one shelf, in the order of their slots: their part of
+    each layer's `Attention`."""
+
+    def __init__(self, caches: Sequence[StageCache]):
+        self._contents = [cache.content for cache in caches]
+        self._rounds = [cache.round for cache in caches]
+        places = [content.place for content in self._contents]
+        self._shelf: Shelf = places[0].shelf  # type: ignore[union-attr]
+        slots = tuple(place.slot for place in places)  # type: ignore[union-attr]
+        offsets = tuple(self.positions())
+        self.offset = mx.array(offsets)
+        self._rows = {
+            window: _rows(slots, offsets, window, self._shelf.length(window))
+            for window in self._contents[0].spans
+        }
+        self._layers: list[tuple[mx.array, mx.array]] = []
+        self._taken_in = False
+
+    def positions(self) -> list[int]:
+        """The caches' next positions."""
+        return [content.offset for content in self._contents]
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """See `Attention`: here T counts the caches, a position each."""
+        i = len(self._layers)
+        rows = self._rows[self._shelf.windows[i]]
+        old_keys, old_values = self._shelf.layers[i]
+        # (T, heads, 1, head_dim)
+        q, k, v = (x.transpose(2, 1, 0, 3) for x in (q, k, v))
+        keys, values = rows.write(old_keys, k), rows.write(old_values, v)
+        self._layers.append((keys, values))
+        outs = [
+            mx.fast.scaled_dot_product_attention(
+                q[run.members],
+                keys[run.slots, :, run.seen],
+                values[run.slots, :, run.seen],
+                scale=scale,
+                mask=run.mask,
+            )
+            for run in rows.runs
+        ]
+        out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
+        return out.transpose(2, 1, 0, 3)
+
+    def result(self, i: int) -> Content:
+        """What the i-th of the caches holds after this pass."""
+        if not self._taken_in:
+            # What is beyond a cache's rows counts for nothing, so this may come first.
+            self._shelf.layers = tuple(self._layers)
+            self._taken_in = True
+        old = self._contents[i]
+        spans = {
+            window: Span(min(span.rows + 1, self._shelf.length(window)))
+            for window, span in old.spans.items()
+        }
+        return Content(old.offset + 1, spans, (), self._rounds[i], old.place)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One cache's part of a pass."""
+
+    shared: ShelfPass
+    i: int
+
+    def result(self) -> Content:
+        """See `Done`."""
+        return self.shared.result(self.i)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Members in neighbouring slots, the rows that any of them sees, and a mask (T, 1, 1, rows)
+    where some see fewer."""
+
+    members: slice
+    slots: slice
+    seen: slice
+    mask: mx.array | None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where a pass writes in the layers of one window, and what each run of neighbours sees."""
+
+    slots: mx.array
+    rows: mx.array
+    runs: tuple[_Run, ...]
+
+    def write(self, array: mx.array, new: mx.array) -> mx.array:
+        """The shelf's array with new rows (T, KV, 1, head_dim) in T of its slots."""
+        if len(new) == len(array):
+            at = mx.broadcast_to(self.rows[:, None, None, None], new.shape)
+            return mx.put_along_axis(array, at, new, axis=2)
+        written = array[:]
+        written[self.slots, :, self.rows] = new[:, :, 0]
+        return written
+
+
+# Mostly all stages ask for the same.
+@lru_cache(maxsize=16)
+def _rows(slots: tuple[int, ...], offsets: tuple[int, ...], window: int, length: int) -> _Rows:
+    """For members in these slots of `length` rows whose next positions are `offsets`."""
+    rows = np.array(offsets) % length
+    at = np.arange(length)
+    # How many positions ago each row was written, counted from the member's own.
+    seen = (rows[:, None] - at) % length <= np.minimum(offsets, window)[:, None]
+    gaps = [i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1]
+    runs = []
+    for start, stop in itertools.pairwise([0, *gaps, len(slots)]):
+        members = slice(start, stop)
+        columns = seen[members].any(axis=0).nonzero()[0]
+        shown = slice(int(columns[0]), int(columns[-1]) + 1)
+        part = seen[members, shown]
+        mask = None if part.all() else mx.array(part[:, None, None])
+        runs.append(_Run(members, slice(slots[start], slots[stop - 1] + 1), shown, mask))
+    return _Rows(mx.array(slots), mx.array(rows), tuple(runs))
+
+
+class PackedPass:
+    """The passes of several caches as one: rows (1, total, …) follow each other."""
+
+    def __init__(self, passes: Sequence[ShelfPass | StagePass]):
+        self._parts: list[tuple[slice, ShelfPass | StagePass]] = []
+        positions: list[int] = []
+        for part in passes:
+            start = len(positions)
+            positions += part.positions()
+            self._parts.append((slice(start, len(positions)), part))
+        self.offset = mx.array(positions, dtype=mx.int32)
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """See `Attention`."""
+        outs = [
+            part.attend(*(x[:, :, rows] for x in (q, k, v)), scale) for rows, part in self._parts
+        ]
+        return mx.concatenate(outs, axis=2)
+
+
+def in_order(caches: Sequence[StageCache]) -> list[int]:
+    """The order in which caches share a pass: each shelf's by their slots, then the others."""
+    shelves = list({place.shelf: None for cache in caches if (place := cache.content.place)})
+
+    def key(i: int) -> tuple[int, int]:
+        place = caches[i].content.place
+        return (shelves.index(place.shelf), place.slot) if place else (len(shelves), 0)
+
+    return sorted(range(len(caches)), key=key)
+
+
+def begin(
+    caches: Sequence[StageCache], counts: Sequence[int]
+) -> tuple[StagePass | ShelfPass | PackedPass, list[Done]]:
+    """A pass of so many positions for each of the caches, which are in the order of `in_order`:
+    what the layers attend with, and each cache's part, to be committed."""
+    passes: list[StagePass | ShelfPass] = []
+    done: list[Done] = []
+    pairs = zip(caches, counts, strict=True)
+    for shelf, group in itertools.groupby(pairs, key=lambda pair: _shelf(pair[0])):
+        if shelf:
+            members = [cache for cache, _ in group]
+            together = ShelfPass(members)
+            passes.append(together)
+            # Not kept by the pass itself: in a cycle its arrays would outlive it, and be copied.
+            done += [_Member(together, i) for i in range(len(members))]
+        else:
+            own = [cache.begin(count) for cache, count in group]
+            passes += own
+            done += own
+    return passes[0] if len(passes) == 1 else PackedPass(passes), done
+
+
+def _shelf(cache: StageCache) -> Shelf | None:
+    place = cache.content.place
+    return place.shelf if place else None

@@ -1,0 +1,251 @@
+"""Caches side by side: several sequences' keys and values in one array, attended in one operation.
+
+Sequences that run a position each through a stage, pass after pass, would need a dozen small
+operations each and layer: that, not arithmetic, is what a batch of a small model spends its time
+on. A *shelf* holds their rows in slots of equal size. A pass writes one row into each slot and
+attends over all slots at once, behind a mask where they are filled to different rows.
+
+- the key of position p is in row p modulo the slot's length: where all rows are taken, a new one
+  replaces the oldest
+- `arrange`, before a pass, decides which caches stand on a shelf: those that have run single
+  positions for some time, beside others that need about as many rows, so that a shelf holds little
+  more than their buffers would
+- whatever a slot cannot do (several positions at once, growing, a fork) its cache does by itself,
+  once it has left with a copy of its rows
+- a cache moves by one assignment, after the rows are in place: an interruption loses nothing
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from cognica_mlx.cache import GROWTH, LARGE, Content, Layer, Span, StageCache
+
+# The most slots of a shelf.
+SLOTS = 16
+# A cache joins after so many passes of one position. Each time it has to leave doubles that.
+STEADY, PATIENCE = 1, 64
+# Slots are longer than what stands in them by less than this. A shelf may hold this much more than
+# the caches would by themselves, and more for so many passes.
+STEP, WASTE, IDLE = 64, 1.1, 8
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a cache's rows stand."""
+
+    shelf: Shelf
+    slot: int
+
+    def views(self) -> tuple[Layer, ...]:
+        """The slot's part of each layer's arrays."""
+        one = slice(self.slot, self.slot + 1)
+        return tuple(Layer(keys[one], values[one]) for keys, values in self.shelf.layers)
+
+    def layers(self, content: Content) -> tuple[Layer, ...]:
+        """Each layer's rows from the oldest on, in arrays of their own."""
+        found = []
+        for window, layer in zip(self.shelf.windows, self.views(), strict=True):
+            first = content.offset - content.spans[window].held
+            rows = (mx.roll(a, -(first % a.shape[2]), axis=2) for a in layer.arrays())
+            found.append(Layer(*(mx.contiguous(a) for a in rows)))
+        return tuple(found)
+
+
+class Shelf:
+    """Slots of `size` rows, fewer in layers whose windows need no more: arrays
+    (slots, KV, rows, head_dim), a pair for each layer."""
+
+    def __init__(self, like: StageCache, size: int, layers: Sequence[tuple[mx.array, mx.array]]):
+        self.windows, self.slack, self.size = like.windows, like.slack, size
+        self.layers = tuple(layers)
+        self._caches: list[weakref.ref[StageCache] | None] = [None] * layers[0][0].shape[0]
+        self.idle = 0
+
+    @staticmethod
+    def gather(caches: Sequence[StageCache]) -> None:
+        """Put caches, wherever their rows are, side by side on a new shelf."""
+        layers, size = [], _size(caches)
+        for i in range(len(caches[0].windows)):
+            rows = [_slot(cache, i, size) for cache in caches]
+            keys, values = (mx.concatenate(part) for part in zip(*rows, strict=True))
+            if keys.nbytes >= LARGE:
+                # One layer after the other: little is held twice.
+                mx.eval(keys, values)
+            layers.append((keys, values))
+        shelf = Shelf(caches[0], size, layers)
+        for slot, cache in enumerate(caches):
+            shelf._place(cache, slot)
+
+    def admit(self, cache: StageCache) -> None:
+        """Put a cache into a free slot."""
+        slot = self._slots().index(None)
+        layers = []
+        for i, pair in enumerate(self.layers):
+            # The whole slot: nothing of who stood there before may stay.
+            rows = _slot(cache, i, self.size)
+            layers.append(tuple(_written(a, slot, new) for a, new in zip(pair, rows, strict=True)))
+        self.layers = tuple(layers)  # type: ignore[assignment]
+        self._place(cache, slot)
+
+    def _place(self, cache: StageCache, slot: int) -> None:
+        self._caches[slot] = weakref.ref(cache)
+        cache.content = cache.content._replace(
+            layers=(), place=Place(self, slot), spans=_without_tails(cache.content)
+        )
+
+    def length(self, window: int) -> int:
+        """The rows of a slot in layers of this window."""
+        return min(self.size, window + 2 * self.slack)
+
+    def _slots(self) -> list[StageCache | None]:
+        """Who stands in each slot."""
+        found = [ref() if ref else None for ref in self._caches]
+        places = [cache.content.place if cache else None for cache in found]
+        return [
+            cache if place and place.shelf is self and place.slot == slot else None
+            for slot, (cache, place) in enumerate(zip(found, places, strict=True))
+        ]
+
+    def caches(self) -> list[StageCache]:
+        """Those that stand here."""
+        return [cache for cache in self._slots() if cache]
+
+    def takes(self, cache: StageCache) -> bool:
+        """Whether there is a slot for a cache as it is."""
+        return cache.slack == self.slack and _need(cache) <= self.size and None in self._slots()
+
+    def is_wasteful(self) -> bool:
+        """Whether more than `WASTE` has been held for a while."""
+        members = self.caches()
+        over = len(self._caches) * self.size > WASTE * sum(map(_alone, members))
+        self.idle = self.idle + 1 if over else 0
+        return self.idle > IDLE or len(members) == 1
+
+
+def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
+    """Before a pass of so many positions each: caches leave their shelf, or join one.
+
+    All must be of the same stage.
+    """
+    if len(caches) == 1 and not caches[0].content.place:
+        return
+    joining: list[StageCache] = []
+    shelves: dict[Shelf, bool] = {}
+    for cache, count in zip(caches, counts, strict=True):
+        content = cache.content
+        place = content.place
+        again = content.written == cache.round
+        if count == 1 and not (again and (place is None or _is_large(place.shelf))):
+            cache.steady += 1
+            if place:
+                size = place.shelf.size
+                outgrown = content.offset >= size and _need(cache) > size
+                shelves[place.shelf] = outgrown or shelves.get(place.shelf, False)
+            elif cache.steady > max(cache.patience, STEADY):
+                joining.append(cache)
+            continue
+        cache.steady = 0
+        if place:
+            cache.patience = min(2 * max(cache.patience, STEADY), PATIENCE)
+            cache.leave()
+    if changing := [s for s, outgrown in shelves.items() if s.is_wasteful() or outgrown]:
+        # With those that are not full: what once had to be apart may go together by now.
+        changing += [s for s in shelves if s not in changing and len(s.caches()) < SLOTS]
+        joining += [cache for shelf in changing for cache in shelf.caches()]
+    if joining:
+        _join(joining, [shelf for shelf in shelves if shelf not in changing])
+
+
+def _join(caches: Sequence[StageCache], shelves: Sequence[Shelf]) -> None:
+    """Give caches a place, those aside for which there is no company."""
+    left: list[StageCache] = []
+    for cache in caches:
+        shelf = next((shelf for shelf in shelves if shelf.takes(cache)), None)
+        if shelf:
+            shelf.admit(cache)
+        else:
+            left.append(cache)
+    for shelf in shelves:
+        there = group = shelf.caches()
+        for cache in left:
+            if cache.slack == shelf.slack and _go_together([*group, cache]):
+                group = [*group, cache]
+        if len(group) > len(there):
+            Shelf.gather(group)
+            left = [cache for cache in left if cache not in group]
+    for slack in {cache.slack for cache in left}:
+        _regroup([cache for cache in left if cache.slack == slack])
+
+
+def _regroup(caches: Sequence[StageCache]) -> None:
+    """Put caches on new shelves, those that need about as many rows together."""
+    left = sorted(caches, key=_need, reverse=True)
+    while left:
+        count = 1
+        while count < len(left) and _go_together(left[: count + 1]):
+            count += 1
+        if count > 1:
+            Shelf.gather(left[:count])
+        else:
+            left[0].leave()
+        del left[:count]
+
+
+def _go_together(caches: Sequence[StageCache]) -> bool:
+    """Whether one shelf of these holds little more than each by itself."""
+    held = len(caches) * _size(caches)
+    return len(caches) <= SLOTS and held <= WASTE * sum(map(_alone, caches))
+
+
+def _need(cache: StageCache) -> int:
+    """The rows that a slot must have for one more position."""
+    return max(
+        min(span.held + 1, cache.limit(window)) for window, span in cache.content.spans.items()
+    )
+
+
+def _alone(cache: StageCache) -> int:
+    """The rows of its longest buffers when it stands by itself."""
+    return _rounded(cache, GROWTH)
+
+
+def _size(caches: Sequence[StageCache]) -> int:
+    """The rows of slots for these."""
+    return max(_rounded(cache, STEP) for cache in caches)
+
+
+def _rounded(cache: StageCache, step: int) -> int:
+    return min(cache.limit(max(cache.windows)), -(-_need(cache) // step) * step)
+
+
+def _is_large(shelf: Shelf) -> bool:
+    return any(keys.nbytes >= LARGE for keys, _ in shelf.layers)
+
+
+def _without_tails(content: Content) -> dict[int, Span]:
+    return {window: Span(span.held) for window, span in content.spans.items()}
+
+
+def _slot(cache: StageCache, i: int, size: int) -> tuple[mx.array, mx.array]:
+    """The rows of a cache's i-th layer as a slot holds them. What is in the rest of the slot counts
+    for nothing, but must be numbers."""
+    length = min(size, cache.limit(cache.windows[i]))
+    keys, values = cache.rows()[i]
+    rows = keys.shape[2]
+    first = (cache.offset - rows) % length
+    room = [(0, 0), (0, 0), (0, length - rows), (0, 0)]
+    pair = mx.pad(keys, room), mx.pad(values, room)
+    return (mx.roll(pair[0], first, axis=2), mx.roll(pair[1], first, axis=2)) if first else pair
+
+
+def _written(array: mx.array, slot: int, rows: mx.array) -> mx.array:
+    """The array with a slot replaced."""
+    # An array object of its own: item assignment changes the one that it is given.
+    written = array[:]
+    written[slot : slot + 1] = rows
+    return written
