@@ -153,7 +153,8 @@ class PackedPass:
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         """See `Attention`."""
         outs = [
-            part.attend(*(x[:, :, rows] for x in (q, k, v)), scale) for rows, part in self._parts
+            part.attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], scale)
+            for rows, part in self._parts
         ]
         return mx.concatenate(outs, axis=2)
 

@@ -51,7 +51,7 @@ class Place:
         found = []
         for window, layer in zip(self.shelf.windows, self.views(), strict=True):
             first = content.offset - content.spans[window].held
-            rows = (mx.roll(a, -(first % a.shape[2]), axis=2) for a in layer.arrays())
+            rows = (_rolled(a, -(first % a.shape[2])) for a in layer.arrays())
             found.append(Layer(*(mx.contiguous(a) for a in rows)))
         return tuple(found)
 
@@ -72,7 +72,7 @@ class Shelf:
         layers, size = [], _size(caches)
         for i in range(len(caches[0].windows)):
             rows = [_slot(cache, i, size) for cache in caches]
-            keys, values = (mx.concatenate(part) for part in zip(*rows, strict=True))
+            keys, values = (mx.concatenate([*part]) for part in zip(*rows, strict=True))
             if keys.nbytes >= LARGE:
                 # One layer after the other: little is held twice.
                 mx.eval(keys, values)
@@ -85,11 +85,11 @@ class Shelf:
         """Put a cache into a free slot."""
         slot = self._slots().index(None)
         layers = []
-        for i, pair in enumerate(self.layers):
+        for i, (keys, values) in enumerate(self.layers):
             # The whole slot: nothing of who stood there before may stay.
-            rows = _slot(cache, i, self.size)
-            layers.append(tuple(_written(a, slot, new) for a, new in zip(pair, rows, strict=True)))
-        self.layers = tuple(layers)  # type: ignore[assignment]
+            new_keys, new_values = _slot(cache, i, self.size)
+            layers.append((_written(keys, slot, new_keys), _written(values, slot, new_values)))
+        self.layers = tuple(layers)
         self._place(cache, slot)
 
     def _place(self, cache: StageCache, slot: int) -> None:
@@ -240,7 +240,12 @@ def _slot(cache: StageCache, i: int, size: int) -> tuple[mx.array, mx.array]:
     first = (cache.offset - rows) % length
     room = [(0, 0), (0, 0), (0, length - rows), (0, 0)]
     pair = mx.pad(keys, room), mx.pad(values, room)
-    return (mx.roll(pair[0], first, axis=2), mx.roll(pair[1], first, axis=2)) if first else pair
+    return (_rolled(pair[0], first), _rolled(pair[1], first)) if first else pair
+
+
+def _rolled(array: mx.array, count: int) -> mx.array:
+    """The rows so many places on, the last ones in front."""
+    return mx.roll(array, count, axis=2)  # type: ignore[call-arg]
 
 
 def _written(array: mx.array, slot: int, rows: mx.array) -> mx.array:

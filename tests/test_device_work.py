@@ -25,6 +25,7 @@ from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, advance_through, drive, prefill
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import logprob_of
+from cognica_mlx.shared_base import PatchedEmbedding
 from cognica_mlx.shortlist import largest
 from cognica_mlx.state import DecodingState
 from mlx_poe import load, stream_generate
@@ -314,6 +315,24 @@ def test_a_model_loaded_in_one_thread_generates_in_another():
         thread.start()
         thread.join()
     assert len(said) == 6 and all("Paris" in text for text in (*said[:4], said[5]))
+
+
+@pytest.mark.parametrize("part", ["lambdas", "slots"])
+def test_what_parameters_do_not_show_is_computed_where_it_is_made(part):
+    """A thread that has ended leaves nothing that only its own stream could finish."""
+    model, made = small(mx.float32), []
+
+    def make() -> None:
+        if part == "lambdas":
+            model.resid_lambdas = model.resid_lambdas * 2
+            made.extend(pair[0] for pair in model.stages[1].lambdas())
+        else:
+            made.append(PatchedEmbedding(model.wte, [3], mx.zeros((1, 8)), 16)._slots)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    assert made and all(array.tolist() for array in made)
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])

@@ -33,9 +33,9 @@ def run_stage(requests: Sequence[Advance]) -> None:
     taken = [r.state.take(r.index, n) for r, n in zip(requests, counts, strict=True)]
     if isinstance(taken[0], Text):
         models = [request.state.model for request in requests]
-        hidden = embed(models, taken)  # type: ignore[arg-type]
+        hidden = embed(models, taken)
     else:
-        hidden = pack([rows for pieces in taken for rows in pieces])  # type: ignore[union-attr]
+        hidden = pack([rows for pieces in taken for rows in pieces])
     stage = requests[0].stage
     seen, done = begin(caches, counts)
     hidden = stage(hidden, [seen] * len(stage.blocks))
