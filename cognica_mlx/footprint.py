@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from cognica_mlx.cache import GROWTH, LARGE, TAIL
 from cognica_mlx.model import PoEModel
-from cognica_mlx.state import SLACK, DecodingState
+from cognica_mlx.state import FORGET, SLACK, DecodingState
 
 # Bytes of a token id.
 ID = 4
@@ -44,7 +44,7 @@ def state_bytes(
             if rows * row >= LARGE:
                 rows += min(TAIL, slack)
             total += 2 * rows * row  # keys and values
-        held = max(slack, pending, keep_trunk if k + 1 == base else 0) + chunk
+        held = max(slack, pending, keep_trunk if k + 1 == base else 0) + max(chunk, FORGET)
         streams = 3 if stage.layers[-1] >= config.backout_layer else 2
         total += (min(positions, held) + spare) * (streams * config.n_embd * itemsize + ID)
     return total

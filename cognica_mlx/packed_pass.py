@@ -30,10 +30,8 @@ class ShelfPass:
         slots = tuple(place.slot for place in places)  # type: ignore[union-attr]
         offsets = tuple(self.positions())
         self.offset = mx.array(offsets)
-        self._rows = {
-            window: _rows(slots, offsets, window, self._shelf.length(window))
-            for window in self._contents[0].spans
-        }
+        self._lengths = {w: self._shelf.length(w) for w in self._contents[0].spans}
+        self._rows = {w: _rows(slots, offsets, w, n) for w, n in self._lengths.items()}
         self._layers: list[tuple[mx.array, mx.array]] = []
         self._taken_in = False
 
@@ -71,7 +69,7 @@ class ShelfPass:
             self._taken_in = True
         old = self._contents[i]
         spans = {
-            window: Span(min(span.rows + 1, self._shelf.length(window)))
+            window: Span(min(span.rows + 1, self._lengths[window]))
             for window, span in old.spans.items()
         }
         return Content(old.offset + 1, spans, (), self._rounds[i], old.place)

@@ -34,6 +34,8 @@ from cognica_mlx.shared_base import shared_stages
 
 SLACK = 128
 MAX_PENDING = 256
+# Activations that nobody needs any more are dropped so many positions at a time, or more.
+FORGET = 16
 # Token arrays that may wait to be read by the host.
 UNREAD = 128
 
@@ -140,18 +142,20 @@ class DecodingState:
     def _span(self, start: int, stop: int) -> mx.array:
         """The tokens at positions start .. stop - 1 as an array (1, T)."""
         known = len(self._ids)
-        parts = []
-        if start < known:
-            parts.append(mx.array([self._ids[start : min(stop, known)]], dtype=mx.int32))
-        first = known
-        for tokens in self._late:
-            last = first + tokens.shape[1]
-            if first < stop and last > start:
+        parts, last = [], self.length
+        # From the end: what is asked for is recent.
+        for tokens in reversed(self._late):
+            first = last - tokens.shape[1]
+            if last <= start:
+                break
+            if first < stop:
                 whole = start <= first and last <= stop
                 part = tokens[:, max(start - first, 0) : stop - first]
                 parts.append(tokens if whole else part)
-            first = last
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+            last = first
+        if start < known:
+            parts.append(mx.array([self._ids[start : min(stop, known)]], dtype=mx.int32))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts[::-1], axis=1)
 
     # Passes
 
@@ -209,6 +213,8 @@ class DecodingState:
         kept, needed = self.slack, self.caches[stage].offset
         if stage + 1 == len(self.model.config.stage_layers):
             kept = max(kept, self.keep_trunk)
+        if self.length - kept - self.given[stage].start < FORGET:
+            return
         for reader in self._readers[stage]:
             if reader <= self.depth or self.pending(reader) <= self.max_pending:
                 needed = min(needed, self.caches[reader].offset)

@@ -89,7 +89,9 @@ Steps = Generator[Request | DecodedToken, Any, None]
 def through(state: DecodingState, depth: int) -> Generator[Request, Any, None]:
     """Run everything that is pending through the stages up to `depth`."""
     for stage in range(depth + 1):
-        yield from advance(state, stage)
+        if state.pending(stage):
+            yield Advance(state, stage)
+    yield from _run_late(state)
 
 
 def advance(
@@ -98,6 +100,11 @@ def advance(
     """Run what is pending before `stage`, and what deeper stages must not leave any longer."""
     if state.pending(stage):
         yield Advance(state, stage, rows)
+    yield from _run_late(state)
+
+
+def _run_late(state: DecodingState) -> Generator[Request, Any, None]:
+    """Run what deeper stages must not leave any longer."""
     while (late := state.overdue()) is not None:
         yield Advance(state, late, state.max_pending)
 

@@ -13,7 +13,14 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.requests import DecodedToken, Request, Steps, Submit, advance
+from cognica_mlx.decoding.requests import (
+    DecodedToken,
+    Request,
+    Steps,
+    Submit,
+    advance,
+    through,
+)
 from cognica_mlx.errors import RequestError, RollbackError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler
@@ -200,8 +207,7 @@ def read_prompt(
     step_size = step_size or prefill_step_size_here()
     for start in range(0, len(tokens), step_size):
         state.append(tokens[start : start + step_size])
-        for stage in range(depth + 1):
-            yield from advance(state, stage)
+        yield from through(state, depth)
         yield Submit(state)
         if progress:
             progress(min(start + step_size, len(tokens)), len(tokens))
