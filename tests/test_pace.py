@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from cognica_mlx import linear
 from cognica_mlx.bench.shapes import rounded
 from cognica_mlx.costs import Costs, bytes_read, measure
+from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import PATIENCE, Metered, Pace
 from cognica_mlx.decoding.requests import DecodedToken
@@ -125,6 +126,31 @@ def test_drafting_that_cannot_pay_is_not_begun():
     made, sequence, pace = paced("speculative", costs)
     assert sequence.drafted == 0 and pace.parked
     assert {one.stage for one in made} == {3}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_beside_others_drafting_is_weighed_for_so_many_rows(late):
+    """Alone it pays, in a batch whose rows are almost free it does not: at once, or once the others
+    have come."""
+    model, _ = fixture("poe-tiny")
+    drafting = make_mode(model, "speculative")
+    pace, batch = Pace(CHEAP, drafting), Batch()
+    sequence = DecodingSequence(
+        model, [5] * 9, drafting, max_tokens=60, advice=pace, fallback=make_mode(model)
+    )
+    batch.add("drafting", sequence.steps(), pace)
+    if late:
+        for _ in range(4):
+            batch.run()
+        assert sequence.drafted and pace.parked is None
+    drafted = sequence.drafted
+    for i in range(7):
+        other = DecodingSequence(model, [6] * 9, make_mode(model), max_tokens=60)
+        batch.add(i, other.steps())
+    for _ in range(8):
+        batch.run()
+    assert pace.parked and sequence.drafted <= drafted + 3 * late
+    batch.close()
 
 
 def test_what_is_spent_is_what_was_run():

@@ -98,11 +98,8 @@ class Batch:
         return events
 
     def _next_sweep(self) -> None:
-        count = len(self._jobs)
         for job in self._jobs.values():
             job.had_turn, job.depth = False, -1
-            if job.pace:
-                job.pace.others = count - 1
 
     def _work(self, waiting: Sequence[_Job]) -> None:
         """Carry out the requests that come next."""
@@ -182,6 +179,8 @@ class Batch:
     def _resume(self, job: _Job) -> None:
         """Let a job go on to its next request."""
         answer, job.answer = job.answer, None
+        if job.pace:
+            job.pace.others = len(self._jobs) - 1
         try:
             while True:
                 step = job.steps.send(answer)

@@ -38,6 +38,8 @@ class Pace:
         self.others = 0
         self.start = 0
         self.parked: str | None = None
+        # For how many others drafting has been found to pay, if all goes well.
+        self._weighed: int | None = None
         self._kept, self._judged = PRIOR_KEPT, float(PRIOR_JUDGED)
         self._mode = mode if isinstance(mode, Speculative) else None
 
@@ -86,14 +88,16 @@ class Pace:
 
     def pays(self) -> bool:
         """Whether the mode should go on. Ends it where even drafts that are all accepted would not
-        pay, or where the tokens so far have cost more than plain decoding's."""
+        pay beside so many other rows, or where the tokens so far have cost more than plain
+        decoding's."""
         if not self.tokens:
             self.spent = 0.0  # what reading the prompt took is not the mode's
         if not self.park or self.parked:
             return not self.parked
-        if self._mode and not self.tokens:
+        if self._mode and self.others != self._weighed:
             most = range(1, self._mode.num_draft_tokens + 1)
             self._weigh(min(self._token(n, 1.0) for n in most))
+            self._weighed = self.others
         elif self.tokens >= PATIENCE:
             self._weigh(self.spent / self.tokens)
         return self.parked is None
