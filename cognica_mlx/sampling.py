@@ -1,8 +1,8 @@
 """From scores to tokens: penalties, filters, temperature, and a seeded source of chance.
 
-- in: `Scores` of consecutive positions and the tokens before each
+- in: `Scores` of consecutive positions, the tokens before each, masks of what a constraint allows
 - out: chosen tokens, or the whole distribution they would be drawn from
-- order as in mlx-lm: repetition penalty, top-p, min-p, top-k, temperature
+- order as in mlx-lm: repetition penalty, mask, top-p, min-p, top-k, temperature
 """
 
 from __future__ import annotations
@@ -136,15 +136,21 @@ class Sampler:
         """`context` with the tokens (any shape) that came after it."""
         return None if context is None else mx.concatenate([context, tokens.reshape(-1)])
 
-    def process(self, scores: Scores, context: mx.array | None) -> Scores:
-        """Scores of n positions with the repetition penalty (Keskar et al. 2019) applied.
+    def process(
+        self, scores: Scores, context: mx.array | None, masks: mx.array | None = None
+    ) -> Scores:
+        """Scores of n positions with the repetition penalty (Keskar et al. 2019) applied, and minus
+        infinity where `masks` (n, W) uint32 have no bit.
 
         `context` (c,) ends with the token before the last row's prediction, so row i sees it
         without the last n - 1 - i tokens.
         """
-        if context is None or self._penalty is None:
-            return scores
-        array, rows = scores.array, len(scores)
+        if context is not None and self._penalty is not None:
+            scores = Scores(self._penalised(scores.array, context))
+        return scores if masks is None else Scores(masked(scores.array, masks))
+
+    def _penalised(self, array: mx.array, context: mx.array) -> mx.array:
+        rows = len(array)
         size = min(self.options.repetition_context_size, context.size)
         ends = mx.arange(context.size - rows, context.size)[:, None]
         # Where the text is still short the first token stands in for what is not there; a token
@@ -152,7 +158,7 @@ class Sampler:
         seen = context[mx.maximum(ends - mx.arange(size)[None], 0)]  # (n, size)
         chosen = mx.take_along_axis(array, seen, axis=-1)
         chosen = mx.where(chosen < 0, chosen * self._penalty, chosen / self._penalty)
-        return Scores(mx.put_along_axis(array, seen, chosen, axis=-1))
+        return mx.put_along_axis(array, seen, chosen, axis=-1)
 
     def log_probs(self, scores: Scores) -> mx.array:
         """The distribution (n, V) that a token is drawn from at a temperature above 0."""
@@ -187,6 +193,13 @@ class Sampler:
             return scores.best, scores.best_logprobs
         chosen = self.draw(self.log_probs(scores))
         return chosen, logprob_of(scores.array, chosen)
+
+
+def masked(scores: mx.array, masks: mx.array) -> mx.array:
+    """Scores (n, V), minus infinity where masks (n, ceil(V / 32)) uint32 have no bit."""
+    rows, size = scores.shape
+    bits = (masks[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    return mx.where(bits.reshape(rows, -1)[:, :size], scores, -mx.inf)
 
 
 def logprob_of(scores: mx.array, tokens: mx.array) -> mx.array:

@@ -17,8 +17,7 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.shared_base import shared_stages
 from cognica_mlx.state import Progress
-from mlx_poe.generate import DEFAULT_MAX_TOKENS, Prompt, encode_prompt, sort_options
-from mlx_poe.prompt_cache import chat_marks
+from mlx_poe.generate import DEFAULT_MAX_TOKENS, Prompt, read_request
 from mlx_poe.responses import GenerationResponse
 from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Stats, Task, make_task
 from mlx_poe.tokenizer import Tokenizer
@@ -115,12 +114,8 @@ def plan(
     if not isinstance(model, PoEModel):
         raise RequestError(f"model is a loaded model, not {type(model).__name__}")
     common = {k: options.pop(k, None) for k in ("stop", "prefill_step_size", "costs")}
-    sorted_options = sort_options(options)
-    tokens = encode_prompt(tokenizer, prompt)
-    marks = chat_marks(tokenizer, prompt, tokens)
-    return make_task(
-        model, tokens, mode, sorted_options, max_tokens=max_tokens, marks=marks, **common
-    )
+    asked = read_request(tokenizer, prompt, options)
+    return make_task(model, asked, mode, max_tokens=max_tokens, **common)
 
 
 def run_tasks(

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.constraint import read_schema
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END, REPLY_START, with_system
 from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions, make_mode
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
@@ -22,6 +23,7 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.saved_state import from_arrays, to_arrays
 from cognica_mlx.state import MAX_PENDING, DecodingState, Progress
+from mlx_poe.constraints import make_grammar
 from mlx_poe.conversation import Settings, Turn
 from mlx_poe.generate import GenerationResponse, stream_generate
 from mlx_poe.machine import known_costs
@@ -124,9 +126,19 @@ class Chat:
     def set_functions(self, functions: Functions | None) -> None:
         """Offer functions in place of the system text; None brings the system text back.
 
-        The next reply runs the conversation again. RequestError where they are not functions.
+        The next reply runs the conversation again. RequestError where they are not functions, or
+        have parameters that no call can be held to.
         """
+        if functions:
+            make_grammar(self.tokenizer, tools=functions)
         self._change_opening(functions=read_functions(functions) if functions else [])
+
+    def set_schema(self, text: str | None) -> None:
+        """Reply in JSON that fits the schema in `text`; None ends that. RequestError for a schema
+        that cannot be used."""
+        schema = None if text is None else read_schema(text)
+        make_grammar(self.tokenizer, json_schema=schema)
+        self.settings.schema = schema
 
     def _change_opening(self, **changes: Any) -> None:
         settings, turns = replace(self.settings, **changes), self.turns
@@ -195,6 +207,11 @@ class Chat:
     ) -> Generator[GenerationResponse, None, None]:
         settings = self.settings
         penalty = default_repetition_penalty(self.model, bool(settings.functions))
+        form: dict[str, Any] = {}
+        if settings.schema is not None:
+            form = {"json_schema": settings.schema}
+        elif settings.functions:
+            form = {"tools": settings.functions}
         paced = self.parks and settings.mode in PACED_MODES
         return stream_generate(  # type: ignore[return-value]
             self.model,
@@ -207,6 +224,7 @@ class Chat:
             prompt_progress_callback=progress,
             costs=known_costs(self.model) if paced else None,
             **{"repetition_penalty": penalty, **settings.options},
+            **form,
         )
 
     def _turn(self, text: str, tokens: list[int]) -> Turn:

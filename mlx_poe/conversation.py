@@ -13,8 +13,8 @@ class Settings:
     """How replies are made.
 
     `options` are sampling options and those of `mode`, by name, as far as the user chose them.
-    `functions` are offered to the model in place of the system text. A reply ends before any of
-    the texts in `stop`.
+    `functions` are offered to the model in place of the system text, and calls fit them. Replies
+    are JSON that fits `schema`, if there is one. A reply ends before any of the texts in `stop`.
     """
 
     mode: str = "full"
@@ -24,6 +24,7 @@ class Settings:
     specialist: str | None = None
     stop: list[str] = field(default_factory=list)
     functions: list[dict[str, Any]] = field(default_factory=list)
+    schema: dict[str, Any] | None = None
 
     @property
     def system_text(self) -> str:

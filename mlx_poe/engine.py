@@ -22,12 +22,10 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from cognica_mlx.costs import Costs
-from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions
+from cognica_mlx.decoding.modes import MODES, PACED_MODES
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import SamplingOptions
-from mlx_poe.generate import DEFAULT_MAX_TOKENS, Prompt, encode_prompt, sort_options
-from mlx_poe.prompt_cache import chat_marks
+from mlx_poe.generate import DEFAULT_MAX_TOKENS, Asked, Prompt, read_request
 from mlx_poe.responses import GenerationResponse, StopStrings
 from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Stats, Task, Update, make_task
 from mlx_poe.specialists import Specialists
@@ -158,16 +156,12 @@ class Engine:
         """
         if not isinstance(mode, str) or mode not in MODES:
             raise RequestError(f"mode {mode!r} is none of {', '.join(MODES)}")
-        sorted_options = sort_options(options)
         StopStrings(stop)
-        tokens = encode_prompt(self.tokenizer, prompt)
-        marks = chat_marks(self.tokenizer, prompt, tokens)
+        asked = read_request(self.tokenizer, prompt, options)
         if specialist is not None and not isinstance(specialist, str):
             specialist = tuple(specialist)
-        about = {"max_tokens": max_tokens, "stop": stop, "marks": marks}
-        return self._call(
-            lambda: self._add(specialist, weights, tokens, mode, sorted_options, about)
-        )
+        about = {"max_tokens": max_tokens, "stop": stop}
+        return self._call(lambda: self._add(specialist, weights, asked, mode, about))
 
     def attach(
         self,
@@ -278,14 +272,13 @@ class Engine:
         self,
         specialist: str | tuple[str, ...] | None,
         weights: Sequence[float] | None,
-        tokens: Sequence[int],
+        asked: Asked,
         mode: str,
-        options: tuple[SamplingOptions, ModeOptions],
         about: dict[str, Any],
     ) -> EngineRequest:
         model = self._model(specialist, weights)
         costs = self._costs(model) if self._costs and mode in PACED_MODES else None
-        task = make_task(model, tokens, mode, options, costs=costs, **about)
+        task = make_task(model, asked, mode, costs=costs, **about)
         self._scheduler.add(task)
         request = self._requests[task] = EngineRequest(self, task)
         return request

@@ -10,11 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from operator import index
 from typing import Any
 
 from cognica_mlx.calibration import CalibrationWarning
+from cognica_mlx.constraint import Grammar
 from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import Metered, Pace
@@ -24,8 +25,11 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.state import DecodingState, Progress
+from mlx_poe.constraints import CONSTRAINTS, make_grammar
+from mlx_poe.prompt_cache import chat_marks
 from mlx_poe.responses import GenerationResponse, Responses
 from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.tools import with_functions
 
 __all__ = ["GenerationResponse", "encode_prompt", "generate", "sort_options", "stream_generate"]
 
@@ -64,6 +68,12 @@ def stream_generate(
     min_p, repetition_penalty, repetition_context_size and seed; None stands for the default. Lists
     may be arrays of NumPy or MLX. Greedy by default.
 
+    One of these makes the reply fit, in any mode: `json_schema` (a schema, or its text; {} is any
+    JSON object), `regex` (of Rust's syntax), `grammar` (in Lark's notation), or `tools`, functions
+    as `mlx_poe.tools` reads them, with `tool_choice` "auto" (text or a call), "required" (a call),
+    "none" or a function's name. `tools` also go into the system text if the prompt is messages. A
+    reply that is cut off, by `max_tokens` or `stop`, may not fit.
+
     Generation ends at one of the tokenizer's `eos_token_ids`, before any of the strings `stop`, or
     after `max_tokens`. A `state` from an earlier call is continued as far as the prompts agree. The
     rest of the prompt is read in chunks of `prefill_step_size`, by default as suits the device;
@@ -75,23 +85,23 @@ def stream_generate(
     Raises RequestError for an empty prompt, an unknown mode, option or stage, or a mode that needs
     the model's calibration where its file cannot be used; other modes warn about such a file.
     """
-    sampling, mode_options = sort_options(options)
-    chosen = make_mode(model, mode, mode_options, model.calibration)
+    asked = read_request(tokenizer, prompt, options)
+    chosen = make_mode(model, mode, asked.mode_options, model.calibration)
     pace = Pace(costs, chosen) if costs else None
     if model.calibration_problem:
         warnings.warn(model.calibration_problem, CalibrationWarning, stacklevel=2)
-    tokens = encode_prompt(tokenizer, prompt)
     sequence = DecodingSequence(
         model,
-        tokens,
+        asked.tokens,
         chosen,
         max_tokens=max_tokens,
-        sampler=Sampler(sampling),
+        sampler=Sampler(asked.sampling),
         state=state,
         prefill_step_size=prefill_step_size,
         progress=prompt_progress_callback,
         advice=pace,
         fallback=make_mode(model),
+        constraint=asked.grammar.start() if asked.grammar else None,
     )
     responses = Responses(tokenizer, sequence, stop, pace)
     decoded_tokens = drive(sequence.steps(), Metered(Single(), pace) if pace else None)
@@ -108,6 +118,33 @@ def generate(model: PoEModel, tokenizer: Tokenizer, prompt: Prompt, **options: A
     return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt's tokens, the positions in it that other prompts may share, and its options."""
+
+    tokens: list[int]
+    marks: tuple[int, ...]
+    sampling: SamplingOptions
+    mode_options: ModeOptions
+    grammar: Grammar | None
+
+
+def read_request(tokenizer: Tokenizer, prompt: Prompt, options: Mapping[str, Any]) -> Asked:
+    """What every way to generate makes of a prompt and its options; RequestError for bad ones."""
+    formal = {k: v for k, v in options.items() if k in (*CONSTRAINTS, "tool_choice")}
+    sampling, mode_options = sort_options({k: v for k, v in options.items() if k not in formal})
+    grammar = make_grammar(tokenizer, **formal)
+    tools = formal.get("tools")
+    if tools is not None and not isinstance(prompt, str) and _are_messages(prompt):
+        prompt = with_functions(prompt, tools)  # type: ignore[arg-type]
+    tokens = encode_prompt(tokenizer, prompt)
+    return Asked(tokens, chat_marks(tokenizer, prompt, tokens), sampling, mode_options, grammar)
+
+
+def _are_messages(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The token ids of a prompt of any kind. RequestError where it is empty or of no such kind."""
     if hasattr(prompt, "tolist"):  # an array, of MLX's or NumPy's
@@ -119,7 +156,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         raise RequestError("the prompt is empty; give some text, token ids or messages")
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    if isinstance(prompt[0], Mapping):
+    if _are_messages(prompt):
         return tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
     try:
         return [index(token) for token in prompt]  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ class GenerationResponse:
     parked: None, or why decoding has gone over to full depth: see `costs` in `stream_generate`.
     finish_reason: None but for the last token, where it is "stop" or "length".
     cached_tokens: how many of the prompt's positions came from a state, and were not run.
+    forced: a constraint allowed no other token; no stage was asked, and `stage` is 0.
     """
 
     text: str
@@ -47,6 +48,7 @@ class GenerationResponse:
     parked: str | None = None
     finish_reason: str | None = None
     cached_tokens: int = 0
+    forced: bool = False
 
 
 class Responses:
@@ -104,6 +106,7 @@ class Responses:
             parked=self._pace.parked if self._pace else None,
             finish_reason=finish_reason,
             cached_tokens=sequence.cached if self._cached is None else self._cached,
+            forced=decoded.forced,
         )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.batch import Batch
-from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.modes import make_mode
 from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.decoding.requests import Steps
 from cognica_mlx.decoding.sequence import (
@@ -30,8 +30,9 @@ from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.errors import RequestError
 from cognica_mlx.footprint import made_for, state_bytes
 from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import Sampler, SamplingOptions
+from cognica_mlx.sampling import Sampler
 from cognica_mlx.state import MAX_PENDING, DecodingState
+from mlx_poe.generate import Asked
 from mlx_poe.memory import memory_for_states
 from mlx_poe.prompt_cache import LEAST, PromptCache
 from mlx_poe.responses import GenerationResponse, Responses, StopStrings
@@ -44,44 +45,40 @@ EXCESS = 256
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One prompt and all that decides what follows it; compared by identity.
-
-    `marks` are positions that other prompts may share, where the state is kept for them.
-    """
+    """One prompt and all that decides what follows it; compared by identity."""
 
     model: PoEModel
-    tokens: Sequence[int]
+    asked: Asked
     mode: Mode
-    sampling: SamplingOptions
     max_tokens: int
     stop: str | Sequence[str] | None = None
     step_size: int | None = None
     costs: Costs | None = None
-    marks: Sequence[int] = ()
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The prompt's."""
+        return self.asked.tokens
 
 
 def make_task(
     model: PoEModel,
-    tokens: Sequence[int],
+    asked: Asked,
     mode: str,
-    options: tuple[SamplingOptions, ModeOptions],
     *,
     max_tokens: int,
     stop: str | Sequence[str] | None = None,
     prefill_step_size: int | None = None,
     costs: Costs | None = None,
-    marks: Sequence[int] = (),
 ) -> Task:
     """A task that can be run. Raises RequestError for whatever `stream_generate` would refuse."""
-    chosen = make_mode(model, mode, options[1], model.calibration)
+    chosen = make_mode(model, mode, asked.mode_options, model.calibration)
     StopStrings(stop)
     # Checks the rest, and holds nothing yet.
     DecodingSequence(
-        model, tokens, chosen, max_tokens=max_tokens, prefill_step_size=prefill_step_size
+        model, asked.tokens, chosen, max_tokens=max_tokens, prefill_step_size=prefill_step_size
     )
-    return Task(
-        model, tokens, chosen, options[0], max_tokens, stop, prefill_step_size, costs, marks
-    )
+    return Task(model, asked, chosen, max_tokens, stop, prefill_step_size, costs)
 
 
 @dataclass(frozen=True)
@@ -304,12 +301,13 @@ class Scheduler:
             task.tokens,
             task.mode,
             max_tokens=task.max_tokens,
-            sampler=Sampler(task.sampling),
+            sampler=Sampler(task.asked.sampling),
             state=state,
             prefill_step_size=task.step_size,
             progress=lambda *_: state.compact(EXCESS),
             advice=pace,
             fallback=make_mode(task.model),
+            constraint=task.asked.grammar.start() if task.asked.grammar else None,
         )
         cached = found.length if found else 0
         responses = Responses(self.tokenizer, sequence, task.stop, pace, cached)
@@ -319,7 +317,7 @@ class Scheduler:
     def _steps(self, task: Task, sequence: DecodingSequence) -> Steps:
         """The sequence's own steps, after its prompt has been read up to each mark."""
         state, mode, size = sequence.state, task.mode, task.step_size
-        for mark in sorted(task.marks):
+        for mark in sorted(task.asked.marks):
             if state.length + LEAST <= mark < len(task.tokens):
                 yield from ready(state, mode.depth, size)
                 rest = task.tokens[state.length : mark]

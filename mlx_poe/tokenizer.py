@@ -14,9 +14,12 @@
 import codecs
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tiktoken
+from llguidance import LLTokenizer
+from llguidance.tiktoken import lltokenizer_from_encoding
 
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END, REPLY_START, end, start, turns
 from cognica_mlx.convert.tokenizer_files import encode_text, read_encoding
@@ -88,6 +91,12 @@ class Tokenizer:
     def token_byte_lengths(self, n_vocab: int) -> list[int]:
         """Bytes of text behind each id, for bits per byte; 0 for special and unknown ids."""
         return [len(self._ordinary.get(token, b"")) for token in range(n_vocab)]
+
+    @cached_property
+    def vocabulary(self) -> LLTokenizer:
+        """The same tokens for llguidance, made once. The first of its ends is a reply's."""
+        ends = sorted(self.eos_token_ids, key=lambda token: token == self.bos_token_id)
+        return lltokenizer_from_encoding(self.encoding, n_vocab=self.vocab_size, eos_token=ends)
 
     def detokenizer(self, skip_special_tokens: bool = False) -> "StreamingDetokenizer":
         """A fresh detokenizer for one stream of ids."""

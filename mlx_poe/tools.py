@@ -2,18 +2,20 @@
 
 - In: functions as JSON text, a dictionary or a list of them (`name`, `description`, `parameters`);
   then the model's text, piece by piece.
-- Out: the system text in the one layout that the tool specialist was trained on, the plain text
-  before a call, the call, and in words what is wrong with it.
+- Out: the system text in the one layout that the tool specialist was trained on, a grammar that
+  admits calls of these functions only, the plain text before a call, the call, and in words what is
+  wrong with it.
 - Nothing here runs a function. A call is the model's guess: it may invent names and arguments.
 - Bad functions raise RequestError. A bad call, which models make, is a `problem` instead.
 """
 
 import json
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cognica_mlx.constraint import json_layout, lark_grammar
 from cognica_mlx.errors import RequestError
 
 CALL_MARK = "<functioncall>"
@@ -25,6 +27,7 @@ Functions = str | dict[str, Any] | Sequence[dict[str, Any]]
 _OFFER = (
     "You are a helpful assistant with access to the following functions. Use them if required -\n"
 )
+_CHOICES = ("auto", "required", "none")
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "number": (int, float),
@@ -55,6 +58,16 @@ def tool_system_prompt(functions: Functions) -> str:
     return _OFFER + "\n\n".join(layouts)
 
 
+def with_functions(
+    messages: Sequence[Mapping[str, str]], functions: Functions
+) -> list[Mapping[str, str]]:
+    """Messages whose system text offers `functions`, before what it says already."""
+    offer, rest = tool_system_prompt(functions), list(messages)
+    if rest and rest[0].get("role") == "system":
+        offer = f"{offer}\n\n{rest.pop(0).get('content', '')}"
+    return [{"role": "system", "content": offer}, *rest]
+
+
 def read_functions(functions: Functions) -> list[dict[str, Any]]:
     """The functions as plain dictionaries, each with a name; RequestError if they are not."""
     try:
@@ -76,6 +89,56 @@ def read_functions(functions: Functions) -> list[dict[str, Any]]:
         if not isinstance(function.get("parameters", {}), dict):
             raise RequestError(f"function {number}: its parameters are not an object")
     return listed
+
+
+def call_grammar(functions: Functions, tool_choice: str = "auto") -> str:
+    """A grammar, for llguidance, of replies to whom `functions` are offered.
+
+    "auto" admits plain text and, perhaps after some, a call; "required" a call; a function's name
+    a call of that; "none" plain text. A call has the layout that the model was trained on, its
+    arguments fit the function's schema, and the reply ends with it. RequestError for a choice that
+    is none of these, or schemas that cannot be used.
+    """
+    offered = read_functions(functions)
+    names = [function["name"] for function in offered]
+    if tool_choice not in (*_CHOICES, *names):
+        known = ", ".join((*_CHOICES, *names))
+        raise RequestError(f"tool_choice {_shown(tool_choice)} is none of {known}")
+    if tool_choice in names:
+        offered = [offered[names.index(tool_choice)]]
+    start = {
+        "none": "PLAIN",
+        "auto": "PLAIN | before call",
+    }.get(tool_choice, f"{json.dumps(CALL_MARK)} call")
+    calls, rules = [], []
+    for i, function in enumerate(offered):
+        head = f' {{"name": {json.dumps(function["name"])}, "arguments": \''
+        calls.append(f'{json.dumps(head)} arguments{i} "\'}}"')
+        schema = json_layout(_closed(function.get("parameters", {}), top=True))
+        rules.append(f"arguments{i}: %json {schema}")
+    lines = [
+        f"start: {start}",
+        f"call: {' | '.join(calls)}",
+        f"before[suffix={json.dumps(CALL_MARK)}]: /(?s:.*)/",
+        f"PLAIN: /(?s:.*)/ & ~/(?s:.*){CALL_MARK}(?s:.*)/",
+        *rules,
+    ]
+    return lark_grammar("\n".join(lines) + "\n")
+
+
+def _closed(schema: Any, top: bool = False) -> Any:
+    """A schema by which objects have the properties that it lists and no others, as `check_call`
+    reads it."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {k: v if k in ("enum", "const") else _closed(v) for k, v in schema.items()}
+    if top:
+        closed = {"type": "object", "properties": {}, **closed}
+    if isinstance(closed.get("properties"), dict):
+        closed.setdefault("additionalProperties", False)
+    return closed
 
 
 class ToolCallParser:

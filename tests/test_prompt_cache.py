@@ -164,7 +164,7 @@ def test_a_system_text_is_shared_by_conversations():
         task(talk(words), model=model, max_tokens=4)
         for words in ("Tell me about the sea. " * 50, "12 plus 13?", "Why?")
     ]
-    (mark,) = [m for m in tasks[0].marks if m > LEAST]
+    (mark,) = [m for m in tasks[0].asked.marks if m > LEAST]
     assert mark > 128
     for each in tasks:
         ((tokens, cached),) = replies(scheduler, [each])
@@ -183,7 +183,7 @@ def test_another_last_question_finds_the_conversation_before_it():
     replies(scheduler, [one])
     ((tokens, cached),) = replies(scheduler, [other])
     assert tokens == cold(other)
-    start = other.marks[-1]
+    start = other.asked.marks[-1]
     assert other.tokens[start] == tokenizer.token_id("<|user_start|>")
     assert start <= cached <= start + 8
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.constraint import Constraint
 from cognica_mlx.decoding.requests import Read, Request, Score, as_row, through
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.sampling import logprob_of
+from cognica_mlx.sampling import Scores, logprob_of, masked
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Draft:
     tokens (1, 1) int; log_probs (1, V), what each was drawn from, empty when greedy; logprobs (1,)
     of the tokens; margins (1,) by which the draft's best score led. `first` is the position of the
     token before them, `context` what the repetition penalty looked back on at that position;
-    `stopped` says that the next draft was too weak to be one.
+    `stopped` says that the next draft was too weak to be one. Under a constraint `masks` has what
+    it allowed at each draft's place, (1, W), and `forced` whether that was this token alone.
     """
 
     first: int
@@ -35,10 +37,21 @@ class Draft:
     log_probs: list[mx.array] = field(default_factory=list)
     logprobs: list[mx.array] = field(default_factory=list)
     margins: list[mx.array] = field(default_factory=list)
+    masks: list[mx.array] = field(default_factory=list)
+    forced: list[bool] = field(default_factory=list)
     stopped: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def add(
+        self, token: mx.array, logprob: mx.array, margin: mx.array, forced: bool = False
+    ) -> None:
+        """Add one more token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.margins.append(margin)
+        self.forced.append(forced)
 
     def joined(self) -> mx.array:
         """The drafted tokens, (n,) int32."""
@@ -50,27 +63,40 @@ class OwnStages:
     """The model's own stages, up to the one that `target` reads.
 
     With `stop_below` drafting stops where the two best scores are closer than that, and that draft
-    is not used: then the host waits for each draft, otherwise for none.
+    is not used: then the host waits for each draft, otherwise for none. It also waits for each
+    under a constraint, which decides by one token what the next may be.
     """
 
     def __init__(self, target: Target, stop_below: float | None):
         self.target, self.stop_below = target, stop_below
 
-    def draft(self, sequence: DecodingSequence, count: int) -> Generator[Request, Any, Draft]:
+    def draft(
+        self, sequence: DecodingSequence, count: int, room: int
+    ) -> Generator[Request, Any, Draft]:
         """Draft up to `count` tokens after the sequence's text, the last token of which the state
-        does not hold. Appends it and the drafts but the last."""
-        state, sampler = sequence.state, sequence.sampler
+        does not hold. Appends it and the drafts but the last.
+
+        What a constraint forces between the drafts comes on top, up to `room` tokens in all.
+        """
+        state, sampler, constraint = sequence.state, sequence.sampler, sequence.constraint
         if count > state.slack:
             raise RequestError(
                 f"num_draft_tokens {count} is more than the {state.slack} positions that this "
                 "state can roll back"
             )
         draft = Draft(state.length, sampler.context(sequence.text))
-        context, token = draft.context, as_row(sequence.text[-1])
+        context, room = draft.context, min(room, state.slack)
+        # Not in the state yet.
+        tokens = [as_row(sequence.text[-1])]
         for _ in range(count):
-            state.append(token)
+            if len(draft) == room or (constraint and constraint.ended):
+                break
+            for token in tokens:
+                state.append(token)
+            tokens = []
             yield from through(state, self.target.depth)
-            scores = sampler.process((yield Score(state, self.target)), context)
+            masks = sequence.mask()
+            scores = sampler.process((yield Score(state, self.target)), context, masks)
             lead = scores.margins
             if self.stop_below is not None:
                 ((number,),) = yield Read(state, (lead,))
@@ -84,8 +110,33 @@ class OwnStages:
                 chosen = sampler.draw(draft.log_probs[-1])
                 logprob = logprob_of(scores.array, chosen)
             token = as_row(chosen)
-            draft.tokens.append(token)
-            draft.logprobs.append(logprob)
-            draft.margins.append(lead)
-            context = sampler.extend(context, token)
+            draft.add(token, logprob, lead)
+            tokens.append(token)
+            if constraint and masks is not None:
+                draft.masks.append(masks)
+                (((known,),),) = yield Read(state, (token,))
+                constraint.commit([known])
+                tokens += _certain(draft, sequence, constraint, room)
+            for token in tokens:
+                context = sampler.extend(context, token)
+        for token in tokens[:-1]:
+            state.append(token)
         return draft
+
+
+def _certain(
+    draft: Draft, sequence: DecodingSequence, constraint: Constraint, room: int
+) -> list[mx.array]:
+    """Add to a draft what the constraint forces after it, `room` tokens in all; those tokens."""
+    sampler, tokens = sequence.sampler, []
+    while len(draft) < room and (forced := constraint.forced()):
+        for known in forced[: room - len(draft)]:
+            masks = constraint.mask()[None]
+            constraint.commit([known])
+            draft.masks.append(masks)
+            if not sampler.greedy:
+                nothing = mx.zeros((1, sequence.model.config.vocab_size))
+                draft.log_probs.append(sampler.log_probs(Scores(masked(nothing, masks))))
+            tokens.append(as_row(known))
+            draft.add(tokens[-1], mx.zeros((1,)), mx.full((1,), mx.inf), forced=True)
+    return tokens

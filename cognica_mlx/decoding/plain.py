@@ -2,7 +2,7 @@
 
 The device never waits for the host: the next token is under way while the last is handed out. What
 it needs is laid out first and begun only when the last token is read, so that no cache is written
-that is still in use.
+that is still in use. Under a constraint each token decides what the next may be, and is waited for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class Plain:
 
     def steps(self, sequence: DecodingSequence) -> Steps:
         """Emit tokens until the budget is used up."""
+        if sequence.constraint:
+            yield from self._constrained(sequence)
+            return
         state, sampler = sequence.state, sequence.sampler
         context = sampler.context(sequence.text)
         token = as_row(sequence.text[-1])
@@ -47,6 +50,22 @@ class Plain:
             under_way = ahead
         if under_way:
             yield self._token((yield Read(state, under_way)))
+
+    def _constrained(self, sequence: DecodingSequence) -> Steps:
+        """Emit one token after the other, but those that are certain at once."""
+        state, sampler = sequence.state, sequence.sampler
+        while True:
+            yield from sequence.certain()
+            if not sequence.budget:
+                return
+            state.append(sequence.text[state.length :])
+            yield from through(state, self.depth)
+            scores = yield Score(state, self.target)
+            scores = sampler.process(scores, sampler.context(sequence.text), sequence.mask())
+            chosen, logprob = sampler.choose(scores)
+            token = self._token((yield Read(state, (as_row(chosen), logprob))))
+            sequence.commit(token.token)
+            yield token
 
     def _token(self, numbers: list) -> DecodedToken:
         ((token,),), (logprob,) = numbers

@@ -74,12 +74,14 @@ Request = Advance | Score | Read | Submit
 class DecodedToken:
     """One token: its id, its log-probability under the scores that chose or confirmed it (after
     the repetition penalty, before temperature and filters), the stage that emitted it, and
-    whether it was drafted."""
+    whether it was drafted. `forced` says that a constraint allowed no other: its log-probability is
+    0, and no stage was asked."""
 
     token: int
     logprob: float
     stage: int
     from_draft: bool = False
+    forced: bool = False
 
 
 # What modes are made of: requests go out, answers come back.

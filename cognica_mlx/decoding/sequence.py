@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from cognica_mlx.constraint import Constraint
 from cognica_mlx.decoding.requests import (
     DecodedToken,
     Request,
@@ -99,9 +100,11 @@ class DecodingSequence:
         progress: Progress | None = None,
         advice: Advice | None = None,
         fallback: Mode | None = None,
+        constraint: Constraint | None = None,
     ):
         """`fallback` goes on where `advice` ends the mode; `progress(done, total)` is called after
-        every chunk of the prompt, of `prefill_step_size` tokens."""
+        every chunk of the prompt, of `prefill_step_size` tokens. What is emitted satisfies
+        `constraint`, which must be at its beginning, and ends where that does."""
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         if max_tokens < 1:
@@ -115,6 +118,7 @@ class DecodingSequence:
         self.model, self.mode, self.state = model, mode, state
         self.sampler = sampler or Sampler()
         self.advice, self.fallback = advice or NoAdvice(), fallback
+        self.constraint, self._ended = constraint, False
         self.text, self.prompt_length = list(prompt), len(prompt)
         self.max_tokens = max_tokens
         self.drafted = self.cached = 0
@@ -123,6 +127,8 @@ class DecodingSequence:
     @property
     def budget(self) -> int:
         """How many more tokens to emit."""
+        if self._ended:
+            return 0
         return self.max_tokens - (len(self.text) - self.prompt_length)
 
     def steps(self) -> Steps:
@@ -162,6 +168,7 @@ class DecodingSequence:
                 answer = None
                 if isinstance(step, DecodedToken):
                     self.text.append(step.token)
+                    self._ended = self.constraint is not None and step.token in self.constraint.ends
                     if mode is self.mode:
                         self.advice.emitted()
                     yield step
@@ -169,6 +176,25 @@ class DecodingSequence:
                     answer = yield step
         finally:
             steps.close()
+
+    def certain(self) -> Generator[DecodedToken, None, None]:
+        """Emit what the constraint leaves no choice about, as far as the budget goes.
+
+        The stages run these tokens in one pass with the next that they have to predict.
+        """
+        while self.constraint and self.budget and (tokens := self.constraint.forced()):
+            for token in tokens[: self.budget]:
+                self.constraint.commit([token])
+                yield DecodedToken(token, 0.0, 0, forced=True)
+
+    def mask(self) -> mx.array | None:
+        """What the constraint allows next, (1, W) for `Sampler.process`; None without one."""
+        return self.constraint.mask()[None] if self.constraint else None
+
+    def commit(self, token: int) -> None:
+        """Tell the constraint of a token."""
+        if self.constraint:
+            self.constraint.commit([token])
 
     def _tell(self, total: int, done: int, _: int) -> None:
         """Progress of the prompt as a whole, its rest included."""

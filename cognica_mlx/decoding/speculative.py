@@ -20,8 +20,11 @@ The host waits once for a verification, and once for a block of drafts that may 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import mlx.core as mx
 
+from cognica_mlx.constraint import Constraint
 from cognica_mlx.decoding.drafters import Draft, OwnStages
 from cognica_mlx.decoding.requests import DecodedToken, Read, Score, Steps, as_row, through
 from cognica_mlx.decoding.sequence import DecodingSequence
@@ -59,29 +62,33 @@ class Speculative:
 
     def steps(self, sequence: DecodingSequence) -> Steps:
         """Emit tokens, a round at a time."""
+        state = sequence.state
         while sequence.budget and sequence.advice.pays():
+            yield from sequence.certain()
+            if not sequence.budget:
+                return
+            state.append(sequence.text[state.length : -1])
             most = self.num_draft_tokens
             if self.drafter.stop_below is None and self.certain is None:
                 most = sequence.advice.draft_length(most)
             # A verification adds a token of its own; certified drafts may have to do without.
             room = sequence.budget - (self.certain is None)
-            draft = yield from self.drafter.draft(sequence, min(most, room))
-            sequence.drafted += len(draft)
+            draft = yield from self.drafter.draft(sequence, min(most, room), room)
+            sequence.drafted += draft.forced.count(False)
             certified: list[bool] = []
             if self.certain is not None:
-                arrays = tuple(mx.concatenate(part) for part in _emitted(draft))
-                numbers: list = (yield Read(sequence.state, arrays)) if arrays else []
+                arrays = tuple(mx.concatenate(part) for part in _read(draft))
+                numbers: list = (yield Read(state, arrays)) if arrays else []
                 certified = [lead > self.certain for lead in numbers[2]] if arrays else []
                 if all(certified) and not draft.stopped:
-                    for token, logprob in zip(*numbers[:2], strict=True):
-                        yield DecodedToken(token, logprob, self.draft_stage, from_draft=True)
+                    yield from self._emitted(draft, *numbers[:2])
                     continue
             yield from self._verify(sequence, draft, certified)
 
     def _verify(self, sequence: DecodingSequence, draft: Draft, certified: list[bool]) -> Steps:
         """Verify a draft, roll back what is refused, and emit what is kept and one token of the
         full model's own. Drafts that are `certified` are kept whatever the full model says."""
-        state, sampler = sequence.state, sequence.sampler
+        state, sampler, constraint = sequence.state, sequence.sampler, sequence.constraint
         rows = len(draft) + 1
         if state.length < draft.first + rows:
             # What the full model predicts after the last draft comes with the same pass.
@@ -89,7 +96,8 @@ class Speculative:
         yield from through(state, self.depth)
         drafted = draft.joined()
         scores = yield Score(state, self.target, rows)
-        scores = sampler.process(scores, sampler.extend(draft.context, drafted))
+        context = sampler.extend(draft.context, drafted)
+        scores = sampler.process(scores, context, _masks(draft, constraint))
         agree, chosen = judge(sampler, scores, drafted, draft)
         if certified:
             agree = agree | mx.array(certified, dtype=mx.bool_)
@@ -98,14 +106,41 @@ class Speculative:
         drafted_logprobs = logprob_of(scores.array, mx.concatenate([drafted, chosen[-1:]]))
         arrays = kept, chosen, logprobs, drafted, drafted_logprobs
         accepted, chosen, logprobs, drafted, drafted_logprobs = yield Read(state, arrays)
-        sequence.advice.judged(accepted, len(draft))
+        forced = draft.forced
+        sequence.advice.judged(forced[:accepted].count(False), forced.count(False))
         state.rollback(draft.first + 1 + accepted)
-        for token, logprob in zip(drafted[:accepted], drafted_logprobs, strict=False):
-            yield DecodedToken(token, logprob, self.draft_stage, from_draft=True)
-        yield DecodedToken(chosen[accepted], logprobs[accepted], self.depth)
+        chooses = True
+        if constraint:
+            constraint.rollback(len(draft) - accepted)
+            # Where there is no choice, or nothing can follow, the full model was asked in vain.
+            chooses = not (constraint.ended or constraint.forced())
+            if chooses:
+                constraint.commit([chosen[accepted]])
+        yield from self._emitted(draft, drafted[:accepted], drafted_logprobs[:accepted])
+        if chooses:
+            yield DecodedToken(chosen[accepted], logprobs[accepted], self.depth)
+
+    def _emitted(
+        self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[float]
+    ) -> Iterator[DecodedToken]:
+        """The first of the drafts, as many as there are `tokens`."""
+        for token, logprob, forced in zip(tokens, logprobs, draft.forced, strict=False):
+            if forced:
+                yield DecodedToken(token, 0.0, 0, forced=True)
+            else:
+                yield DecodedToken(token, logprob, self.draft_stage, from_draft=True)
 
 
-def _emitted(draft: Draft) -> tuple[list[mx.array], ...]:
+def _masks(draft: Draft, constraint: Constraint | None) -> mx.array | None:
+    """What is allowed at each draft's place and after the last: (n + 1, W)."""
+    if constraint is None:
+        return None
+    # After the end nothing is asked for: anything may stand there.
+    last = draft.masks[-1] if constraint.ended else constraint.mask()[None]
+    return mx.concatenate([*draft.masks, last])
+
+
+def _read(draft: Draft) -> tuple[list[mx.array], ...]:
     """What a certified block reads: tokens, log-probabilities, margins; nothing without drafts."""
     if not draft.tokens:
         return ()

@@ -29,7 +29,6 @@ from cognica_mlx.decoding.requests import (
     Score,
     Steps,
     advance,
-    as_row,
 )
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import full_target, stage_target
@@ -89,9 +88,12 @@ class Wand:
     def steps(self, sequence: DecodingSequence) -> Steps:
         """Emit tokens, each with the stage it left at."""
         state, sampler = sequence.state, sequence.sampler
-        context = sampler.context(sequence.text)
         while sequence.budget and sequence.advice.pays():
-            state.append(sequence.text[-1:])
+            yield from sequence.certain()
+            if not sequence.budget:
+                return
+            state.append(sequence.text[state.length :])
+            context, masks = sampler.context(sequence.text), sequence.mask()
             passed: list[mx.array] = []
             for stage, target in enumerate(self._targets):
                 yield from advance(state, stage)
@@ -101,10 +103,10 @@ class Wand:
                 if not tested:
                     continue
                 scores = Scores(self._pool(passed)) if self._pool else (yield Score(state, target))
-                scores = sampler.process(scores, context)
+                scores = sampler.process(scores, context, masks)
                 arrays = *sampler.choose(scores), scores.margins
                 (token,), (logprob,), (lead,) = yield Read(state, arrays)
                 if stage == self.depth or lead > self.exits[stage]:
                     break
+            sequence.commit(token)
             yield DecodedToken(token, logprob, stage)
-            context = sampler.extend(context, as_row(token))

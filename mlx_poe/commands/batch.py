@@ -29,7 +29,8 @@ from cognica_mlx.errors import CheckpointError, PoEError, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import SamplingOptions
 from mlx_poe.batch import BatchStats, plan, run_tasks, trunk_to_keep
-from mlx_poe.commands.options import check_output, file_path, taken
+from mlx_poe.commands.options import check_output, file_path, taken, taken_constraints
+from mlx_poe.constraints import CONSTRAINTS
 from mlx_poe.generate import Prompt
 from mlx_poe.load import load
 from mlx_poe.machine import known_costs
@@ -42,7 +43,8 @@ from mlx_poe.tokenizer import Tokenizer
 # What a line may hold: one of these, and options.
 PROMPTS = ("prompt", "messages", "tokens")
 OPTIONS = tuple(f.name for f in (*fields(SamplingOptions), *fields(ModeOptions)))
-NAMES = (*PROMPTS, *OPTIONS, "id", "mode", "max_tokens", "stop", "specialist", "weights")
+FORMS = (*CONSTRAINTS, "tool_choice")
+NAMES = (*PROMPTS, *OPTIONS, *FORMS, "id", "mode", "max_tokens", "stop", "specialist", "weights")
 # Every line that we write begins so.
 OURS = b'{"index": '
 SHOWN = (
@@ -254,6 +256,8 @@ def _task(args: argparse.Namespace, tokenizer: Tokenizer, models: _Models, line:
             # The command line's are its own mode's.
             others = {f.name for f in fields(ModeOptions)} - set(MODES[mode])
             common = {k: v for k, v in common.items() if k not in others}
+        if not any(name in own for name in CONSTRAINTS):
+            common |= taken_constraints(args)
         options = {"max_tokens": args.max_tokens, "stop": args.stop, **common, **own, "mode": mode}
         model = models.of(line.fields)
         if mode in PACED_MODES and not args.no_park:
@@ -331,6 +335,7 @@ def as_json(
                 "logprob": r.logprob,
                 "stage": r.stage,
                 "from_draft": r.from_draft,
+                "forced": r.forced,
             }
             for r in responses
         ],

@@ -58,8 +58,9 @@ def _is_control(code: int) -> bool:
 
 
 def mean_depth(responses: Sequence[GenerationResponse], n_stages: int) -> str:
-    """How deep tokens went on average, in words."""
-    mean = sum(r.stage + 1 for r in responses) / len(responses)
+    """How deep tokens went on average, in words; those that no stage was asked for left out."""
+    asked = [r for r in responses if not r.forced] or responses
+    mean = sum(r.stage + 1 for r in asked) / len(asked)
     return f"{mean:.1f} of {n_stages} stages"
 
 
@@ -136,15 +137,23 @@ def _system(repl: Repl, argument: str) -> None:
 
 
 def _tools(repl: Repl, argument: str) -> None:
+    repl.chat.set_functions(_file_or_off(argument))
+
+
+def _schema(repl: Repl, argument: str) -> None:
+    repl.chat.set_schema(_file_or_off(argument))
+
+
+def _file_or_off(argument: str) -> str | None:
+    """What the named file says; None for "off"."""
     if not argument:
         raise _Misused
     if argument == "off":
-        repl.chat.set_functions(None)
-        return
+        return None
     path = user_path(argument)
     if not path.is_file():
         raise RequestError(f"{path} is not a regular file")
-    repl.chat.set_functions(path.read_text(encoding="utf-8", errors="replace"))
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _use(repl: Repl, argument: str) -> None:
@@ -214,8 +223,10 @@ def _stats(repl: Repl, argument: str) -> None:
         table.add_row("prompt", f"{last[-1].prompt_tps:.1f} tokens/s")
         table.add_row("reply", f"{len(last)} tokens, {last[-1].generation_tps:.1f} tokens/s")
         table.add_row("depth", mean_depth(last, chat.model.poe_n_stages))
-        stages = Counter(r.stage for r in last)
+        stages = Counter(r.stage for r in last if not r.forced)
         table.add_row("stages", ", ".join(f"{k}: {stages[k]}" for k in sorted(stages)))
+        if forced := sum(r.forced for r in last):
+            table.add_row("forced", f"{forced} tokens, by the reply's form")
         if drafted := last[-1].drafted_tokens:
             table.add_row("drafts", f"{sum(r.from_draft for r in last)} of {drafted} accepted")
     table.add_row("conversation", f"{len(chat.turns)} exchanges, {len(chat.tokens)} tokens")
@@ -258,6 +269,7 @@ COMMANDS = {
     "max-tokens": Command("N", "length of the longest reply", _max_tokens),
     "stop": Command("[TEXT|off]", "end replies before this text too", _stop),
     "system": Command("[TEXT|off]", "system text", _system),
+    "schema": Command("FILE|off", "reply in JSON that fits a schema", _schema),
     "tools": Command("FILE|off", "offer functions, from JSON, to a tool specialist", _tools),
     "use": Command("[NAME|base]", "change the specialist", _use),
     "attach": Command("NAME MODEL", "load one more specialist", _attach),

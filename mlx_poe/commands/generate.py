@@ -22,6 +22,7 @@ from cognica_mlx.sampling import SamplingOptions
 from mlx_poe.commands.batch import add_batch_flags, as_json, generate_file
 from mlx_poe.commands.options import (
     INTERRUPTED,
+    add_constraint_flags,
     add_mode_flags,
     add_model_flags,
     add_sampling_flags,
@@ -31,6 +32,7 @@ from mlx_poe.commands.options import (
     read_stdin,
     run,
     taken,
+    taken_constraints,
 )
 from mlx_poe.generate import GenerationResponse, Prompt, stream_generate
 from mlx_poe.load import load
@@ -80,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--weights", type=numbers(float), metavar="W,…", help="their weights (default: equal)"
     )
     add_sampling_flags(parser)
+    add_constraint_flags(parser)
     add_mode_flags(parser)
     add_batch_flags(parser)
     return parser
@@ -97,6 +100,7 @@ def _generate(args: argparse.Namespace) -> int:
         return generate_file(args)
     if args.output is not None:
         raise RequestError("--output is where --prompts puts its replies")
+    constraints = taken_constraints(args)
     text = read_stdin() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise RequestError("the prompt is empty; give some text with --prompt")
@@ -123,6 +127,7 @@ def _generate(args: argparse.Namespace) -> int:
             prompt_progress_callback=progress.show,
             costs=known_costs(model) if args.mode in PACED_MODES and not args.no_park else None,
             **taken(args, options),
+            **constraints,
         )
         status = _consume(stream, responses, args, progress)
     if responses and responses[-1].parked:
@@ -236,17 +241,23 @@ class PromptProgress:
 
 
 def _print_statistics(model: PoEModel, responses: Sequence[GenerationResponse]) -> None:
-    last, stages = responses[-1], Counter(r.stage for r in responses)
+    last, asked = responses[-1], [r for r in responses if not r.forced]
+    stages = Counter(r.stage for r in asked)
     lines = [
         "=" * 10,
         f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec",
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec",
         f"Peak memory: {last.peak_memory:.3f} GB",
-        "Stages: "
-        + ", ".join(f"{k}: {stages[k]}" for k in range(model.poe_n_stages) if stages[k])
-        + f" (mean depth {sum(r.stage + 1 for r in responses) / len(responses):.2f}"
-        + f" of {model.poe_n_stages})",
     ]
+    if asked:
+        lines.append(
+            "Stages: "
+            + ", ".join(f"{k}: {stages[k]}" for k in range(model.poe_n_stages) if stages[k])
+            + f" (mean depth {sum(r.stage + 1 for r in asked) / len(asked):.2f}"
+            + f" of {model.poe_n_stages})"
+        )
+    if len(asked) < len(responses):
+        lines.append(f"Forced by the reply's form: {len(responses) - len(asked)} tokens")
     if last.drafted_tokens:
         kept = sum(r.from_draft for r in responses)
         lines.append(

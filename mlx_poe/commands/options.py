@@ -7,6 +7,7 @@ The exit status is 2 for a request that makes no sense, 1 for work that failed.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -22,6 +23,7 @@ from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.targets import DRAFT_HEADS
 from cognica_mlx.errors import PoEError, RequestError
+from mlx_poe.constraints import CONSTRAINTS
 from mlx_poe.load import DEFAULT_MODEL
 from mlx_poe.paths import user_path
 from mlx_poe.penalty import SPECIALIST_PENALTY
@@ -188,6 +190,44 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated"
     )
+
+
+def add_constraint_flags(parser: argparse.ArgumentParser) -> None:
+    """--json-schema, --regex, --grammar, --tools: what a reply must fit."""
+    group = parser.add_argument_group("the reply's form (each a file, or the text itself)")
+    group.add_argument(
+        "--json-schema", metavar="SCHEMA", help="JSON that fits this schema; {} is any object"
+    )
+    group.add_argument("--regex", help="text that fits this regular expression")
+    group.add_argument("--grammar", help="text that fits this grammar, in Lark's notation")
+    group.add_argument(
+        "--tools", metavar="FUNCTIONS", help="offer these functions, and check calls of them"
+    )
+    group.add_argument(
+        "--tool-choice",
+        metavar="CHOICE",
+        help="auto (text or a call, the default), required, none, or a function's name",
+    )
+
+
+def taken_constraints(args: argparse.Namespace) -> dict[str, str]:
+    """The flags of `add_constraint_flags` that were given, as keywords; files read."""
+    given = taken(args, (*CONSTRAINTS, "tool_choice"))
+    return {k: v if k == "tool_choice" else _file_or_text(k, v) for k, v in given.items()}
+
+
+def _file_or_text(name: str, value: str) -> str:
+    try:
+        path = user_path(value)
+        if not path.is_file():
+            return value
+        return path.read_text(encoding="utf-8")
+    except RequestError:
+        return value  # no path that there could be
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return value
+        raise RequestError(f"{name}: {value} cannot be read: {error}") from None
 
 
 def add_mode_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,200 @@
+"""What may come next where output has to fit a grammar, and what must.
+
+- in: a grammar (JSON schema, regular expression, Lark), compiled once; tokens as they are chosen
+- out: for each position the tokens that may follow, and stretches that are certain
+- judged by masks alone: the grammar might take a text in many spellings, as different tokens, but
+  the mask of a forced stretch allows one of them. So drafts and plain decoding face one choice.
+- grammars are llguidance's; whoever decodes knows the protocol `Constraint` only
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from cognica_mlx.errors import RequestError
+
+# Bytes of a grammar's text; tokens that it may force before anything is read; both are to keep
+# compiling within a second or two. llguidance limits the rest by work done, not by the clock.
+MAX_TEXT, MAX_FORCED = 256 * 1024, 4096
+# How JSON is laid out: Python's way, with no other white space. Given the choice, a small model
+# fills the text with line breaks.
+_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Constraint(Protocol):
+    """One text's way through a grammar."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether a token that ends the text has been committed: nothing may follow."""
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end the text, where the grammar lets it end."""
+
+    def mask(self) -> mx.array:
+        """Which tokens may come next: (ceil(V / 32),) uint32, the lowest bit for the first.
+
+        Raises RequestError where nothing can, or where the grammar has become too complex.
+        """
+
+    def forced(self) -> list[int]:
+        """Tokens that must come next, as many as are certain; none where there is a choice."""
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """Go on by tokens, each of which must be in the mask at its place."""
+
+    def rollback(self, count: int) -> None:
+        """Take back the last `count` tokens."""
+
+
+class Grammar:
+    """A compiled grammar. Raises RequestError for one that cannot be compiled, that no text fits,
+    or that is too large."""
+
+    def __init__(self, vocabulary: LLTokenizer, source: str):
+        """`source` is what `json_grammar`, `regex_grammar` or `lark_grammar` returns."""
+        limits = LLParserLimits(verbose_errors=False)
+        self._vocabulary = vocabulary
+        self._matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits)
+        _raise_for(self._matcher)
+        first = self.start()
+        first.mask()
+        if len(first.forced()) > MAX_FORCED:
+            raise RequestError(
+                f"the grammar begins with more than {MAX_FORCED} tokens that never vary;"
+                " a rule that needs itself has no end"
+            )
+
+    def start(self) -> GrammarConstraint:
+        """The beginning of a text."""
+        return GrammarConstraint(self._vocabulary, self._matcher.deep_copy())
+
+
+class GrammarConstraint:
+    """A `Constraint` by llguidance."""
+
+    def __init__(self, vocabulary: LLTokenizer, matcher: LLMatcher):
+        self._matcher = matcher
+        self.ends = frozenset(vocabulary.eos_tokens)
+        self._end = vocabulary.eos_token
+        self._size = vocabulary.vocab_size
+        # The mask, and what it allows if that is little, until the next step.
+        self._words: np.ndarray | None = None
+        self._few: list[int] = []
+        self._tokens: list[int] = []
+
+    @property
+    def ended(self) -> bool:
+        """See `Constraint`."""
+        return bool(self._tokens) and self._tokens[-1] in self.ends
+
+    def mask(self) -> mx.array:
+        """See `Constraint`."""
+        return mx.array(self._mask())
+
+    def _mask(self) -> np.ndarray:
+        if self._words is None:
+            words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+            # In a dead end the mask ends the text, as if that were allowed.
+            _raise_for(self._matcher)
+            if self._matcher.is_stopped() and not self._matcher.is_accepting():
+                raise RequestError("no text fits the grammar")
+            bits = np.unpackbits(words.view(np.uint8), count=self._size, bitorder="little")
+            # More could only be a choice.
+            few = max(len(self.ends), 1)
+            self._few = bits.nonzero()[0].tolist() if np.count_nonzero(bits) <= few else []
+            if self._few and self.ends.issuperset(self._few):
+                # Where nothing else may follow, one way to end is as good as another.
+                self._few = [self._end]
+                words = np.zeros_like(words)
+                words[self._end // 32] = 1 << self._end % 32
+            self._words = words
+        return self._words
+
+    def forced(self) -> list[int]:
+        """See `Constraint`."""
+        if self.ended:
+            return []
+        if tokens := self._matcher.compute_ff_tokens():
+            return tokens
+        self._mask()
+        return self._few if len(self._few) == 1 else []
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """See `Constraint`."""
+        self._words = None
+        # A matcher that knows that nothing can follow takes no end any more.
+        self._matcher.consume_tokens([token for token in tokens if token not in self.ends])
+        _raise_for(self._matcher)
+        self._tokens += tokens
+
+    def rollback(self, count: int) -> None:
+        """See `Constraint`."""
+        if count:
+            self._words = None
+            gone = self._tokens[-count:]
+            self._matcher.rollback(sum(token not in self.ends for token in gone))
+            _raise_for(self._matcher)
+            del self._tokens[-count:]
+
+
+def json_grammar(schema: Mapping[str, Any] | str) -> str:
+    """The grammar of JSON that fits a schema, given as such or as its text; {} is any object."""
+    schema = read_schema(schema) or {"type": "object"}
+    try:
+        text = json.dumps(schema, allow_nan=False)
+        return LLMatcher.grammar_from_json_schema(_sized(text), defaults=_LAYOUT)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestError(f"the JSON schema cannot be used: {error}") from None
+
+
+def read_schema(schema: Mapping[str, Any] | str) -> dict[str, Any]:
+    """A JSON schema, given as such or as its text. RequestError for what is no JSON object."""
+    try:
+        read = json.loads(_sized(schema)) if isinstance(schema, str) else schema
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the JSON schema is not JSON: {error}") from None
+    if not isinstance(read, Mapping):
+        raise RequestError(f"a JSON schema is an object, not {type(read).__name__}")
+    return dict(read)
+
+
+def json_layout(schema: Mapping[str, Any]) -> str:
+    """A schema's text for use within a Lark grammar, behind `%json`: JSON laid out as in
+    `json_grammar`."""
+    return json.dumps({**schema, "x-guidance": _LAYOUT})
+
+
+def regex_grammar(expression: str) -> str:
+    """The grammar of text that fits a regular expression, of the syntax of Rust's `regex`."""
+    return LLMatcher.grammar_from_regex(_sized(expression))
+
+
+def lark_grammar(text: str) -> str:
+    """A grammar in Lark's notation, with llguidance's additions."""
+    return LLMatcher.grammar_from_lark(_sized(text))
+
+
+def _sized(text: str) -> str:
+    if not isinstance(text, str):
+        raise RequestError(f"a grammar is text, not {type(text).__name__}")
+    if (size := len(text.encode(errors="replace"))) > MAX_TEXT:
+        raise RequestError(f"the grammar has {size} bytes, {MAX_TEXT} is the limit")
+    return text
+
+
+def _raise_for(matcher: LLMatcher) -> None:
+    """RequestError, in one line, if the matcher has failed."""
+    if matcher.is_error():
+        if matcher.get_error().startswith("NoExtension"):
+            raise RequestError("no text fits the grammar")
+        lines = matcher.get_error().split("<non-verbose/>")[0].split("\n")
+        message = " ".join(line.strip(" |^") for line in lines)
+        raise RequestError(f"the grammar cannot be used: {' '.join(message.split())}")

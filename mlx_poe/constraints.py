@@ -1,0 +1,53 @@
+"""What a caller asks of a reply's form, as a grammar.
+
+- in: a JSON schema, a regular expression, a Lark grammar, or functions to call; one of them
+- out: a `Grammar` for this tokenizer, compiled; each reply starts a constraint of its own from it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cognica_mlx.constraint import Grammar, json_grammar, lark_grammar, regex_grammar
+from cognica_mlx.errors import RequestError
+from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.tools import call_grammar
+
+# Their names as options of whatever generates.
+CONSTRAINTS = ("json_schema", "regex", "grammar", "tools")
+
+
+def make_grammar(
+    tokenizer: Tokenizer,
+    *,
+    json_schema: Mapping[str, Any] | str | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    tools: Any = None,
+    tool_choice: str | None = None,
+) -> Grammar | None:
+    """The grammar that one of the options asks for, None without any.
+
+    Raises RequestError for one that cannot be used, or where several are given.
+    """
+    options = zip(CONSTRAINTS, (json_schema, regex, grammar, tools), strict=True)
+    given = {name: value for name, value in options if value is not None}
+    if tool_choice is not None and tools is None:
+        raise RequestError("tool_choice is given, but no tools")
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(given)} exclude each other: give one")
+    for name, value in given.items():
+        if name == "json_schema":
+            source = json_grammar(value)
+        elif name == "regex":
+            source = regex_grammar(value)
+        elif name == "grammar":
+            source = lark_grammar(value)
+        else:
+            source = call_grammar(value, tool_choice or "auto")
+        try:
+            return Grammar(tokenizer.vocabulary, source)
+        except RequestError as error:
+            raise RequestError(f"{name}: {error}") from None
+    return None
