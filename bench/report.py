@@ -23,6 +23,7 @@ FORMAT = 1
 TITLES = {
     "stages": "Latency by stage cut-off",
     "batch": "Many sequences at once; the ceiling is what batches of rows alone would allow",
+    "constrained": "Output that must fit: what masks cost, what certain stretches gain",
     "lengths": "Latency by length of the text",
     "rows": "A batch of rows",
     "prompt": "Reading a prompt",

@@ -20,7 +20,7 @@ from mlx_poe.saved_chat import read_chat
 
 STEPS, WALKS = 25, 20
 PATHS = ("", "~nosuchuser/x", "a\0b", "/", "/dev/null", "/dev/null/x", "/dev/full", "nowhere/x",
-         "saved", "damaged", "functions.json", "link", "a b")  # fmt: skip
+         "saved", "damaged", "functions.json", "schema.json", "link", "a b")  # fmt: skip
 NUMBERS = ("", "off", "0", "1", "3", "0.5", "-1", "4", "99", "1e999", "nan", "x", "1 2", "0 4",
            "0 99", "0 -1", "9" * 5000, "\0")  # fmt: skip
 NAMES = ("", "chat", "math", "tool", "base", "nobody", "chat math", "\0", "full", "stage",
@@ -28,7 +28,7 @@ NAMES = ("", "chat", "math", "tool", "base", "nobody", "chat math", "\0", "full"
 ATTACHED = ("", "a", "a nowhere", "a poe-tiny-chat", "b poe-tiny-math", "a ~nosuchuser/x",
             "a a\0b", "chat poe-tiny-chat", "c poe-tiny", "d .", "e functions.json")  # fmt: skip
 ARGUMENTS = {
-    **dict.fromkeys(("save", "load", "tools"), PATHS),
+    **dict.fromkeys(("save", "load", "tools", "schema"), PATHS),
     **dict.fromkeys(("use", "mode"), NAMES),
     **dict.fromkeys(("stage", "draft", "temp", "top-p", "top-k", "min-p", "seed"), NUMBERS),
     "repetition-penalty": NUMBERS,
@@ -76,6 +76,7 @@ class Walk(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name)
         (path / "functions.json").write_text(json.dumps(FUNCTIONS))
+        (path / "schema.json").write_text(json.dumps({"type": "object", "maxProperties": 2}))
         (path / "link").symlink_to("saved")
         self.repl = Repl(new_chat(max_tokens=6))
         self.type(TALK[0])

@@ -26,6 +26,7 @@ from rich.progress import (
 from cognica_mlx import atomic
 from cognica_mlx.bench import figures
 from cognica_mlx.bench.batch import batches
+from cognica_mlx.bench.constrained import constrained
 from cognica_mlx.bench.figures import ROWS, Figure, Setup
 from cognica_mlx.bench.machine import slow_blas, this_machine
 from cognica_mlx.bench.modes import Recording, modes
@@ -51,7 +52,10 @@ from mlx_poe.commands.options import (
 )
 from mlx_poe.load import DEFAULT_MODEL, load
 
-SECTIONS = ("stages", "prompt", "rows", "modes", "batch", "lengths", "quantised", "memory")
+SECTIONS = (
+    *("stages", "prompt", "rows", "modes", "batch", "constrained"),
+    *("lengths", "quantised", "memory"),
+)
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
 # Beginnings in the kinds of text that poe-tiny has learnt, which other models can go on from too.
 BEGINNINGS = (
@@ -327,6 +331,7 @@ def _measure(
         "rows": lambda: figures.rows(setup),
         "modes": lambda: modes(setup, calibration, recording),
         "batch": lambda: batches(setup, calibration, peer=args.peers),
+        "constrained": lambda: constrained(setup),
         "lengths": lambda: figures.lengths(setup, args.lengths),
         "quantised": lambda: figures.quantised(setup, args.q_bits),
         "memory": lambda: figures.memory(setup, max(args.prompt_tokens, args.context)),
