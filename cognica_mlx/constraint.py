@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -19,12 +19,19 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from cognica_mlx.errors import RequestError
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 # Bytes of a grammar's text; tokens that it may force before anything is read; both are to keep
 # compiling within a second or two. llguidance limits the rest by work done, not by the clock.
 MAX_TEXT, MAX_FORCED = 256 * 1024, 4096
 # How JSON is laid out: Python's way, with no other white space. Given the choice, a small model
 # fills the text with line breaks.
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_LAYOUT: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 
 
 class Constraint(Protocol):

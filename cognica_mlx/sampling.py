@@ -146,10 +146,10 @@ class Sampler:
         without the last n - 1 - i tokens.
         """
         if context is not None and self._penalty is not None:
-            scores = Scores(self._penalised(scores.array, context))
+            scores = Scores(self._penalised(scores.array, context, self._penalty))
         return scores if masks is None else Scores(masked(scores.array, masks))
 
-    def _penalised(self, array: mx.array, context: mx.array) -> mx.array:
+    def _penalised(self, array: mx.array, context: mx.array, penalty: float) -> mx.array:
         rows = len(array)
         size = min(self.options.repetition_context_size, context.size)
         ends = mx.arange(context.size - rows, context.size)[:, None]
@@ -157,7 +157,7 @@ class Sampler:
         # seen twice is penalised once.
         seen = context[mx.maximum(ends - mx.arange(size)[None], 0)]  # (n, size)
         chosen = mx.take_along_axis(array, seen, axis=-1)
-        chosen = mx.where(chosen < 0, chosen * self._penalty, chosen / self._penalty)
+        chosen = mx.where(chosen < 0, chosen * penalty, chosen / penalty)
         return mx.put_along_axis(array, seen, chosen, axis=-1)
 
     def log_probs(self, scores: Scores) -> mx.array:

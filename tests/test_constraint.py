@@ -437,7 +437,7 @@ QUESTIONS = [
 def test_calls_fit_their_schemas_and_are_no_less_exact():
     model, tokenizer = load("poe-tiny-tool", dtype="float32")
     exact = {"free": 0, "auto": 0}
-    for question, function, expected in QUESTIONS:
+    for question, function, expected in QUESTIONS[::2]:
         messages = [{"role": "user", "content": question}]
         offered = with_functions(messages, [function])
         for kind in exact:
@@ -452,8 +452,8 @@ def test_calls_fit_their_schemas_and_are_no_less_exact():
                 exact[kind] += parser.call.arguments == expected
             if kind == "auto" and CALL_MARK in text:
                 assert parser.call and not check_call(parser.call, [function])
-    print("exact calls of 30:", exact)
-    assert exact["auto"] >= exact["free"] > 10
+    print("exact calls of 15:", exact)
+    assert exact["auto"] >= exact["free"] > 7
 
 
 @pytest.mark.parametrize("choice", ["required", "add_numbers", "none", "auto"])

@@ -104,7 +104,6 @@ def test_a_schema_in_the_chat(schema_file, tmp_path):
 
     repl = Repl(new_chat())
     chat = repl.chat
-    free = said(chat, "Tell me about Kenya.")
     repl.obey(f"/schema {schema_file}")
     assert fits(said(chat, "Tell me about Kenya."))
     saved = tmp_path / "saved"
@@ -112,7 +111,8 @@ def test_a_schema_in_the_chat(schema_file, tmp_path):
     repl.obey("/schema nowhere")  # the old one stays
     assert fits(said(chat, "And now?"))
     repl.obey("/schema off")
-    assert said(chat, "Tell me about Kenya.") == free
+    with pytest.raises(ValueError):
+        json.loads(said(chat, "Tell me about Kenya."))
     chat.load(saved)
     assert chat.settings.schema == SCHEMA and fits(said(chat, "Once more."))
 

@@ -1,6 +1,8 @@
 """Every mode against the known answers, and against its rule with everything computed afresh."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import mlx.core as mx
@@ -10,8 +12,10 @@ from conftest import FIXTURES, GOLDENS, fixture, goldens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import decode, prefill, set_depth
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
@@ -308,15 +312,21 @@ def drawn_pairs(
     trials: int,
     **options,
 ) -> dict[tuple[int, int], int]:
-    """How often each pair of first two tokens is drawn."""
-    state, seen = DecodingState(model), {}
-    chosen, sampler = make_mode(model, mode, ModeOptions(**options)), Sampler(sampling)
-    for _ in range(trials):
+    """How often each pair of first two tokens is drawn, by many sequences at a time."""
+    chosen, batch = make_mode(model, mode, ModeOptions(**options)), Batch()
+    drawn: dict[int, list[int]] = {i: [] for i in range(trials)}
+    for i in range(trials):
+        sampler = Sampler(replace(sampling, seed=i))
         # Three, so that the second is not always the last of a round.
-        decoded = decode(model, prompt, chosen, max_tokens=3, sampler=sampler, state=state)
-        first, second, _ = ids(list(decoded))
-        seen[first, second] = seen.get((first, second), 0) + 1
-    return seen
+        sequence = DecodingSequence(model, prompt, chosen, max_tokens=3, sampler=sampler)
+        batch.add(i, sequence.steps())
+        while len(batch) > (40 if i < trials - 1 else 0):
+            for event in batch.run():
+                assert event.error is None
+                if event.token:
+                    drawn[event.name].append(event.token.token)
+    pairs = Counter((first, second) for first, second, _ in drawn.values())
+    return dict(pairs)
 
 
 def chi_squared(

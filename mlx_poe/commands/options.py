@@ -210,7 +210,7 @@ def add_constraint_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def taken_constraints(args: argparse.Namespace) -> dict[str, str]:
+def taken_constraints(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `add_constraint_flags` that were given, as keywords; files read."""
     given = taken(args, (*CONSTRAINTS, "tool_choice"))
     return {k: v if k == "tool_choice" else _file_or_text(k, v) for k, v in given.items()}
