@@ -111,8 +111,6 @@ class GrammarConstraint:
             words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
             # In a dead end the mask ends the text, as if that were allowed.
             _raise_for(self._matcher)
-            if self._matcher.is_stopped() and not self._matcher.is_accepting():
-                raise RequestError("no text fits the grammar")
             bits = np.unpackbits(words.view(np.uint8), count=self._size, bitorder="little")
             # More could only be a choice.
             few = max(len(self.ends), 1)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cognica_mlx.constraint import Grammar, GrammarConstraint, json_grammar, regex_grammar
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import Advance, Score
-from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.sequence import DecodingSequence, NoAdvice
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
 from cognica_mlx.sampling import masked
@@ -313,6 +313,42 @@ def test_a_budget_ends_in_the_middle_of_what_is_certain():
             assert len(made) == length and made[-1].finish_reason == "length"
 
 
+def test_drafts_end_where_the_text_must_and_stretches_may_be_longer_than_a_state_takes_back():
+    model, tokenizer = fixture("poe-tiny")
+    options = {"mode": "speculative", "draft_stage": 0, "num_draft_tokens": 6}
+    made = list(stream_generate(model, tokenizer, "Say", regex="(a|b)", **options))
+    assert made[-1].drafted_tokens == 1 and made[-1].finish_reason == "stop"
+    fixed = "".join(random.Random(5).choice("qxzjk") for _ in range(300))
+    regex = f"(x|y){fixed}(x|y){fixed}(x|y)"
+    full = generate(model, tokenizer, "Say", regex=regex, max_tokens=900)
+    assert generate(model, tokenizer, "Say", regex=regex, max_tokens=900, **options) == full
+    assert re.fullmatch(regex, full) and len(tokenizer.encode(fixed)) > 128
+
+
+def test_what_is_forced_says_nothing_about_how_good_drafts_are():
+    model, tokenizer = fixture("poe-tiny")
+    drafting = make_mode(model, "speculative", ModeOptions(draft_stage=0, num_draft_tokens=4))
+    grammar = make_grammar(tokenizer, regex=r"((yes|no), and then again: ){6}")
+    heard: list[tuple[int, int]] = []
+
+    class Listening(NoAdvice):
+        def judged(self, kept: int, drafted: int) -> None:
+            heard.append((kept, drafted))
+
+    sequence = DecodingSequence(
+        model,
+        [2039],
+        drafting,
+        max_tokens=99,
+        constraint=grammar and grammar.start(),
+        advice=Listening(),
+    )
+    made = list(drive(sequence.steps()))
+    assert sum(kept for kept, _ in heard) == sum(token.from_draft for token in made)
+    assert sum(drafted for _, drafted in heard) == sequence.drafted
+    assert sum(token.forced for token in made) > 4 * sequence.drafted
+
+
 def test_in_a_batch_each_gets_what_it_gets_alone():
     model, tokenizer = fixture("poe-tiny")
     own = [
@@ -480,6 +516,13 @@ def test_which_calls_may_come(choice):
         if parser.call:
             assert not check_call(parser.call, functions)
             assert choice != "add_numbers" or parser.call.name == "add_numbers"
+    if choice == "required":
+        grammar = make_grammar(tokenizer, tools=functions)
+        assert grammar
+        at = grammar.start()
+        call = f'{CALL_MARK} {{"name": "stop", "arguments": \'{{'
+        at.commit(tokenizer.encode(call, add_special_tokens=False))
+        assert tokenizer.decode(at.forced()) == "}'}"  # it takes no arguments
     if choice == "auto":
         grammar = make_grammar(tokenizer, tools=functions)
         assert grammar

@@ -183,7 +183,7 @@ class DecodingSequence:
         The stages run these tokens in one pass with the next that they have to predict.
         """
         while self.constraint and self.budget and (tokens := self.constraint.forced()):
-            for token in tokens[: self.budget]:
+            for token in tokens:
                 self.constraint.commit([token])
                 yield DecodedToken(token, 0.0, 0, forced=True)
 
