@@ -318,10 +318,18 @@ def test_drafts_end_where_the_text_must_and_stretches_may_be_longer_than_a_state
     options = {"mode": "speculative", "draft_stage": 0, "num_draft_tokens": 6}
     made = list(stream_generate(model, tokenizer, "Say", regex="(a|b)", **options))
     assert made[-1].drafted_tokens == 1 and made[-1].finish_reason == "stop"
-    fixed = "".join(random.Random(5).choice("qxzjk") for _ in range(300))
-    regex = f"(x|y){fixed}(x|y){fixed}(x|y)"
-    full = generate(model, tokenizer, "Say", regex=regex, max_tokens=900)
-    assert generate(model, tokenizer, "Say", regex=regex, max_tokens=900, **options) == full
+    fixed = "".join(random.Random(5).choice("qxzjk") for _ in range(200))
+    regex = f"((the|a|and|he|she|it|in|of|to|I|was){fixed}){{2}}"
+    long = "Say something. " * 120  # beyond every window
+    full = generate(model, tokenizer, long, regex=regex, max_tokens=1900)
+    made = list(stream_generate(model, tokenizer, long, regex=regex, max_tokens=1900, **options))
+    assert "".join(r.text for r in made) == full
+    options |= {"regex": regex, "max_tokens": 1900, "temp": 2.0}
+    refused = 0
+    for seed in range(4):
+        made = list(stream_generate(model, tokenizer, long, seed=seed, **options))
+        refused += made[-1].drafted_tokens - sum(r.from_draft for r in made)
+    assert refused
     assert re.fullmatch(regex, full) and len(tokenizer.encode(fixed)) > 128
 
 
@@ -393,6 +401,11 @@ def test_special_tokens_are_no_text():
     assert grammar and _allowed(grammar.start()) & special == grammar.start().ends
     grammar = make_grammar(tokenizer, grammar="start: <|python_start|> /a+/")
     assert grammar and grammar.start().forced()[0] == tokenizer.token_id("<|python_start|>")
+    grammar = make_grammar(tokenizer, regex="a")
+    assert grammar
+    at = grammar.start()
+    at.commit(at.forced())
+    assert at.forced() == [tokenizer.token_id("<|assistant_end|>")]
     spelled = generate(model, tokenizer, "x", regex=r"<\|assistant_end\|>a")
     assert spelled == "<|assistant_end|>a"
 
@@ -523,6 +536,13 @@ def test_which_calls_may_come(choice):
         call = f'{CALL_MARK} {{"name": "stop", "arguments": \'{{'
         at.commit(tokenizer.encode(call, add_special_tokens=False))
         assert tokenizer.decode(at.forced()) == "}'}"  # it takes no arguments
+    if choice == "none":
+        grammar = make_grammar(tokenizer, tools=functions, tool_choice="none")
+        assert grammar
+        at = grammar.start()
+        mark = tokenizer.encode(CALL_MARK, add_special_tokens=False)
+        at.commit(mark[:-1])
+        assert mark[-1] not in _allowed(at)
     if choice == "auto":
         grammar = make_grammar(tokenizer, tools=functions)
         assert grammar
