@@ -206,12 +206,12 @@ class Chat:
         self, prompt: list[int], progress: Progress | None
     ) -> Generator[GenerationResponse, None, None]:
         settings = self.settings
-        penalty = default_repetition_penalty(self.model, bool(settings.functions))
         form: dict[str, Any] = {}
         if settings.schema is not None:
             form = {"json_schema": settings.schema}
         elif settings.functions:
             form = {"tools": settings.functions}
+        penalty = default_repetition_penalty(self.model, formal=bool(form))
         paced = self.parks and settings.mode in PACED_MODES
         return stream_generate(  # type: ignore[return-value]
             self.model,

@@ -1,6 +1,6 @@
 """The repetition penalty to use where the user has not chosen one.
 
-- in: a model, and whether functions are offered to it
+- in: a model, and whether its reply has to have a form: functions are offered, or a schema is set
 - out: the penalty, None for no penalty at all
 """
 
@@ -12,11 +12,12 @@ from cognica_mlx.model import PoEModel
 SPECIALIST_PENALTY = 1.15
 
 
-def default_repetition_penalty(model: PoEModel, offers_functions: bool = False) -> float | None:
-    """1.15 for a specialist, 1.0 for one that is offered functions, None for a base model.
+def default_repetition_penalty(model: PoEModel, formal: bool = False) -> float | None:
+    """1.15 for a specialist, 1.0 where its reply must have a form, None for a base model.
 
-    A function call repeats the names and values it was given, so it must not be penalised.
+    A function call repeats the names and values it was given, and JSON its quotes and keys: neither
+    must be penalised.
     """
     if not model.config.specialist_layers:
         return None
-    return 1.0 if offers_functions else SPECIALIST_PENALTY
+    return 1.0 if formal else SPECIALIST_PENALTY

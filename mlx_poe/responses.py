@@ -70,17 +70,23 @@ class Responses:
         self._eos = tokenizer.eos_token_ids
         self._detokenizer = tokenizer.detokenizer()
         self._stops = StopStrings(stop)
-        self._started = time.perf_counter()
+        self._begun = self._started = time.perf_counter()
         self._prompt_seconds = 0.0
+        self._reading = True
+        # Tokens since the prompt has been read.
+        self._generated = 0
         self.count = 0
 
     def add(self, decoded: DecodedToken) -> GenerationResponse:
         """The response to the sequence's next token; the last one has a `finish_reason`."""
         sequence, stops, now = self._sequence, self._stops, time.perf_counter()
         self.count += 1
-        if self.count == 1:
-            # The first token belongs to the prompt's time.
-            self._prompt_seconds, self._started = now - self._started, now
+        if not self._reading:
+            self._generated += 1
+        else:
+            # The first token that needs the prompt belongs to the prompt's time.
+            self._prompt_seconds = now - self._begun
+            self._started, self._reading = now, decoded.forced
         finish_reason = "length" if self.count == sequence.max_tokens else None
         text = ""
         if decoded.token in self._eos:
@@ -100,7 +106,7 @@ class Responses:
             prompt_tokens=sequence.prompt_length,
             prompt_tps=sequence.prompt_length / self._prompt_seconds,
             generation_tokens=self.count,
-            generation_tps=(self.count - 1) / (now - self._started) if self.count > 1 else 0.0,
+            generation_tps=self._generated / (now - self._started) if self._generated else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             drafted_tokens=sequence.drafted,
             parked=self._pace.parked if self._pace else None,

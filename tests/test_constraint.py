@@ -295,6 +295,15 @@ def test_what_is_certain_asks_nobody_and_runs_in_one_pass(mode):
     assert max(passes) > 20 and sum(count > 20 for count in passes) <= 4
 
 
+def test_the_prompts_time_lasts_until_a_token_needs_the_prompt():
+    model, tokenizer = fixture("poe-tiny")
+    made = list(stream_generate(model, tokenizer, "Say " * 50, regex="abcdef(x|y)gh(x|y)"))
+    first = next(i for i, r in enumerate(made) if not r.forced)
+    assert first > 0 and made[first + 1].generation_tps > 0
+    assert all(r.generation_tps == 0 for r in made[: first + 1])
+    assert made[0].prompt_tps > 3 * made[-1].prompt_tps
+
+
 def test_a_budget_ends_in_the_middle_of_what_is_certain():
     model, tokenizer = fixture("poe-tiny")
     for mode, options in MODES:

@@ -265,7 +265,8 @@ def _task(args: argparse.Namespace, tokenizer: Tokenizer, models: _Models, line:
         prompt = _prompt(args, model, line.prompt)
         if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
             # Spoken to in turns, as `--prompt` would be.
-            options.setdefault("repetition_penalty", default_repetition_penalty(model))
+            formal = any(name in options for name in CONSTRAINTS)
+            options.setdefault("repetition_penalty", default_repetition_penalty(model, formal))
         return plan(tokenizer, prompt, model=model, **options)
 
 

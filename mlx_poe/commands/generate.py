@@ -113,7 +113,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise RequestError("--weights belongs to --specialists with several of them")
     chats = bool(model.config.specialist_layers) and not args.ignore_chat_template
     if chats and args.repetition_penalty is None:
-        args.repetition_penalty = default_repetition_penalty(model)
+        args.repetition_penalty = default_repetition_penalty(model, formal=bool(constraints))
     options = [f.name for f in (*fields(SamplingOptions), *fields(ModeOptions))]
     responses: list[GenerationResponse] = []
     with PromptProgress() as progress:
