@@ -7,15 +7,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
+
+from llguidance import LLTokenizer
 
 from cognica_mlx.constraint import Grammar, json_grammar, lark_grammar, regex_grammar
 from cognica_mlx.errors import RequestError
 from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.tools import call_grammar
 
-# Their names as options of whatever generates.
+# Their names as options of whatever generates, and with what belongs to them.
 CONSTRAINTS = ("json_schema", "regex", "grammar", "tools")
+FORM_OPTIONS = (*CONSTRAINTS, "tool_choice")
 
 
 def make_grammar(
@@ -47,7 +51,13 @@ def make_grammar(
         else:
             source = call_grammar(value, tool_choice or "auto")
         try:
-            return Grammar(tokenizer.vocabulary, source)
+            return _compiled(tokenizer.vocabulary, source)
         except RequestError as error:
             raise RequestError(f"{name}: {error}") from None
     return None
+
+
+# A file of prompts, or a chat, asks for the same one again and again.
+@lru_cache(maxsize=16)
+def _compiled(vocabulary: LLTokenizer, source: str) -> Grammar:
+    return Grammar(vocabulary, source)

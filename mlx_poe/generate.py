@@ -25,7 +25,7 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.state import DecodingState, Progress
-from mlx_poe.constraints import CONSTRAINTS, make_grammar
+from mlx_poe.constraints import FORM_OPTIONS, make_grammar
 from mlx_poe.prompt_cache import chat_marks
 from mlx_poe.responses import GenerationResponse, Responses
 from mlx_poe.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ class Asked:
 
 def read_request(tokenizer: Tokenizer, prompt: Prompt, options: Mapping[str, Any]) -> Asked:
     """What every way to generate makes of a prompt and its options; RequestError for bad ones."""
-    formal = {k: v for k, v in options.items() if k in (*CONSTRAINTS, "tool_choice")}
+    formal = {k: v for k, v in options.items() if k in FORM_OPTIONS}
     sampling, mode_options = sort_options({k: v for k, v in options.items() if k not in formal})
     grammar = make_grammar(tokenizer, **formal)
     tools = formal.get("tools")

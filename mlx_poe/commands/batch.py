@@ -30,7 +30,7 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import SamplingOptions
 from mlx_poe.batch import BatchStats, plan, run_tasks, trunk_to_keep
 from mlx_poe.commands.options import check_output, file_path, taken, taken_constraints
-from mlx_poe.constraints import CONSTRAINTS
+from mlx_poe.constraints import CONSTRAINTS, FORM_OPTIONS
 from mlx_poe.generate import Prompt
 from mlx_poe.load import load
 from mlx_poe.machine import known_costs
@@ -43,8 +43,8 @@ from mlx_poe.tokenizer import Tokenizer
 # What a line may hold: one of these, and options.
 PROMPTS = ("prompt", "messages", "tokens")
 OPTIONS = tuple(f.name for f in (*fields(SamplingOptions), *fields(ModeOptions)))
-FORMS = (*CONSTRAINTS, "tool_choice")
-NAMES = (*PROMPTS, *OPTIONS, *FORMS, "id", "mode", "max_tokens", "stop", "specialist", "weights")
+ABOUT = ("id", "mode", "max_tokens", "stop", "specialist", "weights")
+NAMES = (*PROMPTS, *OPTIONS, *FORM_OPTIONS, *ABOUT)
 # Every line that we write begins so.
 OURS = b'{"index": '
 SHOWN = (
@@ -96,12 +96,13 @@ def generate_file(args: argparse.Namespace) -> int:
         raise RequestError(f"--batch {args.batch} must be at least 1")
     check_output(args.output)
     lines, output = read_lines(args.prompts), args.output
+    constraints = taken_constraints(args)
     done = finished_lines(output)
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )
     models = _Models(args, model)
-    tasks = [_task(args, tokenizer, models, line) for line in lines]
+    tasks = [_task(args, tokenizer, models, line, constraints) for line in lines]
     scheduler = Scheduler(
         tokenizer,
         max_sequences=args.batch,
@@ -248,7 +249,13 @@ class _Models:
         return self._names[id(model)]
 
 
-def _task(args: argparse.Namespace, tokenizer: Tokenizer, models: _Models, line: Line) -> Task:
+def _task(
+    args: argparse.Namespace,
+    tokenizer: Tokenizer,
+    models: _Models,
+    line: Line,
+    constraints: Mapping[str, Any],
+) -> Task:
     own = {k: v for k, v in line.fields.items() if k not in ("id", "specialist", "weights")}
     mode, common = _mode(args, line), taken(args, OPTIONS)
     with _named(line):
@@ -257,7 +264,7 @@ def _task(args: argparse.Namespace, tokenizer: Tokenizer, models: _Models, line:
             others = {f.name for f in fields(ModeOptions)} - set(MODES[mode])
             common = {k: v for k, v in common.items() if k not in others}
         if not any(name in own for name in CONSTRAINTS):
-            common |= taken_constraints(args)
+            common |= constraints
         options = {"max_tokens": args.max_tokens, "stop": args.stop, **common, **own, "mode": mode}
         model = models.of(line.fields)
         if mode in PACED_MODES and not args.no_park:

@@ -23,7 +23,7 @@ from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.targets import DRAFT_HEADS
 from cognica_mlx.errors import PoEError, RequestError
-from mlx_poe.constraints import CONSTRAINTS
+from mlx_poe.constraints import FORM_OPTIONS
 from mlx_poe.load import DEFAULT_MODEL
 from mlx_poe.paths import user_path
 from mlx_poe.penalty import SPECIALIST_PENALTY
@@ -212,7 +212,7 @@ def add_constraint_flags(parser: argparse.ArgumentParser) -> None:
 
 def taken_constraints(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `add_constraint_flags` that were given, as keywords; files read."""
-    given = taken(args, (*CONSTRAINTS, "tool_choice"))
+    given = taken(args, FORM_OPTIONS)
     return {k: v if k == "tool_choice" else _file_or_text(k, v) for k, v in given.items()}
 
 
