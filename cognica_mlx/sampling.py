@@ -1,17 +1,20 @@
-"""From scores to tokens: penalties, filters, temperature, and a seeded source of chance.
+"""From scores to tokens: biases, penalties, filters, temperature, and a seeded source of chance.
 
 - in: `Scores` of consecutive positions, the tokens before each, masks of what a constraint allows
-- out: chosen tokens, or the whole distribution they would be drawn from
-- order as in mlx-lm: repetition penalty, mask, top-p, min-p, top-k, temperature
+- out: chosen tokens, the best alternatives to them, or the whole distribution that they are from
+- order as in mlx-lm: bias, repetition penalty, presence and frequency penalties, mask, top-p,
+  min-p, top-k, temperature
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -20,11 +23,21 @@ from cognica_mlx.model import log_softmax
 
 # Scores divided by less overflow; by more, they are all the same to a float32.
 MIN_TEMP, MAX_TEMP = 1e-6, 1e6
+MAX_TOP_LOGPROBS = 100
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose a token; temp 0 is greedy. Raises RequestError for a value out of range."""
+    """How to choose a token, and what to tell about the choice; temp 0 is greedy.
+
+    `logit_bias` is added to tokens' scores, by id. `frequency_penalty` is taken from the score of a
+    token as often as the reply has it already, `presence_penalty` once if it has it at all: what
+    OpenAI's API means by these. `repetition_penalty` divides the scores of the last
+    `repetition_context_size` tokens, the prompt's too. Of `top_logprobs` best tokens the
+    log-probabilities are reported.
+
+    Raises RequestError for a value out of range.
+    """
 
     temp: float = 0.0
     top_p: float = 0.0
@@ -32,6 +45,10 @@ class SamplingOptions:
     min_p: float = 0.0
     repetition_penalty: float | None = None
     repetition_context_size: int = 20
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    top_logprobs: int = 0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -48,6 +65,16 @@ class SamplingOptions:
             raise RequestError(f"repetition_penalty {self.repetition_penalty} is not above 0")
         if self.repetition_context_size < 1:
             raise RequestError(f"repetition_context_size {self.repetition_context_size} is below 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not isfinite(getattr(self, name)):
+                raise RequestError(f"{name} {getattr(self, name)} is not a finite number")
+        for token, bias in (self.logit_bias or {}).items():
+            if not isfinite(bias):
+                raise RequestError(f"logit_bias of token {token}: {bias} is not a finite number")
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise RequestError(
+                f"top_logprobs {self.top_logprobs} is not between 0 and {MAX_TOP_LOGPROBS}"
+            )
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise RequestError(f"seed {self.seed} is not between 0 and 2**64 - 1")
 
@@ -114,6 +141,13 @@ class _Whole:
         return margin(self.array)
 
 
+class Context(NamedTuple):
+    """What penalties look back on: the last tokens (c,) of the text, and the reply's own (g,)."""
+
+    recent: mx.array
+    reply: mx.array
+
+
 class Sampler:
     """Chooses tokens by `options`; carries the random key from draw to draw."""
 
@@ -125,31 +159,55 @@ class Sampler:
         self._penalty = self.options.repetition_penalty
         if self._penalty == 1:
             self._penalty = None
+        self._counts = bool(self.options.presence_penalty or self.options.frequency_penalty)
+        bias = self.options.logit_bias or {}
+        self._bias = (mx.array([*bias], mx.int32), mx.array([*bias.values()])) if bias else None
 
-    def context(self, tokens: Sequence[int]) -> mx.array | None:
-        """The tokens (c,) that the repetition penalty looks back on; None without a penalty."""
-        if self._penalty is None:
+    def context(self, tokens: Sequence[int], prompt_length: int) -> Context | None:
+        """What the penalties look back on in a text; None without any."""
+        if self._penalty is None and not self._counts:
             return None
-        return mx.array(list(tokens[-self.options.repetition_context_size :]), dtype=mx.int32)
+        recent = tokens[-self.options.repetition_context_size :] if self._penalty else ()
+        reply = tokens[prompt_length:] if self._counts else ()
+        return Context(mx.array(list(recent), mx.int32), mx.array(list(reply), mx.int32))
 
-    def extend(self, context: mx.array | None, tokens: mx.array) -> mx.array | None:
+    def extend(self, context: Context | None, tokens: mx.array) -> Context | None:
         """`context` with the tokens (any shape) that came after it."""
-        return None if context is None else mx.concatenate([context, tokens.reshape(-1)])
+        if context is None:
+            return None
+        recent, reply = (mx.concatenate([part, tokens.reshape(-1)]) for part in context)
+        return Context(recent, reply)
 
     def process(
-        self, scores: Scores, context: mx.array | None, masks: mx.array | None = None
+        self, scores: Scores, context: Context | None, masks: mx.array | None = None
     ) -> Scores:
-        """Scores of n positions with the repetition penalty (Keskar et al. 2019) applied, and minus
-        infinity where `masks` (n, W) uint32 have no bit.
+        """Scores of n positions with bias and penalties applied, and minus infinity where `masks`
+        (n, W) uint32 have no bit.
 
-        `context` (c,) ends with the token before the last row's prediction, so row i sees it
-        without the last n - 1 - i tokens.
+        `context` ends with the token before the last row's prediction, so row i sees it without the
+        last n - 1 - i tokens.
         """
+        if self._bias:
+            tokens, values = self._bias
+            scores = Scores(scores.array.at[:, tokens].add(values))
         if context is not None and self._penalty is not None:
-            scores = Scores(self._penalised(scores.array, context, self._penalty))
+            scores = Scores(self._penalised(scores.array, context.recent, self._penalty))
+        if context is not None and self._counts:
+            scores = Scores(self._counted(scores.array, context.reply))
         return scores if masks is None else Scores(masked(scores.array, masks))
 
+    def _counted(self, array: mx.array, reply: mx.array) -> mx.array:
+        """With presence and frequency penalties, as OpenAI's API defines them."""
+        rows, size = array.shape[0], reply.size
+        ends = mx.arange(size - rows + 1, size + 1)[:, None]
+        before = (mx.arange(size)[None] < ends).astype(array.dtype)  # (n, g)
+        counts = mx.zeros_like(array).at[mx.arange(rows)[:, None], reply[None]].add(before)
+        options = self.options
+        present = (counts > 0) * options.presence_penalty
+        return array - present - counts * options.frequency_penalty
+
     def _penalised(self, array: mx.array, context: mx.array, penalty: float) -> mx.array:
+        """With the repetition penalty of Keskar et al. (2019)."""
         rows = len(array)
         size = min(self.options.repetition_context_size, context.size)
         ends = mx.arange(context.size - rows, context.size)[:, None]
@@ -193,6 +251,18 @@ class Sampler:
             return scores.best, scores.best_logprobs
         chosen = self.draw(self.log_probs(scores))
         return chosen, logprob_of(scores.array, chosen)
+
+    def alternatives(self, scores: Scores) -> tuple[mx.array, ...]:
+        """The `top_logprobs` best tokens (n, k) of each row of processed scores, best first, and
+        their log-probabilities (n, k); nothing where none are to be reported."""
+        count = min(self.options.top_logprobs, scores.array.shape[-1])
+        if not count:
+            return ()
+        log_probs = log_softmax(scores.array)
+        best = mx.argpartition(-log_probs, kth=count - 1, axis=-1)[:, :count]
+        found = mx.take_along_axis(log_probs, best, axis=-1)
+        order = mx.argsort(-found, axis=-1)
+        return tuple(mx.take_along_axis(part, order, axis=-1) for part in (best, found))
 
 
 def masked(scores: mx.array, masks: mx.array) -> mx.array:

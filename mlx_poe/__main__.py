@@ -13,6 +13,7 @@ VERBS = {
     "calibrate": "mlx_poe.commands.calibrate",
     "convert": "mlx_poe.commands.convert",
     "chat": "mlx_poe.commands.chat",
+    "server": "mlx_poe.commands.server",
 }
 
 

@@ -26,6 +26,7 @@ from cognica_mlx.decoding.modes import MODES, PACED_MODES
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from mlx_poe.generate import DEFAULT_MAX_TOKENS, Asked, Prompt, read_request
+from mlx_poe.model_info import ModelInfo, describe
 from mlx_poe.responses import GenerationResponse, StopStrings
 from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Stats, Task, Update, make_task
 from mlx_poe.specialists import Specialists
@@ -37,16 +38,21 @@ COMPOSITIONS = 16
 Result = TypeVar("Result")
 
 
+# What comes of a request: responses, then the error that ended it, or None.
+Item = GenerationResponse | Exception | None
+
+
 class EngineRequest:
     """A prompt on its way: iterate over it for the responses, from one thread at a time.
 
     What comes is kept until it is asked for, so a consumer may be slow, or stop: the engine never
-    waits for one.
+    waits for one. With a `listener` everything goes to that instead.
     """
 
-    def __init__(self, engine: Engine, task: Task):
+    def __init__(self, engine: Engine, task: Task, listener: Callable[[Item], None] | None = None):
         self._engine, self._task = engine, task
-        self._queue: SimpleQueue[GenerationResponse | Exception | None] = SimpleQueue()
+        self._queue: SimpleQueue[Item] = SimpleQueue()
+        self._deliver = listener or self._queue.put
         self._over = False
 
     def __iter__(self) -> Iterator[GenerationResponse]:
@@ -81,6 +87,20 @@ class _Command:
 
     work: Callable[[], Any]
     result: Future
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that has been read: `asked.tokens` is its prompt. See `Engine.submit`."""
+
+    asked: Asked
+    specialist: str | tuple[str, ...] | None
+    weights: Sequence[float] | None
+    mode: str
+    max_tokens: int
+    stop: str | Sequence[str] | None
+    parks: bool
+    listener: Callable[[Item], None] | None
 
 
 class Engine:
@@ -144,24 +164,60 @@ class Engine:
         mode: str = "full",
         max_tokens: int = DEFAULT_MAX_TOKENS,
         stop: str | Sequence[str] | None = None,
+        listener: Callable[[Item], None] | None = None,
+        parks: bool = True,
         **options: Any,
     ) -> EngineRequest:
         """Let a prompt wait for its turn; returns once it has been checked, at the latest after the
         pass that is under way.
 
         `specialist` is the name of one that is attached, or several names, whose predictions are
-        mixed by `weights` (equally unless given); None is the model itself. Other arguments are
-        those of `stream_generate`. Raises RequestError for whatever cannot be done, before any of
-        it is.
+        mixed by `weights` (equally unless given); None is the model itself. `listener` is called in
+        the engine's thread with each response and then, at the end, with None or the exception that
+        was the cause; it must not block, and if it raises, the request ends. Without `parks` a mode
+        goes on even where full depth is faster. Other arguments are those of `stream_generate`.
+
+        Raises RequestError for whatever cannot be done, before any of it is.
         """
+        about = {"specialist": specialist, "weights": weights, "mode": mode, "stop": stop}
+        about |= {"max_tokens": max_tokens, "listener": listener, "parks": parks}
+        return self.start([self.prepare(prompt, **about, **options)])[0]
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        *,
+        specialist: str | Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        mode: str = "full",
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        stop: str | Sequence[str] | None = None,
+        listener: Callable[[Item], None] | None = None,
+        parks: bool = True,
+        **options: Any,
+    ) -> Prepared:
+        """A request as for `submit`, read and checked as far as that can be done in any thread."""
         if not isinstance(mode, str) or mode not in MODES:
             raise RequestError(f"mode {mode!r} is none of {', '.join(MODES)}")
         StopStrings(stop)
         asked = read_request(self.tokenizer, prompt, options)
         if specialist is not None and not isinstance(specialist, str):
             specialist = tuple(specialist)
-        about = {"max_tokens": max_tokens, "stop": stop}
-        return self._call(lambda: self._add(specialist, weights, asked, mode, about))
+        return Prepared(asked, specialist, weights, mode, max_tokens, stop, parks, listener)
+
+    def start(self, requests: Sequence[Prepared]) -> list[EngineRequest]:
+        """Let several requests wait for their turns: all of them, or, with an error, none.
+
+        They are added between two passes, so that they begin together where there is room.
+        """
+        return self._call(lambda: self._add_all(requests))
+
+    def describe(
+        self, specialist: str | Sequence[str] | None = None, weights: Sequence[float] | None = None
+    ) -> ModelInfo:
+        """What a request for these, as for `submit`, would be answered with."""
+        names = specialist if specialist is None or isinstance(specialist, str) else (*specialist,)
+        return self._call(lambda: describe(self._model(names, weights)))
 
     def attach(
         self,
@@ -179,6 +235,11 @@ class Engine:
     def detach(self, name: str) -> None:
         """Forget a specialist. Requests that use it go on; what was kept for it goes."""
         self._call(lambda: self._detach(name))
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closed
 
     @property
     def specialists(self) -> tuple[str, ...]:
@@ -268,20 +329,28 @@ class Engine:
                 if command := self._commands.get(block=False):
                     command.result.set_exception(error)
 
-    def _add(
-        self,
-        specialist: str | tuple[str, ...] | None,
-        weights: Sequence[float] | None,
-        asked: Asked,
-        mode: str,
-        about: dict[str, Any],
-    ) -> EngineRequest:
-        model = self._model(specialist, weights)
-        costs = self._costs(model) if self._costs and mode in PACED_MODES else None
-        task = make_task(model, asked, mode, costs=costs, **about)
-        self._scheduler.add(task)
-        request = self._requests[task] = EngineRequest(self, task)
-        return request
+    def _add_all(self, requests: Sequence[Prepared]) -> list[EngineRequest]:
+        tasks = [self._task(request) for request in requests]
+        for task in tasks:
+            self._scheduler.check(task)
+        added = []
+        for task, request in zip(tasks, requests, strict=True):
+            self._scheduler.add(task)
+            added.append(EngineRequest(self, task, request.listener))
+            self._requests[task] = added[-1]
+        return added
+
+    def _task(self, request: Prepared) -> Task:
+        model = self._model(request.specialist, request.weights)
+        watched = request.parks and request.mode in PACED_MODES
+        return make_task(
+            model,
+            request.asked,
+            request.mode,
+            max_tokens=request.max_tokens,
+            stop=request.stop,
+            costs=self._costs(model) if self._costs and watched else None,
+        )
 
     def _model(
         self, specialist: str | tuple[str, ...] | None, weights: Sequence[float] | None
@@ -317,13 +386,18 @@ class Engine:
         request = self._requests.get(update.task)
         if request is None:
             return
-        if update.response:
-            request._queue.put(update.response)
-        if update.ended:
-            del self._requests[update.task]
-            request._queue.put(update.error)
+        try:
+            if update.response:
+                request._deliver(update.response)
+            if update.ended:
+                del self._requests[update.task]
+                request._deliver(update.error)
+        except Exception:
+            # Its listener's: nobody is there to be told.
+            self._drop(request)
 
     def _fail_all(self, error: Exception) -> None:
         for request in self._requests.values():
-            request._queue.put(error)
+            with suppress(Exception):  # a listener's
+                request._deliver(error)
         self._requests.clear()

@@ -38,7 +38,7 @@ DEFAULT_MAX_TOKENS = 256
 _TEXT_OPTIONS = ("draft_head",)
 _LIST_OPTIONS = ("stages", "stage_weights", "p99_bounds", "exit_stages")
 _WHOLE_OPTIONS = (
-    *("top_k", "repetition_context_size", "seed"),
+    *("top_k", "repetition_context_size", "top_logprobs", "seed"),
     *("stage", "max_stages", "stages", "exit_stages"),
     *("draft_stage", "num_draft_tokens", "draft_rank"),
 )
@@ -65,14 +65,19 @@ def stream_generate(
     `prompt` is text (`<|bos|>` is prepended), a list of token ids (taken as they are) or a list of
     chat messages with "role" and "content". `mode` and its options are those of
     `cognica_mlx.decoding.modes`; further keywords are the sampling options temp, top_p, top_k,
-    min_p, repetition_penalty, repetition_context_size and seed; None stands for the default. Lists
-    may be arrays of NumPy or MLX. Greedy by default.
+    min_p, repetition_penalty, repetition_context_size, presence_penalty, frequency_penalty,
+    logit_bias and seed (see `SamplingOptions`); None stands for the default. Lists may be arrays of
+    NumPy or MLX. Greedy by default.
 
     One of these makes the reply fit, in any mode: `json_schema` (a schema, or its text; {} is any
     JSON object), `regex` (of Rust's syntax), `grammar` (in Lark's notation), or `tools`, functions
     as `mlx_poe.tools` reads them, with `tool_choice` "auto" (text or a call), "required" (a call),
     "none" or a function's name. `tools` also go into the system text if the prompt is messages. A
     reply that is cut off, by `max_tokens` or `stop`, may not fit.
+
+    `top_logprobs=n` reports the n best tokens beside each one. With `prompt_logprobs=True` the
+    prompt's own tokens are scored, too, and the first response has the result; the prompt is then
+    read whole, whatever `state` holds.
 
     Generation ends at one of the tokenizer's `eos_token_ids`, before any of the strings `stop`, or
     after `max_tokens`. A `state` from an earlier call is continued as far as the prompts agree. The
@@ -102,6 +107,7 @@ def stream_generate(
         advice=pace,
         fallback=make_mode(model),
         constraint=asked.grammar.start() if asked.grammar else None,
+        score_prompt=asked.prompt_logprobs,
     )
     responses = Responses(tokenizer, sequence, stop, pace)
     decoded_tokens = drive(sequence.steps(), Metered(Single(), pace) if pace else None)
@@ -120,25 +126,33 @@ def generate(model: PoEModel, tokenizer: Tokenizer, prompt: Prompt, **options: A
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt's tokens, the positions in it that other prompts may share, and its options."""
+    """A prompt's tokens, the positions in it that other prompts may share, its options, and whether
+    its own tokens are to be scored."""
 
     tokens: list[int]
     marks: tuple[int, ...]
     sampling: SamplingOptions
     mode_options: ModeOptions
     grammar: Grammar | None
+    prompt_logprobs: bool = False
 
 
 def read_request(tokenizer: Tokenizer, prompt: Prompt, options: Mapping[str, Any]) -> Asked:
     """What every way to generate makes of a prompt and its options; RequestError for bad ones."""
     formal = {k: v for k, v in options.items() if k in FORM_OPTIONS}
-    sampling, mode_options = sort_options({k: v for k, v in options.items() if k not in formal})
+    rest = {k: v for k, v in options.items() if k not in formal}
+    scored = rest.pop("prompt_logprobs", None) or False
+    if not isinstance(scored, bool):
+        raise RequestError(f"prompt_logprobs is True or False, not {scored!r}")
+    sampling, mode_options = sort_options(rest)
     grammar = make_grammar(tokenizer, **formal)
     tools = formal.get("tools")
     if tools is not None and not isinstance(prompt, str) and _are_messages(prompt):
         prompt = with_functions(prompt, tools)  # type: ignore[arg-type]
     tokens = encode_prompt(tokenizer, prompt)
-    return Asked(tokens, chat_marks(tokenizer, prompt, tokens), sampling, mode_options, grammar)
+    # Who wants the prompt scored has it read whole: nothing is shared.
+    marks = () if scored else chat_marks(tokenizer, prompt, tokens)
+    return Asked(tokens, marks, sampling, mode_options, grammar, scored)
 
 
 def _are_messages(prompt: Any) -> bool:
@@ -183,11 +197,23 @@ def _plain(name: str, value: Any) -> Any:
     value = value.tolist() if hasattr(value, "tolist") else value
     if name in _TEXT_OPTIONS:
         return value
+    if name == "logit_bias":
+        return _biases(value)
     if name not in _LIST_OPTIONS:
         return _number(name, value)
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise RequestError(f"{name} takes a list of numbers, not {value!r}")
     return [_number(name, item.tolist() if hasattr(item, "tolist") else item) for item in value]
+
+
+def _biases(value: Any) -> dict[int, float]:
+    """Token ids, which JSON makes text of, and what to add to their scores."""
+    if not isinstance(value, Mapping):
+        raise RequestError(f"logit_bias takes numbers by token id, not {value!r}")
+    try:
+        return {int(token): _number("logit_bias", bias) for token, bias in value.items()}
+    except (TypeError, ValueError):
+        raise RequestError(f"logit_bias: {list(value)!r:.60} are not all token ids") from None
 
 
 def _number(name: str, value: Any) -> int | float:

@@ -13,11 +13,11 @@ SPECIALIST_PENALTY = 1.15
 
 
 def default_repetition_penalty(model: PoEModel, formal: bool = False) -> float | None:
-    """1.15 for a specialist, 1.0 where its reply must have a form, None for a base model.
+    """That of `chat_penalty` for a specialist, None for a base model."""
+    return chat_penalty(formal) if model.config.specialist_layers else None
 
-    A function call repeats the names and values it was given, and JSON its quotes and keys: neither
-    must be penalised.
-    """
-    if not model.config.specialist_layers:
-        return None
+
+def chat_penalty(formal: bool = False) -> float:
+    """1.15, or 1.0 where the reply must have a form: a function call repeats the names and values
+    it was given, and JSON its quotes and keys, and neither must be penalised."""
     return 1.0 if formal else SPECIALIST_PENALTY

@@ -32,6 +32,10 @@ class GenerationResponse:
     finish_reason: None but for the last token, where it is "stop" or "length".
     cached_tokens: how many of the prompt's positions came from a state, and were not run.
     forced: a constraint allowed no other token; no stage was asked, and `stage` is 0.
+    top_logprobs: the best tokens at this place and their log-probabilities, best first, as many as
+    `top_logprobs` asks for. text_offset: where in the reply's text the token's own text begins,
+    stop strings aside. prompt_logprobs: in the first response, if asked for, the log-probability of
+    each of the prompt's tokens but the first, and the best in its place; otherwise None.
     """
 
     text: str
@@ -49,6 +53,9 @@ class GenerationResponse:
     finish_reason: str | None = None
     cached_tokens: int = 0
     forced: bool = False
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    text_offset: int = 0
+    prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None = None
 
 
 class Responses:
@@ -75,6 +82,8 @@ class Responses:
         self._reading = True
         # Tokens since the prompt has been read.
         self._generated = 0
+        # Characters so far, those held back included.
+        self._length = 0
         self.count = 0
 
     def add(self, decoded: DecodedToken) -> GenerationResponse:
@@ -88,11 +97,13 @@ class Responses:
             self._prompt_seconds = now - self._begun
             self._started, self._reading = now, decoded.forced
         finish_reason = "length" if self.count == sequence.max_tokens else None
-        text = ""
+        text, offset = "", self._length
         if decoded.token in self._eos:
             finish_reason = "stop"
         else:
-            text = stops.add(self._detokenizer.add_token(decoded.token))
+            piece = self._detokenizer.add_token(decoded.token)
+            self._length += len(piece)
+            text = stops.add(piece)
         if finish_reason and not stops.found:
             text += stops.add(self._detokenizer.finalize()) + stops.rest()
         if stops.found:
@@ -113,7 +124,19 @@ class Responses:
             finish_reason=finish_reason,
             cached_tokens=sequence.cached if self._cached is None else self._cached,
             forced=decoded.forced,
+            top_logprobs=self._top(decoded),
+            text_offset=offset,
+            prompt_logprobs=self._prompt_logprobs(),
         )
+
+    def _top(self, decoded: DecodedToken) -> tuple[tuple[int, float], ...]:
+        if decoded.forced and self._sequence.sampler.options.top_logprobs:
+            return ((decoded.token, 0.0),)
+        return decoded.top
+
+    def _prompt_logprobs(self) -> tuple | None:
+        first = self.count == 1 and self._sequence.score_prompt
+        return tuple(self._sequence.prompt_scores) if first else None
 
 
 class StopStrings:

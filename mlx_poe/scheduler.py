@@ -76,7 +76,12 @@ def make_task(
     StopStrings(stop)
     # Checks the rest, and holds nothing yet.
     DecodingSequence(
-        model, asked.tokens, chosen, max_tokens=max_tokens, prefill_step_size=prefill_step_size
+        model,
+        asked.tokens,
+        chosen,
+        max_tokens=max_tokens,
+        sampler=Sampler(asked.sampling),
+        prefill_step_size=prefill_step_size,
     )
     return Task(model, asked, chosen, max_tokens, stop, prefill_step_size, costs)
 
@@ -285,14 +290,16 @@ class Scheduler:
     def _start(self, task: Task) -> None:
         running = [other.state for other in self._running.values()]
         free = self.memory - self._promised
-        found = self.cache.find(
-            task.model,
-            task.tokens,
-            task.mode.depth,
-            running,
-            # One that has grown long may be too large for a short task.
-            lambda state: self.bytes_needed(task, state) <= free,
-        )
+        found = None
+        if not task.asked.prompt_logprobs:
+            found = self.cache.find(
+                task.model,
+                task.tokens,
+                task.mode.depth,
+                running,
+                # One that has grown long may be too large for a short task.
+                lambda state: self.bytes_needed(task, state) <= free,
+            )
         state = found.state if found else DecodingState(task.model, keep_trunk=self.keep_trunk)
         need = self.bytes_needed(task, state)
         pace = Pace(task.costs, task.mode) if task.costs else None
@@ -308,6 +315,7 @@ class Scheduler:
             advice=pace,
             fallback=make_mode(task.model),
             constraint=task.asked.grammar.start() if task.asked.grammar else None,
+            score_prompt=task.asked.prompt_logprobs,
         )
         cached = found.length if found else 0
         responses = Responses(self.tokenizer, sequence, task.stop, pace, cached)

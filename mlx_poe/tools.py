@@ -68,6 +68,17 @@ def with_functions(
     return [{"role": "system", "content": offer}, *rest]
 
 
+def call_text(name: str, arguments: str) -> str:
+    """A call as the model writes it, for a history: `arguments` is JSON text."""
+    return f'{CALL_MARK} {{"name": {json.dumps(name)}, "arguments": \'{arguments}\'}}'
+
+
+def result_text(content: str) -> str:
+    """What a function has answered, as a user's turn. The models' documentation names no layout for
+    it; this is the one of the public data that their calls' layout comes from."""
+    return f"FUNCTION RESPONSE: {content}"
+
+
 def read_functions(functions: Functions) -> list[dict[str, Any]]:
     """The functions as plain dictionaries, each with a name; RequestError if they are not."""
     try:

@@ -341,7 +341,7 @@ def chi_squared(
 
     def distribution(tokens: list[int]) -> dict[int, float]:
         scores = Scores(model(mx.array([tokens]))[0, -1:])
-        scores = sampler.process(scores, sampler.context(tokens))
+        scores = sampler.process(scores, sampler.context(tokens, len(prompt)))
         probs = mx.exp(sampler.log_probs(scores))[0]
         return {int(t): probs[t].item() for t in np.argsort(np.array(probs))[-width:]}
 

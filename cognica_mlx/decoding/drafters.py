@@ -17,7 +17,7 @@ from cognica_mlx.decoding.requests import Read, Request, Score, as_row, through
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.sampling import Scores, logprob_of, masked
+from cognica_mlx.sampling import Context, Scores, logprob_of, masked
 
 
 @dataclass
@@ -25,18 +25,20 @@ class Draft:
     """Drafted tokens, unevaluated: each list holds one entry a token.
 
     tokens (1, 1) int; log_probs (1, V), what each was drawn from, empty when greedy; logprobs (1,)
-    of the tokens; margins (1,) by which the draft's best score led. `first` is the position of the
-    token before them, `context` what the repetition penalty looked back on at that position;
-    `stopped` says that the next draft was too weak to be one. Under a constraint `masks` has what
-    it allowed at each draft's place, (1, W), and `forced` whether that was this token alone.
+    of the tokens; margins (1,) by which the draft's best score led; alternatives, what the sampler
+    reports. `first` is the position of the token before them, `context` what the penalties looked
+    back on at that position; `stopped` says that the next draft was too weak to be one. Under a
+    constraint `masks` has what it allowed at each draft's place, (1, W), and `forced` whether that
+    was this token alone.
     """
 
     first: int
-    context: mx.array | None
+    context: Context | None
     tokens: list[mx.array] = field(default_factory=list)
     log_probs: list[mx.array] = field(default_factory=list)
     logprobs: list[mx.array] = field(default_factory=list)
     margins: list[mx.array] = field(default_factory=list)
+    alternatives: list[tuple[mx.array, ...]] = field(default_factory=list)
     masks: list[mx.array] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
     stopped: bool = False
@@ -45,10 +47,16 @@ class Draft:
         return len(self.tokens)
 
     def add(
-        self, token: mx.array, logprob: mx.array, margin: mx.array, forced: bool = False
+        self,
+        token: mx.array,
+        logprob: mx.array,
+        margin: mx.array,
+        alternatives: tuple[mx.array, ...],
+        forced: bool = False,
     ) -> None:
         """Add one more token."""
         self.tokens.append(token)
+        self.alternatives.append(alternatives)
         self.logprobs.append(logprob)
         self.margins.append(margin)
         self.forced.append(forced)
@@ -84,7 +92,7 @@ class OwnStages:
                 f"num_draft_tokens {count} is more than the {state.slack} positions that this "
                 "state can roll back"
             )
-        draft = Draft(state.length, sampler.context(sequence.text))
+        draft = Draft(state.length, sequence.context())
         context, room = draft.context, min(room, state.slack)
         # Not in the state yet.
         tokens = [as_row(sequence.text[-1])]
@@ -110,7 +118,7 @@ class OwnStages:
                 chosen = sampler.draw(draft.log_probs[-1])
                 logprob = logprob_of(scores.array, chosen)
             token = as_row(chosen)
-            draft.add(token, logprob, lead)
+            draft.add(token, logprob, lead, sampler.alternatives(scores))
             tokens.append(token)
             if constraint and masks is not None:
                 draft.masks.append(masks)
@@ -134,9 +142,11 @@ def _certain(
             masks = constraint.mask()[None]
             constraint.commit([known])
             draft.masks.append(masks)
+            nothing = mx.zeros((1, sequence.model.config.vocab_size))
+            scores = Scores(masked(nothing, masks))
             if not sampler.greedy:
-                nothing = mx.zeros((1, sequence.model.config.vocab_size))
-                draft.log_probs.append(sampler.log_probs(Scores(masked(nothing, masks))))
+                draft.log_probs.append(sampler.log_probs(scores))
             tokens.append(as_row(known))
-            draft.add(tokens[-1], mx.zeros((1,)), mx.full((1,), mx.inf), forced=True)
+            alternatives = sampler.alternatives(scores)
+            draft.add(tokens[-1], mx.zeros((1,)), mx.full((1,), mx.inf), alternatives, forced=True)
     return tokens

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.requests import DecodedToken, Read, Score, Steps, as_row, through
+from cognica_mlx.decoding.requests import (
+    DecodedToken,
+    Read,
+    Score,
+    Steps,
+    as_row,
+    through,
+    top_of,
+)
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 
@@ -27,7 +35,7 @@ class Plain:
             yield from self._constrained(sequence)
             return
         state, sampler = sequence.state, sequence.sampler
-        context = sampler.context(sequence.text)
+        context = sequence.context()
         token = as_row(sequence.text[-1])
         under_way: tuple[mx.array, ...] = ()
         first = True
@@ -35,10 +43,11 @@ class Plain:
             state.append(token)
             yield from through(state, self.depth)
             scores = yield Score(state, self.target)
-            chosen, logprob = sampler.choose(sampler.process(scores, context))
+            scores = sampler.process(scores, context)
+            chosen, logprob = sampler.choose(scores)
             token = as_row(chosen)
             context = sampler.extend(context, token)
-            ahead = token, logprob
+            ahead = token, logprob, *sampler.alternatives(scores)
             if first:
                 # Nobody should wait for the second token to see the first.
                 yield self._token((yield Read(state, ahead)))
@@ -61,12 +70,13 @@ class Plain:
             state.append(sequence.text[state.length :])
             yield from through(state, self.depth)
             scores = yield Score(state, self.target)
-            scores = sampler.process(scores, sampler.context(sequence.text), sequence.mask())
+            scores = sampler.process(scores, sequence.context(), sequence.mask())
             chosen, logprob = sampler.choose(scores)
-            token = self._token((yield Read(state, (as_row(chosen), logprob))))
+            arrays = as_row(chosen), logprob, *sampler.alternatives(scores)
+            token = self._token((yield Read(state, arrays)))
             sequence.commit(token.token)
             yield token
 
     def _token(self, numbers: list) -> DecodedToken:
-        ((token,),), (logprob,) = numbers
-        return DecodedToken(token, logprob, self.depth)
+        ((token,),), (logprob,), *alternatives = numbers
+        return DecodedToken(token, logprob, self.depth, top=top_of(alternatives, 0))

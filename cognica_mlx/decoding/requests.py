@@ -7,8 +7,9 @@ lazy arrays. Only `Read` waits.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import mlx.core as mx
@@ -73,15 +74,26 @@ Request = Advance | Score | Read | Submit
 @dataclass(frozen=True)
 class DecodedToken:
     """One token: its id, its log-probability under the scores that chose or confirmed it (after
-    the repetition penalty, before temperature and filters), the stage that emitted it, and
-    whether it was drafted. `forced` says that a constraint allowed no other: its log-probability is
-    0, and no stage was asked."""
+    bias and penalties, before temperature and filters), the stage that emitted it, and whether it
+    was drafted. `forced` says that a constraint allowed no other: its log-probability is 0, and no
+    stage was asked. `top` has the best tokens and their log-probabilities, best first, where the
+    sampler reports them."""
 
     token: int
     logprob: float
     stage: int
     from_draft: bool = False
     forced: bool = False
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def top_of(alternatives: Sequence[Sequence[Sequence]], row: int) -> tuple[tuple[int, float], ...]:
+    """`DecodedToken.top` from a row of `Sampler.alternatives`, read, without what is impossible."""
+    if not alternatives:
+        return ()
+    ids, logprobs = alternatives
+    pairs = zip(ids[row], logprobs[row], strict=True)
+    return tuple((token, logprob) for token, logprob in pairs if logprob > -inf)
 
 
 # What modes are made of: requests go out, answers come back.

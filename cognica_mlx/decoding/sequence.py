@@ -16,15 +16,19 @@ import mlx.core as mx
 from cognica_mlx.constraint import Constraint
 from cognica_mlx.decoding.requests import (
     DecodedToken,
+    Read,
     Request,
+    Score,
     Steps,
     Submit,
     advance,
     through,
+    top_of,
 )
+from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError, RollbackError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import Sampler
+from cognica_mlx.sampling import Context, Sampler, logprob_of
 from cognica_mlx.state import DecodingState, Progress
 
 
@@ -70,10 +74,12 @@ class NoAdvice:
 
 class Mode(Protocol):
     """How tokens are made. `depth` is the deepest stage it may need, `prefill_stage` the stage that
-    a prompt must have been run through before the first token."""
+    a prompt must have been run through before the first token; `target` is what it predicts with,
+    or stands in for."""
 
     depth: int
     prefill_stage: int
+    target: Target
 
     def steps(self, sequence: DecodingSequence) -> Steps:
         """Emit tokens until the budget is used up, or the mode no longer pays."""
@@ -83,8 +89,10 @@ class DecodingSequence:
     """A prompt on its way through a mode.
 
     `text` is the prompt and the tokens emitted, `drafted` the drafts made so far, `cached` how many
-    of the prompt's positions the state held already. Raises RequestError for an empty prompt, a
-    token id outside the vocabulary, or a state of another model.
+    of the prompt's positions the state held already. Where it is to score its prompt,
+    `prompt_scores` has for each token but the first its log-probability and the best alternatives,
+    as `DecodedToken.top`, once the first token is emitted. Raises RequestError for an empty prompt,
+    a token id outside the vocabulary, or a state of another model.
     """
 
     def __init__(
@@ -101,10 +109,12 @@ class DecodingSequence:
         advice: Advice | None = None,
         fallback: Mode | None = None,
         constraint: Constraint | None = None,
+        score_prompt: bool = False,
     ):
         """`fallback` goes on where `advice` ends the mode; `progress(done, total)` is called after
         every chunk of the prompt, of `prefill_step_size` tokens. What is emitted satisfies
-        `constraint`, which must be at its beginning, and ends where that does."""
+        `constraint`, which must be at its beginning, and ends where that does. With `score_prompt`
+        the whole prompt is run, whatever the state holds of it."""
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         if max_tokens < 1:
@@ -117,11 +127,14 @@ class DecodingSequence:
         state.check_ids(prompt)
         self.model, self.mode, self.state = model, mode, state
         self.sampler = sampler or Sampler()
+        state.check_ids([*(self.sampler.options.logit_bias or ())])
         self.advice, self.fallback = advice or NoAdvice(), fallback
         self.constraint, self._ended = constraint, False
         self.text, self.prompt_length = list(prompt), len(prompt)
         self.max_tokens = max_tokens
         self.drafted = self.cached = 0
+        self.score_prompt = score_prompt
+        self.prompt_scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         self.step_size, self.progress = prefill_step_size or prefill_step_size_here(), progress
 
     @property
@@ -134,12 +147,16 @@ class DecodingSequence:
     def steps(self) -> Steps:
         """Everything from the prompt to the last token, as requests and tokens."""
         prompt = self.text[:-1]
+        if self.score_prompt:
+            self.state.rollback(0)
         self.cached = self._return_to_common_start(prompt)
         self.advice.begins(len(prompt))
         if any(self.state.lacks(stage) for stage in range(self.mode.depth + 1)):
             self.cached = 0  # the whole text is run again
         try:
             yield from ready(self.state, self.mode.depth, self.step_size, self.progress)
+            if self.score_prompt:
+                yield from self._score_prompt()
             # What is left after whole chunks runs with the prompt's last token.
             rest = prompt[self.state.length :]
             whole = len(rest) - len(rest) % self.step_size
@@ -176,6 +193,30 @@ class DecodingSequence:
                     answer = yield step
         finally:
             steps.close()
+
+    def _score_prompt(self) -> Generator[Request, Any, None]:
+        """Run all of the prompt but its last token, and score what follows each position.
+
+        The mode's own target does it, without penalties. Activations are held so far back as a
+        rollback may go: no chunk is longer.
+        """
+        state, target, last = self.state, self.mode.target, self.prompt_length - 1
+        size = min(self.step_size, state.slack)
+        for start in range(0, last, size):
+            stop = min(start + size, last)
+            state.append(self.text[start:stop])
+            yield from through(state, target.depth)
+            scores = yield Score(state, target, stop - start)
+            follow = mx.array(self.text[start + 1 : stop + 1], dtype=mx.int32)
+            arrays = logprob_of(scores.array, follow), *self.sampler.alternatives(scores)
+            logprobs, *best = yield Read(state, arrays)
+            self.prompt_scores += [(lp, top_of(best, row)) for row, lp in enumerate(logprobs)]
+            if self.progress:
+                self.progress(stop, last)
+
+    def context(self) -> Context | None:
+        """What the sampler's penalties look back on now."""
+        return self.sampler.context(self.text, self.prompt_length)
 
     def certain(self) -> Generator[DecodedToken, None, None]:
         """Emit what the constraint leaves no choice about, as far as the budget goes.

@@ -26,7 +26,15 @@ import mlx.core as mx
 
 from cognica_mlx.constraint import Constraint
 from cognica_mlx.decoding.drafters import Draft, OwnStages
-from cognica_mlx.decoding.requests import DecodedToken, Read, Score, Steps, as_row, through
+from cognica_mlx.decoding.requests import (
+    DecodedToken,
+    Read,
+    Score,
+    Steps,
+    as_row,
+    through,
+    top_of,
+)
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
@@ -81,7 +89,7 @@ class Speculative:
                 numbers: list = (yield Read(state, arrays)) if arrays else []
                 certified = [lead > self.certain for lead in numbers[2]] if arrays else []
                 if all(certified) and not draft.stopped:
-                    yield from self._emitted(draft, *numbers[:2])
+                    yield from self._emitted(draft, *numbers[:2], numbers[3:])
                     continue
             yield from self._verify(sequence, draft, certified)
 
@@ -104,8 +112,8 @@ class Speculative:
         kept = mx.cumprod(agree.astype(mx.int32)).sum() if len(draft) else mx.array(0)
         logprobs = logprob_of(scores.array, chosen)
         drafted_logprobs = logprob_of(scores.array, mx.concatenate([drafted, chosen[-1:]]))
-        arrays = kept, chosen, logprobs, drafted, drafted_logprobs
-        accepted, chosen, logprobs, drafted, drafted_logprobs = yield Read(state, arrays)
+        arrays = kept, chosen, logprobs, drafted, drafted_logprobs, *sampler.alternatives(scores)
+        accepted, chosen, logprobs, drafted, drafted_logprobs, *best = yield Read(state, arrays)
         forced = draft.forced
         sequence.advice.judged(forced[:accepted].count(False), forced.count(False))
         state.rollback(draft.first + 1 + accepted)
@@ -116,19 +124,22 @@ class Speculative:
             chooses = not (constraint.ended or constraint.forced())
             if chooses:
                 constraint.commit([chosen[accepted]])
-        yield from self._emitted(draft, drafted[:accepted], drafted_logprobs[:accepted])
+        yield from self._emitted(draft, drafted[:accepted], drafted_logprobs[:accepted], best)
         if chooses:
-            yield DecodedToken(chosen[accepted], logprobs[accepted], self.depth)
+            top = top_of(best, accepted)
+            yield DecodedToken(chosen[accepted], logprobs[accepted], self.depth, top=top)
 
     def _emitted(
-        self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[float]
+        self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[float], best: Sequence
     ) -> Iterator[DecodedToken]:
         """The first of the drafts, as many as there are `tokens`."""
-        for token, logprob, forced in zip(tokens, logprobs, draft.forced, strict=False):
+        numbers = zip(tokens, logprobs, draft.forced, strict=False)
+        for row, (token, logprob, forced) in enumerate(numbers):
             if forced:
                 yield DecodedToken(token, 0.0, 0, forced=True)
             else:
-                yield DecodedToken(token, logprob, self.draft_stage, from_draft=True)
+                top = top_of(best, row)
+                yield DecodedToken(token, logprob, self.draft_stage, from_draft=True, top=top)
 
 
 def _masks(draft: Draft, constraint: Constraint | None) -> mx.array | None:
@@ -141,10 +152,12 @@ def _masks(draft: Draft, constraint: Constraint | None) -> mx.array | None:
 
 
 def _read(draft: Draft) -> tuple[list[mx.array], ...]:
-    """What a certified block reads: tokens, log-probabilities, margins; nothing without drafts."""
+    """What a certified block reads: tokens, log-probabilities, margins, perhaps alternatives;
+    nothing without drafts."""
     if not draft.tokens:
         return ()
-    return [token.reshape(-1) for token in draft.tokens], draft.logprobs, draft.margins
+    tokens = [token.reshape(-1) for token in draft.tokens]
+    return tokens, draft.logprobs, draft.margins, *map(list, zip(*draft.alternatives, strict=True))
 
 
 def judge(

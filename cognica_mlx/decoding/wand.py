@@ -29,6 +29,7 @@ from cognica_mlx.decoding.requests import (
     Score,
     Steps,
     advance,
+    top_of,
 )
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import full_target, stage_target
@@ -82,8 +83,9 @@ class Wand:
         # With a head per stage each one's prediction is needed on the way to the pool.
         self._pool = model.pool if model.pools_stages else None
         self._targets = [stage_target(model, k) for k in range(self.depth + 1)]
+        self.target = full_target(model)
         if self._pool is None:
-            self._targets[-1] = full_target(model)
+            self._targets[-1] = self.target
 
     def steps(self, sequence: DecodingSequence) -> Steps:
         """Emit tokens, each with the stage it left at."""
@@ -93,7 +95,7 @@ class Wand:
             if not sequence.budget:
                 return
             state.append(sequence.text[state.length :])
-            context, masks = sampler.context(sequence.text), sequence.mask()
+            context, masks = sequence.context(), sequence.mask()
             passed: list[mx.array] = []
             for stage, target in enumerate(self._targets):
                 yield from advance(state, stage)
@@ -104,9 +106,9 @@ class Wand:
                     continue
                 scores = Scores(self._pool(passed)) if self._pool else (yield Score(state, target))
                 scores = sampler.process(scores, context, masks)
-                arrays = *sampler.choose(scores), scores.margins
-                (token,), (logprob,), (lead,) = yield Read(state, arrays)
+                arrays = *sampler.choose(scores), scores.margins, *sampler.alternatives(scores)
+                (token,), (logprob,), (lead,), *alternatives = yield Read(state, arrays)
                 if stage == self.depth or lead > self.exits[stage]:
                     break
             sequence.commit(token)
-            yield DecodedToken(token, logprob, stage)
+            yield DecodedToken(token, logprob, stage, top=top_of(alternatives, 0))

@@ -26,17 +26,18 @@ from mlx_poe.commands.options import (
     add_mode_flags,
     add_model_flags,
     add_sampling_flags,
+    add_specialist_flag,
     make_parser,
     run,
     taken,
 )
-from mlx_poe.load import load
+from mlx_poe.load import DEFAULT_MODEL, load
 from mlx_poe.tools import ToolCallParser, check_call
 
 __all__ = ["COMMANDS", "Repl", "build_parser", "main", "printable"]
 
 # What starts when no model is named: the built-in base with its specialists.
-STARTER, STARTER_SPECIALISTS = "poe-tiny", ("chat", "math", "tool")
+STARTER, STARTER_SPECIALISTS = DEFAULT_MODEL, ("chat", "math", "tool")
 
 EXAMPLES = """\
   poe-chat
@@ -54,14 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_flags(parser)
     parser.set_defaults(model=None)
-    parser.add_argument(
-        "--specialist",
-        action="append",
-        default=[],
-        type=_named,
-        metavar="NAME=MODEL",
-        help="attach a specialist to the model, a base, under a name; may be repeated",
-    )
+    add_specialist_flag(parser, "attach a specialist to the model, a base, under a name")
     parser.add_argument("--system-prompt", default="", help="system text of the conversation")
     parser.add_argument("--color", action="store_true", help="paint tokens by their stage")
     parser.add_argument(
@@ -73,16 +67,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_mode_flags(parser)
     parser.set_defaults(max_tokens=512)
     return parser
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, equals, model = text.partition("=")
-    if not (name and equals and model):
-        raise ValueError(text)
-    return name, model
-
-
-_named.__name__ = "NAME=MODEL"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

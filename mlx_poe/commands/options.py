@@ -162,6 +162,28 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_specialist_flag(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """--specialist NAME=MODEL, as a list of pairs."""
+    parser.add_argument(
+        "--specialist",
+        action="append",
+        default=[],
+        type=_named,
+        metavar="NAME=MODEL",
+        help=f"{purpose}; may be repeated",
+    )
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, model = text.partition("=")
+    if not (name and equals and model):
+        raise ValueError(text)
+    return name, model
+
+
+_named.__name__ = "NAME=MODEL"
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """--max-tokens, --temp and what shapes the choice of a token."""
     group = parser.add_argument_group("sampling")

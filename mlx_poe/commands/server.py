@@ -1,0 +1,265 @@
+"""mlx_poe.server: models behind OpenAI's HTTP API, with a page to talk to them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cognica_mlx.errors import RequestError
+from mlx_poe.commands.chat import STARTER_SPECIALISTS
+from mlx_poe.commands.options import add_model_flags, add_specialist_flag, make_parser, run
+from mlx_poe.engine import Engine
+from mlx_poe.load import DEFAULT_MODEL, load
+from mlx_poe.machine import known_costs
+from mlx_poe.scheduler import MAX_SEQUENCES
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+KEY_VARIABLE = "MLX_POE_API_KEY"
+# So long requests may go on once the server is told to stop.
+GRACE_SECONDS = 10.0
+
+EXAMPLES = f"""\
+  mlx_poe.server
+  mlx_poe.server --model my-base --specialist chat=my-chat --specialist math=my-math
+  mlx_poe.server --composition both=poe-tiny-chat:2,poe-tiny-math:1
+  {KEY_VARIABLE}=secret mlx_poe.server --host 0.0.0.0 --port 8000 --max-sequences 16
+
+  curl http://127.0.0.1:8080/v1/chat/completions -H "Content-Type: application/json" -d '
+    {{"model": "poe-tiny-chat", "mode": "wand", "messages":
+     [{{"role": "user", "content": "What is the capital of Japan?"}}]}}'"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = make_parser(
+        "mlx_poe.server", "Serve models over OpenAI's HTTP API, and a page at /.", EXAMPLES
+    )
+    add_model_flags(parser)
+    add_specialist_flag(
+        parser, "serve a specialist over the model by this name (default: poe-tiny has its own)"
+    )
+    parser.add_argument(
+        "--composition",
+        action="append",
+        default=[],
+        type=_composition,
+        metavar="NAME=A:W,B:W,…",
+        help="serve a mixture of specialists, weighted by W (default: 1); may be repeated",
+    )
+    group = parser.add_argument_group("address and access")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    group.add_argument("--port", type=_port, default=8080, help="port; 0 takes one (%(default)s)")
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"what clients must know; better kept in the environment as {KEY_VARIABLE}",
+    )
+    group.add_argument(
+        "--no-api-key",
+        action="store_true",
+        help="serve an address that others can reach without a key",
+    )
+    group.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages from there send requests, https://example.org say; * is any; may be "
+        "repeated",
+    )
+    group = parser.add_argument_group("limits")
+    for flag, default, text in (
+        ("--max-sequences", MAX_SEQUENCES, "most sequences that run together"),
+        ("--max-queue", 128, "most sequences that wait; more are told to come again"),
+        ("--max-context", 16384, "most tokens of a prompt and its reply together"),
+        ("--max-body", 1_000_000, "most bytes of a request"),
+    ):
+        group.add_argument(
+            flag, type=_count, default=default, metavar="N", help=f"{text} (%(default)s)"
+        )
+    group.add_argument(
+        "--memory",
+        type=_count,
+        metavar="BYTES",
+        help="most bytes for sequences and kept prompts (default: half of what the machine has)",
+    )
+    group.add_argument(
+        "--prompt-cache-bytes",
+        type=_count,
+        metavar="BYTES",
+        help="those of it that kept prompts may take (default: a quarter)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run(build_parser(), _serve, argv)
+
+
+def _composition(text: str) -> tuple[str, list[str], list[float]]:
+    name, _, rest = text.partition("=")
+    parts = [part.rpartition(":") if ":" in part else (part, "", "1") for part in rest.split(",")]
+    try:
+        names, weights = [part[0] for part in parts], [float(part[2]) for part in parts]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a weight is a number") from None
+    if not name or not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=A:W,B:W")
+    return name, names, weights
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or len(text) > 15:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        import uvicorn
+
+        from mlx_poe.server import app as _  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith(("mlx_poe", "cognica_mlx")):
+            raise
+        raise RequestError(
+            f'the server needs {error.name}: pip install "cognica-mlx[server]"'
+        ) from None
+    key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    _check_access(args, key)
+    specialists = args.specialist
+    if not specialists and args.model == DEFAULT_MODEL:
+        specialists = [(f"{args.model}-{one}",) * 2 for one in STARTER_SPECIALISTS]
+    _check_names(args.model, specialists, args.composition)
+    with _listen(args.host, args.port) as listening:
+        print("loading …", file=sys.stderr)
+        model, tokenizer = load(
+            args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
+        )
+        with Engine(
+            model,
+            tokenizer,
+            args.max_sequences,
+            args.memory,
+            args.prompt_cache_bytes,
+            costs=known_costs,
+        ) as engine:
+            for name, path in specialists:
+                engine.attach(name, path, quantize=args.quantize)
+            app = _make_app(args, engine, [name for name, _ in specialists], key)
+            _announce(app, listening)
+            config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none")
+            return _run(uvicorn.Server(config), app, listening)
+
+
+def _check_access(args: argparse.Namespace, key: str | None) -> None:
+    from mlx_poe.server.guard import is_loopback
+
+    if key and args.no_api_key:
+        raise RequestError("--no-api-key and a key contradict each other")
+    if not key and not args.no_api_key and not is_loopback(args.host):
+        raise RequestError(
+            f"others can reach {args.host}: set a key with --api-key or {KEY_VARIABLE}, or say "
+            "--no-api-key"
+        )
+
+
+def _check_names(
+    model: str,
+    specialists: Sequence[tuple[str, str]],
+    compositions: Sequence[tuple[str, list[str], list[float]]],
+) -> None:
+    named = [_base_name(model), *(n for n, _ in specialists), *(c[0] for c in compositions)]
+    for name in named:
+        if named.count(name) > 1:
+            raise RequestError(f"two models are named {name}: give each a name of its own")
+
+
+def _base_name(model: str) -> str:
+    """What the base is called: a folder's name, or the hub id or built-in name."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at the address, before anything is loaded. RequestError where there can be none."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise RequestError(
+            f"cannot listen at {host}, port {port}: {error.strerror or error}; "
+            "--port chooses another"
+        ) from None
+    return listening
+
+
+def _make_app(
+    args: argparse.Namespace, engine: Engine, specialists: Sequence[str], key: str | None
+) -> Starlette:
+    from mlx_poe.server.app import make_app
+    from mlx_poe.server.catalog import make_catalog
+    from mlx_poe.server.options import Limits
+
+    base = _base_name(args.model)
+    catalog = make_catalog(engine, base, specialists, args.composition)
+    limits = Limits(args.max_body, args.max_context, args.max_sequences, args.max_queue)
+    return make_app(
+        engine, catalog, limits, host=args.host, api_key=key, allow_origins=args.allow_origin
+    )
+
+
+def _announce(app: Starlette, listening: socket.socket) -> None:
+    host, port = listening.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    names = ", ".join(served.name for served in app.state.server.catalog)
+    print(f"serving {names}", file=sys.stderr)
+    print(
+        f"page  http://{host}:{port}/\nAPI   http://{host}:{port}/v1", file=sys.stderr, flush=True
+    )
+
+
+def _run(server: Any, app: Starlette, listening: socket.socket) -> int:
+    """Serve until a signal comes; then let requests end, for a while."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn's own handlers come first; afterwards it raises the signal once more.
+        signal.signal(number, signal.SIG_IGN)
+    service = app.state.server.service
+
+    async def end() -> None:
+        await asyncio.sleep(GRACE_SECONDS)
+        if service.taken:
+            print(f"ending {service.taken} sequences that are not complete", file=sys.stderr)
+        await asyncio.to_thread(service.engine.close)
+
+    stop = server.shutdown
+
+    async def shutdown(sockets: Any = None) -> None:
+        service.closing = True
+        print(f"stopping: {service.taken} sequences to finish", file=sys.stderr, flush=True)
+        ending = asyncio.ensure_future(end())
+        await stop(sockets)
+        ending.cancel()
+
+    server.shutdown = shutdown
+    server.run(sockets=[listening])
+    print("stopped", file=sys.stderr)
+    return 0

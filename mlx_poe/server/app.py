@@ -1,0 +1,232 @@
+"""The server's routes.
+
+- in: an `Engine`, the models it serves, limits, who may ask
+- out: an ASGI application
+- no path from a request ever touches the file system: the page's files are read at the start
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.resources import files
+
+import anyio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from cognica_mlx.convert.chat_layout import BOS, REPLY_END, TEMPLATE
+from cognica_mlx.errors import PoEError
+from mlx_poe.engine import Engine
+from mlx_poe.server.catalog import Catalog
+from mlx_poe.server.chat import read_chat
+from mlx_poe.server.completions import read_completion
+from mlx_poe.server.errors import ApiError, as_api_error, refused
+from mlx_poe.server.fields import Fields, read_object
+from mlx_poe.server.guard import KeyGuard, OriginGuard
+from mlx_poe.server.metrics import CONTENT_TYPE, Metrics
+from mlx_poe.server.options import Limits
+from mlx_poe.server.serving import ClientGone, Service
+from mlx_poe.server.wire import Json
+
+BODY_SECONDS = 30.0
+_PAGE_KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+_PAGE_HEADERS = {
+    # Nothing from another host, nothing inline.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Server:
+    """What the routes lead to."""
+
+    def __init__(self, engine: Engine, catalog: Catalog, limits: Limits):
+        self.engine, self.catalog, self.limits = engine, catalog, limits
+        self.metrics = Metrics(engine)
+        self.service = Service(engine, limits, self.metrics)
+        self._created = int(time.time())
+
+    async def chat_completions(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        body = await self._body(request)
+        asked = read_chat(body, self.catalog.named_in(body))
+        return await self.service.answer(asked, "chat", request.receive)
+
+    async def completions(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        body = await self._body(request)
+        asked = read_completion(body, self.catalog.named_in(body))
+        return await self.service.answer(asked, "completions", request.receive)
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`."""
+        data = [served.as_json(self._created) for served in self.catalog]
+        return Json({"object": "list", "data": data})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/NAME`."""
+        return Json(self.catalog.find(request.path_params["name"]).as_json(self._created))
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`: text in `content` or `prompt` to `tokens`."""
+        body = await self._body(request)
+        names = [name for name in ("content", "prompt") if name in body]
+        if len(names) != 1:
+            raise ApiError(400, "give the text as content, or as prompt", "content")
+        text = body.text(names[0]) or ""
+        add = body.flag("add_special_tokens") if "add_special_tokens" in body else True
+        special = body.flag("parse_special") if "parse_special" in body else True
+        self._about_model(body)
+        encode = self.engine.tokenizer.encode
+        tokens = await anyio.to_thread.run_sync(encode, text, add, special)
+        return Json({"tokens": tokens, "count": len(tokens), "max_model_len": self.limits.context})
+
+    async def detokenize(self, request: Request) -> Response:
+        """`POST /detokenize`: `tokens` to text, as `content` and as `prompt`."""
+        body = await self._body(request)
+        tokens = body.required("tokens", body.items)
+        self._about_model(body)
+        size = self.engine.tokenizer.vocab_size
+        if not all(type(token) is int and 0 <= token < size for token in tokens):
+            raise refused("tokens", f"token ids are whole numbers below {size}")
+        text = self.engine.tokenizer.decode(tokens)
+        return Json({"content": text, "prompt": text})
+
+    def _about_model(self, body: Fields) -> None:
+        """All models that are served have one tokenizer, so that none need be named."""
+        if "model" in body:
+            self.catalog.named_in(body)
+        body.done()
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """`GET /tokenizer_info`: what lm-eval asks of a remote tokenizer."""
+        special = self.engine.tokenizer.special_tokens
+        end = REPLY_END if any(one.info.chats for one in self.catalog) else BOS
+        about = {"bos_token": BOS, "eos_token": end, "pad_token": BOS}
+        found = {name: token if token in special else None for name, token in about.items()}
+        return Json({"tokenizer_class": "cognica-mlx", **found, "chat_template": TEMPLATE})
+
+    async def health(self, request: Request) -> Response:
+        """`GET /health`."""
+        if self.engine.closed or self.service.closing:
+            return Json({"status": "shutting down"}, 503)
+        stats = self.engine.stats
+        return Json({"status": "ok", "running": stats.running, "waiting": stats.waiting})
+
+    async def metrics_text(self, request: Request) -> Response:
+        """`GET /metrics`."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def _body(self, request: Request) -> Fields:
+        """The request's JSON. A body that is too large is read to some length, and thrown away, or
+        the client would not read the answer."""
+        limit, size = self.limits.body_bytes, 0
+        parts: list[bytes] = []
+        with anyio.move_on_after(BODY_SECONDS) as scope:
+            async for part in request.stream():
+                size += len(part)
+                if size <= limit:
+                    parts.append(part)
+                elif size > 8 * limit:
+                    break
+        if scope.cancelled_caught:
+            raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s")
+        if size > limit:
+            raise ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large")
+        return read_object(b"".join(parts))
+
+    async def refusal(self, request: Request, error: Exception) -> Response:
+        """The answer to a request that cannot be honoured, or has gone wrong."""
+        if isinstance(error, (ClientGone, ClientDisconnect)):
+            return Response(status_code=499)
+        if isinstance(error, HTTPException):
+            error = _routing_error(request, error)
+        answer = as_api_error(error)
+        self.metrics.refused(_NAMES.get(request.url.path, "other"), answer.status)
+        return answer.response()
+
+
+_NAMES = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+
+
+def _routing_error(request: Request, error: HTTPException) -> ApiError:
+    if error.status_code == 404:
+        return ApiError(404, f"there is no {ascii(request.url.path)[1:81]}", code="not_found")
+    if error.status_code == 405:
+        message = f"{request.method} is not for this address"
+        return ApiError(405, message, code="method_not_allowed", headers=error.headers)
+    return ApiError(error.status_code, error.detail)
+
+
+def _page() -> dict[str, Endpoint]:
+    """The page's files by their paths, read once."""
+    found: dict[str, Endpoint] = {}
+    for file in (files("mlx_poe.server") / "page").iterdir():
+        kind = _PAGE_KINDS.get(file.name.rpartition(".")[2])
+        if kind:
+            path = "/" if file.name == "index.html" else f"/{file.name}"
+            found[path] = _static(file.read_bytes(), kind)
+    return found
+
+
+def _static(content: bytes, kind: str) -> Endpoint:
+    async def answer(request: Request) -> Response:
+        return Response(content, media_type=kind, headers=_PAGE_HEADERS)
+
+    return answer
+
+
+def make_app(
+    engine: Engine,
+    catalog: Catalog,
+    limits: Limits,
+    *,
+    host: str,
+    api_key: str | None = None,
+    allow_origins: Sequence[str] = (),
+) -> Starlette:
+    """The application; its `Server` is `app.state.server`."""
+    server = Server(engine, catalog, limits)
+    page = _page()
+    routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in page.items()]
+    for method, path, endpoint in (
+        ("POST", "/v1/chat/completions", server.chat_completions),
+        ("POST", "/v1/completions", server.completions),
+        ("GET", "/v1/models", server.models),
+        ("GET", "/v1/models/{name:path}", server.model),
+        ("POST", "/tokenize", server.tokenize),
+        ("POST", "/detokenize", server.detokenize),
+        ("GET", "/tokenizer_info", server.tokenizer_info),
+        ("GET", "/health", server.health),
+        ("GET", "/metrics", server.metrics_text),
+    ):
+        routes.append(Route(path, endpoint, methods=[method]))
+    middleware = [Middleware(OriginGuard, host=host, allowed=allow_origins)]
+    if allow_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(allow_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+        )
+    middleware.append(Middleware(KeyGuard, key=api_key, open_paths={*page, "/health"}))
+    errors = (ApiError, PoEError, HTTPException, ClientGone, ClientDisconnect, Exception)
+    handlers = dict.fromkeys(errors, server.refusal)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    app.state.server = server
+    return app

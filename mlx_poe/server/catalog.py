@@ -1,0 +1,75 @@
+"""The models that are served, by name: the base, each specialist, and compositions of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_poe.engine import Engine
+from mlx_poe.model_info import ModelInfo
+from mlx_poe.server.errors import ApiError
+from mlx_poe.server.fields import Fields, shown
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model by the name that requests use. `specialist` and `weights` are `Engine.submit`'s."""
+
+    name: str
+    info: ModelInfo
+    specialist: str | tuple[str, ...] | None = None
+    weights: tuple[float, ...] | None = None
+
+    def as_json(self, created: int) -> dict[str, Any]:
+        """What `/v1/models` says of it."""
+        info = self.info
+        about = {"kind": info.kind, "chat": info.chats, "stages": info.stages, "modes": info.modes}
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "cognica-mlx",
+            "poe": {**about, "sequence_len": info.sequence_len},
+        }
+
+
+class Catalog:
+    """The models by name, in the order they are listed."""
+
+    def __init__(self, served: Sequence[Served]):
+        self._served = {one.name: one for one in served}
+
+    def __iter__(self):
+        return iter(self._served.values())
+
+    def find(self, name: str) -> Served:
+        """The model of that name; ApiError 404. A name is looked up here, and nowhere else."""
+        if name not in self._served:
+            known = ", ".join(self._served)
+            message = f"model: {shown(name)} is not served here; served: {known}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return self._served[name]
+
+    def named_in(self, body: Fields) -> Served:
+        """The model that a request asks for."""
+        return self.find(body.required("model", body.text))
+
+
+def make_catalog(
+    engine: Engine,
+    base: str,
+    specialists: Sequence[str],
+    compositions: Sequence[tuple[str, Sequence[str], Sequence[float]]],
+) -> Catalog:
+    """All models of an engine to which `specialists` are attached, each by its name there;
+    `compositions` are names, each with specialists and their weights.
+
+    Raises RequestError for a composition that is impossible.
+    """
+    served = [Served(base, engine.describe())]
+    served += [Served(name, engine.describe(name), name) for name in specialists]
+    for name, parts, weights in compositions:
+        info = engine.describe(parts, weights)
+        served.append(Served(name, info, tuple(parts), tuple(weights)))
+    return Catalog(served)

@@ -1,0 +1,93 @@
+"""One of a request's choices as it grows: pieces of text, the tokens behind them, what they cost.
+
+- in: the engine's responses, one by one
+- out: for each a `Piece`, with the tokens whose text has become certain; at the end totals
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_poe.responses import GenerationResponse
+from mlx_poe.server.options import Options
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text, the responses whose tokens it is from, and at the end why it is one."""
+
+    text: str
+    tokens: list[GenerationResponse]
+    finish_reason: str | None = None
+
+
+class Choice:
+    """What one sequence has said so far."""
+
+    def __init__(self, eos_token_ids: frozenset[int]):
+        self._eos = eos_token_ids
+        self._held: list[GenerationResponse] = []
+        self._length = 0
+        self.first: GenerationResponse | None = None
+        self.last: GenerationResponse | None = None
+        self.accepted = self.forced = 0
+        self.stages: Counter[int] = Counter()
+
+    def add(self, response: GenerationResponse) -> Piece:
+        """What the next response makes certain.
+
+        A token is handed out once any of its text is; those of a stop string and the one that ends
+        a reply never are.
+        """
+        self.first, self.last = self.first or response, response
+        self.accepted += response.from_draft
+        self.forced += response.forced
+        self.stages[response.stage] += not response.forced
+        self._length += len(response.text)
+        if response.token not in self._eos:
+            self._held.append(response)
+        count = sum(held.text_offset < self._length for held in self._held)
+        tokens, self._held = self._held[:count], self._held[count:]
+        return Piece(response.text, tokens, response.finish_reason)
+
+
+def usage(options: Options, choices: Sequence[Choice]) -> dict[str, Any]:
+    """What a reply has cost: OpenAI's figures, and ours under "poe".
+
+    Each `options.n` choices in a row have one prompt, which counts once. The depth of a token is
+    how many stages were run for it; tokens that a form left no choice about had none.
+    """
+    responses = [choice.last for choice in choices if choice.last]
+    prompts = [choice.last for choice in choices[:: options.n] if choice.last]
+    prompt_tokens = sum(response.prompt_tokens for response in prompts)
+    stages: Counter[int] = Counter()
+    completion_tokens = accepted = drafted = forced = 0
+    if options.max_tokens != 0:
+        completion_tokens = sum(response.generation_tokens for response in responses)
+        accepted = sum(choice.accepted for choice in choices)
+        drafted = sum(response.drafted_tokens for response in responses)
+        forced = sum(choice.forced for choice in choices)
+        stages = sum((choice.stages for choice in choices), stages)
+    depths = sum((stage + 1) * count for stage, count in stages.items())
+    parked = next((response.parked for response in responses if response.parked), None)
+    cached = sum(response.cached_tokens for response in prompts)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        },
+        "poe": {
+            "mode": options.decoding["mode"],
+            "tokens_per_stage": [stages[k] for k in range(options.served.info.stages)],
+            "mean_depth": depths / stages.total() if stages.total() else None,
+            "forced_tokens": forced,
+            "parked": parked,
+        },
+    }

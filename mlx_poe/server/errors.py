@@ -1,0 +1,67 @@
+"""What is wrong with a request, in the shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from cognica_mlx.decoding.modes import ModeOptions
+from cognica_mlx.errors import PoEError
+from cognica_mlx.sampling import SamplingOptions
+from mlx_poe.constraints import FORM_OPTIONS
+from mlx_poe.server.wire import Json
+
+# Fields by the names of the engine's options.
+_FIELDS = {
+    **{f.name: f.name for options in (ModeOptions, SamplingOptions) for f in fields(options)},
+    **{name: name for name in (*FORM_OPTIONS, "mode")},
+    **{"temp": "temperature", "json_schema": "response_format", "token": "prompt"},
+}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An answer other than success. `param` is the field that is to blame, `code` a fixed word."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    def as_json(self) -> dict[str, Any]:
+        """The body."""
+        kind = _TYPES.get(self.status)
+        if kind is None:
+            kind = "invalid_request_error" if self.status < 500 else "server_error"
+        about = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": about}
+
+    def response(self) -> Json:
+        """The answer to send."""
+        return Json(self.as_json(), self.status, self.headers)
+
+
+def refused(param: str, message: str, code: str | None = None) -> ApiError:
+    """A field with a value that cannot be honoured."""
+    return ApiError(400, f"{param}: {message}", param, code)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """Anything that went wrong, as an answer; what is nobody's request's fault is a 500.
+
+    The engine's own messages begin with the name of the option that they are about, if any is.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, PoEError):
+        name = str(error).split(maxsplit=1)[0].rstrip(":")
+        return ApiError(400, str(error), _FIELDS.get(name))
+    return ApiError(500, "an error inside the server; its log has the details")

@@ -1,0 +1,160 @@
+"""A request's JSON, read field by field.
+
+- in: the body, as bytes; then each field by name, with its type and range
+- out: plain values; null and absent are the same
+- a field of the wrong type or out of range, and one that nobody has asked for, is a 400 that names
+  it
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NoReturn
+
+from cognica_mlx.errors import one_line
+from mlx_poe.server.errors import ApiError, refused
+
+# Deeper than any request that makes sense, and far from where Python gives up.
+MAX_NESTING = 100
+
+
+class Fields:
+    """The fields of one JSON object. `where` is the object's own place in the request."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = ""):
+        self.values = {name: value for name, value in values.items() if value is not None}
+        self._where = where
+        self._asked: set[str] = set()
+
+    def name(self, field: str) -> str:
+        """The field's place in the request."""
+        return f"{self._where}.{field}" if self._where else field
+
+    def __contains__(self, field: str) -> bool:
+        return field in self.values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def take(self, field: str) -> Any:
+        """The field's value as it came; None without one."""
+        self._asked.add(field)
+        return self.values.get(field)
+
+    def _taken(self, field: str, kinds: Any, what: str) -> Any:
+        value = self.take(field)
+        # JSON's true is no number, though Python's is.
+        fits = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
+        if value is not None and not fits:
+            raise refused(self.name(field), f"expected {what}, got {shown(value)}")
+        return value
+
+    def text(self, field: str) -> str | None:
+        """A string."""
+        return self._taken(field, str, "a string")
+
+    def flag(self, field: str) -> bool:
+        """True or false; false without the field."""
+        return bool(self._taken(field, bool, "true or false"))
+
+    def whole(self, field: str, low: int, high: int) -> int | None:
+        """A whole number from `low` to `high`."""
+        return self._within(field, self._taken(field, int, "a whole number"), low, high)
+
+    def number(self, field: str, low: float, high: float) -> float | None:
+        """A number from `low` to `high`."""
+        return self._within(field, self._taken(field, (int, float), "a number"), low, high)
+
+    def _within(self, field: str, value: Any, low: float, high: float) -> Any:
+        if value is not None and not low <= value <= high:
+            raise refused(self.name(field), f"{value} is not between {low} and {high}")
+        return value
+
+    def object(self, field: str) -> Fields | None:
+        """An object, to be read in its turn."""
+        value = self._taken(field, dict, "an object")
+        return None if value is None else Fields(value, self.name(field))
+
+    def items(self, field: str) -> list[Any] | None:
+        """An array, as it came."""
+        return self._taken(field, list, "an array")
+
+    def objects(self, field: str) -> Iterator[Fields]:
+        """The objects in an array."""
+        for number, value in enumerate(self.items(field) or []):
+            where = f"{self.name(field)}[{number}]"
+            if not isinstance(value, dict):
+                raise refused(where, f"expected an object, got {shown(value)}")
+            yield Fields(value, where)
+
+    def texts(self, field: str, most: int) -> list[str]:
+        """A string, or an array of up to `most`, as a list."""
+        value = self.take(field)
+        found = [value] if isinstance(value, str) else ([] if value is None else value)
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            raise refused(
+                self.name(field), f"expected a string or an array of strings, got {shown(value)}"
+            )
+        if len(found) > most:
+            raise refused(self.name(field), f"{len(found)} strings, {most} at most")
+        return found
+
+    def required(self, field: str, read: Callable[[str], Any]) -> Any:
+        """What `read` gives for the field; a 400 without it."""
+        value = read(field)
+        if value is None:
+            raise refused(self.name(field), "this field is required")
+        return value
+
+    def ignore(self, fields: Collection[str]) -> None:
+        """Accept fields that have no effect here, whatever they hold."""
+        self._asked.update(fields)
+
+    def only(self, field: str, *values: Any) -> None:
+        """Accept a field that can have these values only, since nothing else is supported."""
+        value = self.take(field)
+        if value is not None and not any(value == v and type(value) is type(v) for v in values):
+            allowed = " or ".join(shown(v) for v in values)
+            raise refused(self.name(field), f"only {allowed} is supported, got {shown(value)}")
+
+    def done(self) -> None:
+        """Refuse what has not been asked for."""
+        for field in self.values:
+            if field not in self._asked:
+                name = self.name(ascii(field)[1:-1])[:80]
+                raise refused(
+                    name, "there is no such field, or it is not supported", "unsupported_parameter"
+                )
+
+
+def read_object(body: bytes) -> Fields:
+    """The JSON object in a request's body. ApiError if there is none."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        message = f"the body is not JSON: {one_line(error)}"
+        raise ApiError(400, message, code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"the body is {shown(value)}, not a JSON object", code="invalid_json")
+    if not _shallow(value, MAX_NESTING):
+        raise ApiError(400, f"the body is nested more than {MAX_NESTING} deep", code="invalid_json")
+    return Fields(value)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _shallow(value: Any, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_shallow(item, depth - 1) for item in inner)
+
+
+def shown(value: Any) -> str:
+    """A value in a few words for a message."""
+    if isinstance(value, (dict, list)):
+        return {dict: "an object", list: "an array"}[type(value)]
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return ascii(value)[:60]

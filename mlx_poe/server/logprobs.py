@@ -1,0 +1,82 @@
+"""Tokens' log-probabilities in the layouts of both endpoints, and the stages that tokens came from.
+
+- in: the engine's responses
+- out: `logprobs.content` of a chat completion, the four arrays of a completion, `token_stages`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mlx_poe.responses import GenerationResponse
+from mlx_poe.tokenizer import Tokenizer
+
+Top = Sequence[tuple[int, float]]
+
+
+def shown(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text. Where its bytes are no characters by themselves they are spelt out, as
+    OpenAI does it, so that no two tokens look alike."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, tokens: Iterable[GenerationResponse], count: int
+) -> dict[str, Any]:
+    """The `logprobs` of a chat completion, `count` alternatives for each token."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        data = list(tokenizer.token_bytes(token))
+        return {"token": shown(tokenizer, token), "logprob": logprob, "bytes": data}
+
+    content = []
+    for response in tokens:
+        top = [entry(*pair) for pair in response.top_logprobs[:count]]
+        content.append({**entry(response.token, response.logprob), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def stages_of(tokenizer: Tokenizer, tokens: Iterable[GenerationResponse]) -> list[dict[str, Any]]:
+    """Our own `token_stages`: where each token came from."""
+    return [
+        {
+            "id": response.token,
+            "bytes": list(tokenizer.token_bytes(response.token)),
+            "stage": response.stage,
+            "from_draft": response.from_draft,
+            "forced": response.forced,
+        }
+        for response in tokens
+    ]
+
+
+class TextLogprobs:
+    """The `logprobs` of a completion: one array for each of four things, token by token."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int):
+        self._tokenizer, self._count = tokenizer, count
+        self._arrays: dict[str, list[Any]] = {
+            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+
+    def add(self, token: int, logprob: float | None, top: Top, offset: int) -> None:
+        """One token. The first of a prompt has nothing that it could be predicted from: None."""
+        best: dict[str, float] | None = None
+        if logprob is not None:
+            # The token itself is one of them, whether or not it is among the best.
+            pairs = [*top[: self._count], (token, logprob)]
+            best = {shown(self._tokenizer, other): value for other, value in pairs}
+        values = shown(self._tokenizer, token), logprob, best, offset
+        for array, value in zip(self._arrays.values(), values, strict=True):
+            array.append(value)
+
+    def take(self) -> dict[str, list[Any]]:
+        """What has been added since the last time."""
+        taken = self._arrays
+        self._arrays = {name: [] for name in taken}
+        return taken

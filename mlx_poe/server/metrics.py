@@ -1,0 +1,117 @@
+"""What has happened, for Prometheus.
+
+- in: requests as they begin and end; the engine's own figures when somebody looks
+- out: text in Prometheus's format
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import Any
+
+import mlx.core as mx
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from mlx_poe.engine import Engine
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_PREFIX = "cognica_mlx"
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+# What the engine knows: name, what it is, how to look it up.
+_GAUGES = {
+    "running_sequences": ("Sequences being decoded", lambda stats: stats.running),
+    "waiting_sequences": (
+        "Sequences that wait their turn",
+        lambda stats: stats.waiting,
+    ),
+    "state_bytes": ("Bytes promised to running sequences", lambda stats: stats.state_bytes),
+    "state_limit_bytes": ("The most that may be promised", lambda stats: stats.memory_bytes),
+    "prompt_cache_bytes": ("Bytes of prompts that are kept", lambda stats: stats.cache_bytes),
+    "prompt_cache_entries": ("Prompts that are kept", lambda stats: stats.cache_entries),
+    "prompt_cache_hits": ("Prompts whose beginning was kept", lambda stats: stats.cache_hits),
+    "prompt_cache_misses": ("Prompts with nothing kept", lambda stats: stats.cache_misses),
+    "active_memory_bytes": ("Bytes of all arrays", lambda stats: mx.get_active_memory()),
+}
+
+
+class Metrics:
+    """Counts and times of one server."""
+
+    def __init__(self, engine: Engine):
+        self._registry = CollectorRegistry()
+        for name, (text, look) in _GAUGES.items():
+            gauge = Gauge(f"{_PREFIX}_{name}", text, registry=self._registry)
+            gauge.set_function(lambda look=look: float(look(engine.stats)))  # type: ignore[misc]
+        self.requests = self._counter(
+            "requests", "Requests by how they ended", "endpoint", "outcome"
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
+        self.cached_tokens = self._counter("cached_prompt_tokens", "Those that were not run again")
+        self.completion_tokens = self._counter("completion_tokens", "Tokens generated")
+        self.stage_tokens = self._counter(
+            "stage_tokens", "Tokens by the stage they left at", "stage"
+        )
+        self.forced_tokens = self._counter(
+            "forced_tokens", "Tokens that a form left no choice about"
+        )
+        self.drafts = self._counter("draft_tokens", "Drafts by what became of them", "verdict")
+        about = "Seconds until a request's first token"
+        self.first_token = Histogram(
+            f"{_PREFIX}_time_to_first_token_seconds",
+            about,
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        about = "Seconds that a request took"
+        self.seconds = Histogram(
+            f"{_PREFIX}_request_seconds", about, buckets=_SECONDS, registry=self._registry
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
+
+    def begin(self, endpoint: str) -> Record:
+        """A request has come."""
+        return Record(self, endpoint)
+
+    def refused(self, endpoint: str, status: int) -> None:
+        """A request was answered with an error before any work."""
+        outcome = "refused" if status < 500 else "error"
+        self.requests.labels(endpoint, outcome).inc()
+
+    def text(self) -> bytes:
+        """All figures."""
+        return generate_latest(self._registry)
+
+
+class Record:
+    """One request's figures; `outcome` is "gone" until somebody says otherwise."""
+
+    def __init__(self, metrics: Metrics, endpoint: str):
+        self._metrics, self._endpoint = metrics, endpoint
+        self._began, self._waits = monotonic(), True
+        self.outcome = "gone"
+
+    def first_token(self) -> None:
+        """Something has come; only the first time counts."""
+        if self._waits:
+            self._waits = False
+            self._metrics.first_token.observe(monotonic() - self._began)
+
+    def end(self, usage: dict[str, Any] | None) -> None:
+        """The request is over, with a usage if it ran."""
+        metrics = self._metrics
+        if usage is None:
+            return
+        metrics.requests.labels(self._endpoint, self.outcome).inc()
+        metrics.seconds.observe(monotonic() - self._began)
+        metrics.prompt_tokens.inc(usage["prompt_tokens"])
+        metrics.cached_tokens.inc(usage["prompt_tokens_details"]["cached_tokens"])
+        metrics.completion_tokens.inc(usage["completion_tokens"])
+        details, ours = usage["completion_tokens_details"], usage["poe"]
+        metrics.drafts.labels("accepted").inc(details["accepted_prediction_tokens"])
+        metrics.drafts.labels("rejected").inc(details["rejected_prediction_tokens"])
+        metrics.forced_tokens.inc(ours["forced_tokens"])
+        for stage, count in enumerate(ours["tokens_per_stage"]):
+            metrics.stage_tokens.labels(str(stage)).inc(count)

@@ -1,0 +1,160 @@
+"""The fields that both endpoints share: how tokens are chosen, in which mode, and when to stop.
+
+- in: a request's `Fields`, and the model that it names
+- out: keywords for `Engine.submit`, and how the reply is to be given
+- ranges are OpenAI's; what OpenAI has no name for is called as in `mlx_poe.generate`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from cognica_mlx.decoding.modes import MODES, ModeOptions
+from cognica_mlx.sampling import MIN_TEMP
+from mlx_poe.server.catalog import Served
+from mlx_poe.server.errors import refused
+from mlx_poe.server.fields import Fields, shown
+
+MAX_STOPS = 16
+MAX_CHOICES = 16
+# OpenAI's field, whose values are of no consequence to a server that keeps nothing.
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+
+_MODE_LISTS = ("stages", "stage_weights", "p99_bounds", "exit_stages")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for. `context` counts tokens, a prompt's and its reply's together."""
+
+    body_bytes: int
+    context: int
+    sequences: int
+    queue: int
+
+    @property
+    def places(self) -> int:
+        """Sequences that run or wait, at most."""
+        return self.sequences + self.queue
+
+
+@dataclass
+class Options:
+    """`decoding` is for `Engine.submit`; the rest says how the reply is given.
+
+    `top_logprobs` is None where no log-probabilities are asked for.
+    """
+
+    served: Served
+    max_tokens: int | None
+    default_max_tokens: int
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    top_logprobs: int | None = None
+    token_stages: bool = False
+    no_park: bool = False
+    stop: list[str] = field(default_factory=list)
+    seed: int | None = None
+    decoding: dict[str, Any] = field(default_factory=dict)
+
+    def submission(self, choice: int) -> dict[str, Any]:
+        """Keywords for `Engine.prepare`, for one of a prompt's choices."""
+        about = {"specialist": self.served.specialist, "weights": self.served.weights}
+        about |= self.decoding
+        # Each choice has a seed of its own, the same whatever runs beside it.
+        if self.seed is not None:
+            about["seed"] = (self.seed + choice) % 2**64
+        if self.top_logprobs:
+            about["top_logprobs"] = self.top_logprobs
+        return {"stop": self.stop, "parks": not self.no_park, **about}
+
+
+def read_options(body: Fields, served: Served, *, default_max_tokens: int) -> Options:
+    """What `body` says of all this. ApiError for a value that cannot be honoured."""
+    options = Options(served, _max_tokens(body), default_max_tokens)
+    options.n = body.whole("n", 1, MAX_CHOICES) or 1
+    options.stream = body.flag("stream")
+    options.token_stages = body.flag("token_stages")
+    options.no_park = body.flag("no_park")
+    options.stop = body.texts("stop", MAX_STOPS)
+    if "" in options.stop:
+        raise refused("stop", "a stop string is empty")
+    options.seed = body.whole("seed", -(2**63), 2**64 - 1)
+    if streamed := body.object("stream_options"):
+        if not options.stream:
+            raise refused("stream_options", "it belongs to stream: true")
+        options.include_usage = streamed.flag("include_usage")
+        streamed.only("include_obfuscation", False)
+        streamed.done()
+    body.ignore(IGNORED)
+    options.decoding = {**_sampling(body, served.info.vocab_size), **_mode(body)}
+    for name in ("regex", "grammar"):
+        if name in body:
+            options.decoding[name] = body.text(name)
+    return options
+
+
+def _max_tokens(body: Fields) -> int | None:
+    names = ("max_tokens", "max_completion_tokens")
+    old, new = (body.whole(name, 0, 2**31) for name in names)
+    if old is not None and new is not None and old != new:
+        raise refused(names[1], f"it says {new}, and {names[0]} {old}: give one of them")
+    return old if new is None else new
+
+
+def _sampling(body: Fields, vocab_size: int) -> dict[str, Any]:
+    temperature = body.number("temperature", 0, 2)
+    if temperature is not None and 0 < temperature < MIN_TEMP:
+        raise refused("temperature", f"{temperature} is neither 0 nor at least {MIN_TEMP}")
+    found = {
+        "temp": temperature,
+        "top_p": body.number("top_p", 0, 1),
+        "min_p": body.number("min_p", 0, 1),
+        "top_k": body.whole("top_k", 0, 2**31),
+        "repetition_penalty": body.number("repetition_penalty", 0.01, 100),
+        "repetition_context_size": body.whole("repetition_context_size", 1, 2**31),
+        "presence_penalty": body.number("presence_penalty", -2, 2),
+        "frequency_penalty": body.number("frequency_penalty", -2, 2),
+        "logit_bias": _logit_bias(body, vocab_size),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _logit_bias(body: Fields, vocab_size: int) -> dict[int, float] | None:
+    given = body.object("logit_bias")
+    if given is None:
+        return None
+    found = {}
+    for name in given:
+        place = given.name(ascii(name)[1:-1][:20])
+        if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab_size):
+            raise refused(place, f"a token id is a whole number below {vocab_size}")
+        found[int(name)] = given.number(name, -100, 100)
+    return {token: bias for token, bias in found.items() if bias is not None}
+
+
+def _mode(body: Fields) -> dict[str, Any]:
+    mode = body.text("mode") or "full"
+    if mode not in MODES:
+        raise refused("mode", f"{shown(mode)} is none of {', '.join(MODES)}")
+    found: dict[str, Any] = {"mode": mode}
+    for option in fields(ModeOptions):
+        if option.name in body:
+            found[option.name] = _mode_option(body, option.name)
+    return found
+
+
+def _mode_option(body: Fields, name: str) -> Any:
+    if name in _MODE_LISTS:
+        kinds = (int,) if name in ("stages", "exit_stages") else (int, float)
+        found = body.items(name)
+        if not all(isinstance(n, kinds) and not isinstance(n, bool) for n in found or ()):
+            raise refused(name, "expected an array of numbers")
+        return found
+    if name == "draft_head":
+        return body.text(name)
+    if name in ("safety", "draft_margin"):
+        return body.number(name, 0, 1e9)
+    return body.whole(name, 0, 2**31)
