@@ -1,0 +1,203 @@
+"""What is told of a choice (alternatives, the prompt's own tokens) and asked of it (biases, two
+penalties): the same in every mode, alone and together, as from a plain forward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from conftest import fixture
+from test_scheduler import STORY, models, text, tokens_of
+
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import log_softmax
+from cognica_mlx.sampling import Sampler, SamplingOptions, Scores
+from cognica_mlx.state import DecodingState
+from mlx_poe import batch_generate, stream_generate
+from mlx_poe.engine import Engine
+from mlx_poe.responses import GenerationResponse
+
+base, tokenizer = fixture("poe-tiny")
+PENALTIES = {"presence_penalty": 0.9, "frequency_penalty": 0.6}
+MODES: list[dict[str, Any]] = [
+    {},
+    {"mode": "stage", "stage": 1},
+    {"mode": "prefix", "max_stages": 3},
+    {"mode": "compose", "stages": [0, 3]},
+    {"mode": "wand"},
+    {"mode": "speculative", "num_draft_tokens": 4},
+    {"mode": "certified", "num_draft_tokens": 4},
+]
+
+
+def stream(prompt: Any = STORY, model: str = "base", **options: Any) -> list[GenerationResponse]:
+    options = {"max_tokens": 24, **options}
+    return list(stream_generate(models()[model], tokenizer, prompt, **options))
+
+
+def expected(tokens: list[int], mode: dict[str, Any], stage: int) -> mx.array:
+    """Log-probabilities (T, V) by a plain forward, of a mode whose token left at `stage`."""
+    ids = mx.array([tokens])
+    own = [log_softmax(logits)[0] for logits in base.forward_all_stages(ids)]
+    if "stages" in mode:
+        return log_softmax(sum(own[k] for k in mode["stages"]) / len(mode["stages"]))
+    exact = stage == 3 or mode.get("mode") == "speculative"
+    return log_softmax(base(ids))[0] if exact else own[stage]
+
+
+def by_hand(prompt: list[int], count: int, bias: dict[int, float], **penalties: float) -> list[int]:
+    """Greedy tokens from plain forwards, by the formula in OpenAI's documentation."""
+    made: list[int] = []
+    while len(made) < count:
+        scores = base(mx.array([[*prompt, *made]]))[0, -1].tolist()
+        for token, value in bias.items():
+            scores[token] += value
+        for token, seen in Counter(made).items():
+            scores[token] -= seen * penalties["frequency_penalty"] + penalties["presence_penalty"]
+        made.append(max(range(len(scores)), key=scores.__getitem__))
+    return made
+
+
+@pytest.mark.parametrize("mode", [MODES[0], MODES[5]], ids=["full", "speculative"])
+def test_biases_and_penalties_are_those_of_the_formula(mode):
+    prompt = tokenizer.encode(STORY)
+    plain = tokens_of(stream())
+    bias = {plain[0]: -100.0, plain[3]: 2.5}
+    expected = by_hand(prompt, 24, bias, **PENALTIES)
+    assert expected != plain
+    options = {"logit_bias": bias, **PENALTIES, **mode}
+    assert tokens_of(stream(**options)) == expected
+    (together, _) = batch_generate(
+        base, tokenizer, [STORY, text(40)], max_tokens=24, **options
+    ).responses
+    assert tokens_of(together) == expected
+
+
+@pytest.mark.parametrize("reply", [(), (5, 6, 5), tuple(range(40))], ids=len)
+def test_rows_scored_together_see_what_they_see_one_by_one(reply):
+    sampler = Sampler(SamplingOptions(logit_bias={3: 1.5}, repetition_penalty=1.3, **PENALTIES))
+    scores = mx.random.normal((4, 64), key=mx.random.key(len(reply)))
+    drafts = [5, 9, 9]
+    before = sampler.context([1, 2, *reply], 2)
+    after = sampler.extend(before, mx.array(drafts))
+    together = sampler.process(Scores(scores), after).array
+    for row in range(4):
+        known = sampler.context([1, 2, *reply, *drafts[:row]], 2)
+        alone = sampler.process(Scores(scores[row : row + 1]), known).array
+        assert mx.array_equal(together[row : row + 1], alone)
+
+
+# Certified drafts are from the draft stage or the full model, block by block.
+@pytest.mark.parametrize("mode", MODES[:-1], ids=lambda mode: mode.get("mode", "full"))
+def test_alternatives_are_the_best_where_the_token_is_from(mode):
+    responses = stream(top_logprobs=5, **mode)
+    tokens = [*tokenizer.encode(STORY), *tokens_of(responses)]
+    first = len(tokens) - len(responses) - 1
+    by_stage = {r.stage: expected(tokens, mode, r.stage) for r in responses}
+    for i, response in enumerate(responses, first):
+        logprobs = by_stage[response.stage][i]
+        best = mx.argsort(-logprobs)[:5]
+        told = dict(response.top_logprobs)
+        assert list(told) == best.tolist()
+        assert list(told.values()) == pytest.approx(logprobs[best].tolist(), abs=2e-4)
+        assert response.top_logprobs[0] == (response.token, pytest.approx(response.logprob))
+
+
+def test_certified_drafts_tell_of_their_own_stage():
+    responses = stream(top_logprobs=3, mode="certified", max_tokens=40)
+    drafted = [r for r in responses if r.from_draft]
+    assert drafted and all(r.top_logprobs[0][0] == r.token for r in drafted)
+
+
+def test_what_a_form_excludes_is_no_alternative():
+    responses = stream(top_logprobs=4, regex="(yes|no), (12|13)", max_tokens=9)
+    assert any(r.forced for r in responses)
+    for response in responses:
+        assert all(logprob > -50 for _, logprob in response.top_logprobs)
+        if response.forced:
+            assert response.top_logprobs == ((response.token, 0.0),)
+    speculative = stream(
+        top_logprobs=4, regex="(yes|no), (12|13)", max_tokens=9, mode="speculative"
+    )
+    for one, other in zip(responses, speculative, strict=True):
+        assert dict(one.top_logprobs) == pytest.approx(dict(other.top_logprobs), abs=2e-4)
+
+
+def scores_of(responses: list[GenerationResponse]) -> list[float]:
+    assert all(response.prompt_logprobs is None for response in responses[1:])
+    return [logprob for logprob, _ in responses[0].prompt_logprobs or ()]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.get("mode", "full"))
+@pytest.mark.parametrize("length", [1, 2, 140])
+def test_a_prompts_tokens_are_scored_as_by_a_plain_forward(mode, length):
+    prompt = text(length)
+    stage = {"stage": 1, "prefix": 2}.get(mode.get("mode", ""), 3)
+    logprobs = expected(prompt, mode, stage)
+    follow = [logprobs[i, token].item() for i, token in enumerate(prompt[1:])]
+    responses = stream(prompt, max_tokens=3, top_logprobs=2, prompt_logprobs=True, **mode)
+    assert scores_of(responses) == pytest.approx(follow, abs=2e-4)
+    for row, (_, top) in enumerate(responses[0].prompt_logprobs or ()):
+        assert top[0][0] == mx.argmax(logprobs[row]).item() and len(top) == 2
+    assert tokens_of(responses) == tokens_of(stream(prompt, max_tokens=3, **mode))
+
+
+@pytest.mark.parametrize("model", ["chat", "both"])
+def test_a_prompt_is_scored_by_the_model_that_is_asked(model):
+    prompt = text(150)
+    logits = models()[model](mx.array([prompt]))
+    follow = mx.take_along_axis(log_softmax(logits)[0, :-1], mx.array(prompt[1:])[:, None], -1)
+    responses = stream(prompt, model, max_tokens=1, prompt_logprobs=True, mode="speculative")
+    assert scores_of(responses) == pytest.approx(follow[:, 0].tolist(), abs=2e-4)
+
+
+def test_a_prompt_is_scored_whole_whatever_is_held_of_it():
+    prompt = text(200)
+    wanted = scores_of(stream(prompt, prompt_logprobs=True))
+    state = DecodingState(base)
+    stream(prompt, state=state)
+    again = stream(prompt, state=state, prompt_logprobs=True)
+    assert scores_of(again) == pytest.approx(wanted, abs=2e-4)
+    assert again[0].cached_tokens == 0
+    with Engine(base, tokenizer) as engine:
+        list(engine.submit(prompt, max_tokens=4))
+        others = [engine.submit(text(60, start), max_tokens=30) for start in range(3)]
+        found = list(engine.submit(prompt, max_tokens=4, prompt_logprobs=True))
+        assert found[0].cached_tokens == 0
+        assert scores_of(found) == pytest.approx(wanted, abs=2e-4)
+        for other in others:
+            other.cancel()
+
+
+def test_offsets_say_where_each_tokens_text_begins():
+    for options in ({}, {"stop": ["mou", "se w"]}, {"temp": 1.5, "seed": 3}):
+        responses = stream(max_tokens=40, **options)
+        whole = "".join(r.text for r in responses)
+        for response in responses:
+            piece = tokenizer.decode([response.token])
+            if "\ufffd" not in piece and response.token not in tokenizer.eos_token_ids:
+                said = whole[response.text_offset :][: len(piece)]
+                assert said == piece[: len(whole) - response.text_offset]
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        ({"logit_bias": {9999: 1.0}}, "token id 9999 is outside"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias: .* are not all token ids"),
+        ({"logit_bias": [1]}, "logit_bias takes numbers by token id"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias of token 5: nan"),
+        ({"presence_penalty": float("inf")}, "presence_penalty inf"),
+        ({"frequency_penalty": "x"}, "frequency_penalty takes numbers"),
+        ({"top_logprobs": 101}, "top_logprobs 101 is not between 0 and 100"),
+        ({"top_logprobs": -1}, "top_logprobs -1"),
+        ({"prompt_logprobs": 3}, "prompt_logprobs is True or False"),
+    ],
+)
+def test_refusals(options, problem):
+    with pytest.raises(RequestError, match=problem):
+        stream(**options)
+    with pytest.raises(RequestError, match=problem):
+        batch_generate(base, tokenizer, [STORY], **options)
