@@ -2,11 +2,13 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from servers import COMPOSITION, RunningServer
 
 from cognica_mlx.model import PoEModel
 from mlx_poe import load
@@ -38,3 +40,11 @@ def goldens(name: str) -> dict[str, mx.array]:
 def golden(request: pytest.FixtureRequest) -> tuple[PoEModel, dict[str, mx.array]]:
     """Every golden model with its answers."""
     return fixture(request.param)[0], goldens(request.param)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    """The server as it comes, with a composition; one for all tests of a worker."""
+    running = RunningServer(*COMPOSITION)
+    yield running
+    assert running.stop() == 0, "".join(running.log)
