@@ -38,6 +38,10 @@ COMPOSITIONS = 16
 Result = TypeVar("Result")
 
 
+class EngineClosedError(RequestError):
+    """The engine takes no more requests, or was closed before one was complete."""
+
+
 # What comes of a request: responses, then the error that ended it, or None.
 Item = GenerationResponse | Exception | None
 
@@ -264,7 +268,7 @@ class Engine:
         command = _Command(work, Future())
         with self._lock:
             if self._closed:
-                raise RequestError("the engine is closed")
+                raise EngineClosedError("the engine is closed")
             self._commands.put(command)
         return command.result.result()
 
@@ -276,7 +280,7 @@ class Engine:
     # In the engine's thread
 
     def _run(self) -> None:
-        error: Exception = RequestError("the engine was closed before this reply was complete")
+        error: Exception = EngineClosedError("the engine was closed before the reply was complete")
         try:
             while True:
                 if not self._obey():

@@ -233,7 +233,7 @@ class Scheduler:
         self.cache.shrink(0)
 
     def step(self) -> list[Update]:
-        """Work until there is something to tell; nothing where no task is left."""
+        """Work until there is something to tell, for one sweep of the batch at most."""
         started = time.perf_counter()
         updates = self._admit()
         before = [

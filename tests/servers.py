@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 COMPOSITION = ("--composition", "both=poe-tiny-chat:1,poe-tiny-math:2")
@@ -19,10 +19,17 @@ COMPOSITION = ("--composition", "both=poe-tiny-chat:1,poe-tiny-math:2")
 class RunningServer:
     """A child process, until `stop`. What it prints is in `log`."""
 
-    def __init__(self, *flags: str, env: Mapping[str, str] | None = None):
-        command = [sys.executable, "-m", "mlx_poe", "server", "--port", "0", *flags]
+    def __init__(
+        self,
+        *flags: str,
+        env: Mapping[str, str] | None = None,
+        command: Sequence[str] = ("-m", "mlx_poe", "server"),
+    ):
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+            [sys.executable, *command, "--port", "0", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(env or {})},
         )
         self.log: list[str] = []
         assert self.process.stderr

@@ -81,19 +81,24 @@ class Batch:
             self.remove(name)
 
     def run(self) -> list[Event]:
-        """Work until there are tokens to hand out, or sequences that have ended.
+        """Work until there are tokens to hand out, or sequences that have ended; for one sweep at
+        most, so that who reads long prompts can be stopped, and joined, between two chunks.
 
-        Nothing when none is left. An interruption loses nothing: the next call goes on.
+        An interruption loses nothing: the next call goes on.
         """
+        worked = False
         while self._jobs and not self._events:
             for job in list(self._jobs.values()):
                 if job.request is None:
                     self._resume(job)
             waiting = [job for job in self._jobs.values() if not job.had_turn]
             if not waiting:
+                if worked:
+                    break
                 self._next_sweep()
             elif not self._events:
                 self._work(waiting)
+                worked = True
         events, self._events = self._events, []
         return events
 

@@ -227,6 +227,7 @@ def _make_app(
 
 
 def _announce(app: Starlette, listening: socket.socket) -> None:
+    listening.listen(1024)  # whoever reads the address may come at once
     host, port = listening.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)

@@ -10,6 +10,7 @@ from cognica_mlx.decoding.modes import ModeOptions
 from cognica_mlx.errors import PoEError
 from cognica_mlx.sampling import SamplingOptions
 from mlx_poe.constraints import FORM_OPTIONS
+from mlx_poe.engine import EngineClosedError
 from mlx_poe.server.wire import Json
 
 # Fields by the names of the engine's options.
@@ -61,6 +62,8 @@ def as_api_error(error: BaseException) -> ApiError:
     """
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, EngineClosedError):
+        return ApiError(503, "the server is shutting down", headers={"retry-after": "10"})
     if isinstance(error, PoEError):
         name = str(error).split(maxsplit=1)[0].rstrip(":")
         return ApiError(400, str(error), _FIELDS.get(name))

@@ -72,7 +72,7 @@ class KeyGuard:
         """Pass on, or answer with 401."""
         if scope["type"] == "http" and self._key and scope["path"] not in self._open:
             kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            same = hmac.compare_digest(given.strip().encode(), self._key)
+            same = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
             if kind.lower() != "bearer" or not same:
                 message = "this server needs its key: Authorization: Bearer KEY"
                 headers = {"www-authenticate": "Bearer"}

@@ -22,7 +22,7 @@ import anyio.to_thread
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mlx_poe.engine import Engine, EngineRequest, Item, Prepared
+from mlx_poe.engine import Engine, EngineClosedError, EngineRequest, Item, Prepared
 from mlx_poe.responses import GenerationResponse
 from mlx_poe.server.answer import Answer
 from mlx_poe.server.errors import ApiError, as_api_error
@@ -91,7 +91,7 @@ class Service:
     def _admit(self, count: int) -> None:
         """Take places for so many sequences; ApiError where there are none."""
         if self.closing:
-            raise ApiError(503, "the server is shutting down", headers={"retry-after": "10"})
+            raise EngineClosedError
         if count > self.limits.places:
             message = f"{count} sequences at once, {self.limits.places} at most"
             raise ApiError(400, message, "prompt")
@@ -205,8 +205,10 @@ class Run:
                         chunks += self.answer.chunks(index, item)
                 yield b"".join(map(event, chunks)) or KEEP_ALIVE
         except Exception as error:
-            logger.error("a reply ended early", exc_info=error)
-            yield event(as_api_error(error).as_json())
+            problem = as_api_error(error)
+            if problem.status == 500:
+                logger.error("a reply ended early", exc_info=error)
+            yield event(problem.as_json())
         else:
             yield b"".join(map(event, self.answer.last_chunks())) + DONE
             self._record.outcome = "ok"

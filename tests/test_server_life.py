@@ -1,0 +1,278 @@
+"""The server under way: clients that leave, are slow or too many, and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import fixture
+from servers import RunningServer
+from test_scheduler import models, text
+
+from mlx_poe import stream_generate
+from mlx_poe.server import serving
+
+TEXTS = "/v1/completions"
+tokenizer = fixture("poe-tiny")[1]
+# The evidence in docs/measured.md is from 64 clients and 120 seconds.
+CLIENTS = int(os.environ.get("LOAD_CLIENTS", "12"))
+SECONDS = float(os.environ.get("LOAD_SECONDS", "4"))
+LONG = {"model": "poe-tiny", "prompt": text(40), "max_tokens": 3000, "logit_bias": {"2039": -100}}
+
+
+def begin(server: RunningServer, body: dict[str, Any]) -> socket.socket:
+    """Send a request for completion, and read nothing yet."""
+    data = json.dumps(body).encode()
+    head = f"POST {TEXTS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection = socket.create_connection((server.host, server.port), timeout=60)
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+
+
+def at_work(server: RunningServer) -> int:
+    health = server.ask("/health")[1]
+    return health["running"] + health["waiting"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("prompt", [text(40), text(12000)], ids=["replying", "prefill"])
+def test_a_client_that_leaves_frees_its_slot(server, stream, prompt):
+    body = {**LONG, "prompt": prompt, "stream": stream}
+    connections = [begin(server, body) for _ in range(10)]
+    until(lambda: at_work(server) == 10)
+    for connection in connections:
+        connection.close()
+    until(lambda: at_work(server) == 0)
+    assert server.ask(TEXTS, {**LONG, "max_tokens": 2})[0] == 200
+
+
+def test_a_client_that_leaves_is_counted(server):
+    name = 'cognica_mlx_requests_total{endpoint="completions",outcome="gone"} '
+
+    def gone() -> float:
+        lines = server.ask("/metrics")[1].splitlines()
+        return sum(float(line[len(name) :]) for line in lines if line.startswith(name))
+
+    before = gone()
+    connection = begin(server, {**LONG, "stream": True})
+    connection.recv(100)
+    connection.close()
+    until(lambda: gone() == before + 1)
+
+
+def test_what_waits_says_that_it_is_alive(server):
+    """Eight long prompts are read before a ninth begins; the first thing it sends is no token."""
+    others = [begin(server, {**LONG, "prompt": text(6000, i), "stream": True}) for i in range(8)]
+    until(lambda: at_work(server) == 8)
+    connection = begin(server, {**LONG, "stream": True})
+    head = connection.recv(4096)
+    while b": waiting\n\n" not in head:
+        assert b"data:" not in head
+        head += connection.recv(4096)
+    for one in (*others, connection):
+        one.close()
+    until(lambda: at_work(server) == 0)
+
+
+@pytest.fixture(scope="module")
+def small():
+    running = RunningServer("--max-sequences", "2", "--max-queue", "1")
+    yield running
+    assert running.stop() == 0
+
+
+def test_a_full_queue_says_when_to_come_again(small):
+    held = [begin(small, LONG) for _ in range(3)]
+    until(lambda: at_work(small) == 3)
+    status, answer, headers = small.ask(TEXTS, {**LONG, "max_tokens": 1})
+    assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert 1 <= int(headers["retry-after"]) <= 60
+    for connection in held:
+        connection.close()
+    until(lambda: small.ask(TEXTS, {**LONG, "max_tokens": 1})[0] == 200)
+    status, answer, _ = small.ask(TEXTS, {**LONG, "n": 4})
+    assert (status, answer["error"]["message"]) == (400, "4 sequences at once, 3 at most")
+
+
+def test_what_never_fits_is_refused_with_the_numbers():
+    running = RunningServer("--memory", "10000")
+    status, answer, _ = running.ask(TEXTS, LONG)
+    assert status == 400 and "all sequences together may take 0.0 MB" in answer["error"]["message"]
+    assert running.stop() == 0
+
+
+def test_the_engine_does_not_wait_for_a_reader(server):
+    connection = begin(server, {**LONG, "stream": True, "logprobs": 5, "max_tokens": 60})
+    until(lambda: at_work(server) == 1)
+    until(lambda: at_work(server) == 0)
+    connection.close()
+
+
+class Endless:
+    """A run whose reply never ends."""
+
+    def __init__(self) -> None:
+        self.answer = SimpleNamespace(id="x")
+        self.closed = False
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        while True:
+            yield b"data: {}\n\n"
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["one who leaves", "one who stops reading"])
+def test_a_reader_who_takes_no_more_is_dropped(monkeypatch, leaves):
+    monkeypatch.setattr(serving, "SLOW_SECONDS", 0.05)
+    run, sent = Endless(), 0
+
+    async def send(message: Any) -> None:
+        nonlocal sent
+        sent += 1
+        await asyncio.sleep(0 if sent < 50 else 60)
+
+    async def receive() -> Any:
+        while not (leaves and sent >= 50):
+            await asyncio.sleep(0.001)
+        return {"type": "http.disconnect"}
+
+    stream = serving.EventStream(run)  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), 20))
+    assert run.closed and sent == 50
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_requests_finish(number):
+    running = RunningServer()
+    answers: list[tuple[int, Any, Any]] = []
+    body = {**LONG, "max_tokens": 60}
+    asking = [
+        threading.Thread(target=lambda: answers.append(running.ask(TEXTS, body))) for _ in range(3)
+    ]
+    for thread in asking:
+        thread.start()
+    until(lambda: at_work(running) == 3)
+    assert running.stop(number) == 0
+    for thread in asking:
+        thread.join()
+    assert [status for status, _, _ in answers] == [200] * 3
+    assert all(a["usage"]["completion_tokens"] == 60 for _, a, _ in answers)
+    log = "".join(running.log)
+    assert "stopping: 3 sequences to finish" in log and log.endswith("stopped\n")
+    assert "Traceback" not in log
+
+
+def test_requests_that_take_too_long_are_ended_with_an_error():
+    code = "import sys, mlx_poe.commands.server as s; s.GRACE_SECONDS = 0.2; s.main(sys.argv[1:])"
+    running = RunningServer(command=["-c", code])
+    streaming = begin(running, {**LONG, "stream": True, "max_tokens": 15000})
+    waiting = begin(running, {**LONG, "max_tokens": 15000})
+    until(lambda: at_work(running) == 2)
+    assert running.stop() == 0
+    for connection, expected in ((streaming, b"200 OK"), (waiting, b"503 Service Unavailable")):
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+        whole = b"".join(parts)
+        assert expected in whole.split(b"\r\n", 1)[0]
+        assert b'"error":{"message":"the server is shutting down"' in whole
+        assert b"[DONE]" not in whole
+    assert "ending 2 sequences that are not complete" in "".join(running.log)
+
+
+# --- many at once ---------------------------------------------------------------------------------
+
+ASKED: list[tuple[str, dict[str, Any]]] = [
+    ("base", {"prompt": "Once upon a time"}),
+    ("base", {"prompt": text(200), "mode": "speculative"}),
+    ("base", {"prompt": "The capital of France is", "temperature": 1.3, "seed": 5}),
+    ("base", {"prompt": text(31), "mode": "stage", "stage": 1, "stop": [" the", "er"]}),
+    ("chat", {"prompt": "The sun", "mode": "wand", "presence_penalty": 0.5}),
+    ("math", {"prompt": text(64), "mode": "certified"}),
+    ("both", {"prompt": "Tom has", "frequency_penalty": 0.7}),
+    ("base", {"prompt": "In JSON:", "regex": '\\{"a": [0-9]{1,3}\\}'}),
+]
+NAMES = {"base": "poe-tiny", "chat": "poe-tiny-chat", "math": "poe-tiny-math", "both": "both"}
+
+
+@cache
+def expected(which: int) -> str:
+    model, body = ASKED[which]
+    options = {"temp" if name == "temperature" else name: v for name, v in body.items()}
+    stream = stream_generate(models()[model], tokenizer, max_tokens=40, **options)
+    return "".join(response.text for response in stream)
+
+
+def memory_of(process: int) -> int:
+    """Resident bytes; 0 where the system does not say."""
+    try:
+        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_load(server):
+    """Clients in a closed loop, a fifth of them cut off in mid-stream."""
+    for which in range(len(ASKED)):
+        expected(which)
+    end = time.monotonic() + SECONDS
+    wrong: list[Any] = []
+    finished, cut = [0] * CLIENTS, [0] * CLIENTS
+
+    def client(number: int) -> None:
+        chance = random.Random(number)
+        try:
+            while time.monotonic() < end:
+                which = chance.randrange(len(ASKED))
+                model, about = ASKED[which]
+                body = {"model": NAMES[model], "max_tokens": 40, "no_park": True, **about}
+                if chance.random() < 0.2:
+                    connection = begin(server, {**body, "stream": True})
+                    connection.recv(chance.randrange(1, 3000))
+                    connection.close()
+                    cut[number] += 1
+                    continue
+                status, answer, _ = server.ask(TEXTS, body)
+                if status != 200 or answer["choices"][0]["text"] != expected(which):
+                    wrong.append((status, which, answer))
+                finished[number] += 1
+        except Exception as error:
+            wrong.append(error)
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+    for thread in clients:
+        thread.start()
+    time.sleep(SECONDS / 2)
+    half = memory_of(server.process.pid)
+    for thread in clients:
+        thread.join()
+    whole = memory_of(server.process.pid)
+    print(
+        f"\n{sum(finished)} finished, {sum(cut)} cut off; {half / 1e6:.0f} -> {whole / 1e6:.0f} MB"
+    )
+    assert not wrong[:3]
+    assert min(finished) >= 1 and sum(cut)
+    until(lambda: at_work(server) == 0)
+    assert whole <= 1.25 * half + 30e6
