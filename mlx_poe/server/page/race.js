@@ -56,6 +56,7 @@ export class Race {
     const asked = {
       ...this.settings.shared,
       ...(model.poe.chat ? { messages } : { prompt }),
+      no_park: true, // A mode that fell back to full depth would race against itself.
     };
     // What runs is fixed here: the pickers may change before the second lane's turn.
     const runs = this.#lanes.map(({ picker, body }) => {
