@@ -313,7 +313,7 @@ def test_a_token_shows_its_alternatives_to_pointer_and_keyboard(page: Page) -> N
 
     def expect(card: str, at: int) -> None:
         entry = logprobs[at]
-        assert "log-probability " + f"{entry['logprob']:.3f}".replace("-", "\N{MINUS SIGN}") in card
+        assert "log-probability " + f"{entry['logprob']:.4f}".replace("-", "\N{MINUS SIGN}") in card
         assert f"stage {stages[at]['stage'] + 1} of" in card
         assert ("drafted" in card) == stages[at]["from_draft"]
         rows = [row.text.split() for row in page.all("#card tr")]
@@ -605,11 +605,17 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_blocked(page: Page) -> None
 
 @pytest.mark.skipif("PAGE_SCREENSHOT" not in os.environ, reason="PAGE_SCREENSHOT is not set")
 def test_takes_the_screenshot(page: Page) -> None:
-    page.resize(1080, 720)
-    page.choose("chat-mode", "speculative")
-    page.send("What is the capital of Italy?")
-    page.send(STORY)
-    ActionChains(page.driver).move_to_element(page.all(".turn:last-child .token")[12]).perform()
+    page.resize(1080, 860)
+    page.choose("model", "poe-tiny")
+    page.one("#view-race").click()
+    page.choose("order", "alone")
+    page.fill("max-tokens", "72")
+    page.send("Once upon a time")
+    # The token that the model was least sure of, among those with room for the card.
+    choices = [choice for event in page.exchange()[1] for choice in event["choices"]]
+    logprobs = [value for c in choices for value in (c["logprobs"] or {}).get("token_logprobs", [])]
+    token = page.all("#lane-right .token")[logprobs.index(min(logprobs[:24]))]
+    ActionChains(page.driver).move_to_element(token).perform()
     page.card()
     picture = Path(os.environ["PAGE_SCREENSHOT"])
     page.driver.save_screenshot(str(picture))
