@@ -8,15 +8,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from servers import RunningServer
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed")
 
@@ -154,33 +152,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     driver.quit()
 
 
-@contextmanager
-def serving(*flags: str) -> Iterator[str]:
-    """A server process; the page's address."""
-    command = [sys.executable, "-m", "mlx_poe", "server", "--port", "0", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        said = []
-        try:
-            for line in process.stderr:
-                said.append(line)
-                if match := re.match(r"page\s+(http://\S+/)", line):
-                    yield match[1]
-                    return
-            pytest.fail(f"the server did not start: {''.join(said)}")
-        finally:
-            process.kill()
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serving() as url:
-        yield url
-
-
 @pytest.fixture
-def page(driver: Chrome, url: str) -> Page:
-    page = Page(driver, url)
+def page(driver: Chrome, server: RunningServer) -> Page:
+    page = Page(driver, f"{server.url}/")
     page.open()
     return page
 
@@ -235,7 +209,8 @@ def test_each_token_is_painted_by_the_stage_that_emitted_it(page: Page) -> None:
     drafted = accepted + details["rejected_prediction_tokens"]
     stages = len(page.all("#legend .sample")) - 1
     assert page.figure("depth") == f"{poe['mean_depth']:.2f} of {stages}"
-    assert page.figure("accepted") == f"{accepted} of {drafted}"
+    # Where drafting does not pay, on a busy machine say, the mode is given up.
+    assert page.figure("accepted") == (f"{accepted} of {drafted}" if drafted else "\N{EN DASH}")
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     assert page.figure("cached") == f"{cached} of {usage['prompt_tokens']}"
     assert page.figure("count") == str(usage["completion_tokens"])
@@ -527,9 +502,10 @@ def test_markup_from_a_model_is_text(page: Page) -> None:
 
 
 def test_a_server_with_a_key_is_asked_for_it_once(driver: Chrome) -> None:
-    with serving("--api-key", "sesame") as url:
-        page = Page(driver, url)
-        page.driver.get(url)
+    server = RunningServer("--api-key", "sesame")
+    try:
+        page = Page(driver, f"{server.url}/")
+        page.driver.get(page.url)
         page.wait(lambda: page.one("#key").is_displayed())
         page.one("#key").send_keys("guess", Keys.ENTER)
         page.wait(lambda: "did not accept" in page.one("#key-hint").text)
@@ -545,6 +521,8 @@ def test_a_server_with_a_key_is_asked_for_it_once(driver: Chrome) -> None:
         assert "Rome" in page.text(".turn .text")
         page.driver.refresh()
         page.wait(lambda: page.all("#model option"))
+    finally:
+        server.stop()
 
 
 def test_light_and_dark_follow_the_system_and_the_button(page: Page) -> None:
