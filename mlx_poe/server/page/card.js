@@ -35,7 +35,11 @@ function show(span) {
   card().replaceChildren(...tokens.flatMap((token) => describe(token, stages)));
   card().hidden = false;
   span.setAttribute("aria-describedby", "card");
-  place(span.getClientRects()[0] ?? span.getBoundingClientRect());
+  // A token's space may end one line and its word begin the next.
+  const [widest = span.getBoundingClientRect()] = [...span.getClientRects()].sort(
+    (a, b) => b.width - a.width,
+  );
+  place(widest);
 }
 
 function place(rect) {
@@ -53,7 +57,7 @@ function describe(token, stages) {
     make("p.how", {}, origin(token, stages)),
   ];
   if (token.logprob !== null) {
-    parts.push(make("p.logprob", {}, `log-probability ${token.logprob.toFixed(3).replace("-", "−")}`));
+    parts.push(make("p.logprob", {}, `log-probability ${token.logprob.toFixed(4).replace("-", "−")}`));
   }
   const rows = [...token.alternatives];
   const own = rows.find((row) => row.text === token.text);

@@ -16,7 +16,7 @@ const ABOUT = {
   chat:
     "Every stage of this model can predict the next token. The line under a token shows which " +
     "stage emitted it: the deeper the stage, the thicker the line.",
-  race: "One prompt in two modes, side by side.",
+  race: "One prompt in two modes, side by side. Neither falls back to full depth, whatever it costs.",
 };
 
 const prompt = find("prompt");

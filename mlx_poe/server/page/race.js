@@ -56,6 +56,7 @@ export class Race {
     const asked = {
       ...this.settings.shared,
       ...(model.poe.chat ? { messages } : { prompt }),
+      no_park: true, // A mode that fell back to full depth would race against itself.
     };
     // What runs is fixed here: the pickers may change before the second lane's turn.
     const runs = this.#lanes.map(({ picker, body }) => {
@@ -95,7 +96,7 @@ function showOrder() {
   find("order-hint").textContent =
     find("order").value === "together"
       ? "The engine packs both into the same passes, so they slow each other down; modes that emit a token a pass keep step."
-      : "Each has the engine to itself. The second finds the prompt in the cache.";
+      : "Each has the engine to itself. The second may find the prompt in the cache.";
 }
 
 function verdict(left, right, together) {
@@ -123,7 +124,7 @@ function finish(left, right, names) {
   return `${names[first]} finished first: ${speeds}`;
 }
 
-/** One after the other: the second finds the prompt in the cache, so only the pace counts. */
+/** One after the other: the second may find the prompt in the cache, so only the pace counts. */
 function pace(left, right, names) {
   const [a, b] = [left, right].map(({ reply }) => reply.meters.tokensPerSecond ?? 0);
   const faster = a > b ? 0 : 1;
