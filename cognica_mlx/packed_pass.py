@@ -188,6 +188,8 @@ def begin(
             own.append(cache.begin(count))
     together = [ShelfPass(members) for members in shelves.values()]
     # Not kept by the pass itself: in a cycle its arrays would outlive it, and be copied.
-    parts = [_Member(shared, i) for shared in together for i in range(len(shared.positions()))]
-    passes = [*together, *own]
+    parts: list[Done] = [
+        _Member(shared, i) for shared in together for i in range(len(shared.positions()))
+    ]
+    passes: list[ShelfPass | StagePass] = [*together, *own]
     return passes[0] if len(passes) == 1 else PackedPass(passes), [*parts, *own]
