@@ -106,21 +106,23 @@ class Rows:
 
     def compact(self) -> Rows:
         """The same positions, in arrays of their own if they keep much more in memory."""
-        if len(self.source) < max(SPARSE * len(self), MANY):
+        total = len(self.source)
+        if total < MANY or total < SPARSE * len(self):
             return self
         return Rows.of(self.source.copy(self.start, self.stop))
 
 
 def pack(pieces: Sequence[Rows]) -> Hidden:
     """The positions of all pieces in a row, (1, total, D)."""
-    merged: list[Rows] = []
+    parts: list[Hidden] = []
+    source, start, stop = pieces[0].source, pieces[0].start, pieces[0].start
     for piece in pieces:
-        last = merged[-1] if merged else None
-        if last and last.source is piece.source and last.stop == piece.start:
-            merged[-1] = Rows(piece.source, last.start, piece.stop)
-        else:
-            merged.append(piece)
-    return Hidden.concatenate([piece.hidden() for piece in merged])
+        if piece.source is not source or piece.start != stop:
+            parts.append(Rows(source, start, stop).hidden())
+            source, start = piece.source, piece.start
+        stop = piece.stop
+    parts.append(Rows(source, start, stop).hidden())
+    return Hidden.concatenate(parts)
 
 
 class Boundary:
@@ -140,19 +142,23 @@ class Boundary:
 
     def append(self, rows: Rows) -> None:
         """Add the positions that follow the last."""
+        count = len(rows)
         self._runs.append((self.stop, rows))
-        self.stop += len(rows)
-        self.excess += len(rows.source) - len(rows)
+        self.stop += count
+        self.excess += len(rows.source) - count
 
     def read(self, start: int, stop: int) -> list[Rows]:
         """The positions start .. stop - 1, which must be held, in pieces."""
         parts: list[Rows] = []
         # From the end: what is asked for is recent, and old runs may be many.
         for first, rows in reversed(self._runs):
-            if first + len(rows) <= start:
+            count = len(rows)
+            if start <= first and first + count <= stop:
+                parts.append(rows)
+            elif first < stop and start < first + count:
+                parts.append(rows.part(max(start - first, 0), min(stop - first, count)))
+            if first <= start:
                 break
-            if first < stop:
-                parts.append(rows.part(max(start - first, 0), min(stop - first, len(rows))))
         return parts[::-1]
 
     def forget_before(self, position: int) -> None:
@@ -162,14 +168,16 @@ class Boundary:
 
     def truncate(self, position: int) -> None:
         """Drop `position` and all after it."""
+        if position >= self.stop:
+            return
         while self._runs and self._runs[-1][0] >= position:
             self._runs.pop()
-        if self._runs and self.stop > position:
+        if self._runs:
             first, rows = self._runs[-1]
             if first + len(rows) > position:
                 self._runs[-1] = (first, rows.part(0, position - first))
                 self.excess += first + len(rows) - position
-        self.stop = min(self.stop, position)
+        self.stop = position
 
     def compact(self) -> list[mx.array]:
         """Hold short runs, and views of passes shared with other sequences, in arrays of their own.

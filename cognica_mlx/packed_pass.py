@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -27,13 +27,16 @@ class ShelfPass:
         self._rounds = [cache.round for cache in caches]
         places = [content.place for content in self._contents]
         self._shelf: Shelf = places[0].shelf  # type: ignore[union-attr]
-        slots = tuple(place.slot for place in places)  # type: ignore[union-attr]
+        slots = tuple([place.slot for place in places])  # type: ignore[union-attr]
         offsets = tuple(self.positions())
-        self.offset = mx.array(offsets)
-        self._lengths = {w: self._shelf.length(w) for w in self._contents[0].spans}
-        self._rows = {w: _rows(slots, offsets, w, n) for w, n in self._lengths.items()}
+        self.offset = _as_array(offsets)
+        # A window that is longer than all texts hides nothing: one answer for all such.
+        longest = max(offsets)
+        self._rows = {
+            window: _rows(slots, offsets, min(window, longest), length)
+            for window, length in self._shelf.lengths.items()
+        }
         self._layers: list[tuple[mx.array, mx.array]] = []
-        self._taken_in = False
 
     def positions(self) -> list[int]:
         """The caches' next positions."""
@@ -61,30 +64,27 @@ class ShelfPass:
         out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
         return out.transpose(2, 1, 0, 3)
 
-    def result(self, i: int) -> Content:
-        """What the i-th of the caches holds after this pass."""
-        if not self._taken_in:
-            # What is beyond a cache's rows counts for nothing, so this may come first.
-            self._shelf.layers = tuple(self._layers)
-            self._taken_in = True
-        old = self._contents[i]
-        spans = {
-            window: Span(min(span.rows + 1, self._lengths[window]))
-            for window, span in old.spans.items()
-        }
-        return Content(old.offset + 1, spans, (), self._rounds[i], old.place)
+    @cached_property
+    def contents(self) -> list[Content]:
+        """What each of the caches holds after this pass. Before any does, the shelf has the new
+        rows: what is beyond a cache's own counts for nothing."""
+        self._shelf.layers = tuple(self._layers)
+        lengths, found = self._shelf.lengths, []
+        for old, written in zip(self._contents, self._rounds, strict=True):
+            spans = {w: Span(min(span.rows + 1, lengths[w])) for w, span in old.spans.items()}
+            found.append(Content(old.offset + 1, spans, (), written, old.place))
+        return found
 
 
-@dataclass(frozen=True)
 class _Member:
     """One cache's part of a pass."""
 
-    shared: ShelfPass
-    i: int
+    def __init__(self, shared: ShelfPass, i: int):
+        self._shared, self._i = shared, i
 
     def result(self) -> Content:
         """See `Done`."""
-        return self.shared.result(self.i)
+        return self._shared.contents[self._i]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,11 @@ class _Rows:
 
 
 # Mostly all stages ask for the same.
+@lru_cache(maxsize=16)
+def _as_array(positions: tuple[int, ...]) -> mx.array:
+    return mx.array(positions)
+
+
 @lru_cache(maxsize=16)
 def _rows(slots: tuple[int, ...], offsets: tuple[int, ...], window: int, length: int) -> _Rows:
     """For members in these slots of `length` rows whose next positions are `offsets`."""
@@ -159,13 +164,14 @@ class PackedPass:
 
 def in_order(caches: Sequence[StageCache]) -> list[int]:
     """The order in which caches share a pass: each shelf's by their slots, then the others."""
-    shelves = list({place.shelf: None for cache in caches if (place := cache.content.place)})
-
-    def key(i: int) -> tuple[int, int]:
-        place = caches[i].content.place
-        return (shelves.index(place.shelf), place.slot) if place else (len(shelves), 0)
-
-    return sorted(range(len(caches)), key=key)
+    rank: dict[Shelf, int] = {}
+    keys = [
+        (rank.setdefault(place.shelf, len(rank)), place.slot)
+        if (place := cache.content.place)
+        else (len(caches), 0)
+        for cache in caches
+    ]
+    return sorted(range(len(caches)), key=keys.__getitem__)
 
 
 def begin(
@@ -173,23 +179,17 @@ def begin(
 ) -> tuple[StagePass | ShelfPass | PackedPass, list[Done]]:
     """A pass of so many positions for each of the caches, which are in the order of `in_order`:
     what the layers attend with, and each cache's part, to be committed."""
-    passes: list[StagePass | ShelfPass] = []
-    done: list[Done] = []
-    pairs = zip(caches, counts, strict=True)
-    for shelf, group in itertools.groupby(pairs, key=lambda pair: _shelf(pair[0])):
-        if shelf:
-            members = [cache for cache, _ in group]
-            together = ShelfPass(members)
-            passes.append(together)
-            # Not kept by the pass itself: in a cycle its arrays would outlive it, and be copied.
-            done += [_Member(together, i) for i in range(len(members))]
+    shelves: dict[Shelf, list[StageCache]] = {}
+    own: list[StagePass] = []
+    for cache, count in zip(caches, counts, strict=True):
+        if place := cache.content.place:
+            shelves.setdefault(place.shelf, []).append(cache)
         else:
-            own = [cache.begin(count) for cache, count in group]
-            passes += own
-            done += own
-    return passes[0] if len(passes) == 1 else PackedPass(passes), done
-
-
-def _shelf(cache: StageCache) -> Shelf | None:
-    place = cache.content.place
-    return place.shelf if place else None
+            own.append(cache.begin(count))
+    together = [ShelfPass(members) for members in shelves.values()]
+    # Not kept by the pass itself: in a cycle its arrays would outlive it, and be copied.
+    parts: list[Done] = [
+        _Member(shared, i) for shared in together for i in range(len(shared.positions()))
+    ]
+    passes: list[ShelfPass | StagePass] = [*together, *own]
+    return passes[0] if len(passes) == 1 else PackedPass(passes), [*parts, *own]

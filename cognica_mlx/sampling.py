@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -90,36 +89,41 @@ class Scores:
 
     def part(self, start: int, stop: int) -> Scores:
         """Rows start .. stop - 1."""
-        part = copy(self)
+        part = Scores.__new__(Scores)
+        part._whole = self._whole
         part._start, part._stop = self._start + start, self._start + stop
         return part
 
     def __len__(self) -> int:
         return self._stop - self._start
 
-    def _rows(self, array: mx.array) -> mx.array:
-        whole = len(self) == array.shape[0]
-        return array if whole else array[self._start : self._stop]
+    def _rows(self, name: str) -> mx.array:
+        array = getattr(self._whole, name)
+        if len(self) == len(array):
+            return array
+        if len(self) == 1:
+            return self._whole.row(name, self._start)
+        return array[self._start : self._stop]
 
     @property
     def array(self) -> mx.array:
         """The scores themselves, (n, V)."""
-        return self._rows(self._whole.array)
+        return self._rows("array")
 
     @property
     def best(self) -> mx.array:
         """The token (n,) int32 with the highest score."""
-        return self._rows(self._whole.best)
+        return self._rows("best")
 
     @property
     def best_logprobs(self) -> mx.array:
         """Its log-probability (n,)."""
-        return self._rows(self._whole.best_logprobs)
+        return self._rows("best_logprobs")
 
     @property
     def margins(self) -> mx.array:
         """How far it lies above the second best, (n,)."""
-        return self._rows(self._whole.margins)
+        return self._rows("margins")
 
 
 class _Whole:
@@ -127,6 +131,14 @@ class _Whole:
 
     def __init__(self, array: mx.array):
         self.array = array
+        self._split: dict[str, list[mx.array]] = {}
+
+    def row(self, name: str, i: int) -> mx.array:
+        """Row i of what is called so. All rows come of one operation: a batch asks for each."""
+        if name not in self._split:
+            array = getattr(self, name)
+            self._split[name] = list(mx.split(array, len(array)))
+        return self._split[name][i]
 
     @cached_property
     def best(self) -> mx.array:

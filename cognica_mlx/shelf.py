@@ -30,7 +30,7 @@ SLOTS = 16
 # A cache joins after so many passes of one position. Each time it has to leave doubles that.
 STEADY, PATIENCE = 1, 64
 # Slots are longer than what stands in them by less than this. A shelf may hold this much more than
-# the caches would by themselves, and more for so many passes.
+# the caches would by themselves, and more for so many passes; it is looked at twice in these.
 STEP, WASTE, IDLE = 64, 1.1, 8
 
 
@@ -63,8 +63,10 @@ class Shelf:
     def __init__(self, like: StageCache, size: int, layers: Sequence[tuple[mx.array, mx.array]]):
         self.windows, self.slack, self.size = like.windows, like.slack, size
         self.layers = tuple(layers)
+        # The rows of a slot by the layer's window.
+        self.lengths = {w: min(size, w + 2 * like.slack) for w in like.windows}
         self._caches: list[weakref.ref[StageCache] | None] = [None] * layers[0][0].shape[0]
-        self.idle = 0
+        self._passes, self._over = 0, False
 
     @staticmethod
     def gather(caches: Sequence[StageCache]) -> None:
@@ -98,10 +100,6 @@ class Shelf:
             layers=(), place=Place(self, slot), spans=_without_tails(cache.content)
         )
 
-    def length(self, window: int) -> int:
-        """The rows of a slot in layers of this window."""
-        return min(self.size, window + 2 * self.slack)
-
     def _slots(self) -> list[StageCache | None]:
         """Who stands in each slot."""
         found = [ref() if ref else None for ref in self._caches]
@@ -119,12 +117,17 @@ class Shelf:
         """Whether there is a slot for a cache as it is."""
         return cache.slack == self.slack and _need(cache) <= self.size and None in self._slots()
 
-    def is_wasteful(self) -> bool:
-        """Whether more than `WASTE` has been held for a while."""
-        members = self.caches()
-        over = len(self._caches) * self.size > WASTE * sum(map(_alone, members))
-        self.idle = self.idle + 1 if over else 0
-        return self.idle > IDLE or len(members) == 1
+    def count_pass(self) -> bool:
+        """Note a pass; whether more than `WASTE` has been held for a while.
+
+        To ask every cache is a good part of a small model's pass: it is done from time to time.
+        """
+        self._passes += 1
+        if self._passes % (IDLE // 2):
+            return False
+        before, held = self._over, len(self._caches) * self.size
+        self._over = held > WASTE * sum(map(_alone, self.caches()))
+        return before and self._over
 
 
 def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
@@ -135,7 +138,9 @@ def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
     if len(caches) == 1 and not caches[0].content.place:
         return
     joining: list[StageCache] = []
-    shelves: dict[Shelf, bool] = {}
+    # Whose caches step together, and those for which one of them has become too long.
+    steps: dict[Shelf, int] = {}
+    outgrown: set[Shelf] = set()
     for cache, count in zip(caches, counts, strict=True):
         content = cache.content
         place = content.place
@@ -143,9 +148,10 @@ def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
         if count == 1 and not (again and (place is None or _is_large(place.shelf))):
             cache.steady += 1
             if place:
-                size = place.shelf.size
-                outgrown = content.offset >= size and _need(cache) > size
-                shelves[place.shelf] = outgrown or shelves.get(place.shelf, False)
+                shelf = place.shelf
+                steps[shelf] = steps.get(shelf, 0) + 1
+                if content.offset >= shelf.size and _need(cache) > shelf.size:
+                    outgrown.add(shelf)
             elif cache.steady > max(cache.patience, STEADY):
                 joining.append(cache)
             continue
@@ -153,12 +159,17 @@ def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
         if place:
             cache.patience = min(2 * max(cache.patience, STEADY), PATIENCE)
             cache.leave()
-    if changing := [s for s, outgrown in shelves.items() if s.is_wasteful() or outgrown]:
+    changing = [
+        shelf
+        for shelf, count in steps.items()
+        if shelf.count_pass() or shelf in outgrown or (count == 1 and len(shelf.caches()) == 1)
+    ]
+    if changing:
         # With those that are not full: what once had to be apart may go together by now.
-        changing += [s for s in shelves if s not in changing and len(s.caches()) < SLOTS]
+        changing += [s for s in steps if s not in changing and len(s.caches()) < SLOTS]
         joining += [cache for shelf in changing for cache in shelf.caches()]
     if joining:
-        _join(joining, [shelf for shelf in shelves if shelf not in changing])
+        _join(joining, [shelf for shelf in steps if shelf not in changing])
 
 
 def _join(caches: Sequence[StageCache], shelves: Sequence[Shelf]) -> None:

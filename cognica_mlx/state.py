@@ -78,6 +78,11 @@ class DecodingState:
             [k for k, other in enumerate(self.stages) if other.source == stage + 1]
             for stage in range(len(self.stages))
         ]
+        # Of what each gives out, the positions that stay at hand whoever needs them.
+        trunk = len(model.config.stage_layers) - 1
+        self._kept = [
+            max(slack, keep_trunk) if stage == trunk else slack for stage in range(len(self.stages))
+        ]
         self.positions_run = [0] * model.poe_n_stages
         self.clear()
 
@@ -150,8 +155,7 @@ class DecodingState:
                 break
             if first < stop:
                 whole = start <= first and last <= stop
-                part = tokens[:, max(start - first, 0) : stop - first]
-                parts.append(tokens if whole else part)
+                parts.append(tokens if whole else tokens[:, max(start - first, 0) : stop - first])
             last = first
         if start < known:
             parts.append(mx.array([self._ids[start : min(stop, known)]], dtype=mx.int32))
@@ -164,14 +168,11 @@ class DecodingState:
         """How many positions have gone through each stage."""
         return [cache.offset for cache in self.caches]
 
-    def supply(self, stage: int) -> int:
-        """How many positions have reached `stage`."""
-        source = self.stages[stage].source
-        return self.caches[source - 1].offset if source else self.length
-
     def pending(self, stage: int) -> int:
         """How many positions wait to be run through `stage`."""
-        return self.supply(stage) - self.caches[stage].offset
+        source = self.stages[stage].source
+        reached = self.caches[source - 1].content.offset if source else self.length
+        return reached - self.caches[stage].content.offset
 
     def take(self, stage: int, count: int) -> Text | list[Rows]:
         """The next `count` positions that wait before `stage`: text, or activations in pieces.
@@ -182,12 +183,15 @@ class DecodingState:
             raise RequestError(
                 f"stage {stage} is beyond the depth kept ready; call set_depth first"
             )
-        if self.lacks(stage):
-            raise RequestError(f"what waits before stage {stage} is no longer held; call set_depth")
         start = self.caches[stage].offset
         source = self.stages[stage].source
         if source:
-            return self.given[source - 1].read(start, start + count)
+            given = self.given[source - 1]
+            if count and given.start > start:
+                raise RequestError(
+                    f"what waits before stage {stage} is no longer held; call set_depth"
+                )
+            return given.read(start, start + count)
         previous = self._span(start - 1, start) if start else None
         return Text(self._span(start, start + count), previous)
 
@@ -196,25 +200,19 @@ class DecodingState:
 
         Until the last line they count as not run, so that an interruption loses nothing.
         """
-        given = self.given[stage]
-        given.truncate(self.caches[stage].offset)
+        given, cache = self.given[stage], self.caches[stage]
+        given.truncate(cache.offset)
         given.append(rows.compact())
         self.positions_run[stage] += len(rows)
-        self.caches[stage].commit(done)
+        cache.commit(done)
+        kept = self._kept[stage]
+        if self.length - kept - given.start >= FORGET:
+            self._forget(stage, kept)
 
-    def forget(self, stage: int) -> None:
-        """Drop activations around `stage` that are older than the slack and that no stage needs."""
-        if source := self.stages[stage].source:
-            self._forget(source - 1)
-        self._forget(stage)
-
-    def _forget(self, stage: int) -> None:
-        """Drop from what `stage` has given out."""
-        kept, needed = self.slack, self.caches[stage].offset
-        if stage + 1 == len(self.model.config.stage_layers):
-            kept = max(kept, self.keep_trunk)
-        if self.length - kept - self.given[stage].start < FORGET:
-            return
+    def _forget(self, stage: int, kept: int) -> None:
+        """Drop from what `stage` has given out all but the last `kept` positions, and those that
+        other stages need."""
+        needed = self.caches[stage].offset
         for reader in self._readers[stage]:
             if reader <= self.depth or self.pending(reader) <= self.max_pending:
                 needed = min(needed, self.caches[reader].offset)

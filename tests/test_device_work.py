@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from cognica_mlx import cache, device, elementwise, stages
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.passes import read
 from cognica_mlx.decoding.requests import DecodedToken, Read, Request
@@ -279,6 +280,32 @@ def test_a_token_takes_little_memory_beside_what_is_held(mode):
     grown.sort()
     print(f"{mode}: {grown[len(grown) // 2] / 1e6:.2f} MB beside {least / 1e6:.1f} MB a buffer")
     assert grown[len(grown) // 2] < least / 2
+
+
+def test_a_sequence_that_joins_a_batch_adds_no_kernels(tmp_path, monkeypatch):
+    model, _ = fixture("poe-tiny")
+    found: list[Counter[str]] = []
+    real = mx.async_eval
+    for count in (2, 6):
+        batch = Batch()
+        for i in range(count):
+            prompt = [2039, *range(20 + i)]
+            batch.add(i, DecodingSequence(model, prompt, make_mode(model), max_tokens=40).steps())
+        graphs: list[Counter[str]] = []
+
+        def counted(ahead, graphs=graphs):
+            graphs.append(kernels(tmp_path, *(array for arrays in ahead for array in arrays)))
+            return real(ahead)
+
+        for _ in range(12):
+            batch.run()
+        monkeypatch.setattr(mx, "async_eval", counted)
+        batch.run()
+        monkeypatch.undo()
+        batch.close()
+        assert len(graphs) == 1
+        found += graphs
+    assert found[0] == found[1]
 
 
 def test_what_is_ahead_is_begun_after_the_wait(monkeypatch):

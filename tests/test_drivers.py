@@ -116,6 +116,28 @@ def test_a_pass_that_fails_half_way_changes_nothing(layer, monkeypatch):
     assert max(state.positions_run) <= len(PROMPT) + 6
 
 
+def test_a_mode_asks_once_for_all_stages_that_a_token_needs():
+    model, _ = fixture("flat-d8")
+    steps = DecodingSequence(model, PROMPT, make_mode(model), max_tokens=10).steps()
+    driver, asked, passes, answer = Noted(), 0, 0, None
+    for _ in range(10**3):
+        try:
+            request = steps.send(answer)
+        except StopIteration:
+            break
+        answer = None
+        while isinstance(request, Advance):
+            asked += passes % 4 == 0
+            passes += 1
+            driver.answer(request)
+            request = request.rest()
+            assert (request is None) == (passes % 4 == 0)
+        if request and not isinstance(request, DecodedToken):
+            answer = driver.answer(request)
+    # The prompt's last token and nine more.
+    assert asked == passes / 4 == 10
+
+
 def test_numbers_are_read_once_a_round():
     model, _ = fixture("flat-d8")
     for mode in ("full", "speculative"):

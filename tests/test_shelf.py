@@ -336,3 +336,28 @@ def test_who_comes_back_to_another_slot_stands_there_once():
     shelf.admit(second.cache)
     assert len(shelf.caches()) == 3 and second.cache.content.place.slot == 0  # type: ignore[union-attr]
     steps(shown, 2)
+
+
+def test_a_shelf_is_looked_through_twice_in_idle_passes(monkeypatch):
+    """To ask all caches before each pass would be much of a small model's pass."""
+    shown, asked = [Shown() for _ in range(5)], []
+    steps(shown, 3)
+    alone = shelf_module._alone
+    monkeypatch.setattr(shelf_module, "_alone", lambda cache: asked.append(cache) or alone(cache))
+    steps(shown, 4 * shelf_module.IDLE)
+    assert len(asked) == 4 * 2 * len(shown)
+
+
+def test_a_shelf_is_given_up_when_too_little_of_it_is_used_for_a_while(monkeypatch):
+    monkeypatch.setattr(shelf_module, "IDLE", 4)
+    shown = [Shown(8, (3, 1500)) for _ in range(4)]
+    for one in shown:
+        run([one], [600])
+    steps(shown, 3)
+    shelf = shown[0].cache.content.place.shelf  # type: ignore[union-attr]
+    del one, shown[2:]
+    steps(shown, 1)
+    assert shown[0].cache.content.place.shelf is shelf  # type: ignore[union-attr]
+    steps(shown, 4)
+    place = shown[0].cache.content.place
+    assert place and place.shelf is not shelf and len(place.shelf.layers[0][0]) == 2

@@ -19,6 +19,7 @@ from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.decoding.passes import read, run_stage, score, submit
 from cognica_mlx.decoding.requests import Advance, DecodedToken, Read, Request, Score, Steps, Submit
 from cognica_mlx.decoding.sequence import prefill_step_size_here
+from cognica_mlx.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -108,25 +109,30 @@ class Batch:
 
     def _work(self, waiting: Sequence[_Job]) -> None:
         """Carry out the requests that come next."""
+        asked: dict[type, list[_Job]] = {}
         for job in waiting:
-            if isinstance(job.request, Submit):
-                job.submitted = submit(job.request.state, job.submitted)
-                job.had_turn = True
-                self._resume(job)
-                return
-        if scores := [job for job in waiting if isinstance(job.request, Score)]:
+            asked.setdefault(type(job.request), []).append(job)
+        if Submit in asked:
+            job = asked[Submit][0]
+            job.submitted = submit(job.request.state, job.submitted)  # type: ignore[union-attr]
+            job.had_turn = True
+            self._resume(job)
+            return
+        if scores := asked.get(Score):
             target = scores[0].request.target  # type: ignore[union-attr]
             group = [job for job in scores if job.request.target == target]  # type: ignore[union-attr]
             self._together(group, score)
             return
-        reads = [job for job in waiting if isinstance(job.request, Read)]
-        advances = [job for job in waiting if isinstance(job.request, Advance)]
-        if advances:
-            first = min(job.request.stage.layers[0] for job in advances)  # type: ignore[union-attr]
+        reads = asked.get(Read, [])
+        if advances := asked.get(Advance):
+            stages: dict[Stage, list[_Job]] = {}
+            for job in advances:
+                stages.setdefault(job.request.stage, []).append(job)  # type: ignore[union-attr]
+            stage = min(stages, key=lambda stage: stage.layers[0])
             # Who waits for numbers of a shallower stage may want to come along.
-            early = [job for job in reads if job.depth < first]
+            early = [job for job in reads if job.depth < stage.layers[0]]
             if not early:
-                self._advance(advances, first)
+                self._advance(stages[stage], stage)
                 return
             reads = early
         for job in reads:
@@ -134,38 +140,40 @@ class Batch:
             job.had_turn |= not job.request.arrays  # type: ignore[union-attr]
         self._together(reads, read)
 
-    def _advance(self, jobs: Sequence[_Job], first: int) -> None:
-        """One pass through the shallowest stage that is asked for."""
-        stage = next(
-            job.request.stage  # type: ignore[union-attr]
-            for job in jobs
-            if job.request.stage.layers[0] == first  # type: ignore[union-attr]
-        )
-        group = [job for job in jobs if job.request.stage is stage]  # type: ignore[union-attr]
+    def _advance(self, jobs: list[_Job], stage: Stage) -> None:
+        """One pass through a stage for those of the jobs, which all ask for it, that fit in."""
+        total = sum(job.rows for job in jobs)
+        if total > len(jobs):
+            jobs, total = self._choose(jobs)
+        self.passes += 1
+        self.rows += total
+        for job in jobs:
+            job.depth = stage.layers[-1]
+        self._together(jobs, _run_stage)
+
+    def _choose(self, jobs: list[_Job]) -> tuple[list[_Job], int]:
+        """The jobs that there is room for, in the order in which they share a pass; their rows."""
         # Those left out before come first, then short ones, so that no prompt holds up the others;
         # single rows lie side by side, which makes them cheaper to embed.
-        group.sort(key=lambda job: (not job.deferred, job.rows))
+        jobs.sort(key=lambda job: (not job.deferred, job.rows))
         chosen: list[_Job] = []
         total = 0
-        for job in group:
+        for job in jobs:
             job.deferred = bool(chosen) and job.rows > 1 and total + job.rows > self.prompt_rows
             if job.deferred:
                 job.had_turn = True
             else:
                 chosen.append(job)
                 total += job.rows
-        self.passes += 1
-        self.rows += total
-        for job in chosen:
-            job.depth = stage.layers[-1]
-        self._together(chosen, _run_stage)
+        return chosen, total
 
     def _together(self, jobs: Sequence[_Job], work: Any) -> None:
         """Do the same work for several jobs at once, and hand each its answer."""
-        total = sum(job.rows for job in jobs)
-        for job in jobs:
-            if job.pace and job.request:
-                job.pace.spent += job.pace.price(job.request, total)
+        paced = [job for job in jobs if job.pace and job.request]
+        if paced:
+            total = sum(job.rows for job in jobs)
+            for job in paced:
+                job.pace.spent += job.pace.price(job.request, total)  # type: ignore
         try:
             answers = work([job.request for job in jobs])
         except Exception as error:
@@ -177,9 +185,13 @@ class Batch:
             return
         # All have their answers before any goes on: an interruption loses none.
         for job, answer in zip(jobs, answers, strict=True):
-            job.request, job.answer = None, answer
+            rest = job.request.rest() if isinstance(job.request, Advance) else None
+            job.request, job.answer = rest, answer
+            if rest:
+                job.rows = rest.count
         for job in jobs:
-            self._resume(job)
+            if job.request is None:
+                self._resume(job)
 
     def _resume(self, job: _Job) -> None:
         """Let a job go on to its next request."""

@@ -42,7 +42,6 @@ def run_stage(requests: Sequence[Advance]) -> None:
     start = 0
     for request, count, one in zip(requests, counts, done, strict=True):
         request.state.put(request.index, Rows(hidden, start, start + count), one)
-        request.state.forget(request.index)
         start += count
 
 

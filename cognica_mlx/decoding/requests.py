@@ -21,11 +21,16 @@ from cognica_mlx.state import DecodingState
 
 @dataclass(frozen=True, eq=False)
 class Advance:
-    """Run the oldest `rows` positions that wait before stage `index`, all of them if None."""
+    """Run the oldest `rows` positions that wait before stage `index`, all of them if None.
+
+    With `last` everything then goes on through the stages up to that one: a driver makes one pass
+    after the other, `rest` being what is left after each, and the mode hears of the last.
+    """
 
     state: DecodingState
     index: int
     rows: int | None = None
+    last: int = -1
 
     @property
     def stage(self) -> Stage:
@@ -37,6 +42,10 @@ class Advance:
         """How many positions that is now."""
         pending = self.state.pending(self.index)
         return pending if self.rows is None else min(self.rows, pending)
+
+    def rest(self) -> Advance | None:
+        """What is left to do once the pass through stage `index` is made."""
+        return _first_pass(self.state, self.index + 1, self.last)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +111,8 @@ Steps = Generator[Request | DecodedToken, Any, None]
 
 def through(state: DecodingState, depth: int) -> Generator[Request, Any, None]:
     """Run everything that is pending through the stages up to `depth`."""
-    for stage in range(depth + 1):
-        if state.pending(stage):
-            yield Advance(state, stage)
+    if request := _first_pass(state, 0, depth):
+        yield request
     yield from _run_late(state)
 
 
@@ -117,6 +125,14 @@ def advance(
     yield from _run_late(state)
 
 
+def _first_pass(state: DecodingState, first: int, last: int) -> Advance | None:
+    """What has to run first where stages `first` to `last` are to have nothing pending."""
+    for stage in range(first, last + 1):
+        if state.pending(stage):
+            return Advance(state, stage, last=last)
+    return None
+
+
 def _run_late(state: DecodingState) -> Generator[Request, Any, None]:
     """Run what deeper stages must not leave any longer."""
     while (late := state.overdue()) is not None:
@@ -125,4 +141,6 @@ def _run_late(state: DecodingState) -> Generator[Request, Any, None]:
 
 def as_row(token: mx.array | int) -> mx.array:
     """One token id as the (1, 1) int32 array that a state appends."""
-    return mx.array(token, dtype=mx.int32).reshape(1, 1)
+    if isinstance(token, mx.array):
+        return token.astype(mx.int32).reshape(1, 1)  # no operation where it is int32 already
+    return mx.array([[token]], dtype=mx.int32)

@@ -177,20 +177,22 @@ class DecodingSequence:
         """The mode's requests and tokens, its answers passed on, as far as the budget goes."""
         steps, answer = mode.steps(self), None
         try:
-            while self.budget:
+            while True:
                 try:
                     step = steps.send(answer)
                 except StopIteration:
                     return
-                answer = None
-                if isinstance(step, DecodedToken):
-                    self.text.append(step.token)
-                    self._ended = self.constraint is not None and step.token in self.constraint.ends
-                    if mode is self.mode:
-                        self.advice.emitted()
-                    yield step
-                else:
+                if not isinstance(step, DecodedToken):
                     answer = yield step
+                    continue
+                answer = None
+                self.text.append(step.token)
+                self._ended = self.constraint is not None and step.token in self.constraint.ends
+                if mode is self.mode:
+                    self.advice.emitted()
+                yield step
+                if not self.budget:
+                    return
         finally:
             steps.close()
 

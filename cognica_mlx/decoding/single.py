@@ -31,7 +31,8 @@ class Driver(Protocol):
     """Carries out requests."""
 
     def answer(self, request: Request) -> Any:
-        """What the request asks for; None where it only asks for work."""
+        """What the request asks for; None where it only asks for work. Of an `Advance` one pass;
+        its `rest` is asked for next."""
 
 
 class Single:
@@ -65,9 +66,17 @@ def drive(steps: Steps, driver: Driver | None = None) -> Generator[DecodedToken,
             if isinstance(step, DecodedToken):
                 yield step
             else:
-                answer = driver.answer(step)
+                answer = _answer(driver, step)
     finally:
         steps.close()
+
+
+def _answer(driver: Driver, request: Request) -> Any:
+    """The driver's answer, after all passes that the request asks for."""
+    answer = driver.answer(request)
+    while isinstance(request, Advance) and (rest := request.rest()):
+        answer, request = driver.answer(rest), rest
+    return answer
 
 
 def decode(
@@ -91,7 +100,7 @@ def carry_out(requests: Iterable[Request]) -> None:
     """Carry out requests that emit no tokens."""
     driver = Single()
     for request in requests:
-        driver.answer(request)
+        _answer(driver, request)
 
 
 def advance_through(state: DecodingState, depth: int) -> None:
