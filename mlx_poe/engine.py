@@ -11,10 +11,11 @@ from __future__ import annotations
 import atexit
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -25,9 +26,10 @@ from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.modes import MODES, PACED_MODES
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
-from mlx_poe.generate import DEFAULT_MAX_TOKENS, Asked, Prompt, read_request
+from mlx_poe.engine_request import EngineClosedError, EngineRequest, Item, Prepared
+from mlx_poe.generate import DEFAULT_MAX_TOKENS, Prompt, read_request
 from mlx_poe.model_info import ModelInfo, describe
-from mlx_poe.responses import GenerationResponse, StopStrings
+from mlx_poe.responses import StopStrings
 from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Stats, Task, Update, make_task
 from mlx_poe.specialists import Specialists
 from mlx_poe.tokenizer import Tokenizer
@@ -38,73 +40,12 @@ COMPOSITIONS = 16
 Result = TypeVar("Result")
 
 
-class EngineClosedError(RequestError):
-    """The engine takes no more requests, or was closed before one was complete."""
-
-
-# What comes of a request: responses, then the error that ended it, or None.
-Item = GenerationResponse | Exception | None
-
-
-class EngineRequest:
-    """A prompt on its way: iterate over it for the responses, from one thread at a time.
-
-    What comes is kept until it is asked for, so a consumer may be slow, or stop: the engine never
-    waits for one. With a `listener` everything goes to that instead.
-    """
-
-    def __init__(self, engine: Engine, task: Task, listener: Callable[[Item], None] | None = None):
-        self._engine, self._task = engine, task
-        self._queue: SimpleQueue[Item] = SimpleQueue()
-        self._deliver = listener or self._queue.put
-        self._over = False
-
-    def __iter__(self) -> Iterator[GenerationResponse]:
-        """The responses that have not been taken yet; ends with the last, or when cancelled.
-
-        Raises what ended the request, if anything went wrong.
-        """
-        while not self._over:
-            item = self._queue.get()
-            if item is None or isinstance(item, Exception):
-                self._over = True
-                if item:
-                    raise item
-                return
-            yield item
-
-    def cancel(self) -> None:
-        """End the request, and drop what has not been taken of it. From any thread."""
-        self._over = True
-        self._queue.put(None)  # for whoever is waiting
-        self._engine._cancel(self)
-
-    @property
-    def text(self) -> str:
-        """The text of all responses not taken yet. Waits for the last."""
-        return "".join(response.text for response in self)
-
-
 @dataclass(frozen=True)
 class _Command:
     """Something to be done in the engine's thread, and where its result goes."""
 
     work: Callable[[], Any]
     result: Future
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request that has been read: `asked.tokens` is its prompt. See `Engine.submit`."""
-
-    asked: Asked
-    specialist: str | tuple[str, ...] | None
-    weights: Sequence[float] | None
-    mode: str
-    max_tokens: int
-    stop: str | Sequence[str] | None
-    parks: bool
-    listener: Callable[[Item], None] | None
 
 
 class Engine:
@@ -183,9 +124,18 @@ class Engine:
 
         Raises RequestError for whatever cannot be done, before any of it is.
         """
-        about = {"specialist": specialist, "weights": weights, "mode": mode, "stop": stop}
-        about |= {"max_tokens": max_tokens, "listener": listener, "parks": parks}
-        return self.start([self.prepare(prompt, **about, **options)])[0]
+        request = self.prepare(
+            prompt,
+            specialist=specialist,
+            weights=weights,
+            mode=mode,
+            max_tokens=max_tokens,
+            stop=stop,
+            listener=listener,
+            parks=parks,
+            **options,
+        )
+        return self.start([request])[0]
 
     def prepare(
         self,
@@ -272,10 +222,10 @@ class Engine:
             self._commands.put(command)
         return command.result.result()
 
-    def _cancel(self, request: EngineRequest) -> None:
+    def _cancel(self, task: Task) -> None:
         with self._lock:
             if not self._closed:
-                self._commands.put(_Command(lambda: self._drop(request), Future()))
+                self._commands.put(_Command(lambda: self._drop(task), Future()))
 
     # In the engine's thread
 
@@ -340,7 +290,7 @@ class Engine:
         added = []
         for task, request in zip(tasks, requests, strict=True):
             self._scheduler.add(task)
-            added.append(EngineRequest(self, task, request.listener))
+            added.append(EngineRequest(partial(self._cancel, task), request.listener))
             self._requests[task] = added[-1]
         return added
 
@@ -381,10 +331,10 @@ class Engine:
         self._specialists.detach(name)
         self._scheduler.cache.drop(gone)
 
-    def _drop(self, request: EngineRequest) -> None:
-        """A request that was cancelled."""
-        if self._requests.pop(request._task, None):
-            self._scheduler.cancel(request._task)
+    def _drop(self, task: Task) -> None:
+        """A request was cancelled."""
+        if self._requests.pop(task, None):
+            self._scheduler.cancel(task)
 
     def _deliver(self, update: Update) -> None:
         request = self._requests.get(update.task)
@@ -392,16 +342,16 @@ class Engine:
             return
         try:
             if update.response:
-                request._deliver(update.response)
+                request.deliver(update.response)
             if update.ended:
                 del self._requests[update.task]
-                request._deliver(update.error)
+                request.deliver(update.error)
         except Exception:
             # Its listener's: nobody is there to be told.
-            self._drop(request)
+            self._drop(update.task)
 
     def _fail_all(self, error: Exception) -> None:
         for request in self._requests.values():
             with suppress(Exception):  # a listener's
-                request._deliver(error)
+                request.deliver(error)
         self._requests.clear()

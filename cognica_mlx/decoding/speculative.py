@@ -89,7 +89,8 @@ class Speculative:
                 numbers: list = (yield Read(state, arrays)) if arrays else []
                 certified = [lead > self.certain for lead in numbers[2]] if arrays else []
                 if all(certified) and not draft.stopped:
-                    yield from self._emitted(draft, *numbers[:2], numbers[3:])
+                    tokens, logprobs, _, *best = numbers
+                    yield from self._emitted(draft, tokens, logprobs, best)
                     continue
             yield from self._verify(sequence, draft, certified)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Catalog:
     def __init__(self, served: Sequence[Served]):
         self._served = {one.name: one for one in served}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Served]:
         return iter(self._served.values())
 
     def find(self, name: str) -> Served:

@@ -113,7 +113,8 @@ class CompletionAnswer(Answer):
         logprobs: dict[str, list] | None = None
         if self.options.top_logprobs is not None:
             names = TextLogprobs(self.tokenizer, 0).take()
-            logprobs = {name: [v for part in parts for v in part[1][name]] for name in names}
+            found = [part[1] for part in parts if part[1] is not None]
+            logprobs = {name: [v for one in found for v in one[name]] for name in names}
         tokens = [token for part in parts for token in part[2]]
         choice = self._choice(index, text, logprobs, tokens)
         reason = "length" if self.options.max_tokens == 0 else pieces[-1].finish_reason
@@ -123,7 +124,8 @@ class CompletionAnswer(Answer):
         self, index: int, piece: Piece, first: bool
     ) -> list[tuple[str, dict[str, list] | None, list]]:
         """Text, log-probabilities and tokens of what a piece brings, the prompt's before it."""
-        asked, parts, before = self.options.top_logprobs, [], 0
+        asked, before = self.options.top_logprobs, 0
+        parts: list[tuple[str, dict[str, list] | None, list]] = []
         if self._echo:
             before = len(self._prompt_text(index))
             if first:

@@ -61,8 +61,11 @@ class Options:
 
     def submission(self, choice: int) -> dict[str, Any]:
         """Keywords for `Engine.prepare`, for one of a prompt's choices."""
-        about = {"specialist": self.served.specialist, "weights": self.served.weights}
-        about |= self.decoding
+        about: dict[str, Any] = {
+            "specialist": self.served.specialist,
+            "weights": self.served.weights,
+            **self.decoding,
+        }
         # Each choice has a seed of its own, the same whatever runs beside it.
         if self.seed is not None:
             about["seed"] = (self.seed + choice) % 2**64

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from time import monotonic
@@ -43,7 +43,9 @@ Result = TypeVar("Result")
 class Asked(Protocol):
     """What an endpoint has read: `ChatRequest` or `CompletionRequest`."""
 
-    options: Options
+    @property
+    def options(self) -> Options:
+        """How to answer."""
 
     @property
     def prompts(self) -> list[Any]:
@@ -194,7 +196,7 @@ class Run:
                     self.answer.add(index, item)
         self._record.outcome = "ok"
 
-    async def stream(self) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events; what goes wrong on the way is the last of them."""
         yield b"".join(map(event, self.answer.first_chunks())) or KEEP_ALIVE
         try:
