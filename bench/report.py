@@ -24,6 +24,7 @@ TITLES = {
     "stages": "Latency by stage cut-off",
     "batch": "Many sequences at once; the ceiling is what batches of rows alone would allow",
     "constrained": "Output that must fit: what masks cost, what certain stretches gain",
+    "serving": "Servers under load, beside mlx-lm's; a second specialist's turn",
     "lengths": "Latency by length of the text",
     "rows": "A batch of rows",
     "prompt": "Reading a prompt",
@@ -85,6 +86,7 @@ def show(report: Report, console: Console) -> None:
 # Columns that a section has if any of its figures does.
 _COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "speed": lambda f: _with("{:.2f}x", f.speedup),
+    "mlx_lm.server": lambda f: _with("{:.4g}", f.notes.get("peer")),
     "parts predict": lambda f: _with("{:.2f}x", f.predicted),
     "over its parts": lambda f: _with("{:+.1%}", f.notes.get("over_its_parts")),
     "limit": lambda f: _with("{:.4g}", f.limit),
@@ -98,6 +100,9 @@ _COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "fell back": lambda f: _with("{}", f.notes.get("fell_back")),
     "depth": lambda f: _with("{:.2f}", f.notes.get("mean_depth")),
     "accepted": lambda f: _with("{:.1%}", f.notes.get("acceptance")),
+    "of the prompt kept": lambda f: _with("{:.1%}", f.notes.get("cached")),
+    "peer's resets": lambda f: _with("{}", f.notes.get("peer_resets")),
+    "peer failed": lambda f: _with("{}", f.notes.get("peer_failed")),
 }
 
 

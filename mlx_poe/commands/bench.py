@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
 from importlib.util import find_spec
@@ -14,14 +13,6 @@ from importlib.util import find_spec
 import mlx.core as mx
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from cognica_mlx import atomic
 from cognica_mlx.bench import figures
@@ -32,6 +23,7 @@ from cognica_mlx.bench.machine import slow_blas, this_machine
 from cognica_mlx.bench.modes import Recording, modes
 from cognica_mlx.bench.peers import peers
 from cognica_mlx.bench.report import Report, compare, read, show
+from cognica_mlx.bench.serving import Served, check_installed, serving
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
 from cognica_mlx.calibration import Calibration
@@ -42,18 +34,22 @@ from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.costs import measure
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
+from mlx_poe.commands.bars import progress_bars
+from mlx_poe.commands.chat import STARTER_SPECIALISTS
 from mlx_poe.commands.options import (
+    add_specialist_flag,
     check_output,
     file_path,
+    interruptible,
     make_parser,
     names,
     numbers,
     run,
 )
-from mlx_poe.load import DEFAULT_MODEL, load
+from mlx_poe.load import DEFAULT_MODEL, find_model, load
 
 SECTIONS = (
-    *("stages", "prompt", "rows", "modes", "batch", "constrained"),
+    *("stages", "prompt", "rows", "modes", "batch", "constrained", "serving"),
     *("lengths", "quantised", "memory"),
 )
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
@@ -77,6 +73,7 @@ EXAMPLES = """\
   mlx_poe.bench --shape 1.3b --agreement 0.88 --only modes --plot modes.png
   mlx_poe.bench --shape 1.3b --only lengths --lengths 2048,16384
   mlx_poe.bench --only batch --peers                   # many sequences, against mlx-lm's batch
+  mlx_poe.bench --only serving --trials 3              # our server and mlx_lm.server under load
   mlx_poe.bench --compare old.json
 
 On Linux without a GPU MLX brings a slow BLAS, with which no figure means much. Install OpenBLAS
@@ -121,6 +118,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also measure mlx-lm: on a Llama of equal size, and in batches over the same weights",
     )
+    add_specialist_flag(
+        how,
+        "for the section serving, which loads the first and lets the second take over from it "
+        "(default: poe-tiny has its own)",
+    )
     how.add_argument("--trials", type=int, default=5, help="rounds over all cases (default: 5)")
     how.add_argument(
         "--max-tokens", "-m", type=int, default=32, help="tokens decoded per trial (default: 32)"
@@ -156,7 +158,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    return run(build_parser(), lambda args: _bench(args, argv), argv)
+    with interruptible():
+        return run(build_parser(), lambda args: _bench(args, argv), argv)
 
 
 def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -173,7 +176,7 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
             "mean little. Preload OpenBLAS (mlx_poe.bench --help says how)"
         )
         print(f"mlx_poe.bench: {remarks[0]}", file=sys.stderr)
-    with _progress() as progress:
+    with progress_bars() as progress:
         machine = this_machine()
         model, texts, calibration, recording, name = _prepare(args, progress)
         if not (calibration or recording) and "modes" in (args.only or DEFAULT_SECTIONS):
@@ -249,6 +252,12 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("--plot draws the sections stages and modes; measure one of them")
     if args.plot and args.plot.suffix.lower() not in ("", ".png", ".svg", ".pdf"):
         raise RequestError(f"--plot {args.plot}: name it .png, .svg or .pdf")
+    if "serving" in (args.only or ()):
+        if args.shape:
+            raise RequestError("the section serving needs texts: it cannot serve a --shape")
+        check_installed()
+    elif args.specialist:
+        raise RequestError("--specialist is for the section serving")
     for file in (args.json, args.csv, args.plot):
         check_output(file)
 
@@ -257,7 +266,7 @@ def _prepare(
     args: argparse.Namespace, progress: Callable[[str, int, int], None]
 ) -> tuple[PoEModel, list[list[int]], Calibration | None, Recording | None, str]:
     """The model, two texts of `context` tokens, what WAND and drafting go by, and a name."""
-    kind = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
+    kind = _dtype(args)
     if not args.shape:
         name = args.model or DEFAULT_MODEL
         model, tokenizer = load(
@@ -332,30 +341,34 @@ def _measure(
         "modes": lambda: modes(setup, calibration, recording),
         "batch": lambda: batches(setup, calibration, peer=args.peers),
         "constrained": lambda: constrained(setup),
+        "serving": lambda: serving(setup, _served(args), args.prompt_tokens),
         "lengths": lambda: figures.lengths(setup, args.lengths),
         "quantised": lambda: figures.quantised(setup, args.q_bits),
         "memory": lambda: figures.memory(setup, max(args.prompt_tokens, args.context)),
     }
     found = [figure for name, measure in sections.items() if name in wanted for figure in measure()]
-    if args.peers and set(wanted) != {"batch"}:
+    if args.peers and not set(wanted) <= {"batch", "serving"}:
         found += peers(setup, args.prompt_tokens)
     return found
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, a line for each section; nothing where nobody watches."""
-    if not sys.stderr.isatty():
-        yield lambda label, done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
+def _served(args: argparse.Namespace) -> Served:
+    """The first specialist, or the model itself where there is none, and what stands beside it."""
+    model = args.model or DEFAULT_MODEL
+    named = args.specialist
+    if not named and model == DEFAULT_MODEL:
+        named = [(f"{model}-{one}",) * 2 for one in STARTER_SPECIALISTS]
+    specialists = [(name, find_model(path)) for name, path in named]
+    flags = [("--revision", args.revision), ("--quantize", args.quantize)]
+    return Served(
+        load=specialists[0][1] if specialists else find_model(model, args.revision),
+        dtype=_dtype(args),
+        bits=args.quantize,
+        model=model,
+        flags=[part for flag, value in flags if value for part in (flag, str(value))],
+        specialists=specialists,
+    )
 
-        def show_progress(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bar.add_task(label, total=total)
-            bar.update(tasks[label], completed=done, total=total)
 
-        yield show_progress
+def _dtype(args: argparse.Namespace) -> str:
+    return args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")

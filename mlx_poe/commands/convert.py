@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import resource
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -23,7 +21,7 @@ from cognica_mlx.convert.quantization import BITS, MODES, RECIPES, Rule, Scheme,
 from cognica_mlx.convert.safetensors_files import nbytes
 from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.errors import RequestError
-from mlx_poe.commands.options import file_path, make_parser, run
+from mlx_poe.commands.options import file_path, interruptible, make_parser, run
 from mlx_poe.commands.texts import Text, read_texts, segments
 from mlx_poe.load import find_model, load
 from mlx_poe.tokenizer import Tokenizer
@@ -118,21 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    with _interruptible():
+    with interruptible():
         return run(build_parser(), _convert, argv)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that it cleans up."""
-    # nohup ignores SIGHUP, and so should we.
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _rule(text: str) -> Rule:

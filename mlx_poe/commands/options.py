@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +85,19 @@ def run(
         if not isinstance(error, PoEError):
             _silence_stdout()
         return 2 if isinstance(error, RequestError) else 1
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that it cleans up."""
+    # nohup ignores SIGHUP, and so should we.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def open_missing_streams() -> None:
@@ -162,7 +176,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_specialist_flag(parser: argparse.ArgumentParser, purpose: str) -> None:
+def add_specialist_flag(parser: argparse._ActionsContainer, purpose: str) -> None:
     """--specialist NAME=MODEL, as a list of pairs."""
     parser.add_argument(
         "--specialist",

@@ -1,0 +1,270 @@
+"""Servers as child processes, and clients that note when text comes.
+
+- in: a command line; requests as bytes
+- out: replies with their times, from one client or from many in a closed loop
+- the standard library's HTTP client only, for every server alike
+- no server can hold a client for longer than `patience` seconds, and none outlives its block
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+HOST = "127.0.0.1"
+START_SECONDS = 600.0  # to load a model
+STOP_SECONDS = 5.0
+DONE = b"data: [DONE]\n\n"
+# A server whose backlog is full resets a connection. OpenAI's client tries two more times, too.
+RETRIES = (0.1, 0.5)
+
+
+class ServerFailed(Exception):
+    """A server died, hung, or did not give a whole reply."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A streamed reply: seconds until its first text and until its end, all that came, and how
+    often its connection was reset before there was an answer."""
+
+    first: float
+    seconds: float
+    received: bytes
+    resets: int = 0
+
+    @cached_property
+    def text(self) -> str:
+        """The whole of it."""
+        return "".join(map(_text, _events(self.received)))
+
+    @cached_property
+    def usage(self) -> dict[str, Any]:
+        """The server's own count of tokens."""
+        for event in reversed(_events(self.received)):
+            if event.get("usage"):
+                return event["usage"]
+        raise ServerFailed("gave a reply without its count of tokens")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated."""
+        return self.usage["completion_tokens"]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self.usage["prompt_tokens"]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not read again."""
+        return self.usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a closed loop gave: the replies, in the order of the requests, and how long it took."""
+
+    replies: list[Reply]
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second over all clients."""
+        return sum(reply.tokens for reply in self.replies) / self.seconds
+
+
+class ServerProcess:
+    """A server from `start` to `stop`, which as a context manager it calls itself.
+
+    `command` is a command line to which `--host` and `--port` are added.
+    """
+
+    def __init__(self, name: str, command: Sequence[str]):
+        self.name, self._command = name, command
+        self._process: subprocess.Popen | None = None
+        self._log: IO[bytes] | None = None
+        self._port = 0
+
+    def __enter__(self) -> ServerProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started, and neither stopped nor found to have failed."""
+        return self._process is not None
+
+    def start(self) -> None:
+        """Start it and wait until it answers; ServerFailed if it does not."""
+        self._port, self._log = _free_port(), TemporaryFile()  # noqa: SIM115
+        # A key of the user's is for a server of the user's.
+        environment = {k: v for k, v in os.environ.items() if k != "MLX_POE_API_KEY"}
+        self._process = subprocess.Popen(
+            [*self._command, "--host", HOST, "--port", str(self._port)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env=environment,
+        )
+        try:
+            self._wait_for_answer(time.monotonic() + START_SECONDS)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_for_answer(self, deadline: float) -> None:
+        assert self._process
+        while self._process.poll() is None:
+            with suppress(OSError, HTTPException, ServerFailed):
+                self.get("/health")
+                return
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"did not answer within {START_SECONDS:g} s")
+            time.sleep(0.1)
+        raise ServerFailed(f"ended before it answered: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        assert self._log
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else "it printed nothing"
+
+    def stop(self) -> None:
+        """End it, if it runs."""
+        process, self._process = self._process, None
+        if process:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._log:
+            self._log.close()
+            self._log = None
+
+    def get(self, path: str, body: Any = None, patience: float = 10.0) -> Any:
+        """The JSON at `path`; with a `body`, the answer to it."""
+        with closing(HTTPConnection(HOST, self._port, timeout=patience)) as connection:
+            sent = None if body is None else json.dumps(body)
+            connection.request("GET" if sent is None else "POST", path, sent, _HEADERS)
+            return json.loads(self._checked(connection).read())
+
+    def ask(self, path: str, body: bytes, patience: float) -> Reply:
+        """The reply to a request that streams; ServerFailed where there is no whole one."""
+        started = time.perf_counter()
+        try:
+            for resets, wait in enumerate((*RETRIES, None)):
+                with closing(HTTPConnection(HOST, self._port, timeout=patience)) as connection:
+                    try:
+                        connection.request("POST", path, body, _HEADERS)
+                        response = self._checked(connection)
+                    except ConnectionError:
+                        if wait is None or not self.running:
+                            raise
+                    else:
+                        return self._read(response, started, patience, resets)
+                time.sleep(wait)
+        except TimeoutError:
+            raise ServerFailed(f"hung: nothing for {patience:.0f} s") from None
+        except (OSError, HTTPException, ValueError) as error:
+            raise ServerFailed(f"broke off: {type(error).__name__}") from None
+        raise AssertionError("the last try returns or raises")
+
+    def _read(self, response: HTTPResponse, started: float, patience: float, resets: int) -> Reply:
+        first, received = None, b""
+        # Not until the connection closes: one server does so later than another.
+        while not received.endswith(DONE):
+            part = response.read1(65536)
+            now = time.perf_counter() - started
+            received += part
+            if not part:
+                raise ServerFailed("broke off in mid-reply")
+            # Comments that keep a connection alive are no progress.
+            if now > patience:
+                raise ServerFailed(f"hung: no whole reply in {patience:.0f} s")
+            if first is None and any(map(_text, _events(received))):
+                first = now
+        return Reply(now if first is None else first, now, received, resets)
+
+    def _checked(self, connection: HTTPConnection) -> HTTPResponse:
+        response = connection.getresponse()
+        if response.status != 200:
+            said = response.read(300).decode(errors="replace")
+            raise ServerFailed(f"answered {response.status}: {said}")
+        return response
+
+
+_HEADERS = {"Content-Type": "application/json"}
+
+
+def closed_loop(
+    server: ServerProcess, path: str, requests: Sequence[bytes], clients: int, patience: float
+) -> Outcome:
+    """Send the requests from so many clients, each of which waits for a reply before it sends the
+    next; ServerFailed, with the server stopped, if any fails."""
+    waiting = deque(enumerate(requests))
+    replies: dict[int, Reply] = {}
+    failures: list[ServerFailed] = []
+
+    def client() -> None:
+        with suppress(IndexError):  # none is waiting
+            while not failures:
+                i, request = waiting.popleft()
+                try:
+                    replies[i] = server.ask(path, request, patience)
+                except ServerFailed as failure:
+                    failures.append(failure)
+
+    # Daemons: an interrupted benchmark does not wait for them.
+    threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.1)
+            if failures:
+                server.stop()  # which ends all other requests too
+    seconds = time.perf_counter() - started
+    if failures:
+        raise failures[0]
+    outcome = Outcome([replies[i] for i in range(len(requests))], seconds)
+    for reply in outcome.replies:
+        _ = reply.usage  # read now that the clock has stopped; a reply without fails here
+    return outcome
+
+
+def _events(received: bytes) -> list[dict[str, Any]]:
+    """All whole events but the last, which holds no JSON."""
+    whole = received[: received.rfind(b"\n\n") + 1]
+    lines = [line[6:] for line in whole.split(b"\n") if line.startswith(b"data: {")]
+    return [json.loads(line) for line in lines]
+
+
+def _text(event: dict[str, Any]) -> str:
+    choice = (event.get("choices") or [{}])[0]
+    return choice.get("text") or choice.get("delta", {}).get("content") or ""
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        return free.getsockname()[1]

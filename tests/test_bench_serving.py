@@ -1,0 +1,188 @@
+"""The benchmark's section `serving`: loads on two servers, servers that fail, the command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cognica_mlx.bench import servers, serving
+from cognica_mlx.bench.servers import Outcome, Reply, ServerFailed, ServerProcess, closed_loop
+from cognica_mlx.errors import RequestError
+from mlx_poe.commands import bench as command
+
+FAKE = Path(__file__).parent / "fake_server.py"
+PATH = "/v1/chat/completions"
+
+
+def fake(kind: str) -> ServerProcess:
+    return ServerProcess(f"fake.{kind}", fake_command(kind))
+
+
+def fake_command(kind: str) -> list[str]:
+    return [sys.executable, str(FAKE), kind]
+
+
+def test_replies_are_counted_and_timed():
+    with fake("good") as server:
+        outcome = closed_loop(server, PATH, [b"{}"] * 5, 2, patience=10)
+    assert len(outcome.replies) == 5
+    reply = outcome.replies[0]
+    assert reply.text == "Hello, you" and reply.tokens == 2 and reply.cached_tokens == 3
+    assert 0.02 <= reply.first <= reply.seconds <= outcome.seconds
+    assert outcome.rate == 10 / outcome.seconds
+    assert not server.running
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("hangs", "hung"), ("trickles", "hung"), ("dies", "broke off"), ("stumbles", "broke off")],
+)
+def test_a_server_that_fails_is_stopped_and_holds_nobody(kind, reason):
+    started = time.monotonic()
+    with fake(kind) as server:
+        with pytest.raises(ServerFailed, match=reason):
+            closed_loop(server, PATH, [b"{}"] * 6, 3, patience=1)
+        assert not server.running
+    assert time.monotonic() - started < 20
+
+
+def test_a_reset_connection_is_tried_again_and_counted():
+    with fake("resets") as server:
+        reply = server.ask(PATH, b"{}", patience=10)
+    assert reply.resets == 1 and reply.text == "Hello, you"
+    assert reply.first >= servers.RETRIES[0]
+
+
+def test_a_server_that_does_not_start_says_why():
+    server = ServerProcess("fake", [sys.executable, "-c", "raise SystemExit('no such model')"])
+    with pytest.raises(ServerFailed, match="no such model"):
+        server.start()
+    assert not server.running
+
+
+def test_no_server_outlives_a_benchmark_that_is_told_to_end(tmp_path):
+    script = f"""
+import time
+from cognica_mlx.bench.servers import ServerProcess
+from mlx_poe.commands.options import interruptible
+with interruptible(), ServerProcess("fake", {fake_command("good")!r}) as server:
+    print(server._process.pid, flush=True)
+    time.sleep(60)
+"""
+    bench = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    child = int(bench.stdout.readline())
+    os.kill(child, 0)  # it is there
+    bench.send_signal(signal.SIGTERM)
+    bench.communicate(timeout=20)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+@pytest.fixture
+def two_loads(monkeypatch) -> None:
+    monkeypatch.setattr(serving, "CLIENTS", (1, 2))
+    monkeypatch.setattr(serving, "LEAST_PATIENCE", 0.5)
+
+
+def compared(theirs: str) -> dict[str, serving.Figure]:
+    """The figures of a good server beside one of another kind, by name."""
+    setup = SimpleNamespace(texts=[[0] * 5], trials=2, progress=None)
+    with fake("good") as ours, fake(theirs) as peer:
+        clients = {
+            serving.OURS: serving._Client(ours, 2, chat=True),
+            serving.THEIRS: serving._Client(peer, 2, chat=True),
+        }
+        found = serving._compare(setup, clients, serving._Texts(ours), prompt_tokens=30)
+    assert not ours.running and not peer.running
+    return {figure.name: figure for figure in found}
+
+
+def test_every_load_has_its_figures_beside_the_peers(two_loads):
+    found = compared("good")
+    loads = ("1 client", "2 clients", "1 client, system prompt", "2 clients, system prompt")
+    kinds = ("", ", first token", ", slowest first token")
+    assert [*found] == [load + kind for load in loads for kind in kinds]
+    for figure in found.values():
+        # The same program twice.
+        assert 0.2 < figure.speedup < 5 and figure.notes["peer"] > 0
+    rate = found["2 clients"]
+    assert rate.unit == "tokens/s" and rate.notes["agreement"] == 1
+    assert "peer_failed" not in rate.notes
+
+
+@pytest.mark.parametrize("kind", ["hangs", "dies"])
+def test_a_peer_that_fails_under_one_load_is_measured_under_the_others(two_loads, kind):
+    found = compared(kind)
+    for name in ("1 client", "1 client, system prompt"):
+        assert found[name].speedup and "peer_failed" not in found[name].notes
+    for name in ("2 clients", "2 clients, system prompt"):
+        assert found[name].value > 0 and found[name].speedup is None
+        assert found[name].notes["peer_failed"].startswith("2 x, then left out: ")
+
+
+def test_ratios_leave_out_trials_in_which_the_peer_failed():
+    def outcome(seconds: float) -> Outcome:
+        usage = json.dumps({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 6}})
+        return Outcome([Reply(seconds / 2, seconds, f"data: {usage}\n\n".encode())], seconds)
+
+    ours, theirs = [outcome(1), outcome(2), outcome(3)], [outcome(1), None, outcome(6)]
+    trials = serving._Trials(ours, theirs, ["hung"])
+    rate, first, _ = serving._figures(serving.Load(1, False), trials)
+    assert rate.value == 2.5 and rate.speedup == 2 and rate.notes["peer"] == 1
+    assert first.value == 1250 and first.speedup == 2
+    assert rate.notes["peer_failed"] == "1 x: hung"
+
+
+def test_the_command_with_our_own_server(two_loads, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(serving, "CLIENTS", (2,))
+    folders = []
+
+    def their_command(folder: str) -> list[str]:
+        folders.append(Path(folder))
+        assert (folders[-1] / "config.json").is_file()
+        return fake_command("good")
+
+    monkeypatch.setattr(serving, "their_command", their_command)
+    flags = ["--dtype", "float32", "--trials", "1", "-m", "3", "--context", "20"]
+    flags += ["--prompt-tokens", "60", "--only", "serving", "--json", str(tmp_path / "r.json")]
+    assert command.main(flags) == 0
+    assert "mlx_lm.server" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "r.json").read_text())["figures"]
+    found = {figure["name"]: figure for figure in kept}
+    assert found["2 clients, system prompt"]["notes"]["prompt_tokens"] > 60
+    turns = {name.rpartition(" ")[2]: f for name, f in found.items() if "read before" in name}
+    assert [*turns] == ["nobody", "another", "itself"]
+    assert all(name.startswith("poe-tiny-math, ") for name in found if "read before" in name)
+    # What chat has read is there for math, and all but the last token of it.
+    kept = {name: turn["notes"]["cached"] for name, turn in turns.items()}
+    assert kept["nobody"] == 0 and kept["another"] == kept["itself"] > 0.95
+    assert turns["another"]["predicted"] > 1
+    assert not folders[0].exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--only", "serving", "--shape", "tiny"], "cannot serve a --shape"),
+        (["--only", "rows", "--specialist", "a=b"], "--specialist is for the section serving"),
+    ],
+)
+def test_flags_that_do_not_go_with_the_section(flags, named, capsys):
+    assert command.main(flags) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "named"),
+    [("uvicorn", "pip install 'cognica-mlx\\[server\\]'"), ("mlx_lm.server", "-U mlx-lm")],
+)
+def test_a_server_that_is_not_installed_is_named(module, named, monkeypatch):
+    monkeypatch.setattr(serving, "find_spec", lambda name: None if name == module else name)
+    with pytest.raises(RequestError, match=named):
+        serving.check_installed()
