@@ -201,11 +201,12 @@ class Run:
         yield b"".join(map(event, self.answer.first_chunks())) or KEEP_ALIVE
         try:
             while self._left:
-                chunks = []
-                for index, item in await self._take():
+                items, chunks = await self._take(), []
+                for index, item in items:
                     if isinstance(item, GenerationResponse):
                         chunks += self.answer.chunks(index, item)
-                yield b"".join(map(event, chunks)) or KEEP_ALIVE
+                if chunks or not items:
+                    yield b"".join(map(event, chunks)) or KEEP_ALIVE
         except Exception as error:
             problem = as_api_error(error)
             if problem.status == 500:

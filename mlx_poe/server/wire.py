@@ -28,5 +28,5 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """The body."""
-        return to_json(content)
+        """The body, a line for who reads it in a terminal."""
+        return to_json(content) + b"\n"
