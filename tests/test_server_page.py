@@ -289,7 +289,7 @@ def test_a_token_shows_its_alternatives_to_pointer_and_keyboard(page: Page) -> N
     def expect(card: str, at: int) -> None:
         entry = logprobs[at]
         assert "log-probability " + f"{entry['logprob']:.4f}".replace("-", "\N{MINUS SIGN}") in card
-        assert f"stage {stages[at]['stage'] + 1} of" in card
+        assert f"stage {stages[at]['stage']} (0 to" in card
         assert ("drafted" in card) == stages[at]["from_draft"]
         rows = [row.text.split() for row in page.all("#card tr")]
         signs = {" ": "␣", "\n": "↵"}

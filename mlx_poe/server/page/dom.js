@@ -44,7 +44,8 @@ export async function copy(text, from) {
   setTimeout(() => (from.textContent = label), 1200);
 }
 
-export const stageName = (stage, stages) => `stage ${stage + 1} of ${stages}`;
+/** Stages count from 0, as everywhere else. */
+export const stageName = (stage, stages) => `stage ${stage} (0 to ${stages - 1})`;
 
 /** Where a stage lies between the first (0) and the last (1): the style sheet makes it a color. */
 export const depth = (stage, stages) => (stages > 1 ? stage / (stages - 1) : 1);

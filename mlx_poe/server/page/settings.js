@@ -90,7 +90,7 @@ export class ModePicker {
         ),
       );
     const [label, input] = {
-      stage: () => ["Stage", choices(0, (i) => `${i + 1} of ${stages}`, 0)],
+      stage: () => ["Stage", choices(0, (i) => `${i} (0 to ${stages - 1})`, 0)],
       max_stages: () => ["Stages", choices(1, (i) => `first ${i + 1} of ${stages}`, Math.min(2, stages))],
       safety: () => ["Safety factor", make("input", { ...number, min: 0, step: 0.1 })],
       num_draft_tokens: () => ["Draft tokens", make("input", { ...number, min: 1, step: 1 })],
@@ -164,7 +164,7 @@ function showLegend(stages) {
   };
   find("legend").replaceChildren(
     make("span", {}, "Emitted by stage"),
-    ...Array.from({ length: stages }, (_, stage) => sample(`${stage + 1}`, stage)),
+    ...Array.from({ length: stages }, (_, stage) => sample(`${stage}`, stage)),
     sample("drafted", 0, "drafted"),
   );
 }
