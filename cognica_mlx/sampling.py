@@ -68,6 +68,8 @@ class SamplingOptions:
             if not isfinite(getattr(self, name)):
                 raise RequestError(f"{name} {getattr(self, name)} is not a finite number")
         for token, bias in (self.logit_bias or {}).items():
+            if not isinstance(token, int):
+                raise RequestError(f"logit_bias: {token!r:.20} is no token id")
             if not isfinite(bias):
                 raise RequestError(f"logit_bias of token {token}: {bias} is not a finite number")
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:

@@ -3,6 +3,7 @@ penalties): the same in every mode, alone and together, as from a plain forward.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -16,6 +17,7 @@ from cognica_mlx.model import log_softmax
 from cognica_mlx.sampling import Sampler, SamplingOptions, Scores
 from cognica_mlx.state import DecodingState
 from mlx_poe import batch_generate, stream_generate
+from mlx_poe.commands.generate import main
 from mlx_poe.engine import Engine
 from mlx_poe.responses import GenerationResponse
 
@@ -201,3 +203,16 @@ def test_refusals(options, problem):
         stream(**options)
     with pytest.raises(RequestError, match=problem):
         batch_generate(base, tokenizer, [STORY], **options)
+
+
+def test_the_command_shows_alternatives_and_takes_penalties(capsys):
+    flags = ["--prompt", STORY, "-m", "6", "--dtype", "float32"]
+    assert main([*flags, "--json", "--top-logprobs", "2", "--frequency-penalty", "0.7"]) == 0
+    shown = json.loads(capsys.readouterr().out)["tokens"]
+    expected = stream(max_tokens=6, top_logprobs=2, frequency_penalty=0.7)
+    assert [token["token"] for token in shown] == tokens_of(expected)
+    assert [[pair[0] for pair in token["top_logprobs"]] for token in shown] == [
+        [token for token, _ in response.top_logprobs] for response in expected
+    ]
+    assert main([*flags, "--top-logprobs", "2"]) == 2
+    assert "--top-logprobs belongs to --json" in capsys.readouterr().err

@@ -344,6 +344,7 @@ def as_json(
                 "stage": r.stage,
                 "from_draft": r.from_draft,
                 "forced": r.forced,
+                **({"top_logprobs": r.top_logprobs} if r.top_logprobs else {}),
             }
             for r in responses
         ],

@@ -68,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="statistics, on stderr")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
+        "--top-logprobs",
+        type=int,
+        metavar="N",
+        help="with --json or --prompts: the N best tokens beside each one",
+    )
+    parser.add_argument(
         "--color-stages", action="store_true", help="color each token by the stage that emitted it"
     )
     add_model_flags(parser)
@@ -100,6 +106,8 @@ def _generate(args: argparse.Namespace) -> int:
         return generate_file(args)
     if args.output is not None:
         raise RequestError("--output is where --prompts puts its replies")
+    if args.top_logprobs and not args.json:
+        raise RequestError("--top-logprobs belongs to --json or --prompts, which show them")
     constraints = taken_constraints(args)
     text = read_stdin() if args.prompt == "-" else args.prompt
     if not text.strip():

@@ -222,6 +222,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         default=20,
         help="how many recent tokens the penalty looks at (default: 20)",
     )
+    for name, times in (("presence", "once"), ("frequency", "as often as the reply has it")):
+        group.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            metavar="P",
+            help=f"taken from the score of a token that the reply has already, {times}",
+        )
     group.add_argument("--seed", type=int, help="seed for sampling (default: a new one every time)")
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated"
@@ -367,6 +374,7 @@ def numbers(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:
 
 
 def taken(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """The named flags that were given or have a default, as keywords."""
-    values = {name: getattr(args, name) for name in names}
+    """Those of the named flags that the command has, and that were given or have a default, as
+    keywords."""
+    values = {name: getattr(args, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}
