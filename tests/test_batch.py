@@ -247,6 +247,15 @@ def test_a_prompt_is_fed_between_the_others_tokens():
     assert order.index("long") >= 16
 
 
+def test_a_prompt_can_be_ended_between_two_chunks():
+    batch = Batch()
+    batch.add("long", simple(length=700, step_size=40, count=4).sequence().steps())
+    assert [batch.run() for _ in range(5)] == [[]] * 5
+    assert 0 < batch.rows < 700 * 4
+    batch.remove("long")
+    assert not len(batch)
+
+
 def test_a_short_prompt_does_not_wait_for_long_ones():
     batch = Batch(prompt_rows=60)
     for i in range(3):

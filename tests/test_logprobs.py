@@ -12,6 +12,10 @@ import pytest
 from conftest import fixture
 from test_scheduler import STORY, models, text, tokens_of
 
+from cognica_mlx.decoding.modes import make_mode
+from cognica_mlx.decoding.requests import Request, Score
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import log_softmax
 from cognica_mlx.sampling import Sampler, SamplingOptions, Scores
@@ -91,6 +95,16 @@ def test_rows_scored_together_see_what_they_see_one_by_one(reply):
         assert mx.array_equal(together[row : row + 1], alone)
 
 
+def test_each_row_counts_what_stands_before_it():
+    sampler = Sampler(SamplingOptions(**PENALTIES))
+    context = sampler.extend(sampler.context([7, 7, 5], 1), mx.array([9, 9]))
+    rows = sampler.process(Scores(mx.zeros((3, 12))), context).array
+    for row, reply in enumerate(([7, 5], [7, 5, 9], [7, 5, 9, 9])):
+        counts = Counter(reply)
+        expected = [-0.6 * counts[t] - 0.9 * (counts[t] > 0) for t in range(12)]
+        assert rows[row].tolist() == pytest.approx(expected)
+
+
 # Certified drafts are from the draft stage or the full model, block by block.
 @pytest.mark.parametrize("mode", MODES[:-1], ids=lambda mode: mode.get("mode", "full"))
 def test_alternatives_are_the_best_where_the_token_is_from(mode):
@@ -133,7 +147,7 @@ def scores_of(responses: list[GenerationResponse]) -> list[float]:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.get("mode", "full"))
-@pytest.mark.parametrize("length", [1, 2, 140])
+@pytest.mark.parametrize("length", [1, 2, 200])
 def test_a_prompts_tokens_are_scored_as_by_a_plain_forward(mode, length):
     prompt = text(length)
     stage = {"stage": 1, "prefix": 2}.get(mode.get("mode", ""), 3)
@@ -216,3 +230,19 @@ def test_the_command_shows_alternatives_and_takes_penalties(capsys):
     ]
     assert main([*flags, "--top-logprobs", "2"]) == 2
     assert "--top-logprobs belongs to --json" in capsys.readouterr().err
+
+
+def test_no_more_rows_are_scored_at_once_than_a_state_holds():
+    rows: list[int] = []
+
+    class Watching(Single):
+        def answer(self, request: Request) -> Any:
+            if isinstance(request, Score):
+                rows.append(request.rows)
+            return super().answer(request)
+
+    prompt, mode = text(300), make_mode(base)
+    sequence = DecodingSequence(base, prompt, mode, max_tokens=1, score_prompt=True)
+    list(drive(sequence.steps(), Watching()))
+    assert rows == [128, 128, 43, 1]
+    assert sequence.step_size > sequence.state.slack == 128
