@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import fixture
+from test_pace import DEAR
 from test_scheduler import STORY, TALK, endless, models, text, tokens_of
 
 from cognica_mlx.costs import Costs
@@ -302,3 +303,52 @@ def test_nothing_grows_over_many_requests(engine):
     assert not engine._requests and not len(engine._scheduler)
     assert engine._commands.empty()
     assert threading.active_count() == threads
+
+
+def test_several_requests_start_together_or_not_at_all():
+    with Engine(base, endless, memory=4_000_000) as engine:
+        short = engine.prepare(STORY, max_tokens=4)
+        huge = engine.prepare(text(3000), max_tokens=100_000)
+        with pytest.raises(RequestError, match=r"may take 4\.0 MB"):
+            engine.start([short, huge])
+        assert engine.stats.running == engine.stats.waiting == 0
+        both = engine.start([short, short])
+        assert [tokens_of(list(one)) for one in both] == [alone(STORY, max_tokens=4)] * 2
+        assert engine.stats.generation_tokens == 8
+
+
+def test_a_listener_hears_all_and_one_that_fails_ends_its_request_only(engine):
+    heard: list[Any] = []
+    over = threading.Event()
+
+    def listen(item: Any) -> None:
+        heard.append(item)
+        if item is None:
+            over.set()
+
+    def fail(item: Any) -> None:
+        raise ValueError("not my day")
+
+    engine.submit(STORY, max_tokens=500, listener=fail)
+    engine.submit(STORY, max_tokens=6, listener=listen)
+    assert over.wait(60)
+    assert tokens_of(heard[:-1]) == alone(STORY, max_tokens=6) and heard[-1] is None
+    assert tokens_of(list(engine.submit(TALK, max_tokens=3))) == alone(TALK, max_tokens=3)
+    assert engine.stats.running == 0
+
+
+def test_what_a_model_is(engine):
+    base_info, chat, both = (engine.describe(name) for name in (None, "chat", ["chat", "math"]))
+    assert (base_info.kind, base_info.stages, base_info.chats) == ("base", 4, False)
+    assert (chat.kind, chat.stages, chat.chats) == ("specialist", 5, True)
+    assert (both.kind, both.stages) == ("composition", 6)
+    assert "wand" in chat.modes and "wand" not in both.modes and "full" in both.modes
+    with pytest.raises(RequestError, match="no specialist nobody"):
+        engine.describe("nobody")
+
+
+def test_a_mode_that_does_not_park():
+    with Engine(base, endless, costs=lambda model: DEAR) as engine:
+        options = {"mode": "wand", "max_tokens": 40}
+        assert list(engine.submit(STORY, **options))[-1].parked
+        assert list(engine.submit(STORY, parks=False, **options))[-1].parked is None
