@@ -69,8 +69,10 @@ def _links(checkpoint: Checkpoint) -> list[str]:
 
 
 def license_of(checkpoint: Checkpoint) -> str | None:
-    """What the nearest model card in the chain names as its licence; CheckpointError for a card that
-    cannot be read."""
+    """What the nearest model card in the chain names as its licence, if any.
+
+    Raises CheckpointError for a card that cannot be read.
+    """
     card = checkpoint.source.folder / "README.md"
     if card.is_file() and card.stat().st_size < MOST_CARD_BYTES:
         try:

@@ -22,7 +22,7 @@ def _cross_entropy(
 @_cross_entropy.vjp
 def _gradient(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
     # d loss / d logit = weight * (probability - 1 for the target).
-    logits, targets, weights = primals
+    _, targets, weights = primals
     _, shares = outputs
     scale = cotangents[0] * weights[:, None]
     picked = mx.take_along_axis(shares, targets[:, None], axis=-1)
@@ -33,4 +33,5 @@ def _gradient(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
 def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
     """The sum of -log p(target), in nats, each times its weight: logits (n, V) float32 within +-15,
     targets (n,) int32, weights (n,) float32, which are not differentiated by."""
-    return _cross_entropy(logits, targets, weights)[0]
+    loss, _ = _cross_entropy(logits, targets, weights)  # type: ignore[misc]
+    return loss

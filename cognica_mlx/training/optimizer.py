@@ -1,4 +1,4 @@
-"""Muon for matrices and AdamW for the rest, as one function of its state; the learning rate's course.
+"""Muon for matrices and AdamW for the rest, as one function of a state; the learning rate.
 
 - in: parameters and gradients by name, float32
 - out: new parameters and a new state; nothing is changed in place, so a step that is broken off

@@ -1,4 +1,4 @@
-"""A new stage on a frozen base: its parameters, how they start, and the loss that they are to lower.
+"""A new stage on a frozen base: its parameters, how they start, and the loss to lower.
 
 - in: activations at the base's last boundary, which the base or a store supplies
 - out: the loss on the tokens that count, and its gradient; logits of those positions alone
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -118,16 +119,12 @@ class NewStage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it holds of the base."""
-        shell = self._model
-        held = [
-            shell.lm_head.parameters(),
-            *(h.parameters() for h in shell.lm_head_specialists[:-1]),
-        ]
-        arrays = {id(a): a for part in held for _, a in tree_flatten(part)}
+        """Bytes of what it holds of the base: heads, and their sum."""
+        heads = [self._model.lm_head, *self._model.lm_head_specialists[:-1]]
+        arrays = [array for head in heads for array in _named(head).values()]
         if self._frozen_head is not None:
-            arrays[id(self._frozen_head)] = self._frozen_head
-        return sum(array.nbytes for array in arrays.values())
+            arrays.append(self._frozen_head)
+        return sum({id(array): array.nbytes for array in arrays}.values())
 
     def start(self, base: PoEModel, seed: int) -> Parameters:
         """Parameters with which the stage predicts just as `base`: its blocks add nothing, nor does
@@ -139,7 +136,7 @@ class NewStage:
         bound = (3 / width) ** 0.5
         key, parameters = mx.random.key(seed), {}
         for i in self.layers:
-            for name, array in tree_flatten(self._model.h[i].parameters()):
+            for name, array in _named(self._model.h[i]).items():
                 path = f"h.{i}.{name}"
                 if "c_proj" in name:
                     parameters[path] = mx.zeros(array.shape)
@@ -147,13 +144,10 @@ class NewStage:
                 key, own = mx.random.split(key)
                 limit = bound * (FC_SHARE if "c_fc" in name else 1)
                 parameters[path] = mx.random.uniform(-limit, limit, array.shape, key=own)
-        rows = self.config.padded_vocab_size
-        parameters[self._head] = mx.zeros((rows, width))
+        head = mx.zeros((self.config.padded_vocab_size, width))
         if self.config.head_mode == "specialist":
-            heads = base.heads(base.poe_n_stages - 1)
-            parameters[self._head] = sum(
-                (matrix(head) for head in heads), start=mx.zeros((rows, width))
-            )
+            head = sum((matrix(one) for one in base.heads(base.poe_n_stages - 1)), start=head)
+        parameters[self._head] = head
         for name, begin in zip(LAMBDAS, (mx.ones, mx.zeros), strict=True):
             parameters[name] = begin((len(self.layers),))
         mx.eval(parameters)
@@ -161,7 +155,7 @@ class NewStage:
 
     @property
     def untrained(self) -> frozenset[str]:
-        """Parameters that no prediction reads: the head, where the base's alone is spoken through."""
+        """Parameters that no prediction reads: the head, with `head_mode` base."""
         return frozenset({self._head} if self.config.head_mode == "base" else ())
 
     def logits(self, parameters: Parameters, hidden: Hidden, rows: mx.array) -> mx.array:
@@ -174,16 +168,13 @@ class NewStage:
         for place, i in enumerate(self.layers):
             keep, again = (part[place : place + 1] for part in lambdas)
             x = self._block(i, mixed(keep, x, again, hidden.x0), hidden.tokens, whole[windows[i]])
-        chosen = [
-            None if part is None else part.reshape(-1, part.shape[-1])[rows][None]
-            for part in (x, hidden.backout)
-        ]
-        last, (x, backout) = self.config.poe_n_stages - 1, chosen
-        return self._predict(Hidden(hidden.tokens, x, x, backout), cast[self._head], last)
+        assert hidden.backout is not None, "the last boundary lies beyond the backout layer"
+        x, backout = (part.reshape(-1, part.shape[-1])[rows][None] for part in (x, hidden.backout))
+        return self._predict(Hidden(hidden.tokens, x, x, backout), cast[self._head])
 
-    def _predict(self, hidden: Hidden, head: mx.array, stage: int) -> mx.array:
+    def _predict(self, hidden: Hidden, head: mx.array) -> mx.array:
         if self._frozen_head is None:
-            return self._model.stage_logits(stage, hidden)[0]
+            return self._model.stage_logits(self.config.poe_n_stages - 1, hidden)[0]
         both = Linear(1, 1, bias=False)
         both.weight = self._frozen_head + head
         return self._model.final_logits(hidden, [both])[0]
@@ -193,7 +184,7 @@ class NewStage:
         if not self._grad_checkpoint:
             return block(x, tokens, attention)
 
-        def run(weights: dict, x: mx.array) -> mx.array:  # type: ignore[type-arg]
+        def run(weights: dict[str, Any], x: mx.array) -> mx.array:
             block.update(weights)
             return block(x, tokens, attention)
 
@@ -237,6 +228,11 @@ class NewStage:
 def _arrays(hidden: Hidden) -> tuple[mx.array, ...]:
     assert hidden.backout is not None, "the last boundary lies beyond the backout layer"
     return hidden.tokens, hidden.x, hidden.x0, hidden.backout
+
+
+def _named(module: nn.Module) -> Parameters:
+    found: Parameters = dict(tree_flatten(module.parameters()))
+    return found
 
 
 def matrix(module: nn.Module) -> mx.array:

@@ -185,4 +185,4 @@ def _open(path: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
             f"{path} holds {array.dtype} {array.shape}, not {np.dtype(kind)} {shape}: delete its "
             "folder, and it is made anew"
         )
-    return array  # type: ignore[no-any-return]
+    return array

@@ -117,7 +117,7 @@ class Batches:
             tokens=tokens,
             rows=joined.astype(np.int32),
             targets=np.concatenate([*targets, np.zeros(padding, np.int32)]).astype(np.int32),
-            weights=np.repeat(np.float32([1, 0]), [counted, padding]),
+            weights=np.repeat(np.array([1, 0], np.float32), [counted, padding]),
             counted=counted,
             n_bytes=sum(text.n_bytes for text in texts),
         )

@@ -71,8 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         "mlx_poe.train",
         "Train a specialist: a stage of new layers on top of a frozen model. What the model gives "
         "out at its last layer is computed once and kept on disk, so that training runs the new "
-        "layers alone. --output becomes a specialist's folder, which poe-chat, mlx_poe.generate and "
-        "the others load.",
+        "layers alone. --output becomes a specialist's folder, which poe-chat, mlx_poe.generate "
+        "and the others load.",
         EXAMPLES,
     )
     add_checkpoint_flags(parser)
@@ -111,8 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
         group,
         "--chat-tokens",
         choices=CHAT_TOKENS,
-        help="embeddings of the chat tokens: those of words, the model's own (keep), or words where "
-        "the model never saw them (auto)",
+        help="embeddings of the chat tokens: those of words, the model's own (keep), or words "
+        "where the model never saw them (auto)",
     )
     group = parser.add_argument_group("training")
     _add(group, "--iters", type=int, help="batches to train on")
@@ -187,10 +187,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.plot:
         _check_plot(args.plot)
     given = {**(_read_config(args.config) if args.config else {}), **_flags(args)}
-    if args.resume:
-        settings = resumed_settings(args.output, given)
-    else:
-        settings = TrainingSettings(**given)
+    known = resumed_settings(args.output, given) if args.resume else None
+    settings = known or TrainingSettings(**given)
     with Watch(args.log, append=args.resume) as watch:
         try:
             result = train(
@@ -205,15 +203,15 @@ def _train(args: argparse.Namespace) -> int:
             watch.done()
             again = f"mlx_poe.train --output {shlex.quote(str(args.output))} --resume"
             print(
-                f"\nmlx_poe.train: interrupted after iteration {stopped.iteration}, which is saved; "
-                f"go on with: {again}",
+                f"\nmlx_poe.train: interrupted after iteration {stopped.iteration}, which is "
+                f"saved; go on with: {again}",
                 file=sys.stderr,
             )
             return INTERRUPTED
         best = result.best
         print(
-            f"validation: {best.valid_loss:.6f} nats a token, {best.bits_per_byte:.6f} bits per byte, "
-            f"at iteration {best.iteration}"
+            f"validation: {best.valid_loss:.6f} nats a token, {best.bits_per_byte:.6f} bits per "
+            f"byte, at iteration {best.iteration}"
         )
         print(
             f"trained in {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens a second, "
@@ -369,8 +367,8 @@ class Watch:
         """See `Reporter`."""
         train = "" if evaluation.train_loss is None else f"train {evaluation.train_loss:.4f}, "
         self.note(
-            f"iteration {evaluation.iteration}: {train}validation {evaluation.valid_loss:.4f} nats, "
-            f"{evaluation.bits_per_byte:.4f} bits per byte"
+            f"iteration {evaluation.iteration}: {train}validation {evaluation.valid_loss:.4f} "
+            f"nats, {evaluation.bits_per_byte:.4f} bits per byte"
         )
         if self._log:
             seconds = round(time.perf_counter() - self._started, 3)

@@ -110,22 +110,22 @@ def train(
     overwrite: bool = False,
     store_path: Path | None = None,
 ) -> Result:
-    """Train a specialist and write its folder, which holds the weights of the least validation loss.
+    """Train a specialist and write its folder, with the weights of the least validation loss.
 
     Every `save_every` iterations, and when interrupted, the checkpoint beside `output` is written
     anew; with `resume` training goes on from it, as if it had never stopped. `overwrite` replaces
     an older folder, and drops an older checkpoint.
 
-    Raises RequestError for settings, data or an output that make no sense, CheckpointError for files
-    that are damaged or a disk without room, DivergedError for a loss that is no number, and
+    Raises RequestError for settings, data or an output that make no sense, CheckpointError for
+    files that are damaged or a disk without room, DivergedError for a loss that is no number, and
     InterruptedTraining for Ctrl-C.
     """
     check_target(output, overwrite)
     saved_at = checkpoint_file(output)
     if saved_at.exists() and not resume and not overwrite:
         raise RequestError(
-            f"{saved_at} is a checkpoint of training that was broken off: go on from it (--resume), "
-            "or start anew (--overwrite)"
+            f"{saved_at} is a checkpoint of training that was broken off: go on from it "
+            "(--resume), or start anew (--overwrite)"
         )
     run = _Run(settings, output, reporter, overwrite, store_path)
     state = run.start
@@ -290,8 +290,8 @@ class _Run:
             if saved.get("identity", {}).get(name) != value:
                 what = f"{name}.jsonl" if name != "base" else f"the model {self.settings.model}"
                 raise CheckpointError(
-                    f"{what} has changed since the checkpoint was written: put back what it was, or "
-                    "start anew (--overwrite)"
+                    f"{what} has changed since the checkpoint was written: put back what it was, "
+                    "or start anew (--overwrite)"
                 )
 
     def save(self, state: Training) -> None:

@@ -44,7 +44,7 @@ class TrainingSettings:
     layers: int = 2
     head_mode: str | None = None
     chat_tokens: str = "auto"
-    iters: int = 1000
+    iters: int = 800
     batch_size: int = 32
     learning_rate: float = 0.01
     optimizer: str = "muon"
