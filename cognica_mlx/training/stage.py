@@ -93,38 +93,27 @@ class NewStage:
         mx.eval(
             shell.lm_head.parameters(), shell.backout_lambda, [h.parameters() for h in inherited]
         )
-        self._frozen_head = self._sum_of_heads()
+        self._frozen_head = self._one_head()
         loss = mx.value_and_grad(self._loss)
         self._loss_and_gradient: Callable[..., tuple[mx.array, Parameters]] = (
             mx.compile(loss) if compiles() else loss
         )
 
-    def _inherited_heads(self) -> list[nn.Module]:
-        own = self._model.lm_head_specialists[-1]
-        return [h for h in self._model.heads(self.config.poe_n_stages - 1) if h is not own]
-
-    def _sum_of_heads(self) -> mx.array | None:
-        """The base's part of the final head, where one product can serve for it and the new one.
+    def _one_head(self) -> mx.array | None:
+        """The base's head, where one product can serve for it and the new one: the sum of one
+        matrix and zeros is that matrix to the last bit.
 
         In 16 bits the sum would lose what is learnt, and what is packed cannot be added to.
         """
-        heads = self._inherited_heads()
-        if self.dtype != mx.float32 or not all(isinstance(head, nn.Linear) for head in heads):
-            return None
-        if self.config.head_mode == "base" or not heads:
-            return None
-        total = sum((head.weight for head in heads[1:]), start=heads[0].weight)
-        mx.eval(total)
-        return total
+        mode, only = self.config.head_mode, len(self.config.specialist_layers) == 1
+        plain = isinstance(self._model.lm_head, nn.Linear) and self.dtype == mx.float32
+        return self._model.lm_head.weight if mode == "dual" and only and plain else None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it holds of the base: heads, and their sum."""
+        """Bytes of what it holds of the base: its heads."""
         heads = [self._model.lm_head, *self._model.lm_head_specialists[:-1]]
-        arrays = [array for head in heads for array in _named(head).values()]
-        if self._frozen_head is not None:
-            arrays.append(self._frozen_head)
-        return sum({id(array): array.nbytes for array in arrays}.values())
+        return sum(array.nbytes for head in heads for array in _named(head).values())
 
     def start(self, base: PoEModel, seed: int) -> Parameters:
         """Parameters with which the stage predicts just as `base`: its blocks add nothing, nor does

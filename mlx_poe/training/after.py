@@ -19,6 +19,7 @@ from cognica_mlx.training.texts import Text
 from mlx_poe.generate import stream_generate
 from mlx_poe.load import load
 from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.training.data import first_texts
 
 # Tokens to calibrate on, replies to time, and how long they may be.
 MOST_TOKENS, REPLIES, REPLY_TOKENS = 16384, 4, 64
@@ -42,11 +43,7 @@ def calibrate_folder(
     """Calibrate the specialist in `folder` on the beginning of `texts`, write the file beside it,
     and time it on replies to their prompts."""
     model, tokenizer = load(folder, dtype=dtype)
-    chosen: list[Text] = []
-    for text in texts:
-        if chosen and sum(len(t.tokens) for t in chosen) + len(text.tokens) > MOST_TOKENS:
-            break
-        chosen.append(text)
+    chosen = first_texts(texts, MOST_TOKENS)
     calibration = calibrate(
         model,
         [text.tokens.tolist() for text in chosen],

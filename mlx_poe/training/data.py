@@ -170,6 +170,12 @@ def _joined(texts: Sequence[Text], longest: int) -> list[Text]:
     ]
 
 
+def first_texts(texts: Sequence[Text], num_tokens: int) -> list[Text]:
+    """As many of the first texts as have `num_tokens` together, and at least one."""
+    ends = np.cumsum([len(text.tokens) for text in texts])
+    return list(texts[: max(int((ends <= num_tokens).sum()), 1)])
+
+
 def fingerprint(texts: Sequence[Text], *, counted: bool) -> str:
     """A hash of the texts' tokens, and with `counted` of which of them count."""
     found = hashlib.blake2b(digest_size=16)
