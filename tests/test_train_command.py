@@ -17,7 +17,7 @@ import pytest
 from checkpoints import write_base
 from conftest import FIXTURES
 from converting import entries
-from training import SMALL_RUN, Watcher, chat, small_run, small_settings, write_all, write_rows
+from training import SMALL_RUN, Watcher, chat, small_run, write_all, write_rows
 
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.convert.conversion import prepare
@@ -240,8 +240,8 @@ def test_a_store_is_used_again_where_it_fits(made, tmp_path):
 
     write_all(tmp_path)
     assert phases()["reading"] > 100
-    for same in ({}, {"seed": 3}, {"layers": 2}, {"batch_size": 2}, {"mask_prompt": False}):
-        assert "reading" not in phases(**same), same
+    others = {"seed": 3, "layers": 2, "batch_size": 2, "mask_prompt": False}
+    assert "reading" not in phases(**others)
     for other in ({"store_bits": 8}, {"max_seq_length": 20}, {"chat_tokens": "words"}):
         assert "reading" in phases(**other), other
     write_base(tmp_path / "base", seed=9)
@@ -298,7 +298,7 @@ def test_what_is_resumed_ends_as_if_it_had_never_stopped(made, stop, accumulatio
     assert not checkpoint_file(made / broken).exists()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(made):
+def test_ctrl_c_saves_and_says_how_to_go_on(made, capsys):
     log = made / "stopped.jsonl"
     arguments = flags(made, "stopped", iters=100_000, steps_per_eval=5, log=log)
     process = subprocess.Popen(
@@ -320,26 +320,29 @@ def test_ctrl_c_saves_and_says_how_to_go_on(made):
     )
     assert checkpoint_file(made / "stopped").is_file() and not (made / "stopped").exists()
     # A new run does not throw it away in passing; a finished one does.
-    refused = command(*flags(made, "stopped"))
-    assert refused.returncode == 2 and "--resume" in refused.stderr
     store = ["--store-path", str(made / "stores"), "--output", str(made / "stopped")]
-    refused = command("--resume", *store, "--batch-size", "5")
-    assert refused.returncode == 2 and "batch_size 5" in refused.stderr
-    refused = command("--resume", *store, "--iters", "1")
-    assert refused.returncode == 2 and "iters 1" in refused.stderr
+    for wrong, said in (
+        (flags(made, "stopped"), "--resume"),
+        (["--resume", *store, "--batch-size", "5"], "batch_size 5"),
+        (["--resume", *store, "--iters", "1"], "iters 1"),
+    ):
+        assert main(wrong) == 2
+        assert said in capsys.readouterr().err
     assert checkpoint_file(made / "stopped").is_file()
     before = json.loads(log.read_text().splitlines()[-1])["iteration"]
-    done = command("--resume", *store, "--iters", str(before + 9))
-    assert done.returncode == 0, done.stderr
+    assert main(["--resume", *store, "--iters", str(before + 9)]) == 0
     assert (made / "stopped" / "poe_calibration.json").is_file()
     assert not checkpoint_file(made / "stopped").exists()
 
 
 def test_changed_data_or_a_changed_base_is_not_gone_on_with(tmp_path):
     write_all(tmp_path)
-    stop = Watcher(lambda iteration: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
     with pytest.raises(InterruptedTraining):
-        small_run(tmp_path, "mine", stop)
+        small_run(tmp_path, "mine", Watcher(interrupt))
     saved = checkpoint_file(tmp_path / "mine").read_bytes()
     data = (tmp_path / "data" / "train.jsonl").read_text()
     write_rows(tmp_path / "data" / "train.jsonl", [chat("a", "b")] * 20)
@@ -347,7 +350,7 @@ def test_changed_data_or_a_changed_base_is_not_gone_on_with(tmp_path):
         small_run(tmp_path, "mine", resume=True)
     (tmp_path / "data" / "train.jsonl").write_text(data)
     write_base(tmp_path / "base", seed=5)
-    with pytest.raises(CheckpointError, match="the model .* has changed"):
+    with pytest.raises(CheckpointError, match=r"the model .* has changed"):
         small_run(tmp_path, "mine", resume=True)
     assert checkpoint_file(tmp_path / "mine").read_bytes() == saved
     for damaged in (saved[:1000], b"", saved[:-5]):
@@ -370,7 +373,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(made,
                                                           hidden.backout)  # fmt: skip
 
     monkeypatch.setattr(StoredActivations, "read", broken)
-    with pytest.raises(DivergedError, match="checkpoint of iteration 2 is kept.*learning-rate"):
+    with pytest.raises(DivergedError, match=r"checkpoint of iteration 2 is kept.*learning-rate"):
         small_run(made, "diverged", steps_per_eval=100)
     monkeypatch.undo()
     assert not (made / "diverged").exists()

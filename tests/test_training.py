@@ -280,7 +280,7 @@ def test_muon_moves_matrices_and_adamw_the_rest():
             assert new.keys() >= {f"{name}:v"} and f"{name}:m" not in new
         else:
             # AdamW's first step is its rate, by the gradient's sign.
-            expected = -0.01 * 0.2 * (128 / TINY.n_embd) ** 0.5 * mx.sign(gradients[name])
+            expected = -0.01 * 0.5 * (128 / TINY.n_embd) ** 0.5 * mx.sign(gradients[name])
             assert mx.allclose(step, expected, rtol=1e-2, atol=1e-6), name
             assert new.keys() >= {f"{name}:v", f"{name}:m"}
 

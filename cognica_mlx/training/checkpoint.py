@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,12 @@ def read_training(path: Path) -> tuple[Training, dict[str, Any]]:
         ) from None
 
 
-def check_training(state: Training, fresh: Training, path: Path) -> None:
-    """Raise CheckpointError unless a state that was read has the arrays that `fresh` has."""
+def fitted(state: Training, fresh: Training, path: Path) -> Training:
+    """A state that was read, its arrays in the order of those in `fresh`: sums go by that order, so
+    their last bits do.
+
+    Raises CheckpointError unless they are of the same names, shapes and types.
+    """
     for kind in ("parameters", "optimizer"):
         ours, theirs = (
             {name: (array.shape, array.dtype) for name, array in getattr(one, kind).items()}
@@ -85,3 +89,12 @@ def check_training(state: Training, fresh: Training, path: Path) -> None:
         if ours != theirs:
             odd = sorted(set(ours.items()) ^ set(theirs.items()), key=str)[0][0]
             raise CheckpointError(f"{path} does not fit these settings: its {kind} {odd} differs")
+    orders = dict.fromkeys(_ARRAYS, fresh.parameters) | {"optimizer": fresh.optimizer}
+    return replace(
+        state,
+        **{
+            kind: {name: arrays[name] for name in order if name in arrays}
+            for kind, order in orders.items()
+            for arrays in [getattr(state, kind)]
+        },
+    )

@@ -17,7 +17,7 @@ from cognica_mlx.training.stage import Parameters
 
 # AdamW's rate as a share of Muon's at a width of 128; it falls with the square root of the width,
 # as nanochat's does.
-ADAMW_SHARE, REFERENCE_WIDTH = 0.2, 128
+ADAMW_SHARE, REFERENCE_WIDTH = 0.5, 128
 BETAS, MOMENTUM = [0.8, 0.95], 0.95
 # The released recipe: shares of all steps in which the rate rises, and in which it falls.
 WARM_UP, WARM_DOWN = 0.05, 0.9

@@ -25,7 +25,7 @@ from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.device import prepare
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.training.checkpoint import check_training, read_training, save_training
+from cognica_mlx.training.checkpoint import fitted, read_training, save_training
 from cognica_mlx.training.optimizer import MuonAdamW
 from cognica_mlx.training.stage import NewStage, stacked, stacked_config
 from cognica_mlx.training.store import Activations, LiveBase
@@ -131,7 +131,7 @@ def train(
     state = run.start
     if resume:
         state, saved = read_training(saved_at)
-        check_training(state, run.start, saved_at)
+        state = fitted(state, run.start, saved_at)
         run.check_unchanged(saved)
         if state.iteration > settings.iters:
             raise RequestError(
@@ -306,8 +306,8 @@ class _Run:
         started, first = time.perf_counter(), state.iteration
         positions = 0
         with self._phase("training", self.settings.iters):
-            self.reporter.advance(state.iteration)
             try:
+                self.reporter.advance(state.iteration)
                 if not state.curve:
                     state = self._evaluate(state)
                 while state.iteration < self.settings.iters:
