@@ -1,8 +1,6 @@
 """mlx_poe.train as a user meets it: what it writes, resuming, interruption, refusals."""
 
-import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -27,10 +25,11 @@ from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.training.store import StoredActivations
 from cognica_mlx.training.trainer import DivergedError
 from mlx_poe import generate, load
+from mlx_poe.commands import train as train_command
 from mlx_poe.commands.calibrate import main as calibrate
 from mlx_poe.commands.train import main
 from mlx_poe.specialists import Specialists
-from mlx_poe.training import InterruptedTraining, run, stores
+from mlx_poe.training import InterruptedTraining, TrainingSettings, run, stores, train
 from mlx_poe.training.run import checkpoint_file
 
 COMMAND = (sys.executable, "-m", "mlx_poe", "train")
@@ -298,7 +297,7 @@ def test_what_is_resumed_ends_as_if_it_had_never_stopped(made, stop, accumulatio
     assert not checkpoint_file(made / broken).exists()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(made, capsys):
+def test_ctrl_c_saves_and_says_how_to_go_on(made, capsys, uncalibrated):
     log = made / "stopped.jsonl"
     arguments = flags(made, "stopped", iters=100_000, steps_per_eval=5, log=log)
     process = subprocess.Popen(
@@ -331,7 +330,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(made, capsys):
     assert checkpoint_file(made / "stopped").is_file()
     before = json.loads(log.read_text().splitlines()[-1])["iteration"]
     assert main(["--resume", *store, "--iters", str(before + 9)]) == 0
-    assert (made / "stopped" / "poe_calibration.json").is_file()
+    assert "not calibrated: left out" in capsys.readouterr().err
+    assert (made / "stopped" / "delta.safetensors").is_file()
     assert not checkpoint_file(made / "stopped").exists()
 
 
@@ -368,8 +368,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(made,
     def broken(self, batch):
         hidden = read(self, batch)
         count[0] += 1
-        # After the first evaluation's batches and four iterations of training.
-        return hidden if count[0] < 8 else type(hidden)(hidden.tokens, hidden.x * mx.nan, hidden.x0,
+        # After the first evaluation's two batches and three iterations of training.
+        return hidden if count[0] < 6 else type(hidden)(hidden.tokens, hidden.x * mx.nan, hidden.x0,
                                                           hidden.backout)  # fmt: skip
 
     monkeypatch.setattr(StoredActivations, "read", broken)
@@ -432,7 +432,17 @@ def test_an_output_that_is_there_is_not_replaced(made, capsys):
         small_run(made)
 
 
-def test_settings_from_a_file_and_flags_that_win(made, capsys):
+@pytest.fixture
+def uncalibrated(monkeypatch):
+    """Calibrating and timing, which take longest, left out."""
+
+    def refuse(*_):
+        raise RequestError("left out")
+
+    monkeypatch.setattr(train_command, "calibrate_folder", refuse)
+
+
+def test_settings_from_a_file_and_flags_that_win(made, capsys, uncalibrated):
     file = made / "settings.yaml"
     file.write_text(
         f"model: {made / 'base'}\ndata: {made / 'data'}\nnum_layers: 1\nlearning_rate: 1e-3\n"
@@ -466,22 +476,23 @@ def test_help_shows_examples_and_every_setting(capsys):
         assert flag in text or f"--no-{name}" in text, name
 
 
-def test_poe_tiny_trains_with_defaults_but_for_the_length(tmp_path, monkeypatch):
+def test_poe_tiny_with_its_words_and_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    rows = [json.loads(line) for line in (FIXTURES / "poe-tiny-math-calibration.jsonl").open()][:40]
-    write_rows(tmp_path / "d" / "train.jsonl", rows)
-    write_rows(tmp_path / "d" / "valid.jsonl", rows[:8])
-    out = tmp_path / "mine"
-    done = command("--data", str(tmp_path / "d"), "--output", str(out), "--iters", "4")
-    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (FIXTURES / "poe-tiny-math-calibration.jsonl").open()]
+    write_rows(tmp_path / "d" / "train.jsonl", rows[:8])
+    write_rows(tmp_path / "d" / "valid.jsonl", rows[8:12])
+    settings = TrainingSettings(data=str(tmp_path / "d"), iters=2, batch_size=4, dtype="float32")
+    train(settings, tmp_path / "mine", Watcher())
     assert any((tmp_path / "cache" / "cognica-mlx" / "activations").iterdir())
-    digest = hashlib.sha256((out / "tokenizer.pkl").read_bytes()).hexdigest()
-    shutil.move(out, tmp_path / "moved")  # a built-in base is found from anywhere
+    shutil.move(tmp_path / "mine", tmp_path / "moved")  # a built-in base is found from anywhere
     model, tokenizer = load(tmp_path / "moved", dtype="float32")
     base = load("poe-tiny", dtype="float32")[0]
     attached = Specialists(base).attach("mine", tmp_path / "moved")
+    assert len(attached.wte.rows) == 8
     ids = mx.array([tokenizer.encode("The capital of France is")])
     for stage in range(4):
         assert mx.array_equal(model.forward_stage(ids, stage), base.forward_stage(ids, stage))
-    assert len(attached.wte.rows) == 8 and digest
-    assert os.environ["XDG_CACHE_HOME"]
+    # poe-tiny's own specialists read a chat as this one does, but for their own layers.
+    chats = mx.array([tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}])])
+    math = load("poe-tiny-math", dtype="float32")[0]
+    assert mx.array_equal(model.forward_stage(chats, 3), math.forward_stage(chats, 3))

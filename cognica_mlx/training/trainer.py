@@ -117,6 +117,11 @@ class Trainer:
                 parameters, mean, optimizer, self.rate(state.iteration)
             )
             gradients, counted = {}, 0
+        # Row after row, as a checkpoint has them: sums go by the order in memory.
+        parameters, optimizer, gradients = (
+            {name: mx.contiguous(array) for name, array in arrays.items()}
+            for arrays in (parameters, optimizer, gradients)
+        )
         mx.eval(loss, size, parameters, optimizer, gradients)
         for what, value in (("loss", float(loss)), ("gradient", float(size))):
             if not math.isfinite(value):
