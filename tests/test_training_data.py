@@ -132,7 +132,7 @@ def test_the_base_never_saw_the_chat_tokens():
     base, tokenizer = fixture("poe-tiny")
     chats = sorted(id for name, id in tokenizer.special_tokens.items() if name != "<|bos|>")
     seen = tokenizer.encode("The capital of France is Paris. What do cats eat? 3 + 4 = 7")
-    assert never_seen(base, [*seen, *chats]) == set(chats)
+    assert never_seen(base, sorted({*seen, *chats})) == set(chats)
     words = word_rows(base, tokenizer, "auto")
     assert {tokenizer.decode([t]): tokenizer.decode([w]) for t, w in words.items()}[
         "<|user_end|>"

@@ -133,19 +133,6 @@ def _warnings_as_lines(prog: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that it cleans up."""
-    # nohup ignores SIGHUP, and so should we.
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def read_stdin() -> str:
     """All of stdin as text, without the last newline, which `echo` adds.
 

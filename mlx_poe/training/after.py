@@ -21,8 +21,9 @@ from mlx_poe.load import load
 from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.training.data import first_texts
 
-# Tokens to calibrate on, replies to time, and how long they may be.
-MOST_TOKENS, REPLIES, REPLY_TOKENS = 16384, 4, 64
+# Tokens to calibrate on and continuations to try drafts in; replies to time, and their length.
+MOST_TOKENS, CONTINUATIONS = 4096, 8
+REPLIES, REPLY_TOKENS = 4, 64
 TIMED_MODES = ("full", "speculative")
 
 
@@ -48,6 +49,7 @@ def calibrate_folder(
         model,
         [text.tokens.tolist() for text in chosen],
         tokenizer.token_byte_lengths(model.config.vocab_size),
+        continuations=CONTINUATIONS,
         counted=[text.counted.tolist() for text in chosen],
         progress=progress,
     )
