@@ -387,9 +387,11 @@ def test_what_cannot_be_written_in_the_end_is_not_lost(made, monkeypatch):
 
     monkeypatch.setattr(run.Delta, "write", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
-        small_run(made, "unwritten")
+        small_run(made, "unwritten", save_every=100)
     monkeypatch.undo()
-    small_run(made, "unwritten", resume=True)
+    watcher = Watcher()
+    small_run(made, "unwritten", watcher, resume=True, save_every=100)
+    assert watcher.notes[-1] == "going on after iteration 6"
     assert delta(made / "unwritten") == delta(made / "mine")
 
 

@@ -302,10 +302,18 @@ def test_gradients_that_add_up_are_those_of_one_large_batch():
     texts, live = some_texts(8, most=14), LiveBase(model)
     start = random_parameters(stage.start(model._base, seed=0))
 
+    class Recording(MuonAdamW):
+        # Muon and AdamW hardly see a gradient's length, so it is looked at itself.
+        def update(self, parameters, gradients, state, learning_rate):
+            seen.append(gradients)
+            return super().update(parameters, gradients, state, learning_rate)
+
+    seen: list[Parameters] = []
+
     def trained(batch_size, accumulation, iterations):
         trainer = Trainer(
             stage,
-            MuonAdamW("muon", 1.0, TINY.n_embd),
+            Recording("muon", 1.0, TINY.n_embd),
             Batches(texts, batch_size, seed=3),
             live,
             iterations=iterations,
@@ -321,6 +329,8 @@ def test_gradients_that_add_up_are_those_of_one_large_batch():
     large, small = trained(8, 1, 1), trained(2, 4, 4)
     assert all(mx.allclose(large[k], small[k], rtol=1e-3, atol=1e-5) for k in large)
     assert not mx.array_equal(large["resid_lambdas"], start["resid_lambdas"])
+    one, summed = seen
+    assert all(mx.allclose(one[k], summed[k], rtol=1e-3, atol=1e-5) for k in one)
 
 
 # --- batches ------------------------------------------------------------------------------------
