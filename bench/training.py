@@ -137,8 +137,8 @@ def _peak(work: Callable[[], float]) -> int:
 
 def _base_bytes(setup: Setup, stage: NewStage) -> int:
     """Bytes of the model without the stage that is trained and without its heads."""
-    total = sum(a.nbytes for _, a in tree_flatten(setup.model.parameters()))  # type: ignore[union-attr]
-    blocks = [setup.model.h[i].parameters() for i in stage.layers]
-    own = sum(a.nbytes for _, a in tree_flatten(blocks))  # type: ignore[union-attr]
-    own += setup.model.lm_head_specialists[-1].weight.nbytes
-    return total - own - stage.nbytes
+    parameters: Parameters = dict(tree_flatten(setup.model.parameters()))
+    own = tuple(f"h.{i}." for i in stage.layers)
+    last = f"lm_head_specialists.{len(setup.model.config.specialist_layers) - 1}."
+    below = sum(a.nbytes for name, a in parameters.items() if not name.startswith((*own, last)))
+    return below - stage.nbytes

@@ -57,7 +57,7 @@ def read_training(path: Path) -> tuple[Training, dict[str, Any]]:
             raise ValueError(f"version {content['version']} is not {VERSION}")
         arrays = mx.load(str(path))
         assert isinstance(arrays, dict)
-        parts: dict[str, dict[str, mx.array]] = {kind: {} for kind in _ARRAYS}
+        parts: dict[str, Any] = {kind: {} for kind in _ARRAYS}
         for key, array in arrays.items():
             kind, _, name = key.partition("/")
             parts[kind][name] = array
@@ -90,11 +90,8 @@ def fitted(state: Training, fresh: Training, path: Path) -> Training:
             odd = sorted(set(ours.items()) ^ set(theirs.items()), key=str)[0][0]
             raise CheckpointError(f"{path} does not fit these settings: its {kind} {odd} differs")
     orders = dict.fromkeys(_ARRAYS, fresh.parameters) | {"optimizer": fresh.optimizer}
-    return replace(
-        state,
-        **{
-            kind: {name: arrays[name] for name in order if name in arrays}
-            for kind, order in orders.items()
-            for arrays in [getattr(state, kind)]
-        },
-    )
+    ordered: dict[str, Any] = {}
+    for kind, order in orders.items():
+        arrays = getattr(state, kind)
+        ordered[kind] = {name: arrays[name] for name in order if name in arrays}
+    return replace(state, **ordered)

@@ -80,7 +80,7 @@ class MuonAdamW:
         if self._max_norm:
             gradients, norm = optim.clip_grad_norm(gradients, self._max_norm)
         else:
-            norm = mx.sqrt(sum(mx.square(g).sum() for g in gradients.values()))
+            norm = mx.sqrt(mx.stack([mx.square(g).sum() for g in gradients.values()]).sum())
         matrices = {k for k in gradients if self._is_matrix(k, parameters[k])}
         parts = (
             (self._muon, matrices, learning_rate),

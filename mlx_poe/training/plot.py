@@ -22,8 +22,8 @@ def plot(curve: Sequence[Evaluation], best_iteration: int, path: Path) -> None:
     from matplotlib import pyplot
 
     drawing, axis = pyplot.subplots(figsize=(6.4, 3.6))
-    trained = [e for e in curve if e.train_loss is not None]
-    axis.plot([e.iteration for e in trained], [e.train_loss for e in trained], ".-", color=TRAIN)
+    trained = {e.iteration: e.train_loss for e in curve if e.train_loss is not None}
+    axis.plot(list(trained), list(trained.values()), ".-", color=TRAIN)
     axis.plot([e.iteration for e in curve], [e.valid_loss for e in curve], ".-", color=VALID)
     best = next(e for e in curve if e.iteration == best_iteration)
     axis.plot([best.iteration], [best.valid_loss], "o", color=BEST)
