@@ -121,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         group,
         "--learning-rate",
         type=float,
-        help="highest rate; the heads' is a fifth of it or less",
+        help="highest rate; the heads' is half of it or less",
     )
     _add(group, "--optimizer", choices=OPTIMIZERS, help="for the layers' matrices; else AdamW")
     _add(group, "--grad-accumulation-steps", type=int, help="batches to an update")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
@@ -36,35 +36,9 @@ from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.training.chat_tokens import word_rows
 from mlx_poe.training.data import Split, fingerprint, read_split
 from mlx_poe.training.delta import Delta
+from mlx_poe.training.reporter import InterruptedTraining, Reporter
 from mlx_poe.training.settings import TrainingSettings, resumed
 from mlx_poe.training.stores import Store, base_fingerprint, check_room, store_for
-
-
-class Reporter(Protocol):
-    """What a run tells whoever watches it."""
-
-    def note(self, text: str) -> None:
-        """A line for people."""
-
-    def phase(self, name: str, total: int) -> None:
-        """A piece of work of so many steps begins; it ends with the next, or with `done`."""
-
-    def advance(self, count: int, text: str = "") -> None:
-        """So many steps of the phase are done; `text` says where it stands."""
-
-    def done(self) -> None:
-        """The phase is over."""
-
-    def evaluated(self, evaluation: Evaluation, rate: float) -> None:
-        """The stage has been measured on the validation rows; `rate` is the learning rate."""
-
-
-class InterruptedTraining(Exception):
-    """Ctrl-C came; `iteration` is what the checkpoint holds, None where there is none yet."""
-
-    def __init__(self, iteration: int | None):
-        super().__init__(iteration)
-        self.iteration = iteration
 
 
 @dataclass(frozen=True)
