@@ -32,6 +32,7 @@ TITLES = {
     "quantised": "Quantised",
     "memory": "Memory",
     "peers": "mlx-lm in the same run",
+    "training": "Training a stage: an iteration of forward, loss and backward",
 }
 
 

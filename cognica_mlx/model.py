@@ -152,8 +152,16 @@ class PoEModel(nn.Module):
         folder that one is the sum already).
         """
         in_base = stage < len(self.config.stage_layers)
-        h = norm(hidden.x) if in_base else self._after_backout(hidden)
-        return self._head_logits(h, self.heads(stage))
+        heads = self.heads(stage)
+        if in_base:
+            return self._head_logits(norm(hidden.x), heads)
+        return self.final_logits(hidden, heads)
+
+    def final_logits(self, hidden: Hidden, heads: Sequence[nn.Module]) -> mx.array:
+        """Activations at the last boundary, after backout, through `heads`: (B, T, V) float32."""
+        assert hidden.backout is not None, "the last boundary lies beyond the backout layer"
+        h = norm(hidden.x - self.backout_lambda * hidden.backout)
+        return self._head_logits(h, heads)
 
     def heads(self, stage: int) -> list[nn.Module]:
         """The heads that `stage` speaks through; their logits add up."""
@@ -211,16 +219,12 @@ class PoEModel(nn.Module):
             return self.pool([self.stage_logits(k, hidden[k]) for k in range(last + 1)])
         if self.config.specialist_layers:
             return self.stage_logits(last, hidden[last])
-        return self._head_logits(self._after_backout(hidden[last]), [self.lm_head])
+        return self.final_logits(hidden[last], [self.lm_head])
 
     def pool(self, logits: Sequence[mx.array]) -> mx.array:
         """The Log-OP of the first stages' logits (B, T, V), as the full model pools all."""
         weight = len(logits) ** (self.config.poe_alpha - 1)
         return log_op(logits, [weight] * len(logits))
-
-    def _after_backout(self, hidden: Hidden) -> mx.array:
-        assert hidden.backout is not None, "the last boundary lies beyond the backout layer"
-        return norm(hidden.x - self.backout_lambda * hidden.backout)
 
     def _head_logits(self, h: mx.array, heads: Sequence[nn.Module]) -> mx.array:
         size = self.config.vocab_size

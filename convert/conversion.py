@@ -222,16 +222,7 @@ class Conversion:
         if self.base is None:
             fields["model_file"] = SHIM_FILE
         else:
-            # A delta's configuration describes its own layers; its base describes the rest.
-            new_layers = fields.pop("specialist_layers")[-1]
-            for name in ("stage_layers", "value_embed_layers", "per_stage_head", "poe_alpha"):
-                del fields[name]
-            reference = self.base.name
-            if not self.base.from_hub:
-                reference = os.path.relpath(self.base.folder.resolve(), target.resolve())
-            fields["base_model_name_or_path"] = reference
-            fields["new_layers"] = new_layers
-            fields["frozen_layers"] = self.config.n_layer - new_layers
+            fields = delta_fields(self.config, reference_to(self.base, target))
         floats = [tensor.dtype for name, tensor in self.weights.items() if name.startswith("h.0.")]
         kind = self.dtype or next((d for d in floats if d in DTYPES.values()), mx.bfloat16)
         fields["torch_dtype"] = next(name for name, d in DTYPES.items() if d == kind)
@@ -291,6 +282,28 @@ def prepare(
     plan = {path: scheme for path, scheme in plan.items() if f"{path}.weight" in weights}
     weights = {name: weights[name] for name in sorted(weights, key=_place)}
     return Conversion(checkpoint, config, weights, plan, DTYPES[dtype] if dtype else None, base)
+
+
+def reference_to(base: Source, target: Path) -> str:
+    """How a delta in the folder `target` names its base: by hub id, or by the way to its folder."""
+    if base.from_hub:
+        return base.name
+    return os.path.relpath(base.folder.resolve(), target.resolve())
+
+
+def delta_fields(config: PoEConfig, reference: str) -> dict[str, Any]:
+    """The configuration of a delta whose last stage is its own, on a base that `reference` names.
+
+    It describes the delta's own layers; its base describes the rest.
+    """
+    fields = {"model_type": "cognica_poe", **config.to_dict()}
+    new_layers = fields.pop("specialist_layers")[-1]
+    for name in ("stage_layers", "value_embed_layers", "per_stage_head", "poe_alpha"):
+        del fields[name]
+    fields["base_model_name_or_path"] = reference
+    fields["new_layers"] = new_layers
+    fields["frozen_layers"] = config.n_layer - new_layers
+    return fields
 
 
 def upload(folder: Path, repo_id: str) -> str:

@@ -28,7 +28,7 @@ def model_card(
     `settings` is what was asked for, in words; `base` the converted folder that a delta refers to.
     """
     source = checkpoint.source
-    license_name = _license(checkpoint)
+    license_name = license_of(checkpoint)
     data = ModelCardData(
         license=license_name,
         library_name="mlx",
@@ -68,8 +68,11 @@ def _links(checkpoint: Checkpoint) -> list[str]:
     return [f"`{name}`", *(_links(checkpoint.base) if checkpoint.base else [])]
 
 
-def _license(checkpoint: Checkpoint) -> str | None:
-    """What the nearest model card in the chain names as its licence."""
+def license_of(checkpoint: Checkpoint) -> str | None:
+    """What the nearest model card in the chain names as its licence, if any.
+
+    Raises CheckpointError for a card that cannot be read.
+    """
     card = checkpoint.source.folder / "README.md"
     if card.is_file() and card.stat().st_size < MOST_CARD_BYTES:
         try:
@@ -83,4 +86,4 @@ def _license(checkpoint: Checkpoint) -> str | None:
         license_name = named.data.get("license")
         if isinstance(license_name, str) and _LICENSE.fullmatch(license_name):
             return license_name
-    return _license(checkpoint.base) if checkpoint.base else None
+    return license_of(checkpoint.base) if checkpoint.base else None

@@ -12,6 +12,7 @@ VERBS = {
     "bench": "mlx_poe.commands.bench",
     "calibrate": "mlx_poe.commands.calibrate",
     "convert": "mlx_poe.commands.convert",
+    "train": "mlx_poe.commands.train",
     "chat": "mlx_poe.commands.chat",
     "server": "mlx_poe.commands.server",
 }

@@ -31,7 +31,7 @@ def known_costs(model: PoEModel) -> Costs:
     types, device, MLX version and preloaded libraries.
     """
     # A cache that cannot be found, read or written only costs the two seconds again.
-    cache = _cache_folder()
+    cache = cache_folder()
     path = cache / f"costs-{_fingerprint(model)}.json" if cache else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         return _from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -43,7 +43,7 @@ def known_costs(model: PoEModel) -> Costs:
     return costs
 
 
-def _cache_folder() -> Path | None:
+def cache_folder() -> Path | None:
     """Where this user's measurements are kept; None for a user without a home."""
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

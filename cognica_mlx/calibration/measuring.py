@@ -49,6 +49,7 @@ def calibrate(
     *,
     continuations: int = 16,
     continuation_tokens: int = 64,
+    counted: Sequence[Sequence[bool]] | None = None,
     costs: Costs | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -56,11 +57,16 @@ def calibrate(
 
     `token_bytes` holds the UTF-8 length of every token, 0 for special ones. Margins, agreement and
     bits per byte are taken on the texts as they are; acceptance and the modes' promises on
-    `continuations` greedy continuations of the texts' beginnings. What a mode promises, and the
+    `continuations` greedy continuations of the texts' beginnings. `counted` says of which tokens
+    bits per byte are taken, by default of all but each text's first. What a mode promises, and the
     options it does so with, goes by `costs`, by default the bytes of weights read.
 
     Raises RequestError for a text too short to say anything.
     """
+    marks = (
+        [np.array(m, bool) for m in counted] if counted else [np.ones(len(t), bool) for t in texts]
+    )
+    marks = [mark[1:] for text, mark in zip(texts, marks, strict=True) if len(text) > 1]
     texts = [text for text in texts if len(text) > 1]
     total = sum(map(len, texts))
     if total < MIN_TOKENS:
@@ -76,8 +82,13 @@ def calibrate(
     percentiles = np.maximum(np.percentile(loss, (50, 90, 99), axis=1).T, 0)
     bounds = [float(p99) for p99 in percentiles[:, 2]]
     best = np.concatenate([m.best for m in measured], axis=1)
-    nll = np.concatenate([m.nll for m in measured], axis=1).sum(axis=1)
-    n_bytes = sum(token_bytes[token] for text in texts for token in text[1:])
+    nll = sum(m.nll[:, mark].sum(axis=1) for m, mark in zip(measured, marks, strict=True))
+    n_bytes = sum(
+        token_bytes[token]
+        for text, mark in zip(texts, marks, strict=True)
+        for token, counts in zip(text[1:], mark, strict=True)
+        if counts
+    )
     traces = record(
         model, texts, count=continuations, tokens=continuation_tokens, progress=progress
     )

@@ -26,6 +26,7 @@ from cognica_mlx.bench.report import Report, compare, read, show
 from cognica_mlx.bench.serving import Served, check_installed, serving
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
+from cognica_mlx.bench.training import training
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.calibration.measuring import calibrate, record
 from cognica_mlx.convert.chat_layout import BOS
@@ -50,7 +51,7 @@ from mlx_poe.load import DEFAULT_MODEL, find_model, load
 
 SECTIONS = (
     *("stages", "prompt", "rows", "modes", "batch", "constrained", "serving"),
-    *("lengths", "quantised", "memory"),
+    *("lengths", "quantised", "memory", "training"),
 )
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
 # Beginnings in the kinds of text that poe-tiny has learnt, which other models can go on from too.
@@ -74,6 +75,7 @@ EXAMPLES = """\
   mlx_poe.bench --shape 1.3b --only lengths --lengths 2048,16384
   mlx_poe.bench --only batch --peers                   # many sequences, against mlx-lm's batch
   mlx_poe.bench --only serving --trials 3              # our server and mlx_lm.server under load
+  mlx_poe.bench --shape 1.3b-stage --only training     # a stage of one's own
   mlx_poe.bench --compare old.json
 
 On Linux without a GPU MLX brings a slow BLAS, with which no figure means much. Install OpenBLAS
@@ -345,6 +347,7 @@ def _measure(
         "lengths": lambda: figures.lengths(setup, args.lengths),
         "quantised": lambda: figures.quantised(setup, args.q_bits),
         "memory": lambda: figures.memory(setup, max(args.prompt_tokens, args.context)),
+        "training": lambda: training(setup),
     }
     found = [figure for name, measure in sections.items() if name in wanted for figure in measure()]
     if args.peers and not set(wanted) <= {"batch", "serving"}:

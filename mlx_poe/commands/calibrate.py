@@ -14,12 +14,14 @@ from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
 from cognica_mlx.calibration.measuring import calibrate
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands.options import add_model_flags, check_output, file_path, make_parser, run
-from mlx_poe.commands.texts import read_texts, segments
+from mlx_poe.commands.texts import SEGMENT_TOKENS, read_texts, segments
 from mlx_poe.load import find_model, load
+from mlx_poe.training.data import first_texts, read_split
 
 EXAMPLES = """\
   mlx_poe.calibrate --model path/to/model --data notes.txt
   mlx_poe.calibrate --model path/to/specialist --data chats.jsonl --num-tokens 8192
+  mlx_poe.calibrate --model path/to/specialist --data valid.jsonl --mask-prompt
   mlx_poe.calibrate --data notes.txt --output here.json --json"""
 
 
@@ -47,6 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="how many tokens of the text to read at most (default: 16384)",
     )
     parser.add_argument(
+        "--mask-prompt",
+        action="store_true",
+        help="take bits per byte on what the assistant says, in chats of whole messages",
+    )
+    parser.add_argument(
         "--continuations",
         type=int,
         default=16,
@@ -70,11 +77,16 @@ def _calibrate(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1")
     check_output(args.output)
-    data = read_texts(args.data)
+    data = [] if args.mask_prompt else read_texts(args.data)
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )
-    texts = segments(data, tokenizer, args.num_tokens)
+    texts, counted = segments(data, tokenizer, args.num_tokens), None
+    if args.mask_prompt:
+        chats = read_split(args.data, tokenizer, longest=SEGMENT_TOKENS, mask_prompt=True)
+        chosen = first_texts(chats.texts, args.num_tokens)
+        texts = [text.tokens.tolist() for text in chosen]
+        counted = [text.counted.tolist() for text in chosen]
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
@@ -90,6 +102,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             texts,
             tokenizer.token_byte_lengths(model.config.vocab_size),
             continuations=args.continuations,
+            counted=counted,
             progress=show,
         )
     path = args.output or find_model(args.model, args.revision).folder / CALIBRATION_FILE

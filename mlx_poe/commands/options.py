@@ -154,6 +154,18 @@ def _silence_stdout() -> None:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """--model, --revision, --dtype, --quantize."""
+    group = add_checkpoint_flags(parser)
+    group.add_argument(
+        "--quantize",
+        type=int,
+        choices=BITS,
+        metavar="BITS",
+        help="round the matrices to 2, 3, 4, 5, 6 or 8 bits in memory",
+    )
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--model, --revision, --dtype; the group that they are in."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -167,13 +179,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="type of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
     )
-    group.add_argument(
-        "--quantize",
-        type=int,
-        choices=BITS,
-        metavar="BITS",
-        help="round the matrices to 2, 3, 4, 5, 6 or 8 bits in memory",
-    )
+    return group
 
 
 def add_specialist_flag(parser: argparse._ActionsContainer, purpose: str) -> None:

@@ -1,0 +1,188 @@
+"""What a new stage reads of its base, for a set of texts: computed once and kept, or every time.
+
+- in: a model whose last stage is new, texts
+- out: `Hidden` for a batch: the residual stream, the embedded text and the backout at the base's
+  last boundary
+- a store is a folder of memory-mapped arrays, packed: the positions of all texts in a row, without
+  padding. A value is an integer of 16 or 8 bits; a group of `GROUP` channels of a position shares a
+  float32 scale, its largest magnitude
+- who writes a store decides where it lies, and that it is whole
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from cognica_mlx.errors import CheckpointError
+from cognica_mlx.hidden import Hidden
+from cognica_mlx.model import PoEModel
+from cognica_mlx.training.texts import Batch, Batches, Text
+
+GROUP = 64
+STORE_BITS = (16, 8)
+_TYPES = {16: mx.int16, 8: mx.int8}
+_NUMPY = {16: np.int16, 8: np.int8}
+PARTS = ("x", "x0", "backout")
+DESCRIPTION = "store.json"
+# Positions that the base reads at once while a store is written.
+CHUNK = 4096
+
+
+class Activations(Protocol):
+    """Where batches' activations come from."""
+
+    def read(self, batch: Batch) -> Hidden:
+        """The base's last boundary for a batch (B, T). Padding holds anything finite."""
+
+
+class LiveBase:
+    """The base itself, run for every batch."""
+
+    def __init__(self, model: PoEModel):
+        self._model = model
+
+    def read(self, batch: Batch) -> Hidden:
+        """See `Activations`."""
+        return below(self._model, mx.array(batch.tokens))
+
+
+def below(model: PoEModel, tokens: mx.array) -> Hidden:
+    """What the last stage of `model` takes in for tokens (B, T)."""
+    return model.boundaries(tokens, model.poe_n_stages - 2)[-1]
+
+
+def encode(values: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+    """Values (..., D) as integers of so many bits (..., D), and scales (..., G) float32."""
+    width, most = values.shape[-1], 2 ** (bits - 1) - 1
+    grouped = values.astype(mx.float32).reshape(*values.shape[:-1], groups(width), -1)
+    scales = mx.abs(grouped).max(axis=-1) / most
+    steps = mx.round(grouped / mx.maximum(scales, 1e-30)[..., None])
+    return steps.astype(_TYPES[bits]).reshape(values.shape), scales
+
+
+def decode(integers: mx.array, scales: mx.array, dtype: mx.Dtype) -> mx.array:
+    """The values (..., D) that `encode` rounded, within half a step: half of the largest magnitude
+    of a group divided by 32767 (16 bits) or 127 (8 bits)."""
+    grouped = integers.reshape(*scales.shape, -1).astype(mx.float32)
+    return (grouped * scales[..., None]).reshape(integers.shape).astype(dtype)
+
+
+def groups(width: int) -> int:
+    """Scales of a position of so many channels."""
+    return width // GROUP if width % GROUP == 0 else 1
+
+
+def store_bytes(texts: Sequence[Text], width: int, bits: int) -> int:
+    """Bytes that a store of `texts` takes on disk, but for a few headers."""
+    positions = sum(map(len, texts))
+    return positions * len(PARTS) * (width * bits // 8 + 4 * groups(width))
+
+
+def write_store(
+    folder: Path,
+    model: PoEModel,
+    texts: Sequence[Text],
+    bits: int,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Run the base over `texts` and write what the last stage takes in to an existing folder.
+
+    `progress` is called with the positions of every batch done. Raises CheckpointError where an
+    activation is not a finite number.
+    """
+    positions, width = sum(map(len, texts)), model.config.n_embd
+    shapes = dict.fromkeys(PARTS, (positions, width))
+    arrays: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        arrays[name] = _create(folder / f"{name}.npy", _NUMPY[bits], shape)
+        scales = (positions, groups(width))
+        arrays[f"{name}.scales"] = _create(folder / f"{name}.scales.npy", np.float32, scales)
+    starts = _starts(texts)
+    longest = max(map(len, texts))
+    for batch in Batches(texts, max(CHUNK // longest, 1), seed=0).in_order():
+        hidden = below(model, mx.array(batch.tokens))
+        encoded = {name: encode(getattr(hidden, name), bits) for name in PARTS}
+        mx.eval(encoded)
+        there = [(row, i) for row, i in enumerate(batch.which) if i >= 0]
+        for name, (integers, scales_of) in encoded.items():
+            both = ((name, np.array(integers)), (f"{name}.scales", np.array(scales_of)))
+            for key, values in both:
+                for row, i in there:
+                    part = values[row, : len(texts[i])]
+                    if part.dtype == np.float32 and not np.isfinite(part).all():
+                        raise CheckpointError(
+                            "the base's activations hold a value that is not a finite number: are "
+                            "its weights damaged?"
+                        )
+                    arrays[key][starts[i] : starts[i] + len(texts[i])] = part
+        if progress:
+            progress(sum(len(texts[i]) for _, i in there))
+    for array in arrays.values():
+        array.flush()  # type: ignore[attr-defined]
+    description = {"positions": positions, "n_embd": width, "bits": bits}
+    (folder / DESCRIPTION).write_text(json.dumps(description) + "\n", encoding="utf-8")
+
+
+def _create(path: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
+    return np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+
+
+def _starts(texts: Sequence[Text]) -> np.ndarray:
+    return np.cumsum([0, *map(len, texts)])
+
+
+class StoredActivations:
+    """A store's activations, read where a batch needs them; memory holds one batch."""
+
+    def __init__(self, folder: Path, texts: Sequence[Text], width: int, bits: int, dtype: mx.Dtype):
+        """`texts` are those of which the store was made.
+
+        Raises CheckpointError naming the file that is missing, damaged or of another shape.
+        """
+        self._texts, self._starts, self._dtype = texts, _starts(texts), dtype
+        positions = int(self._starts[-1])
+        self._arrays: dict[str, np.ndarray] = {}
+        for name in PARTS:
+            self._arrays[name] = _open(folder / f"{name}.npy", _NUMPY[bits], (positions, width))
+            path = folder / f"{name}.scales.npy"
+            scales = (positions, groups(width))
+            self._arrays[f"{name}.scales"] = _open(path, np.float32, scales)
+
+    def read(self, batch: Batch) -> Hidden:
+        """See `Activations`."""
+        tokens = mx.array(batch.tokens)
+        parts = [
+            decode(self._gather(name, batch), self._gather(f"{name}.scales", batch), self._dtype)
+            for name in PARTS
+        ]
+        return Hidden(tokens, *parts)
+
+    def _gather(self, name: str, batch: Batch) -> mx.array:
+        source = self._arrays[name]
+        padded = np.zeros((*batch.tokens.shape, source.shape[1]), source.dtype)
+        for row, i in enumerate(batch.which):
+            if i >= 0:
+                length = len(self._texts[i])
+                padded[row, :length] = source[self._starts[i] : self._starts[i] + length]
+        return mx.array(padded)
+
+
+def _open(path: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is missing or damaged ({error}): delete its folder, and it is made anew"
+        ) from None
+    if array.dtype != kind or array.shape != shape:
+        raise CheckpointError(
+            f"{path} holds {array.dtype} {array.shape}, not {np.dtype(kind)} {shape}: delete its "
+            "folder, and it is made anew"
+        )
+    return array

@@ -1,0 +1,192 @@
+"""Training, one iteration after the other: from a state to the next.
+
+- in: a stage, batches, the activations that belong to them
+- out: a new `Training` for each iteration; the old one stays whole, so whoever is interrupted in
+  the middle of one still has it
+- the order of the data and the learning rate follow from the iteration's number, so a state and the
+  settings decide everything that comes after
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+
+from cognica_mlx.errors import PoEError
+from cognica_mlx.hidden import Hidden
+from cognica_mlx.training.optimizer import MuonAdamW, State, rate
+from cognica_mlx.training.stage import NewStage, Parameters
+from cognica_mlx.training.store import Activations
+from cognica_mlx.training.texts import Batch, Batches
+
+
+class DivergedError(PoEError):
+    """The loss or its gradient is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses after `iteration` iterations, in nats a counted token.
+
+    `train_loss` is the mean since the evaluation before; `bits_per_byte` is the validation's, over
+    the bytes that its counted tokens spell.
+    """
+
+    iteration: int
+    train_loss: float | None
+    valid_loss: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that the next iteration needs, and the best so far.
+
+    `gradients`, their sum over `counted` tokens, wait for an update; `best` are the parameters with
+    the least validation loss, as they are saved. `loss` and `loss_tokens` add up since the last
+    evaluation.
+    """
+
+    iteration: int
+    parameters: Parameters
+    optimizer: State
+    gradients: Parameters = field(default_factory=dict)
+    counted: int = 0
+    best: Parameters = field(default_factory=dict)
+    best_iteration: int = 0
+    curve: tuple[Evaluation, ...] = ()
+    loss: float = 0.0
+    loss_tokens: int = 0
+
+    @property
+    def best_loss(self) -> float:
+        """The least validation loss so far, in nats a token."""
+        return min((e.valid_loss for e in self.curve), default=math.inf)
+
+
+class Trainer:
+    """Iterations over `batches`, of which every `accumulation` make up an update.
+
+    `kept` is the type in which parameters are saved; validation is by what is saved.
+    """
+
+    def __init__(
+        self,
+        stage: NewStage,
+        optimizer: MuonAdamW,
+        batches: Batches,
+        activations: Activations,
+        *,
+        iterations: int,
+        learning_rate: float,
+        accumulation: int = 1,
+        kept: mx.Dtype = mx.bfloat16,
+    ):
+        self.stage, self.optimizer, self.batches = stage, optimizer, batches
+        self.activations, self.accumulation, self.kept = activations, accumulation, kept
+        self.iterations, self.learning_rate = iterations, learning_rate
+
+    def start(self, parameters: Parameters) -> Training:
+        """The state before the first iteration."""
+        return Training(0, parameters, self.optimizer.start(parameters))
+
+    def rate(self, iteration: int) -> float:
+        """Muon's learning rate in an iteration."""
+        updates = -(-self.iterations // self.accumulation)
+        return self.learning_rate * rate(iteration // self.accumulation, updates)
+
+    def step(self, state: Training) -> Training:
+        """The state after one more iteration, evaluated.
+
+        Raises DivergedError where the loss or the gradient is not a finite number.
+        """
+        batch = self.batches[state.iteration]
+        loss, gradients = self.stage.loss_and_gradient(
+            state.parameters, *_inputs(batch, self.activations.read(batch))
+        )
+        if state.gradients:
+            gradients = {k: g + state.gradients[k] for k, g in gradients.items()}
+        iteration, counted = state.iteration + 1, state.counted + batch.counted
+        parameters, optimizer, size = state.parameters, state.optimizer, mx.array(0.0)
+        if iteration % self.accumulation == 0 or iteration == self.iterations:
+            mean = {k: g / max(counted, 1) for k, g in gradients.items()}
+            parameters, optimizer, size = self.optimizer.update(
+                parameters, mean, optimizer, self.rate(state.iteration)
+            )
+            gradients, counted = {}, 0
+        # Row after row, as a checkpoint has them: sums go by the order in memory.
+        parameters, optimizer, gradients = (
+            {name: mx.contiguous(array) for name, array in arrays.items()}
+            for arrays in (parameters, optimizer, gradients)
+        )
+        mx.eval(loss, size, parameters, optimizer, gradients)
+        for what, value in (("loss", float(loss)), ("gradient", float(size))):
+            if not math.isfinite(value):
+                raise DivergedError(f"the {what} of iteration {iteration} is not a finite number")
+        return replace(
+            state,
+            iteration=iteration,
+            parameters=parameters,
+            optimizer=optimizer,
+            gradients=gradients,
+            counted=counted,
+            loss=state.loss + float(loss),
+            loss_tokens=state.loss_tokens + batch.counted,
+        )
+
+    def saved(self, parameters: Parameters) -> Parameters:
+        """The parameters as they are saved."""
+        return {name: array.astype(self.kept) for name, array in parameters.items()}
+
+    def measure(
+        self,
+        parameters: Parameters,
+        batches: list[Batch],
+        activations: Activations,
+        progress: Callable[[], None] | None = None,
+    ) -> tuple[float, float]:
+        """The mean loss over the counted tokens, in nats, and bits per byte that they spell."""
+        total, counted, n_bytes = 0.0, 0, 0
+        for batch in batches:
+            hidden = activations.read(batch)
+            total += float(self.stage.loss(parameters, *_inputs(batch, hidden)))
+            counted, n_bytes = counted + batch.counted, n_bytes + batch.n_bytes
+            if progress:
+                progress()
+        return total / max(counted, 1), total / math.log(2) / max(n_bytes, 1)
+
+    def evaluate(
+        self,
+        state: Training,
+        batches: list[Batch],
+        activations: Activations,
+        progress: Callable[[], None] | None = None,
+    ) -> Training:
+        """The state with one more evaluation, and its parameters if they are the best so far.
+
+        Raises DivergedError where the validation loss is not a finite number.
+        """
+        parameters = self.saved(state.parameters)
+        loss, bits = self.measure(parameters, batches, activations, progress)
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the validation loss after iteration {state.iteration} is not a finite number"
+            )
+        train = state.loss / state.loss_tokens if state.loss_tokens else None
+        better = loss < state.best_loss
+        mx.eval(parameters)
+        return replace(
+            state,
+            curve=(*state.curve, Evaluation(state.iteration, train, loss, bits)),
+            best=parameters if better else state.best,
+            best_iteration=state.iteration if better else state.best_iteration,
+            loss=0.0,
+            loss_tokens=0,
+        )
+
+
+def _inputs(batch: Batch, hidden: Hidden) -> tuple[Hidden, mx.array, mx.array, mx.array]:
+    return hidden, mx.array(batch.rows), mx.array(batch.targets), mx.array(batch.weights)

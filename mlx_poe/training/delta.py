@@ -1,0 +1,177 @@
+"""A trained stage as a specialist's folder, in the released layout.
+
+- in: the checkpoint that it stands on, the parameters trained, the chat tokens' embeddings
+- out: `delta.safetensors` with the released names, a configuration that names the base, tokenizer
+  files, a model card; whole or absent
+- what is the base's keeps its bits: embeddings and lambdas are copied as they are stored
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from huggingface_hub import ModelCardData
+
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.convert.chat_layout import BOS, REPLY_END
+from cognica_mlx.convert.checkpoint import Checkpoint
+from cognica_mlx.convert.conversion import delta_fields
+from cognica_mlx.convert.model_card import license_of
+from cognica_mlx.convert.output_folder import new_folder
+from cognica_mlx.convert.quantization import to_fields
+from cognica_mlx.convert.safetensors_files import TensorWriter, nbytes
+from cognica_mlx.convert.stored import DTYPES
+from cognica_mlx.convert.tokenizer_files import FILE_NAME, read_encoding
+from cognica_mlx.convert.tokenizer_json import write_tokenizer
+from cognica_mlx.training.stage import LAMBDAS, Parameters
+from cognica_mlx.training.trainer import Evaluation
+
+# The released files beside a pickled tokenizer.
+_TOKENIZER = (FILE_NAME, "tokenizer_config.json", "special_tokens_map.json", "token_bytes.pt")
+_SMALL_FILES_BYTES = 32 * 2**20  # more than tokenizer and card take
+_MOST_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a specialist's folder is made of.
+
+    `parameters` are in the type in which they are saved; `embeddings` says which token has whose
+    row of the base's table; `base_name` is how a person calls the base, `reference` how the folder
+    names it.
+    """
+
+    base: Checkpoint
+    config: PoEConfig
+    parameters: Parameters
+    embeddings: dict[int, int]
+    base_name: str
+    reference: str
+    training: dict[str, Any]
+    curve: Sequence[Evaluation]
+    best_iteration: int
+
+    def write(self, target: Path, overwrite: bool) -> None:
+        """Write the folder, whole or not at all.
+
+        Raises CheckpointError or OSError where it cannot be written, RequestError where `target`
+        must not be replaced.
+        """
+        tensors = self._tensors()
+        specs = [(name, array.shape, array.dtype) for name, array in tensors.items()]
+        size = sum(map(nbytes, specs)) + _SMALL_FILES_BYTES
+        with new_folder(target, size, overwrite) as folder:
+            writer = TensorWriter(folder / "delta.safetensors", specs)
+            for name, array in tensors.items():
+                writer.write(name, array)
+            writer.close()
+            self._write_small_files(folder, target)
+
+    def _tensors(self) -> dict[str, mx.array]:
+        """The tensors by their released names."""
+        head = f"lm_head_specialists.{len(self.config.specialist_layers) - 1}.weight"
+        found = {
+            f"transformer.{name}": array
+            for name, array in self.parameters.items()
+            if name.startswith("h.")
+        }
+        found["lm_head_stage.weight"] = self.parameters[head]
+        found |= {f"transformer.{name}": array for name, array in self._embeddings().items()}
+        for name in LAMBDAS:
+            ours = self.base.weights[name].read()
+            new = self.parameters[name].astype(ours.dtype)
+            found[name] = mx.concatenate([ours, new])
+        mx.eval(found)
+        return found
+
+    def _embeddings(self) -> dict[str, mx.array]:
+        """The table as it is stored, packed or not, with the rows that are another token's."""
+        names = [name for name in self.base.weights if name.rpartition(".")[0] == "wte"]
+        table = {name: self.base.weights[name].read() for name in names}
+        if self.embeddings:
+            tokens, words = (
+                mx.array(list(ids)) for ids in zip(*self.embeddings.items(), strict=True)
+            )
+            for name, array in table.items():
+                array[tokens] = array[words]
+                table[name] = array
+        return table
+
+    def _write_small_files(self, folder: Path, target: Path) -> None:
+        encoding = read_encoding(self.base.tokenizer_folder)
+        if (self.base.tokenizer_folder / FILE_NAME).is_file():
+            for name in _TOKENIZER:
+                if (self.base.tokenizer_folder / name).is_file():
+                    shutil.copyfile(self.base.tokenizer_folder / name, folder / name)
+        else:
+            write_tokenizer(folder, encoding, chat=True)
+        special = encoding._special_tokens
+        stops = [special[name] for name in (REPLY_END, BOS) if name in special]
+        tokens = {"bos_token_id": special.get(BOS), "eos_token_id": stops}
+        kind = next(k for k, a in self.parameters.items() if k.startswith("h."))
+        dtype = next(n for n, d in DTYPES.items() if d == self.parameters[kind].dtype)
+        fields = delta_fields(self.config, self.reference) | {
+            "dual_head": self.config.head_mode == "dual",
+            "torch_dtype": dtype,
+            "stage_training": self.training,
+            **tokens,
+        }
+        if "wte" in self.base.plan:
+            entry = to_fields({"wte": self.base.plan["wte"]})
+            fields["quantization"] = fields["quantization_config"] = entry
+        for name, content in (("config.json", fields), ("generation_config.json", tokens)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        card = self._card(target.resolve().name)
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
+
+    def _card(self, name: str) -> str:
+        """The model card: data, settings, loss curve, how to use it."""
+        source = self.base.source
+        data = ModelCardData(
+            license=license_of(self.base),
+            library_name="mlx",
+            pipeline_tag="text-generation",
+            tags=["mlx", "cognica-poe"],
+            base_model=source.name if source.from_hub else None,
+        )
+        rows = {"base": f"`{self.base_name}`", **self.training}
+        rows["made with"] = f"cognica-mlx {version('cognica-mlx')}, MLX {version('mlx')}"
+        lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
+        lines += [f"A specialist stage over `{self.base_name}`, trained with `mlx_poe.train`.", ""]
+        lines += ["| | |", "|---|---|"]
+        lines += [f"| {key} | {value} |" for key, value in rows.items()]
+        lines += ["", "| iteration | train loss | validation loss | bits per byte |"]
+        lines += ["|---|---|---|---|"]
+        lines += [self._row(evaluation) for evaluation in _thinned(self.curve)]
+        lines += [
+            "",
+            f"Losses are nats a counted token; the weights are those of iteration "
+            f"{self.best_iteration}, which has the least validation loss. This folder needs its",
+            "base where `base_model_name_or_path` in config.json says.",
+            "",
+            "```bash",
+            f"poe-chat --specialist {name}=path/to/{name} --model {self.base_name}",
+            "```",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _row(self, evaluation: Evaluation) -> str:
+        train = "" if evaluation.train_loss is None else f"{evaluation.train_loss:.4f}"
+        return (
+            f"| {evaluation.iteration} | {train} | {evaluation.valid_loss:.4f} "
+            f"| {evaluation.bits_per_byte:.4f} |"
+        )
+
+
+def _thinned(curve: Sequence[Evaluation]) -> list[Evaluation]:
+    """About `_MOST_ROWS` of the evaluations, the first and the last among them."""
+    step = max(-(-len(curve) // _MOST_ROWS), 1)
+    kept = list(curve[::step])
+    return kept if kept[-1:] == list(curve[-1:]) else [*kept, curve[-1]]

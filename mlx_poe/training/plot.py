@@ -1,0 +1,37 @@
+"""A picture of a run: the losses by iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cognica_mlx import atomic
+from cognica_mlx.training.trainer import Evaluation
+
+TRAIN, VALID, BEST = "#bbbbbb", "#4c78a8", "#e45756"
+
+
+def plot(curve: Sequence[Evaluation], best_iteration: int, path: Path) -> None:
+    """Draw a run's evaluations into a file of the type that its name ends with.
+
+    Needs matplotlib (the extra `plot`). Raises ValueError for a type that it does not know.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, axis = pyplot.subplots(figsize=(6.4, 3.6))
+    trained = {e.iteration: e.train_loss for e in curve if e.train_loss is not None}
+    axis.plot(list(trained), list(trained.values()), ".-", color=TRAIN)
+    axis.plot([e.iteration for e in curve], [e.valid_loss for e in curve], ".-", color=VALID)
+    best = next(e for e in curve if e.iteration == best_iteration)
+    axis.plot([best.iteration], [best.valid_loss], "o", color=BEST)
+    axis.set_yscale("log")
+    axis.set_xlabel("iteration")
+    axis.set_ylabel("nats a counted token")
+    axis.legend(["training", "validation", f"kept: {best.valid_loss:.4f}"], frameon=False)
+    drawing.tight_layout()
+    with atomic.replacing(path, path.suffix) as temporary:
+        drawing.savefig(temporary, dpi=150)
+    pyplot.close(drawing)

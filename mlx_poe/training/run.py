@@ -1,0 +1,389 @@
+"""A training run from its settings to a specialist's folder.
+
+- in: `TrainingSettings`, a folder to write, a `Reporter` that shows what happens
+- out: the folder, calibrated; or, where the run ends early, a checkpoint to go on from
+- the base is in memory only while it is run: with a store, training holds its heads alone
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
+from cognica_mlx.convert.conversion import reference_to
+from cognica_mlx.convert.output_folder import check_target
+from cognica_mlx.convert.stored import DTYPES
+from cognica_mlx.device import prepare
+from cognica_mlx.errors import CheckpointError, PoEError, RequestError
+from cognica_mlx.model import PoEModel
+from cognica_mlx.training.checkpoint import fitted, read_training, save_training
+from cognica_mlx.training.optimizer import MuonAdamW
+from cognica_mlx.training.stage import NewStage, stacked, stacked_config
+from cognica_mlx.training.store import Activations, LiveBase
+from cognica_mlx.training.texts import Batch, Batches, Text
+from cognica_mlx.training.trainer import DivergedError, Evaluation, Trainer, Training
+from mlx_poe.load import BUILT_IN, find_model, load
+from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.training.chat_tokens import word_rows
+from mlx_poe.training.data import Split, fingerprint, read_split
+from mlx_poe.training.delta import Delta
+from mlx_poe.training.reporter import InterruptedTraining, Reporter
+from mlx_poe.training.settings import TrainingSettings, resumed
+from mlx_poe.training.stores import Store, base_fingerprint, check_room, store_for
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to: its curve and the iteration that the folder holds, seconds of training,
+    positions trained on a second, the most memory in bytes that training took; the rows that it was
+    measured on, and those to test it on."""
+
+    curve: tuple[Evaluation, ...]
+    best_iteration: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory: int
+    valid: list[Text]
+    test: list[Text] | None
+
+    @property
+    def best(self) -> Evaluation:
+        """The evaluation of what the folder holds."""
+        return next(e for e in self.curve if e.iteration == self.best_iteration)
+
+
+def checkpoint_file(output: Path) -> Path:
+    """Where a run for the folder `output` keeps its checkpoint: beside it."""
+    return output.with_name(f"{output.name}.checkpoint.safetensors")
+
+
+def resumed_settings(output: Path, given: dict[str, Any]) -> TrainingSettings:
+    """The settings of the run that was broken off, with the changes in `given`.
+
+    Raises CheckpointError where there is no checkpoint, RequestError for what cannot change.
+    """
+    _, saved = read_training(checkpoint_file(output))
+    return resumed(saved["settings"], given)
+
+
+def train(
+    settings: TrainingSettings,
+    output: Path,
+    reporter: Reporter,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    store_path: Path | None = None,
+) -> Result:
+    """Train a specialist and write its folder, with the weights of the least validation loss.
+
+    Every `save_every` iterations, and when interrupted, the checkpoint beside `output` is written
+    anew; with `resume` training goes on from it, as if it had never stopped. `overwrite` replaces
+    an older folder, and drops an older checkpoint.
+
+    Raises RequestError for settings, data or an output that make no sense, CheckpointError for
+    files that are damaged or a disk without room, DivergedError for a loss that is no number, and
+    InterruptedTraining for Ctrl-C.
+    """
+    check_target(output, overwrite)
+    saved_at = checkpoint_file(output)
+    if saved_at.exists() and not resume and not overwrite:
+        raise RequestError(
+            f"{saved_at} is a checkpoint of training that was broken off: go on from it "
+            "(--resume), or start anew (--overwrite)"
+        )
+    run = _Run(settings, output, reporter, overwrite, store_path)
+    state = run.start
+    if resume:
+        state, saved = read_training(saved_at)
+        state = fitted(state, run.start, saved_at)
+        run.check_unchanged(saved)
+        if state.iteration > settings.iters:
+            raise RequestError(
+                f"iters {settings.iters}: the checkpoint has {state.iteration} iterations behind it"
+            )
+        reporter.note(f"going on after iteration {state.iteration}")
+    elif saved_at.exists():
+        saved_at.unlink()
+    result = run.train(state)
+    saved_at.unlink(missing_ok=True)
+    return result
+
+
+class _Run:
+    """What the phases of a run share; when it is made, the base has been read for the last time."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        output: Path,
+        reporter: Reporter,
+        overwrite: bool,
+        store_path: Path | None,
+    ):
+        self.settings, self.output, self.reporter = settings, output, reporter
+        self.overwrite = overwrite
+        self.checkpoint = read_checkpoint(find_model(settings.model, settings.revision))
+        check_target(output, overwrite, _folders(self.checkpoint))
+        self.config = stacked_config(self.checkpoint.config, settings.layers, settings.head_mode)
+        folder = self.checkpoint.tokenizer_folder
+        self.tokenizer = Tokenizer.from_folder(folder, n_vocab=self.config.vocab_size)
+        self.train_split, self.valid_split = (self._read(name) for name in ("train", "valid"))
+        # Read now, so that it is refused now if it has to be.
+        self.test_split = self._read("test") if settings.test else None
+        name = settings.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
+        self.dtype = DTYPES[name]
+        prepare(self.dtype)
+        self.base = base_fingerprint(self.checkpoint)
+        base, model = self._load()
+        self.stage = NewStage(model, self.dtype, grad_checkpoint=settings.grad_checkpoint)
+        parameters = self.stage.start(base, settings.seed)
+        activations, self.valid_activations = self._activations(model, store_path)
+        del base, model
+        gc.collect()  # a model and its stages refer to each other
+        self.batches = Batches(self.train_split.texts, settings.batch_size, settings.seed)
+        self.valid_batches = self._validation()
+        self.trainer = Trainer(
+            self.stage,
+            MuonAdamW(
+                settings.optimizer, settings.max_grad_norm, self.config.n_embd, self.stage.untrained
+            ),
+            self.batches,
+            activations,
+            iterations=settings.iters,
+            learning_rate=settings.learning_rate,
+            accumulation=settings.grad_accumulation_steps,
+        )
+        self.start = self.trainer.start(parameters)
+
+    def _read(self, name: str) -> Split:
+        settings = self.settings
+        longest = settings.max_seq_length or self.config.sequence_len
+        path = Path(settings.data) / f"{name}.jsonl"
+        split = read_split(
+            path,
+            self.tokenizer,
+            longest=longest,
+            mask_prompt=settings.mask_prompt,
+            pack=settings.pack and name == "train",
+        )
+        self.reporter.note(
+            f"{name}: {split.rows} rows, {split.tokens} tokens, of which {split.counted} count"
+        )
+        if split.cut:
+            emptied = f"; {split.emptied} of them are left out, as nothing that counts remains"
+            self.reporter.note(
+                f"{name}: {split.cut} rows are longer than {longest} tokens and are cut"
+                f"{emptied if split.emptied else ''}"
+            )
+        return split
+
+    def _validation(self) -> list[Batch]:
+        batches = Batches(self.valid_split.texts, self.settings.batch_size, 0).in_order()
+        count = self.settings.val_batches
+        if count == -1 or count >= len(batches):
+            return batches
+        # Spread over the lengths, by which they are sorted.
+        return [batches[i * len(batches) // count] for i in range(count)]
+
+    def _load(self) -> tuple[PoEModel, PoEModel]:
+        """The base, and a model with the new stage on top of it; no weight is read yet."""
+        settings = self.settings
+        kind = next(n for n, d in DTYPES.items() if d == self.dtype)
+        base, _ = load(settings.model, dtype=kind, revision=settings.revision, lazy=True)
+        self.embeddings = word_rows(base, self.tokenizer, settings.chat_tokens)
+        rows, values = [], mx.zeros((0, self.config.n_embd))
+        if self.embeddings:
+            rows = list(self.embeddings)
+            values = base.wte(mx.array(list(self.embeddings.values())))
+            shown = ", ".join(self.tokenizer.decode([token]) for token in rows)
+            self.reporter.note(f"chat tokens that start as words: {shown}")
+        return base, stacked(base, self.config, rows, values)
+
+    def _activations(self, model: PoEModel, parent: Path | None) -> tuple[Activations, Activations]:
+        """Those of the training rows and of the validation rows."""
+        if not self.settings.store:
+            live = LiveBase(model)
+            return live, live
+        stores = [self._store(split, parent) for split in (self.train_split, self.valid_split)]
+        needed = check_room(stores)
+        where = stores[0].folder.parent
+        if needed:
+            self.reporter.note(f"the base's activations take {size(needed)} in {where}")
+        else:
+            self.reporter.note(f"the base's activations are in {where} already")
+        missing = {store.folder: store for store in stores if not store.exists}
+        if missing:
+            positions = sum(len(text) for store in missing.values() for text in store.texts)
+            with self._phase("reading", positions):
+                for store in missing.values():
+                    store.make(model, self.reporter.advance)
+        train, valid = (store.open() for store in stores)
+        return train, valid
+
+    def _store(self, split: Split, parent: Path | None) -> Store:
+        frozen = self.checkpoint.config.n_layer
+        return store_for(
+            split.texts,
+            base=self.base,
+            windows=self.config.windows[:frozen],
+            embeddings=self.embeddings,
+            width=self.config.n_embd,
+            bits=self.settings.store_bits,
+            dtype=self.dtype,
+            parent=parent,
+        )
+
+    @contextmanager
+    def _phase(self, name: str, total: int) -> Iterator[None]:
+        self.reporter.phase(name, total)
+        try:
+            yield
+        finally:
+            self.reporter.done()
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must have in common with the run that goes on from it."""
+        splits = {"train": self.train_split, "valid": self.valid_split}
+        hashes = {name: fingerprint(split.texts, counted=True) for name, split in splits.items()}
+        return {"base": self.base, **hashes}
+
+    def check_unchanged(self, saved: dict[str, Any]) -> None:
+        """Raise CheckpointError where base or data are not what the checkpoint was trained with."""
+        for name, value in self.identity.items():
+            if saved.get("identity", {}).get(name) != value:
+                what = f"{name}.jsonl" if name != "base" else f"the model {self.settings.model}"
+                raise CheckpointError(
+                    f"{what} has changed since the checkpoint was written: put back what it was, "
+                    "or start anew (--overwrite)"
+                )
+
+    def save(self, state: Training) -> None:
+        """Write the checkpoint."""
+        saved = {"settings": self.settings.to_dict(), "identity": self.identity}
+        save_training(checkpoint_file(self.output), state, saved)
+
+    def train(self, state: Training) -> Result:
+        """Iterations up to the last, then the folder."""
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        started, first = time.perf_counter(), state.iteration
+        positions = 0
+        with self._phase("training", self.settings.iters):
+            try:
+                self.reporter.advance(state.iteration)
+                if not state.curve:
+                    state = self._evaluate(state)
+                while state.iteration < self.settings.iters:
+                    positions += self._positions(state.iteration)
+                    state = self._next(state)
+            except KeyboardInterrupt:
+                self.save(state)
+                raise InterruptedTraining(state.iteration) from None
+            except DivergedError as error:
+                raise DivergedError(f"{error}: {self._last_good(state)}") from None
+        seconds = time.perf_counter() - started
+        try:
+            self._write(state)
+        except (PoEError, OSError):
+            self.save(state)  # or all of the training would be lost
+            raise
+        rate = positions / seconds if state.iteration > first else 0.0
+        return Result(
+            curve=state.curve,
+            best_iteration=state.best_iteration,
+            seconds=seconds,
+            tokens_per_second=rate,
+            peak_memory=mx.get_peak_memory(),
+            valid=self.valid_split.texts,
+            test=self.test_split.texts if self.test_split else None,
+        )
+
+    def _next(self, state: Training) -> Training:
+        settings = self.settings
+        state = self.trainer.step(state)
+        last = state.iteration == settings.iters
+        self.reporter.advance(1, f"loss {state.loss / max(state.loss_tokens, 1):.4f}")
+        if last or state.iteration % settings.steps_per_eval == 0:
+            state = self._evaluate(state)
+        if not last and state.iteration % settings.save_every == 0:
+            self.save(state)
+        return state
+
+    def _evaluate(self, state: Training) -> Training:
+        state = self.trainer.evaluate(state, self.valid_batches, self.valid_activations)
+        rate = self.trainer.rate(max(state.iteration - 1, 0))
+        self.reporter.evaluated(state.curve[-1], rate)
+        return state
+
+    def _positions(self, iteration: int) -> int:
+        return sum(len(self.batches.texts[i]) for i in self.batches.texts_at(iteration))
+
+    def _last_good(self, state: Training) -> str:
+        file = checkpoint_file(self.output)
+        remedy = "a lower --learning-rate may help"
+        if not file.is_file():
+            return f"there was no checkpoint yet; {remedy}"
+        kept, _ = read_training(file)
+        return (
+            f"the checkpoint of iteration {kept.iteration} is kept, to go on from with --resume; "
+            f"{remedy}"
+        )
+
+    def _write(self, state: Training) -> None:
+        settings, source = self.settings, self.checkpoint.source
+        curve = [e for e in state.curve if math.isfinite(e.valid_loss)]
+        best = next(e for e in curve if e.iteration == state.best_iteration)
+        described = {
+            "data": Path(settings.data).resolve().name,
+            "rows": f"{self.train_split.rows} to learn from, {self.valid_split.rows} to measure on",
+            "layers": settings.layers,
+            "head_mode": self.config.head_mode,
+            "iterations": state.iteration,
+            "batch_size": settings.batch_size,
+            "grad_accumulation_steps": settings.grad_accumulation_steps,
+            "optimizer": settings.optimizer,
+            "learning_rate": settings.learning_rate,
+            "max_grad_norm": settings.max_grad_norm,
+            "pack": settings.pack,
+            "mask_prompt": settings.mask_prompt is not False,
+            "seed": settings.seed,
+            "validation loss": round(best.valid_loss, 6),
+            "validation bits per byte": round(best.bits_per_byte, 6),
+        }
+        # A built-in model stays where it is when the specialist's folder is moved.
+        built_in = BUILT_IN.resolve() in source.folder.resolve().parents
+        reference = str(source.folder.resolve()) if built_in else reference_to(source, self.output)
+        name = source.name if source.from_hub or built_in else source.folder.resolve().name
+        Delta(
+            base=self.checkpoint,
+            config=self.config,
+            parameters=state.best,
+            embeddings=self.embeddings,
+            base_name=name,
+            reference=reference,
+            training=described,
+            curve=curve,
+            best_iteration=state.best_iteration,
+        ).write(self.output, self.overwrite)
+
+
+def _folders(checkpoint: Checkpoint) -> list[Path]:
+    """The folders of a checkpoint and of all that it stands on."""
+    below = _folders(checkpoint.base) if checkpoint.base else []
+    return [checkpoint.source.folder, *below]
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

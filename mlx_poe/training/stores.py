@@ -1,0 +1,134 @@
+"""Where activation stores lie, and which one belongs to which texts under which base.
+
+A store's name is a hash of all that its content depends on, so one that is there is the right one,
+whoever made it; it appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from cognica_mlx.convert.checkpoint import Checkpoint
+from cognica_mlx.convert.output_folder import new_folder
+from cognica_mlx.errors import CheckpointError
+from cognica_mlx.model import PoEModel
+from cognica_mlx.training.store import (
+    DESCRIPTION,
+    StoredActivations,
+    store_bytes,
+    write_store,
+)
+from cognica_mlx.training.texts import Text
+from mlx_poe.machine import cache_folder
+from mlx_poe.training.data import fingerprint
+
+HEADERS = 4096  # more than the arrays' headers and the description take
+
+
+def base_fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of a base's weights and shape, whatever files they lie in; reads one tensor at a
+    time."""
+    found = hashlib.blake2b(digest_size=16)
+    found.update(json.dumps(checkpoint.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(checkpoint.weights.items()):
+        array = tensor.read()
+        bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]
+        found.update(f"{name} {array.shape} {array.dtype}".encode())
+        found.update(np.ascontiguousarray(np.array(array.view(bits), copy=False)).data)
+        del array
+        mx.clear_cache()
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A set of texts' store: where it is or will be, and what it takes."""
+
+    folder: Path
+    texts: Sequence[Text]
+    width: int
+    bits: int
+    dtype: mx.Dtype
+
+    @property
+    def exists(self) -> bool:
+        """Whether it has been made."""
+        return (self.folder / DESCRIPTION).is_file()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes on disk."""
+        return store_bytes(self.texts, self.width, self.bits) + HEADERS
+
+    def make(self, model: PoEModel, progress: Callable[[int], None]) -> None:
+        """Run the base below the last stage of `model` over the texts, and keep the result."""
+        with new_folder(self.folder, self.nbytes, overwrite=False) as folder:
+            write_store(folder, model, self.texts, self.bits, progress)
+
+    def open(self) -> StoredActivations:
+        """Its activations. CheckpointError where it is damaged."""
+        return StoredActivations(self.folder, self.texts, self.width, self.bits, self.dtype)
+
+
+def store_for(
+    texts: Sequence[Text],
+    *,
+    base: str,
+    windows: Sequence[int],
+    embeddings: dict[int, int],
+    width: int,
+    bits: int,
+    dtype: mx.Dtype,
+    parent: Path | None,
+) -> Store:
+    """The store of `texts` over the base with the fingerprint `base`.
+
+    `windows` are its layers', which a stage on top may change; `embeddings` says which tokens have
+    whose. It lies in `parent`, by default the user's cache folder. Raises CheckpointError for a
+    user without a home.
+    """
+    if parent is None:
+        cache = cache_folder()
+        if cache is None:
+            raise CheckpointError(
+                "there is no home folder to keep activations in: give --store-path"
+            )
+        parent = cache / "activations"
+    key = {
+        "base": base,
+        "windows": list(windows),
+        "embeddings": sorted(embeddings.items()),
+        "bits": bits,
+        "dtype": str(dtype),
+        "texts": fingerprint(texts, counted=False),
+    }
+    name = hashlib.blake2b(json.dumps(key).encode(), digest_size=10).hexdigest()
+    return Store(parent / name, texts, width, bits, dtype)
+
+
+def check_room(stores: Sequence[Store]) -> int:
+    """Bytes that the stores which are not there yet will take.
+
+    Raises CheckpointError where the disk lacks them.
+    """
+    missing = [store for store in stores if not store.exists]
+    needed = sum(store.nbytes for store in missing)
+    if missing:
+        parent = missing[0].folder.parent
+        there = next(folder for folder in (parent, *parent.parents) if folder.exists())
+        free = shutil.disk_usage(there).free
+        if needed > free:
+            raise CheckpointError(
+                f"the base's activations take {needed / 1e9:.2f} GB, and {there} has "
+                f"{free / 1e9:.2f} GB free: make room, keep them elsewhere (--store-path), in 8 "
+                "bits (--store-bits 8), or run the base in every step (--no-store)"
+            )
+    return needed
