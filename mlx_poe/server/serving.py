@@ -81,7 +81,7 @@ class Service:
 
     async def _start(self, asked: Asked, endpoint: str) -> Run:
         count = len(asked.prompts) * asked.options.n
-        self._admit(count)
+        self._admit(count, "prompt" if len(asked.prompts) > 1 else "n")
         run = Run(self, asked, endpoint, count)
         try:
             await run.begin()
@@ -90,13 +90,13 @@ class Service:
             raise
         return run
 
-    def _admit(self, count: int) -> None:
+    def _admit(self, count: int, param: str) -> None:
         """Take places for so many sequences; ApiError where there are none."""
         if self.closing:
             raise EngineClosedError
         if count > self.limits.places:
             message = f"{count} sequences at once, {self.limits.places} at most"
-            raise ApiError(400, message, "prompt")
+            raise ApiError(400, message, param)
         if self.taken + count > self.limits.places:
             rounds = (self.taken + count) / self.limits.sequences
             wait = min(max(math.ceil(rounds * self._mean_seconds), 1), 60)
@@ -122,6 +122,7 @@ class Run:
         self._left, self._closed = count, False
         self._started = monotonic()
         self._requests: list[EngineRequest] = []
+        self._begun = False
         self.answer: Answer
 
     async def begin(self) -> None:
@@ -140,6 +141,7 @@ class Run:
             work.add_done_callback(_cancel_all)
             raise
         self.answer = self._asked.answer(self._service.engine.tokenizer, tokens)
+        self._begun = True
 
     def _submit(
         self, listeners: Sequence[Callable[[Item], None]]
@@ -223,7 +225,7 @@ class Run:
             for request in self._requests:
                 request.cancel()
             self._service.leave(self._count, monotonic() - self._started)
-            self._record.end(self.answer.usage if self._requests else None)
+            self._record.end(self.answer.usage if self._begun else None)
 
 
 class EventStream(Response):
