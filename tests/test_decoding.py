@@ -107,7 +107,7 @@ def test_speculation_gives_the_full_models_tokens(name):
         prompt, state = prompts(name)[which], prefilled(name, which)
         full = run(model, prompt, "full", length, state=state.fork())
         for draft_stage in range(model.poe_n_stages):
-            for count in range(1, 9):
+            for count in (1, 2, 3, 5, 8):
                 decoded = run(
                     model,
                     prompt,
@@ -275,7 +275,7 @@ def test_sampled_tokens_follow_the_full_models_distribution(name, mode, options)
     sampling = SamplingOptions(
         seed=11, temp=1.3, top_k=width, repetition_penalty=1.2, repetition_context_size=20
     )
-    seen = drawn_pairs(model, prompt, mode, sampling, 800, **options)
+    seen = drawn_pairs(model, prompt, mode, sampling, 500, **options)
     statistic, cells = chi_squared(model, prompt, sampling, seen, width)
     # The 99.9th percentile of chi-squared with 15 degrees of freedom.
     assert cells == 16 and statistic < 37.7
@@ -291,7 +291,7 @@ def test_drafts_far_from_the_full_model_leave_its_distribution_alone():
         for start in range(0, 200, 5)
         if distance(model, text := goldens("flat-d8")["long.tokens"][0].tolist()[start:][:6]) > 0.6
     )
-    seen = drawn_pairs(model, prompt, "speculative", sampling, 2500, num_draft_tokens=2)
+    seen = drawn_pairs(model, prompt, "speculative", sampling, 1600, num_draft_tokens=2)
     statistic, cells = chi_squared(model, prompt, sampling, seen, 6)
     # The 99.9th percentile with 35 degrees of freedom.
     assert cells == 36 and statistic < 66.6
@@ -355,7 +355,7 @@ def chi_squared(
     return statistic, cells
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=7, deadline=None)
 @given(data=st.data())
 def test_modes_share_one_state_and_switch_at_any_time(data):
     """A talk that changes its mode at every turn: each turn equals one from a fresh state."""
