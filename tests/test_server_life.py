@@ -244,7 +244,7 @@ def test_load(server):
     def client(number: int) -> None:
         chance = random.Random(number)
         try:
-            while time.monotonic() < end:
+            while time.monotonic() < end or not finished[number]:
                 which = chance.randrange(len(ASKED))
                 model, about = ASKED[which]
                 body = {"model": NAMES[model], "max_tokens": 40, "no_park": True, **about}
