@@ -11,7 +11,8 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -224,6 +225,11 @@ def expected(which: int) -> str:
     return "".join(response.text for response in stream)
 
 
+def ask_for(which: int) -> dict[str, Any]:
+    model, about = ASKED[which]
+    return {"model": NAMES[model], "max_tokens": 40, "no_park": True, **about}
+
+
 def memory_of(process: int) -> int:
     """Resident bytes; 0 where the system does not say."""
     try:
@@ -237,6 +243,14 @@ def test_load(server):
     """Clients in a closed loop, a fifth of them cut off in mid-stream."""
     for which in range(len(ASKED)):
         expected(which)
+    # As much at once as there will ever be, so that memory is what it stays.
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        full = [{**LONG, "prompt": text(200, i), "max_tokens": 40} for i in range(CLIENTS)]
+        assert [answer[0] for answer in pool.map(partial(server.ask, TEXTS), full)] == [
+            200
+        ] * CLIENTS
+        every = [ask_for(which) for which in range(len(ASKED))]
+        assert [answer[0] for answer in pool.map(partial(server.ask, TEXTS), every)] == [200] * 8
     end = time.monotonic() + SECONDS
     wrong: list[Any] = []
     finished, cut = [0] * CLIENTS, [0] * CLIENTS
@@ -246,8 +260,7 @@ def test_load(server):
         try:
             while time.monotonic() < end or not finished[number]:
                 which = chance.randrange(len(ASKED))
-                model, about = ASKED[which]
-                body = {"model": NAMES[model], "max_tokens": 40, "no_park": True, **about}
+                body = ask_for(which)
                 if chance.random() < 0.2:
                     connection = begin(server, {**body, "stream": True})
                     connection.recv(chance.randrange(1, 3000))
