@@ -61,27 +61,18 @@ def training(setup: Setup) -> list[Figure]:
         for name, samples in taken.items()
     }
     notes: dict[str, float | str] = {"positions": tokens, "counted": int(tokens / 2)}
+    counted = {"an iteration ": taken, "the same with its share of an update, ": whole}
     found = [
         figure(
             "training",
-            f"an iteration {name}",
+            f"{label}{name}",
             "s",
             samples,
-            speedup=1 / samples.over(taken["running the base"]),
+            speedup=1 / samples.over(ways["running the base"]),
             notes=notes,
         )
-        for name, samples in taken.items()
-    ]
-    found += [
-        figure(
-            "training",
-            f"the same with its share of an update, {name}",
-            "s",
-            samples,
-            speedup=1 / samples.over(whole["running the base"]),
-            notes=notes,
-        )
-        for name, samples in whole.items()
+        for label, ways in counted.items()
+        for name, samples in ways.items()
     ]
     found.append(figure("training", "an update", "s", Samples((update,))))
     held = stage.nbytes + sum(a.nbytes for part in (parameters, state) for a in part.values())

@@ -156,10 +156,11 @@ class _Whole:
 
 
 class Context(NamedTuple):
-    """What penalties look back on: the last tokens (c,) of the text, and the reply's own (g,)."""
+    """What penalties look back on: the last tokens (c,) of the text for one, the reply's own (g,)
+    for the others; None where there is no such penalty."""
 
-    recent: mx.array
-    reply: mx.array
+    recent: mx.array | None
+    reply: mx.array | None
 
 
 class Sampler:
@@ -179,18 +180,20 @@ class Sampler:
 
     def context(self, tokens: Sequence[int], prompt_length: int) -> Context | None:
         """What the penalties look back on in a text; None without any."""
-        if self._penalty is None and not self._counts:
-            return None
-        recent = tokens[-self.options.repetition_context_size :] if self._penalty else ()
-        reply = tokens[prompt_length:] if self._counts else ()
-        return Context(mx.array(list(recent), mx.int32), mx.array(list(reply), mx.int32))
+        recent = reply = None
+        if self._penalty is not None:
+            last = tokens[-self.options.repetition_context_size :]
+            recent = mx.array(list(last), dtype=mx.int32)
+        if self._counts:
+            reply = mx.array(list(tokens[prompt_length:]), dtype=mx.int32)
+        return None if recent is None and reply is None else Context(recent, reply)
 
     def extend(self, context: Context | None, tokens: mx.array) -> Context | None:
         """`context` with the tokens (any shape) that came after it."""
         if context is None:
             return None
-        recent, reply = (mx.concatenate([part, tokens.reshape(-1)]) for part in context)
-        return Context(recent, reply)
+        new = tokens.reshape(-1)
+        return Context(*(None if c is None else mx.concatenate([c, new]) for c in context))
 
     def process(
         self, scores: Scores, context: Context | None, masks: mx.array | None = None
@@ -204,10 +207,11 @@ class Sampler:
         if self._bias:
             tokens, values = self._bias
             scores = Scores(scores.array.at[:, tokens].add(values))
-        if context is not None and self._penalty is not None:
-            scores = Scores(self._penalised(scores.array, context.recent, self._penalty))
-        if context is not None and self._counts:
-            scores = Scores(self._counted(scores.array, context.reply))
+        recent, reply = context or (None, None)
+        if recent is not None and self._penalty is not None:
+            scores = Scores(self._penalised(scores.array, recent, self._penalty))
+        if reply is not None:
+            scores = Scores(self._counted(scores.array, reply))
         return scores if masks is None else Scores(masked(scores.array, masks))
 
     def _counted(self, array: mx.array, reply: mx.array) -> mx.array:

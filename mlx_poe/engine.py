@@ -100,42 +100,14 @@ class Engine:
 
     # For callers
 
-    def submit(
-        self,
-        prompt: Prompt,
-        *,
-        specialist: str | Sequence[str] | None = None,
-        weights: Sequence[float] | None = None,
-        mode: str = "full",
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        stop: str | Sequence[str] | None = None,
-        listener: Callable[[Item], None] | None = None,
-        parks: bool = True,
-        **options: Any,
-    ) -> EngineRequest:
+    def submit(self, prompt: Prompt, **options: Any) -> EngineRequest:
         """Let a prompt wait for its turn; returns once it has been checked, at the latest after the
         pass that is under way.
 
-        `specialist` is the name of one that is attached, or several names, whose predictions are
-        mixed by `weights` (equally unless given); None is the model itself. `listener` is called in
-        the engine's thread with each response and then, at the end, with None or the exception that
-        was the cause; it must not block, and if it raises, the request ends. Without `parks` a mode
-        goes on even where full depth is faster. Other arguments are those of `stream_generate`.
-
-        Raises RequestError for whatever cannot be done, before any of it is.
+        `options` are those of `prepare`. Raises RequestError for whatever cannot be done, before
+        any of it is.
         """
-        request = self.prepare(
-            prompt,
-            specialist=specialist,
-            weights=weights,
-            mode=mode,
-            max_tokens=max_tokens,
-            stop=stop,
-            listener=listener,
-            parks=parks,
-            **options,
-        )
-        return self.start([request])[0]
+        return self.start([self.prepare(prompt, **options)])[0]
 
     def prepare(
         self,
@@ -150,13 +122,20 @@ class Engine:
         parks: bool = True,
         **options: Any,
     ) -> Prepared:
-        """A request as for `submit`, read and checked as far as that can be done in any thread."""
+        """A request, read and checked as far as that can be done in any thread.
+
+        `specialist` is the name of one that is attached, or several names, whose predictions are
+        mixed by `weights` (equally unless given); None is the model itself. `listener` is called in
+        the engine's thread with each response and then, at the end, with None or the exception that
+        was the cause; it must not block, and if it raises, the request ends. Without `parks` a mode
+        goes on even where full depth is faster. Other arguments are those of `stream_generate`.
+
+        Raises RequestError for what can be seen to be impossible.
+        """
         if not isinstance(mode, str) or mode not in MODES:
             raise RequestError(f"mode {mode!r} is none of {', '.join(MODES)}")
         StopStrings(stop)
         asked = read_request(self.tokenizer, prompt, options)
-        if specialist is not None and not isinstance(specialist, str):
-            specialist = tuple(specialist)
         return Prepared(asked, specialist, weights, mode, max_tokens, stop, parks, listener)
 
     def start(self, requests: Sequence[Prepared]) -> list[EngineRequest]:
@@ -169,9 +148,8 @@ class Engine:
     def describe(
         self, specialist: str | Sequence[str] | None = None, weights: Sequence[float] | None = None
     ) -> ModelInfo:
-        """What a request for these, as for `submit`, would be answered with."""
-        names = specialist if specialist is None or isinstance(specialist, str) else (*specialist,)
-        return self._call(lambda: describe(self._model(names, weights)))
+        """What a request for these, as for `prepare`, would be answered with."""
+        return self._call(lambda: describe(self._model(specialist, weights)))
 
     def attach(
         self,
@@ -285,11 +263,9 @@ class Engine:
 
     def _add_all(self, requests: Sequence[Prepared]) -> list[EngineRequest]:
         tasks = [self._task(request) for request in requests]
-        for task in tasks:
-            self._scheduler.check(task)
+        self._scheduler.add(*tasks)
         added = []
         for task, request in zip(tasks, requests, strict=True):
-            self._scheduler.add(task)
             added.append(EngineRequest(partial(self._cancel, task), request.listener))
             self._requests[task] = added[-1]
         return added
@@ -307,13 +283,13 @@ class Engine:
         )
 
     def _model(
-        self, specialist: str | tuple[str, ...] | None, weights: Sequence[float] | None
+        self, specialist: str | Sequence[str] | None, weights: Sequence[float] | None
     ) -> PoEModel:
         if specialist is None or isinstance(specialist, str):
             if weights is not None:
                 raise RequestError("weights are for several specialists")
             return self._specialists.use(specialist)
-        key = specialist, None if weights is None else tuple(weights)
+        key = tuple(specialist), None if weights is None else tuple(weights)
         if key not in self._compositions:
             self._compositions[key] = self._specialists.compose(specialist, weights)
             if len(self._compositions) > COMPOSITIONS:

@@ -17,10 +17,10 @@ from mlx_poe.responses import GenerationResponse
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that has been read: `asked.tokens` is its prompt. See `Engine.submit`."""
+    """A request that has been read: `asked.tokens` is its prompt. See `Engine.prepare`."""
 
     asked: Asked
-    specialist: str | tuple[str, ...] | None
+    specialist: str | Sequence[str] | None
     weights: Sequence[float] | None
     mode: str
     max_tokens: int

@@ -36,8 +36,8 @@ __all__ = ["GenerationResponse", "encode_prompt", "generate", "sort_options", "s
 DEFAULT_MAX_TOKENS = 256
 
 _TEXT_OPTIONS = ("draft_head",)
-_LIST_OPTIONS = ("stages", "stage_weights", "p99_bounds", "exit_stages")
-_WHOLE_OPTIONS = (
+LIST_OPTIONS = ("stages", "stage_weights", "p99_bounds", "exit_stages")
+WHOLE_OPTIONS = (
     *("top_k", "repetition_context_size", "top_logprobs", "seed"),
     *("stage", "max_stages", "stages", "exit_stages"),
     *("draft_stage", "num_draft_tokens", "draft_rank"),
@@ -199,7 +199,7 @@ def _plain(name: str, value: Any) -> Any:
         return value
     if name == "logit_bias":
         return _biases(value)
-    if name not in _LIST_OPTIONS:
+    if name not in LIST_OPTIONS:
         return _number(name, value)
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise RequestError(f"{name} takes a list of numbers, not {value!r}")
@@ -217,7 +217,7 @@ def _biases(value: Any) -> dict[int, float]:
 
 
 def _number(name: str, value: Any) -> int | float:
-    whole = name in _WHOLE_OPTIONS
+    whole = name in WHOLE_OPTIONS
     if isinstance(value, int) or (isinstance(value, float) and not whole):
         return value
     raise RequestError(f"{name} takes {'whole numbers' if whole else 'numbers'}, not {value!r}")

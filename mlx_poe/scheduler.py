@@ -187,10 +187,14 @@ class Scheduler:
             self.memory,
         )
 
-    def add(self, task: Task) -> None:
-        """Let a task wait for its turn. Raises RequestError for one that could never have it."""
-        self.check(task)
-        self._waiting.append(task)
+    def add(self, *tasks: Task) -> None:
+        """Let tasks wait for their turns: all of them, or none.
+
+        Raises RequestError for one that could never have its turn.
+        """
+        for task in tasks:
+            self.check(task)
+        self._waiting.extend(tasks)
 
     def check(self, task: Task) -> None:
         """Raise RequestError for a task that needs more memory than there will ever be."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from chats import FUNCTIONS
 from conftest import fixture
 from test_scheduler import STORY, TALK, models, text
 
@@ -16,15 +17,6 @@ from mlx_poe.responses import GenerationResponse
 
 tokenizer = fixture("poe-tiny")[1]
 NAMES = {"base": "poe-tiny", "chat": "poe-tiny-chat", "math": "poe-tiny-math", "both": "both"}
-TOOL = {
-    "name": "get_capital",
-    "description": "Look up the capital of a country",
-    "parameters": {
-        "type": "object",
-        "properties": {"country": {"type": "string", "description": "Country name"}},
-        "required": ["country"],
-    },
-}
 SCHEMA = {
     "type": "object",
     "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -185,7 +177,7 @@ def test_several_choices_have_seeds_of_their_own(client):
 # --- tools ----------------------------------------------------------------------------------------
 
 CHILE = [{"role": "user", "content": "What is the capital of Chile?"}]
-TOOLS: Any = [{"type": "function", "function": TOOL}]
+TOOLS: Any = [{"type": "function", "function": function} for function in FUNCTIONS]
 NAMES["tool"] = "poe-tiny-tool"
 
 

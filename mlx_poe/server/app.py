@@ -86,8 +86,8 @@ class Server:
         if len(names) != 1:
             raise ApiError(400, "give the text as content, or as prompt", "content")
         text = body.text(names[0]) or ""
-        add = body.flag("add_special_tokens") if "add_special_tokens" in body else True
-        special = body.flag("parse_special") if "parse_special" in body else True
+        add = body.flag("add_special_tokens", default=True)
+        special = body.flag("parse_special", default=True)
         self._about_model(body)
         encode = self.engine.tokenizer.encode
         tokens = await anyio.to_thread.run_sync(encode, text, add, special)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cognica_mlx.errors import RequestError
+from mlx_poe.constraints import CONSTRAINTS
 from mlx_poe.penalty import chat_penalty
 from mlx_poe.server.answer import Answer
 from mlx_poe.server.catalog import Served
@@ -23,7 +23,7 @@ from mlx_poe.server.logprobs import chat_logprobs, stages_of
 from mlx_poe.server.messages import read_messages
 from mlx_poe.server.options import Options, read_options
 from mlx_poe.tokenizer import Tokenizer
-from mlx_poe.tools import ToolCallParser, read_functions
+from mlx_poe.tools import ToolCallParser
 
 DEFAULT_MAX_TOKENS = 512
 MAX_TOP_LOGPROBS = 20
@@ -69,7 +69,7 @@ def read_chat(body: Fields, served: Served) -> ChatRequest:
     _read_form(body, options)
     tools = _read_tools(body, options)
     body.done()
-    formal = any(name in options.decoding for name in ("json_schema", "regex", "grammar", "tools"))
+    formal = any(name in options.decoding for name in CONSTRAINTS)
     options.decoding.setdefault("repetition_penalty", chat_penalty(formal))
     return ChatRequest(messages, options, tools)
 
@@ -126,10 +126,6 @@ def _read_tools(body: Fields, options: Options) -> bool:
         if choice not in (None, "none", "auto"):
             raise refused("tool_choice", "it needs tools")
         return False
-    try:
-        read_functions(tools)
-    except RequestError as error:
-        raise refused("tools", str(error)) from None
     options.decoding |= {"tools": tools, "tool_choice": choice or "auto"}
     return True
 

@@ -15,7 +15,7 @@ from mlx_poe.server.catalog import Served
 from mlx_poe.server.choice import Piece
 from mlx_poe.server.errors import refused
 from mlx_poe.server.fields import Fields
-from mlx_poe.server.logprobs import TextLogprobs, stages_of
+from mlx_poe.server.logprobs import ARRAYS, TextLogprobs, stages_of
 from mlx_poe.server.options import Options, read_options
 from mlx_poe.tokenizer import Tokenizer
 
@@ -92,6 +92,7 @@ class CompletionAnswer(Answer):
         options = request.options
         super().__init__(options, tokenizer, options.n * len(request.prompts))
         self._prompts, self._tokens, self._echo = request.prompts, tokens, request.echo
+        self._texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in request.prompts]
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """Nothing."""
@@ -112,9 +113,8 @@ class CompletionAnswer(Answer):
         text = "".join(part[0] for part in parts)
         logprobs: dict[str, list] | None = None
         if self.options.top_logprobs is not None:
-            names = TextLogprobs(self.tokenizer, 0).take()
             found = [part[1] for part in parts if part[1] is not None]
-            logprobs = {name: [v for one in found for v in one[name]] for name in names}
+            logprobs = {name: [v for one in found for v in one[name]] for name in ARRAYS}
         tokens = [token for part in parts for token in part[2]]
         choice = self._choice(index, text, logprobs, tokens)
         reason = "length" if self.options.max_tokens == 0 else pieces[-1].finish_reason
@@ -127,9 +127,10 @@ class CompletionAnswer(Answer):
         asked, before = self.options.top_logprobs, 0
         parts: list[tuple[str, dict[str, list] | None, list]] = []
         if self._echo:
-            before = len(self._prompt_text(index))
+            prompt = self._texts[index // self.options.n]
+            before = len(prompt)
             if first:
-                parts.append((self._prompt_text(index), self._echoed(index, asked), []))
+                parts.append((prompt, self._echoed(index, asked), []))
         if self.options.max_tokens != 0:
             found = TextLogprobs(self.tokenizer, asked or 0)
             for token in piece.tokens:
@@ -137,10 +138,6 @@ class CompletionAnswer(Answer):
                 found.add(token.token, token.logprob, token.top_logprobs, offset)
             parts.append((piece.text, None if asked is None else found.take(), piece.tokens))
         return parts
-
-    def _prompt_text(self, index: int) -> str:
-        prompt = self._prompts[index // self.options.n]
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
     def _echoed(self, index: int, asked: int | None) -> dict[str, list] | None:
         """The log-probabilities of a prompt's tokens."""

@@ -54,9 +54,10 @@ class Fields:
         """A string."""
         return self._taken(field, str, "a string")
 
-    def flag(self, field: str) -> bool:
-        """True or false; false without the field."""
-        return bool(self._taken(field, bool, "true or false"))
+    def flag(self, field: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self._taken(field, bool, "true or false")
+        return default if value is None else value
 
     def whole(self, field: str, low: int, high: int) -> int | None:
         """A whole number from `low` to `high`."""

@@ -13,6 +13,7 @@ from mlx_poe.responses import GenerationResponse
 from mlx_poe.tokenizer import Tokenizer
 
 Top = Sequence[tuple[int, float]]
+ARRAYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
@@ -60,9 +61,7 @@ class TextLogprobs:
 
     def __init__(self, tokenizer: Tokenizer, count: int):
         self._tokenizer, self._count = tokenizer, count
-        self._arrays: dict[str, list[Any]] = {
-            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        }
+        self._arrays: dict[str, list[Any]] = {name: [] for name in ARRAYS}
 
     def add(self, token: int, logprob: float | None, top: Top, offset: int) -> None:
         """One token. The first of a prompt has nothing that it could be predicted from: None."""
@@ -77,6 +76,5 @@ class TextLogprobs:
 
     def take(self) -> dict[str, list[Any]]:
         """What has been added since the last time."""
-        taken = self._arrays
-        self._arrays = {name: [] for name in taken}
+        taken, self._arrays = self._arrays, {name: [] for name in ARRAYS}
         return taken

@@ -12,16 +12,15 @@ from typing import Any
 
 from cognica_mlx.decoding.modes import MODES, ModeOptions
 from cognica_mlx.sampling import MIN_TEMP
+from mlx_poe.generate import LIST_OPTIONS, WHOLE_OPTIONS
 from mlx_poe.server.catalog import Served
 from mlx_poe.server.errors import refused
 from mlx_poe.server.fields import Fields, shown
 
 MAX_STOPS = 16
 MAX_CHOICES = 16
-# OpenAI's field, whose values are of no consequence to a server that keeps nothing.
+# OpenAI's fields whose values are of no consequence to a server that keeps nothing.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-
-_MODE_LISTS = ("stages", "stage_weights", "p99_bounds", "exit_stages")
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,8 @@ def _mode(body: Fields) -> dict[str, Any]:
 
 
 def _mode_option(body: Fields, name: str) -> Any:
-    if name in _MODE_LISTS:
-        kinds = (int,) if name in ("stages", "exit_stages") else (int, float)
+    if name in LIST_OPTIONS:
+        kinds = (int,) if name in WHOLE_OPTIONS else (int, float)
         found = body.items(name)
         if not all(isinstance(n, kinds) and not isinstance(n, bool) for n in found or ()):
             raise refused(name, "expected an array of numbers")
