@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import mlx.core as mx
 
+from cognica_mlx.attention import in_two_parts, window_mask
 from cognica_mlx.errors import RollbackError
 
 if TYPE_CHECKING:
@@ -28,30 +29,6 @@ GROWTH = 256
 # The most rows beside the buffer; and the size in bytes from which a buffer is not worth copying
 # (attention in two parts is a few small operations more).
 TAIL, LARGE = 64, 1 << 20
-
-
-class Attention(Protocol):
-    """What a layer asks of the cache, ours or another library's, for the positions of one pass."""
-
-    @property
-    def offset(self) -> int | mx.array:
-        """The first position; an array where it differs: (B,), or (T,) for rows packed into one."""
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """Take in keys and values (B, KV, T, head_dim); what queries (B, H, T, head_dim) see."""
-
-
-class WholeText:
-    """Attention without a cache, over a text that begins with these positions."""
-
-    offset = 0
-
-    def __init__(self, window: int, length: int):
-        self._mask = window_mask(window, 0, length)
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `Attention`."""
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self._mask)
 
 
 class Span(NamedTuple):
@@ -127,6 +104,10 @@ class StageCache:
         """The most rows that a buffer ever has."""
         return window + 2 * self.slack
 
+    def kept(self, window: int) -> int:
+        """The rows that go along when all move: what a rollback may need. Others have served."""
+        return min(self.content.spans[window].held, window + self.slack)
+
     def is_large(self, window: int) -> bool:
         """Whether the buffers of this window take longer to copy than to work around."""
         keys = self.content.layers[self.windows.index(window)].keys
@@ -168,29 +149,36 @@ class StageCache:
 
     def fork(self) -> StageCache:
         """An independent copy; the buffers are shared until either side writes."""
-        self.leave()
         other = StageCache(self.windows, self.slack)
-        other.content, other.round = self.content, self.round
+        other.content, other.round = self._off_shelf(), self.round
         return other
 
     def leave(self) -> None:
         """Hold the rows in buffers of its own, if they stand on a shelf. Waits for them."""
-        if self.content.place:
-            layers = self.layers
-            # Until they are copied the shelf would be in use, and be copied where it is written.
-            mx.eval([layer.arrays() for layer in layers])
-            self.content = self.content._replace(layers=layers, place=None)
+        self.content = self._off_shelf()
 
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """Its arrays by layer, copied from the shelf if they stand on one."""
-        place = self.content.place
-        return place.layers(self.content) if place else self.content.layers
+    def _off_shelf(self) -> Content:
+        """All that it holds, copied from the shelf if it stands on one."""
+        if not self.content.place:
+            return self.content
+        # With a row more, for the next position: so they are copies, however few rows there are.
+        room = [(0, 0), (0, 0), (0, 1), (0, 0)]
+        kept = {window: self.kept(window) for window in self.windows}
+        layers = tuple(
+            Layer(*(mx.pad(a[..., -kept[window] :, :], room) for a in pair))
+            for window, pair in zip(self.windows, self.rows(), strict=True)
+        )
+        # Until they are copied the shelf would be in use, and be copied where it is written.
+        mx.eval([layer.arrays() for layer in layers])
+        spans = {window: Span(rows) for window, rows in kept.items()}
+        return self.content._replace(layers=layers, place=None, spans=spans)
 
     def rows(self) -> list[tuple[mx.array, mx.array]]:
         """Each layer's keys and values (1, KV, rows, head_dim); empty before the first."""
+        if place := self.content.place:
+            return place.rows(self.content)
         found = []
-        for window, layer in zip(self.windows, self.layers, strict=True):
+        for window, layer in zip(self.windows, self.content.layers, strict=True):
             if layer.keys is not None and layer.values is not None:
                 span = self.content.spans[window]
                 found.append(
@@ -219,7 +207,8 @@ class StageCache:
 
 
 class StagePass:
-    """The positions that one sequence runs through a stage: each layer's `Attention`, in turn."""
+    """The positions that one sequence runs through a stage: in turn, each layer's
+    `AttentionCache`."""
 
     def __init__(self, cache: StageCache, length: int):
         self.length = length
@@ -236,7 +225,7 @@ class StagePass:
         return range(self.offset, self.offset + self.length)
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `Attention`; each call is for the next layer."""
+        """See `AttentionCache`; each call is for the next layer."""
         i = len(self._layers)
         view = self._views[self._cache.windows[i]]
         layer, out = view.attend(self._content.layers[i], q, k, v, scale)
@@ -342,37 +331,10 @@ class _View:
         old_k = layer.keys[..., first : self.span.rows, :]
         old_v = layer.values[..., first : self.span.rows, :]
         seen = min(self.before, tail) + self.length
-        out = _two_parts(
+        out = in_two_parts(
             q, (old_k, old_v), (k[..., -seen:, :], v[..., -seen:, :]), scale, self.mask
         )
         return Layer(layer.keys, layer.values, k, v), out
-
-
-def _two_parts(
-    q: mx.array,
-    old: tuple[mx.array, mx.array],
-    new: tuple[mx.array, mx.array],
-    scale: float,
-    mask: mx.array | str | None,
-) -> mx.array:
-    """Attention of q (1, H, T, head_dim) over two lots of keys and values (1, KV, n, head_dim)."""
-    _, heads, length, dim = q.shape
-    kv_heads, count = old[0].shape[1], old[0].shape[2]
-    # Queries of one key head side by side: (1, KV, H / KV * T, head_dim).
-    grouped = (q * scale).reshape(1, kv_heads, -1, dim)
-    scores = mx.concatenate(
-        [grouped @ old[0].swapaxes(-1, -2), grouped @ new[0].swapaxes(-1, -2)], axis=-1
-    )
-    if mask is not None:
-        total = scores.shape[-1]
-        if isinstance(mask, str):
-            mask = mx.arange(total)[None] <= mx.arange(total - length, total)[:, None]
-        scores = scores.reshape(1, heads, length, total)
-        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
-        scores = scores.reshape(1, kv_heads, -1, total)
-    weights = mx.softmax(scores, axis=-1, precise=True)
-    out = weights[..., :count] @ old[1] + weights[..., count:] @ new[1]
-    return out.reshape(1, heads, length, dim)
 
 
 def _joined(buffer: mx.array, tail: mx.array | None, span: Span, count: int) -> mx.array:
@@ -382,18 +344,3 @@ def _joined(buffer: mx.array, tail: mx.array | None, span: Span, count: int) -> 
     if not span.tail or tail is None:
         return rows
     return mx.concatenate([rows, tail[..., : span.tail, :]], axis=2)
-
-
-def window_mask(window: int, offset: int, length: int) -> mx.array | str | None:
-    """The mask for queries at positions offset .. offset + length - 1.
-
-    The keys are those of the `min(offset, window)` positions before them, then their own. None
-    where all is visible, "causal" where the window hides nothing, else (length, keys) bool.
-    """
-    if length == 1:
-        return None
-    if offset + length <= window + 1:
-        return "causal"
-    queries = mx.arange(offset, offset + length)[:, None]
-    keys = mx.arange(offset - min(offset, window), offset + length)[None]
-    return (keys <= queries) & (queries - keys <= window)

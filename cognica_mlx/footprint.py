@@ -53,6 +53,5 @@ def state_bytes(
 def made_for(state: DecodingState) -> int:
     """How long a text the state's buffers are made for: they do not shrink when it is rolled
     back."""
-    layers = [layer for cache in state.caches for layer in cache.layers]
-    rows = (layer.keys.shape[2] for layer in layers if layer.keys is not None)
+    rows = (array.shape[2] for cache in state.caches for array in cache.arrays())
     return max(rows, default=0)

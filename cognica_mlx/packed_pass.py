@@ -20,7 +20,7 @@ from cognica_mlx.shelf import Shelf
 
 class ShelfPass:
     """A position each of several caches on one shelf, in the order of their slots: their part of
-    each layer's `Attention`."""
+    each layer's `AttentionCache`."""
 
     def __init__(self, caches: Sequence[StageCache]):
         self._contents = [cache.content for cache in caches]
@@ -32,10 +32,10 @@ class ShelfPass:
         self.offset = _as_array(offsets)
         # A window that is longer than all texts hides nothing: one answer for all such.
         longest = max(offsets)
-        self._rows = {
-            window: _rows(slots, offsets, min(window, longest), length)
-            for window, length in self._shelf.lengths.items()
-        }
+        self._rows = {}
+        for window in self._shelf.lengths:
+            shifts = tuple([place.shifts[window] for place in places])  # type: ignore[union-attr]
+            self._rows[window] = _rows(slots, offsets, shifts, min(window, longest))
         self._layers: list[tuple[mx.array, mx.array]] = []
 
     def positions(self) -> list[int]:
@@ -43,7 +43,7 @@ class ShelfPass:
         return [content.offset for content in self._contents]
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `Attention`: here T counts the caches, a position each."""
+        """See `AttentionCache`: here T counts the caches, a position each."""
         i = len(self._layers)
         rows = self._rows[self._shelf.windows[i]]
         old_keys, old_values = self._shelf.layers[i]
@@ -69,9 +69,9 @@ class ShelfPass:
         """What each of the caches holds after this pass. Before any does, the shelf has the new
         rows: what is beyond a cache's own counts for nothing."""
         self._shelf.layers = tuple(self._layers)
-        lengths, found = self._shelf.lengths, []
+        found = []
         for old, written in zip(self._contents, self._rounds, strict=True):
-            spans = {w: Span(min(span.rows + 1, lengths[w])) for w, span in old.spans.items()}
+            spans = {window: Span(span.rows + 1) for window, span in old.spans.items()}
             found.append(Content(old.offset + 1, spans, (), written, old.place))
         return found
 
@@ -100,19 +100,24 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where a pass writes in the layers of one window, and what each run of neighbours sees."""
+    """Where a pass writes in the layers of one window, and what each run of neighbours sees.
+
+    slots, rows: (T,) arrays. `same` is the row if it is one for all, and the slots are neighbours.
+    """
 
     slots: mx.array
     rows: mx.array
+    same: int | None
     runs: tuple[_Run, ...]
 
     def write(self, array: mx.array, new: mx.array) -> mx.array:
         """The shelf's array with new rows (T, KV, 1, head_dim) in T of its slots."""
-        if len(new) == len(array):
-            at = mx.broadcast_to(self.rows[:, None, None, None], new.shape)
-            return mx.put_along_axis(array, at, new, axis=2)
+        # An array object of its own: item assignment changes the one that it is given.
         written = array[:]
-        written[self.slots, :, self.rows] = new[:, :, 0]
+        if self.same is not None:
+            written[self.runs[0].slots, :, self.same : self.same + 1] = new
+        else:
+            written[self.slots, :, self.rows] = new[:, :, 0]
         return written
 
 
@@ -123,22 +128,24 @@ def _as_array(positions: tuple[int, ...]) -> mx.array:
 
 
 @lru_cache(maxsize=16)
-def _rows(slots: tuple[int, ...], offsets: tuple[int, ...], window: int, length: int) -> _Rows:
-    """For members in these slots of `length` rows whose next positions are `offsets`."""
-    rows = np.array(offsets) % length
-    at = np.arange(length)
-    # How many positions ago each row was written, counted from the member's own.
-    seen = (rows[:, None] - at) % length <= np.minimum(offsets, window)[:, None]
+def _rows(
+    slots: tuple[int, ...], offsets: tuple[int, ...], shifts: tuple[int, ...], window: int
+) -> _Rows:
+    """For members in these slots whose next positions are `offsets`, in rows by so much later."""
+    rows = np.array(offsets) + shifts
+    # The first row that each sees.
+    first = rows - np.minimum(offsets, window)
     gaps = [i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1]
     runs = []
     for start, stop in itertools.pairwise([0, *gaps, len(slots)]):
         members = slice(start, stop)
-        columns = seen[members].any(axis=0).nonzero()[0]
-        shown = slice(int(columns[0]), int(columns[-1]) + 1)
-        part = seen[members, shown]
-        mask = None if part.all() else mx.array(part[:, None, None])
-        runs.append(_Run(members, slice(slots[start], slots[stop - 1] + 1), shown, mask))
-    return _Rows(mx.array(slots), mx.array(rows), tuple(runs))
+        low, high = int(first[members].min()), int(rows[members].max()) + 1
+        at = np.arange(low, high)
+        seen = (at >= first[members, None]) & (at <= rows[members, None])
+        mask = None if seen.all() else mx.array(seen[:, None, None])
+        runs.append(_Run(members, slice(slots[start], slots[stop - 1] + 1), slice(low, high), mask))
+    alike = len(runs) == 1 and bool((rows == rows[0]).all())
+    return _Rows(mx.array(slots), mx.array(rows), int(rows[0]) if alike else None, tuple(runs))
 
 
 class PackedPass:
@@ -154,7 +161,7 @@ class PackedPass:
         self.offset = mx.array(positions, dtype=mx.int32)
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `Attention`."""
+        """See `AttentionCache`."""
         outs = [
             part.attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], scale)
             for rows, part in self._parts

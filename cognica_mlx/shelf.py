@@ -5,8 +5,9 @@ operations each and layer: that, not arithmetic, is what a batch of a small mode
 on. A *shelf* holds their rows in slots of equal size. A pass writes one row into each slot and
 attends over all slots at once, behind a mask where they are filled to different rows.
 
-- the key of position p is in row p modulo the slot's length: where all rows are taken, a new one
-  replaces the oldest
+- rows lie in order, and when caches are put on a shelf all their latest rows lie side by side: so
+  as long as they step together, what they see is one stretch of a window's length
+- where a slot is full, all caches move to a new shelf with what they still need in front
 - `arrange`, before a pass, decides which caches stand on a shelf: those that have run single
   positions for some time, beside others that need about as many rows, so that a shelf holds little
   more than their buffers would
@@ -18,7 +19,7 @@ attends over all slots at once, behind a mask where they are filled to different
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -36,24 +37,28 @@ STEP, WASTE, IDLE = 64, 1.1, 8
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a cache's rows stand."""
+    """Where a cache's rows stand: in layers of a window, that of position p is p + shifts[window].
+    Position `full` and those after it have no room."""
 
     shelf: Shelf
     slot: int
+    shifts: dict[int, int]
+    full: int
 
     def views(self) -> tuple[Layer, ...]:
         """The slot's part of each layer's arrays."""
         one = slice(self.slot, self.slot + 1)
         return tuple(Layer(keys[one], values[one]) for keys, values in self.shelf.layers)
 
-    def layers(self, content: Content) -> tuple[Layer, ...]:
-        """Each layer's rows from the oldest on, in arrays of their own."""
+    def rows(self, content: Content) -> list[tuple[mx.array, mx.array]]:
+        """Each layer's keys and values (1, KV, rows, head_dim), from the oldest on: views."""
         found = []
-        for window, layer in zip(self.shelf.windows, self.views(), strict=True):
-            first = content.offset - content.spans[window].held
-            rows = (_rolled(a, -(first % a.shape[2])) for a in layer.arrays())
-            found.append(Layer(*(mx.contiguous(a) for a in rows)))
-        return tuple(found)
+        one = slice(self.slot, self.slot + 1)
+        for window, (keys, values) in zip(self.shelf.windows, self.shelf.layers, strict=True):
+            end = content.offset + self.shifts[window]
+            held = slice(end - content.spans[window].held, end)
+            found.append((keys[one, :, held], values[one, :, held]))
+        return found
 
 
 class Shelf:
@@ -63,42 +68,60 @@ class Shelf:
     def __init__(self, like: StageCache, size: int, layers: Sequence[tuple[mx.array, mx.array]]):
         self.windows, self.slack, self.size = like.windows, like.slack, size
         self.layers = tuple(layers)
-        # The rows of a slot by the layer's window.
-        self.lengths = {w: min(size, w + 2 * like.slack) for w in like.windows}
+        self.lengths = _lengths(like, size)
         self._caches: list[weakref.ref[StageCache] | None] = [None] * layers[0][0].shape[0]
         self._passes, self._over = 0, False
 
     @staticmethod
     def gather(caches: Sequence[StageCache]) -> None:
         """Put caches, wherever their rows are, side by side on a new shelf."""
-        layers, size = [], _size(caches)
-        for i in range(len(caches[0].windows)):
-            rows = [_slot(cache, i, size) for cache in caches]
-            keys, values = (mx.concatenate([*part]) for part in zip(*rows, strict=True))
-            if keys.nbytes >= LARGE:
+        size = _size(caches)
+        lengths = _lengths(caches[0], size)
+        ends = {window: max(cache.kept(window) for cache in caches) for window in lengths}
+        layers = []
+        for i, window in enumerate(caches[0].windows):
+            rows = [*_side_by_side(caches, i)]
+            pair = [
+                mx.concatenate([_shown(a, ends[window], lengths[window]) for a in part])
+                for part in zip(*rows, strict=True)
+            ]
+            if pair[0].nbytes >= LARGE:
                 # One layer after the other: little is held twice.
-                mx.eval(keys, values)
-            layers.append((keys, values))
+                mx.eval(pair)
+            layers.append((pair[0], pair[1]))
         shelf = Shelf(caches[0], size, layers)
         for slot, cache in enumerate(caches):
-            shelf._place(cache, slot)
+            shelf._place(cache, slot, ends)
 
     def admit(self, cache: StageCache) -> None:
         """Put a cache into a free slot."""
-        slot = self._slots().index(None)
+        slots = self._slots()
+        slot = slots.index(None)
+        # Beside the others' latest rows, if it has no more than they.
+        ends = {window: cache.kept(window) for window in self.lengths}
+        for other in slots:
+            if other and (place := other.content.place):
+                for window, length in self.lengths.items():
+                    end = min(other.offset + place.shifts[window], length - 1)
+                    ends[window] = max(ends[window], end)
         layers = []
-        for i, (keys, values) in enumerate(self.layers):
+        rows = cache.rows()
+        for window, old, new in zip(self.windows, self.layers, rows, strict=True):
             # The whole slot: nothing of who stood there before may stay.
-            new_keys, new_values = _slot(cache, i, self.size)
-            layers.append((_written(keys, slot, new_keys), _written(values, slot, new_values)))
+            shown = [_shown(a, ends[window], self.lengths[window]) for a in new]
+            keys, values = (_written(a, slot, part) for a, part in zip(old, shown, strict=True))
+            layers.append((keys, values))
         self.layers = tuple(layers)
-        self._place(cache, slot)
+        self._place(cache, slot, ends)
 
-    def _place(self, cache: StageCache, slot: int) -> None:
+    def _place(self, cache: StageCache, slot: int, ends: dict[int, int]) -> None:
+        """A cache stands here now: its latest row in a window's layers before `ends[window]`."""
         self._caches[slot] = weakref.ref(cache)
-        cache.content = cache.content._replace(
-            layers=(), place=Place(self, slot), spans=_without_tails(cache.content)
-        )
+        shifts = {window: end - cache.offset for window, end in ends.items()}
+        full = min(length - shifts[window] for window, length in self.lengths.items())
+        place = Place(self, slot, shifts, full)
+        spans = {window: Span(cache.kept(window)) for window in ends}
+        cache.content = cache.content._replace(layers=(), place=place, spans=spans)
 
     def _slots(self) -> list[StageCache | None]:
         """Who stands in each slot."""
@@ -150,7 +173,7 @@ def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
             if place:
                 shelf = place.shelf
                 steps[shelf] = steps.get(shelf, 0) + 1
-                if content.offset >= shelf.size and _need(cache) > shelf.size:
+                if content.offset >= place.full:
                     outgrown.add(shelf)
             elif cache.steady > max(cache.patience, STEADY):
                 joining.append(cache)
@@ -238,25 +261,48 @@ def _is_large(shelf: Shelf) -> bool:
     return any(keys.nbytes >= LARGE for keys, _ in shelf.layers)
 
 
-def _without_tails(content: Content) -> dict[int, Span]:
-    return {window: Span(span.held) for window, span in content.spans.items()}
+def _lengths(cache: StageCache, size: int) -> dict[int, int]:
+    """The rows of a slot of `size`, by the layer's window."""
+    return {window: min(size, cache.limit(window)) for window in cache.windows}
 
 
-def _slot(cache: StageCache, i: int, size: int) -> tuple[mx.array, mx.array]:
-    """The rows of a cache's i-th layer as a slot holds them. What is in the rest of the slot counts
-    for nothing, but must be numbers."""
-    length = min(size, cache.limit(cache.windows[i]))
-    keys, values = cache.rows()[i]
-    rows = keys.shape[2]
-    first = (cache.offset - rows) % length
-    room = [(0, 0), (0, 0), (0, length - rows), (0, 0)]
-    pair = mx.pad(keys, room), mx.pad(values, room)
-    return (_rolled(pair[0], first), _rolled(pair[1], first)) if first else pair
+def _side_by_side(caches: Sequence[StageCache], i: int) -> Iterator[tuple[mx.array, mx.array]]:
+    """The rows of the caches' i-th layers (n, KV, rows, head_dim), in which the last row is each
+    cache's latest: one part for those that are so on a shelf already. Rows before a cache's own
+    count for nothing."""
+    window = caches[0].windows[i]
+    start = 0
+    while start < len(caches):
+        place = caches[start].content.place
+        stop = start + 1
+        if not place:
+            yield caches[start].rows()[i]
+        else:
+            end = caches[start].offset + place.shifts[window]
+            while stop < len(caches) and _is_next(caches[stop], place, stop - start, window, end):
+                stop += 1
+            members = slice(place.slot, place.slot + stop - start)
+            keys, values = place.shelf.layers[i]
+            yield keys[members, :, :end], values[members, :, :end]
+        start = stop
 
 
-def _rolled(array: mx.array, count: int) -> mx.array:
-    """The rows so many places on, the last ones in front."""
-    return mx.roll(array, count, axis=2)  # type: ignore[call-arg]
+def _is_next(cache: StageCache, first: Place, steps: int, window: int, end: int) -> bool:
+    """Whether a cache stands so many slots after the first, and ends at the same row."""
+    place = cache.content.place
+    return (
+        place is not None
+        and place.shelf is first.shelf
+        and place.slot == first.slot + steps
+        and cache.offset + place.shifts[window] == end
+    )
+
+
+def _shown(rows: mx.array, end: int, length: int) -> mx.array:
+    """Slots of so many rows, of which the last of `rows` is the one before `end`. What is in the
+    rest of a slot counts for nothing, but must be numbers."""
+    rows = rows[:, :, -end:]
+    return mx.pad(rows, [(0, 0), (0, 0), (end - rows.shape[2], length - end), (0, 0)])
 
 
 def _written(array: mx.array, slot: int, rows: mx.array) -> mx.array:

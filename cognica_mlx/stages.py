@@ -2,7 +2,7 @@
 
 - a stage takes in activations at one boundary and gives out those at the next, (B, T, D)
 - every path (prefill, one token, a batch of drafts, a catch-up) runs through a `Stage`
-- keys and values are the cache's business: `cache.Attention`
+- keys and values are the cache's business: `AttentionCache`
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from cognica_mlx import cache
+from cognica_mlx.attention import AttentionCache, WholeText
 from cognica_mlx.config import VALUE_GATE_CHANNELS, PoEConfig
 from cognica_mlx.elementwise import gated, mixed, relu_squared
 from cognica_mlx.hidden import Hidden
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         )
         return heads.transpose(2, 1, 0, 3) if by_row else heads
 
-    def __call__(self, u: mx.array, tokens: mx.array, cache: cache.Attention) -> mx.array:
+    def __call__(self, u: mx.array, tokens: mx.array, cache: AttentionCache) -> mx.array:
         width = self.n_head * self.head_dim
         kv_width = self.n_kv_head * self.head_dim
         if self._qkv is not None:
@@ -152,7 +152,7 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def __call__(self, x: mx.array, tokens: mx.array, cache: cache.Attention) -> mx.array:
+    def __call__(self, x: mx.array, tokens: mx.array, cache: AttentionCache) -> mx.array:
         x = added(x, self.attn.c_proj, self.attn(norm(x), tokens, cache))
         return added(x, self.mlp.c_proj, self.mlp(norm(x)))
 
@@ -185,7 +185,7 @@ class Stage:
             self._split_from = arrays
         return self._lambdas
 
-    def __call__(self, hidden: Hidden, caches: Sequence[cache.Attention] | None = None) -> Hidden:
+    def __call__(self, hidden: Hidden, caches: Sequence[AttentionCache] | None = None) -> Hidden:
         """Run positions (B, T) through the blocks.
 
         `caches`, one for each block, hold what these positions see of those before them; without
@@ -193,7 +193,7 @@ class Stage:
         """
         tokens, x, x0, backout = hidden.tokens, hidden.x, hidden.x0, hidden.backout
         if caches is None:
-            whole = {w: cache.WholeText(w, len(hidden)) for w in set(self.windows)}
+            whole = {w: WholeText(w, len(hidden)) for w in set(self.windows)}
             caches = [whole[w] for w in self.windows]
         parts = zip(self.layers, self.blocks, self.lambdas(), caches, strict=True)
         for i, block, (keep, again), attention in parts:

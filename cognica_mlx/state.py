@@ -324,6 +324,12 @@ class DecodingState:
         if over:
             mx.async_eval([array for given in over for array in given.compact()])
 
+    def leave_shelves(self) -> None:
+        """Hold keys and values in buffers of its own, as for a state that does not go on for now.
+        Waits for them."""
+        for cache in self.caches:
+            cache.leave()
+
     def arrays(self) -> list[mx.array]:
         """All arrays that are held, each once, for evaluation."""
         found = [array for cache in self.caches for array in cache.arrays()]

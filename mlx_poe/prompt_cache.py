@@ -92,8 +92,10 @@ class PromptCache:
         """
         if state.length < LEAST:
             return
-        # All that is held, or an entry would be worth the work that its graph still needs.
+        # In arrays of its own, or it would keep other sequences' in memory; and computed, or an
+        # entry would be worth the work that its graph still needs.
         state.compact()
+        state.leave_shelves()
         arrays = state.arrays()
         mx.async_eval(arrays)
         limit = self.limit if room is None else min(self.limit, room)

@@ -65,6 +65,19 @@ def test_a_hit_gives_the_tokens_of_a_cold_run(mode):
         assert cached == (0 if other == "stage" and mode != "stage" else 420)
 
 
+def test_what_is_kept_is_not_part_of_what_others_still_write():
+    """Or it would keep their rows in memory, and they would be copied at every pass."""
+    scheduler = Scheduler(endless)
+    tasks = [task(text(20 + i), max_tokens=10 + 10 * (i > 0)) for i in range(4)]
+    scheduler.add(*tasks)
+    while len(scheduler.cache) < 1:
+        scheduler.step()
+    ((state, arrays),) = scheduler.cache._entries.values()
+    assert not any(cache.content.place for cache in state.caches)
+    held = {id(array) for array in state.arrays()}
+    assert held == {id(array) for array in arrays} and len(scheduler) == 3
+
+
 def test_the_next_turn_reads_the_new_turn_only():
     scheduler = Scheduler(endless)
     first = task(text(40), max_tokens=20)

@@ -254,6 +254,30 @@ def test_a_batch_attends_once_a_layer_and_copies_no_shelf(monkeypatch):
     batch.close()
 
 
+def test_who_steps_together_sees_one_stretch_of_a_windows_length(monkeypatch):
+    """However long each text is: rows that nobody needs would be most of the work."""
+    shown = [Shown(slack=32) for _ in range(4)]
+    run(shown, [12, 20, 45, 60])
+    steps(shown, 3)
+    attention, seen = mx.fast.scaled_dot_product_attention, []
+
+    def noted(q, keys, values, *, scale, mask):
+        seen.append((len(q), keys.shape[2], mask))
+        return attention(q, keys, values, scale=scale, mask=mask)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", noted)
+    steps(shown, 100)  # beyond a slot's length
+    assert seen == [(4, window + 1, None) for window in WINDOWS] * 100
+
+
+def test_a_fork_leaves_the_original_where_it_stands():
+    shown = [Shown() for _ in range(3)]
+    steps(shown, 3)
+    place = shown[1].cache.content.place
+    copy = shown[1].cache.fork()
+    assert place and shown[1].cache.content.place is place and copy.content.place is None
+
+
 def test_one_that_is_left_alone_goes_on_by_itself():
     shown = [Shown() for _ in range(2)]
     steps(shown, 3)
@@ -340,7 +364,7 @@ def test_who_comes_back_to_another_slot_stands_there_once():
 
 def test_a_shelf_is_looked_through_twice_in_idle_passes(monkeypatch):
     """To ask all caches before each pass would be much of a small model's pass."""
-    shown, asked = [Shown() for _ in range(5)], []
+    shown, asked = [Shown(slack=64) for _ in range(5)], []  # 64 passes until it is full
     steps(shown, 3)
     alone = shelf_module._alone
     monkeypatch.setattr(shelf_module, "_alone", lambda cache: asked.append(cache) or alone(cache))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cognica_mlx import cache as cache_module
-from cognica_mlx.cache import StageCache, window_mask
+from cognica_mlx.attention import window_mask
+from cognica_mlx.cache import StageCache
 from cognica_mlx.decoding import requests
 from cognica_mlx.decoding.single import carry_out, prefill, set_depth
 from cognica_mlx.errors import RequestError, RollbackError

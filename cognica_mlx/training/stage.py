@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from cognica_mlx.cache import WholeText
+from cognica_mlx.attention import WholeText
 from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.elementwise import compiles, mixed
 from cognica_mlx.errors import RequestError
