@@ -69,7 +69,7 @@ class PromptCache:
             *((None, state) for state in running),
         ]:
             common = common_start(state.tokens, wanted)
-            if common >= max(LEAST, state.earliest_rollback):
+            if common >= LEAST and common >= state.earliest_rollback:
                 saved = _saved(state, model, wanted, common)
                 candidates.append((saved, common, key, state))
         candidates.sort(key=lambda candidate: candidate[:2], reverse=True)
@@ -189,7 +189,10 @@ def _covers(state: DecodingState, other: DecodingState) -> bool:
     length = other.length
     return (
         state.model is other.model
-        and state.earliest_rollback <= length <= state.length
-        and all(a >= b for a, b in zip(state.filled, other.filled, strict=True))
+        and length <= state.length
+        # Mostly it is another text: that one token shows it makes this check a short one.
+        and state.tokens[length - 1] == other.tokens[-1]
         and state.tokens[:length] == other.tokens
+        and state.earliest_rollback <= length
+        and all(a >= b for a, b in zip(state.filled, other.filled, strict=True))
     )
