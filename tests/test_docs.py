@@ -1,0 +1,43 @@
+"""What the README and docs/ say is there, is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from commands_page import PAGE, page
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
+def test_the_python_of_a_page_runs_as_written(name, capsys):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, name, "exec"), space)
+    assert "Paris" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert "://" in link or (path.parent / link).exists(), link
+
+
+def test_the_readme_stays_short_and_names_every_module():
+    assert len(README.splitlines()) <= 180
+    layout = README[README.index("## How it is laid out") :]
+    for folder in ("cognica_mlx", "convert", "bench", "mlx_poe"):
+        for path in (ROOT / folder).rglob("*.py"):
+            parents = {f"{parent.name}/" for parent in path.parents}
+            listed = re.search(rf"\b{path.stem}\b", layout) or "commands/" in parents
+            assert listed or path.stem.startswith("__"), path
+
+
+def test_the_page_of_commands_is_what_help_says():
+    """`python tests/commands_page.py` writes it anew."""
+    assert PAGE.read_text(encoding="utf-8") == page()
