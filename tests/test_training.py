@@ -333,6 +333,36 @@ def test_gradients_that_add_up_are_those_of_one_large_batch():
     assert all(mx.allclose(one[k], summed[k], rtol=1e-3, atol=1e-5) for k in one)
 
 
+@pytest.mark.parametrize(
+    ("layers", "count", "length", "share"), [(1, 4, 256, 0.1), (2, 16, 64, 1.0), (3, 2, 32, 0.5)]
+)
+def test_the_memory_of_an_iteration_is_known_beforehand(layers, count, length, share):
+    base, _ = fixture("poe-tiny")
+    config = stacked_config(base.config, layers)
+    stage = NewStage(stacked(base, config, [], mx.zeros((0, config.n_embd))), mx.float32)
+    counted = np.arange(length + 1) > length * (1 - share)
+    texts = [Text(np.zeros(length + 1, np.int32), counted, 9) for _ in range(count)]
+
+    class Anything:
+        def read(self, batch):
+            parts = [mx.random.normal((*batch.tokens.shape, config.n_embd)) for _ in range(3)]
+            return Hidden(mx.array(batch.tokens), *parts)
+
+    optimizer = MuonAdamW("muon", 1.0, config.n_embd)
+    batches = Batches(texts, count, 0)
+    trainer = Trainer(stage, optimizer, batches, Anything(), iterations=9, learning_rate=0.01)
+    state = trainer.step(trainer.start(stage.start(base, 0)))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    after = trainer.step(state)
+    parts = (state.parameters, state.optimizer)
+    held = stage.nbytes + sum(a.nbytes for part in parts for a in part.values())
+    needed = held + mx.get_peak_memory() - before
+    assert after.iteration == 2
+    assert needed <= trainer.most_bytes(state) <= 2 * needed
+
+
 # --- batches ------------------------------------------------------------------------------------
 
 

@@ -164,6 +164,9 @@ class _Run:
             accumulation=settings.grad_accumulation_steps,
         )
         self.start = self.trainer.start(parameters)
+        reporter.note(
+            f"training needs at most {size(self.trainer.most_bytes(self.start))} of memory"
+        )
 
     def _read(self, name: str) -> Split:
         settings = self.settings
