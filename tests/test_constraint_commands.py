@@ -66,11 +66,11 @@ def test_a_grammar_and_functions(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--regex", "("], "regex: "),
-        (["--json-schema", "nowhere.json"], "not JSON"),
+        (["--json-schema", "nowhere.json"], "neither a file nor JSON"),
         (["--json-schema", "{}", "--regex", "a"], "exclude each other"),
         (["--tool-choice", "auto"], "no tools"),
         (["--grammar", "start: x"], "grammar: "),
-        (["--json-schema", "/dev/full/x"], "not JSON"),
+        (["--json-schema", "/dev/full/x"], "neither a file nor JSON"),
         (["--json-schema", "{" * 90_000], "not JSON"),
     ],
 )

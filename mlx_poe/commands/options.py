@@ -268,15 +268,16 @@ def taken_constraints(args: argparse.Namespace) -> dict[str, Any]:
 def _file_or_text(name: str, value: str) -> str:
     try:
         path = user_path(value)
-        if not path.is_file():
-            return value
-        return path.read_text(encoding="utf-8")
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
     except RequestError:
-        return value  # no path that there could be
+        pass  # no path that there could be
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            return value
-        raise RequestError(f"{name}: {value} cannot be read: {error}") from None
+        if not isinstance(error, OSError) or error.errno != errno.ENAMETOOLONG:
+            raise RequestError(f"{name}: {value} cannot be read: {error}") from None
+    if name in ("json_schema", "tools") and not value.lstrip().startswith(("{", "[")):
+        raise RequestError(f"{name}: {value!a:.80} is neither a file nor JSON")
+    return value
 
 
 def add_mode_flags(parser: argparse.ArgumentParser) -> None:
