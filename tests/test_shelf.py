@@ -270,6 +270,29 @@ def test_who_steps_together_sees_one_stretch_of_a_windows_length(monkeypatch):
     assert seen == [(4, window + 1, None) for window in WINDOWS] * 100
 
 
+def test_whoever_leaves_can_go_back_by_its_slack():
+    shown = [Shown() for _ in range(3)]
+    run(shown, [1, 4, 9])
+    steps(shown, 30)
+    for one in shown:
+        one.cache.leave()
+        one.rollback(one.slack)
+    run(shown, [1, 1, 1])
+
+
+def test_a_newcomer_has_room_beside_one_that_has_none_left():
+    shown = [Shown() for _ in range(12)]
+    steps(shown, 4)
+    ahead, place = shown[0], shown[0].cache.content.place
+    while ahead.cache.offset < place.full:  # type: ignore[union-attr]
+        steps([ahead], 1)
+    del shown[5]
+    shown.append(Shown())
+    steps(shown[1:], 2)
+    assert ahead.cache.content.place is place
+    assert shown[-1].cache.content.place.shelf is place.shelf  # type: ignore[union-attr]
+
+
 def test_a_fork_leaves_the_original_where_it_stands():
     shown = [Shown() for _ in range(3)]
     steps(shown, 3)
