@@ -1,10 +1,14 @@
 """What the README and docs/ say is there, is there."""
 
 import re
+import shlex
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from commands_page import PAGE, page
+
+from mlx_poe.commands import generate as generate_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,6 +24,29 @@ def test_the_python_of_a_page_runs_as_written(name, capsys):
     for block in blocks:
         exec(compile(block, name, "exec"), space)
     assert "Paris" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
+def test_the_replies_that_a_page_shows_are_what_its_commands_print(name, capsys):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    shown = re.findall(r"^\$ (mlx_poe\.generate .*?)(?=^\$|^```)", text, re.DOTALL | re.MULTILINE)
+    assert shown
+    for part in shown:
+        words, output = _command(part)
+        if output:
+            assert generate_command.main(words[1:]) == 0
+            assert capsys.readouterr().out.strip() == output
+
+
+def _command(shown: str) -> tuple[list[str], str]:
+    """The words of a command, which ends with the first line that closes its quotes, and what it
+    prints to stdout."""
+    lines = shown.splitlines()
+    for count in range(1, len(lines) + 1):
+        with suppress(ValueError):
+            words = shlex.split("\n".join(lines[:count]))
+            return words, "\n".join(lines[count:]).split("==========")[0].strip()
+    raise AssertionError(f"no end of {shown}")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
