@@ -1,0 +1,272 @@
+"""lm-eval's view of a model: one `LM` for each predictor, all over one pass.
+
+- the requests of a task are the same for every predictor: the first to be asked scores them for
+  all, the others find the answers there
+- a text that is too long loses the beginning of its context, but for BOS; never a token that is to
+  be scored, and no token of the context is scored
+- needs the extra `eval`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from cognica_mlx.calibration.measuring import Progress
+from cognica_mlx.convert.chat_layout import BOS, REPLY_END
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel
+from mlx_poe.batch import batch_generate
+from mlx_poe.evaluation.answers import Answers, key_of
+from mlx_poe.evaluation.predictors import Adaptive, Predictor, Predictors
+from mlx_poe.evaluation.scoring import BATCH, Continuation, score
+from mlx_poe.responses import GenerationResponse
+from mlx_poe.tokenizer import Tokenizer
+
+MAX_GEN_TOKS = 256
+# What a task may say of generation, and what we call it.
+SAMPLING = {
+    "temperature": "temp",
+    **{name: name for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
+}
+
+
+@dataclass
+class Shared:
+    """A model with its predictors, and what has been answered for them.
+
+    `fingerprint` says whose answers these are. `longest` is the most tokens that a text may run,
+    `chat` whether contexts are in the chat layout, so that special tokens in them count.
+    `truncated` counts contexts that lost their beginning, `scored` continuations that the model
+    itself had to score.
+    """
+
+    model: PoEModel
+    tokenizer: Tokenizer
+    predictors: Predictors
+    longest: int
+    answers: Answers = field(default_factory=Answers)
+    fingerprint: str = ""
+    batch: int = BATCH
+    chat: bool = False
+    progress: Progress | None = None
+    truncated: int = 0
+    scored: int = 0
+
+    @property
+    def bos(self) -> int:
+        """What every text begins with."""
+        return self.tokenizer.token_id(BOS)
+
+    def key(self, kind: str, one: Predictor | Adaptive, *request: Any) -> str:
+        """What an answer is kept under."""
+        way = [one.name, dict(one.options)]
+        if isinstance(one, Adaptive):
+            way.append(sorted(one.exits.items()))
+        return key_of(self.fingerprint, kind, way, *request)
+
+    def fit(self, context: Sequence[int], room: int) -> list[int]:
+        """The context's BOS and as many of its last tokens as fit into `room`."""
+        if len(context) <= room:
+            return list(context)
+        self.truncated += 1
+        kept = list(context[len(context) - max(room, 1) :])
+        return [self.bos, *kept[1:]] if context[0] == self.bos else kept
+
+    def loglikelihoods(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], row: int
+    ) -> list[tuple[float, bool]]:
+        """For (context, continuation) token ids: the log-probability, in nats, and whether each
+        token is the best guess, by the predictor in that row."""
+        shown = self.predictors.shown
+        texts = []
+        for context, continuation in pairs:
+            kept = self.fit(context, self.longest + 1 - len(continuation))
+            texts.append(Continuation((*kept, *continuation), len(kept)))
+
+        def keys(text: Continuation) -> list[str]:
+            request = text.tokens, text.start
+            return [self.key("loglikelihood", one, *request) for one in shown]
+
+        new = list({t: None for t in texts if self.answers.get(keys(t)[row]) is None})
+        for done, (i, facts) in enumerate(score(self.predictors, new, self.batch), start=1):
+            found = self.predictors.report(facts)
+            greedy = (found.best == list(new[i].tokens[new[i].start :])).all(axis=1)
+            sums = found.logprobs.sum(axis=1)
+            for key, total, best in zip(keys(new[i]), sums.tolist(), greedy.tolist(), strict=True):
+                self.answers.put(key, [total, best])
+            self.scored += 1
+            if self.progress:
+                self.progress("scoring", done, len(new))
+        answered = [self.answers.get(keys(text)[row]) for text in texts]
+        return [(total, best) for total, best in answered]
+
+    def generated(
+        self, requests: Sequence[tuple[list[int], Mapping[str, Any]]], row: int
+    ) -> list[str]:
+        """The replies to (prompt, options of `stream_generate`), by the predictor in that row."""
+        shown = self.predictors.shown
+        jobs: list[tuple[str, list[int], dict[str, Any]]] = []
+        for prompt, options in requests:
+            # All that share a prompt in a row: it is read once.
+            for one in shown:
+                key = self.key("generate", one, prompt, dict(options))
+                if self.answers.get(key) is None:
+                    jobs.append((key, prompt, {**options, "mode": one.mode, **one.options}))
+
+        def finished(i: int, responses: list[GenerationResponse]) -> None:
+            self.answers.put(jobs[i][0], "".join(r.text for r in responses))
+
+        if jobs:
+            batch_generate(
+                self.model,
+                self.tokenizer,
+                [prompt for _, prompt, _ in jobs],
+                per_prompt=[options for *_, options in jobs],
+                max_sequences=self.batch,
+                progress=partial(self.progress, "generating") if self.progress else None,
+                finished=finished,
+            )
+        mine = shown[row]
+        return [self.answers.get(self.key("generate", mine, p, dict(o))) for p, o in requests]
+
+
+class PredictorLM(TemplateLM):
+    """One predictor, as lm-eval asks it."""
+
+    def __init__(self, shared: Shared, row: int):
+        super().__init__()
+        self.shared, self.row = shared, row
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text: in training the next one's BOS."""
+        return self.shared.bos
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a text may run."""
+        return self.shared.longest
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For lm-eval's own cache of requests."""
+        return "cognica-poe"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What a result file says of the model, beside its name."""
+        model = self.shared.model
+        dtype = str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
+        predictor = self.shared.predictors.names[self.row]
+        return {"predictor": predictor, "model_dtype": dtype, "max_length": self.max_length}
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids, after BOS unless told otherwise."""
+        return self.shared.tokenizer.encode(
+            string, add_special_tokens is not False, allow_special=self.shared.chat
+        )
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """See `LM`."""
+        return self._loglikelihood_tokens(
+            [(request.args, *self.encode_pair(*request.args)) for request in requests]
+        )
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The token ids of both. Spaces that end the context begin the continuation, as lm-eval
+        has it. Where the two would share a token, the continuation is encoded by itself, so that it
+        is scored in full and nothing else is. RequestError where it is empty."""
+        words = context.rstrip(" ")
+        continuation = context[len(words) :] + continuation
+        before, whole = self.tok_encode(words), self.tok_encode(words + continuation)
+        after = whole[len(before) :]
+        if whole[: len(before)] != before or not after:
+            after = self.tok_encode(continuation, add_special_tokens=False)
+        if not after:
+            raise RequestError(f"after {context[-40:]!r} there is an empty text to be scored")
+        return before, after
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        return self.shared.loglikelihoods(pairs, self.row)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """See `LM`. Windows are lm-eval's; each begins with BOS, without which the models fail."""
+        bos, pairs, ends = self.shared.bos, [], []
+        for request in requests:
+            tokens = self.shared.tokenizer.encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(tokens, bos, self.max_length - 1, 1)
+            for before, after in map(make_disjoint_window, windows):
+                pairs.append((before if before[0] == bos else [bos, *before], after))
+            ends.append(len(pairs))
+        found = self.shared.loglikelihoods(pairs, self.row)
+        starts = [0, *ends[:-1]]
+        return [sum(t for t, _ in found[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """See `LM`."""
+        asked = []
+        for i, request in enumerate(requests):
+            context, given = request.args
+            options = generation_options(given)
+            if options.get("temp"):
+                options["seed"] = i  # repeats differ, and a later run repeats them
+            room = self.max_length - options["max_tokens"]
+            if room < 1:
+                raise RequestError(
+                    f"max_gen_toks {options['max_tokens']} leaves no room for a prompt in "
+                    f"{self.max_length} tokens; raise --max-length"
+                )
+            asked.append((self.shared.fit(self.tok_encode(context), room), options))
+        return self.shared.generated(asked, self.row)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation in the specialists' layout, its special tokens as text.
+
+        Raises RequestError where a message holds such a text itself.
+        """
+        tokenizer = self.shared.tokenizer
+        for message in chat_history:
+            for name in tokenizer.special_tokens:
+                if name in message["content"]:
+                    raise RequestError(f"a message holds {name!r}, which the chat layout cannot")
+        tokens = tokenizer.apply_chat_template(chat_history, add_generation_prompt)
+        text = tokenizer.decode(tokens)
+        # A reply that is to be gone on with is still open.
+        return text if add_generation_prompt else text.removesuffix(REPLY_END)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """What a result file keeps: the layout of one turn."""
+        return self.apply_chat_template([{"role": "user", "content": "{{ content }}"}])
+
+
+def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `stream_generate` for lm-eval's. RequestError, by name, for one that we lack."""
+    rest = dict(given)
+    until = rest.pop("until", None) or []
+    options: dict[str, Any] = {"max_tokens": int(rest.pop("max_gen_toks", MAX_GEN_TOKS))}
+    options["stop"] = [until] if isinstance(until, str) else list(until)
+    sampled = rest.pop("do_sample", None)
+    for name, value in rest.items():
+        if name not in SAMPLING:
+            raise RequestError(f"a task asks for generation with {name}, which there is not here")
+        options[SAMPLING[name]] = value
+    if sampled is False:
+        options.pop("temp", None)
+    return options
