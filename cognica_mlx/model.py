@@ -217,17 +217,22 @@ class PoEModel(nn.Module):
         sum is divided by `n_stages ** (1 - poe_alpha)`. Specialists: the last stage's logits.
         Logits of stages that are `known` already are not computed again.
         """
-        known = known or {}
-
-        def logits(stage: int) -> mx.array:
-            return known[stage] if stage in known else self.stage_logits(stage, hidden[stage])
-
         last = self.poe_n_stages - 1
         if self.pools_stages:
-            return self.pool([logits(k) for k in range(last + 1)])
+            return self.pool(self._logits(hidden, known))
         if self.config.specialist_layers:
-            return logits(last)
+            return self._logits(hidden, known)[0]
         return self.final_logits(hidden[last], [self.lm_head])
+
+    def _logits(
+        self, hidden: Mapping[int, Hidden], known: Mapping[int, mx.array] | None
+    ) -> list[mx.array]:
+        """The logits of the stages in `full_boundaries`, as far as they are not `known`."""
+        known = known or {}
+        return [
+            known[k] if k in known else self.stage_logits(k, hidden[k])
+            for k in self.full_boundaries
+        ]
 
     def pool(self, logits: Sequence[mx.array]) -> mx.array:
         """The Log-OP of the first stages' logits (B, T, V), as the full model pools all."""

@@ -66,9 +66,9 @@ class Shared:
 
     def key(self, kind: str, one: Predictor | Adaptive, *request: Any) -> str:
         """What an answer is kept under."""
-        way = [one.name, dict(one.options)]
+        way: list[Any] = [one.name, dict(one.options)]
         if isinstance(one, Adaptive):
-            way.append(sorted(one.exits.items()))
+            way.append(dict(one.exits))
         return key_of(self.fingerprint, kind, way, *request)
 
     def fit(self, context: Sequence[int], room: int) -> list[int]:
@@ -257,7 +257,7 @@ class PredictorLM(TemplateLM):
 
 
 def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `stream_generate` for lm-eval's. RequestError, by name, for one that we lack."""
+    """The options of `stream_generate` for lm-eval's. RequestError for one that we lack."""
     rest = dict(given)
     until = rest.pop("until", None) or []
     options: dict[str, Any] = {"max_tokens": int(rest.pop("max_gen_toks", MAX_GEN_TOKS))}

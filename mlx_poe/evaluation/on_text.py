@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cognica_mlx.calibration.measuring import Progress
-from cognica_mlx.calibration.replaying import Trace, replay_wand
+from cognica_mlx.calibration.replaying import replay_wand
 from cognica_mlx.costs import Costs, bytes_read
 from cognica_mlx.errors import RequestError
 from mlx_poe.evaluation.predictors import Adaptive, Facts, Predictor, Predictors

@@ -62,7 +62,7 @@ def score(
             while waiting and len(driver) < batch:
                 context = waiting.pop()
                 members = [(i, texts[i]) for i in groups[context]]
-                driver.add(context, _steps(predictors, context, members, rows, done))  # type: ignore[arg-type]
+                driver.add(context, _steps(predictors, context, members, rows, done))
             for event in driver.run():
                 if event.error:
                     raise event.error
@@ -103,6 +103,6 @@ def _facts(scores: mx.array, follow: Sequence[int]) -> tuple[mx.array, ...]:
     """Of scores (T, P, V): the log-probabilities of the tokens that follow, the best tokens, and
     their margins, (T, P) each."""
     count, predictors, size = scores.shape
-    came = mx.repeat(mx.array(follow, dtype=mx.int32), predictors)
+    came = mx.repeat(mx.array(list(follow), dtype=mx.int32), predictors)
     logprobs = logprob_of(scores.reshape(-1, size), came).reshape(count, predictors)
     return logprobs, mx.argmax(scores, axis=-1), margin(scores)

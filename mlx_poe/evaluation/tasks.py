@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cognica_mlx.errors import PoEError, RequestError, one_line
-from mlx_poe.evaluation.harness import PredictorLM, Shared
-
-if not sys.stderr.isatty():
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read once, as lm-eval is imported
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
+
+from cognica_mlx.errors import PoEError, RequestError, one_line
+from mlx_poe.evaluation.harness import PredictorLM, Shared
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,24 @@ class Run:
 
 
 class _Loaded(TaskManager):
-    """Tasks that are loaded once, however many predictors are asked."""
+    """Tasks that are loaded once, and whose requests are built once, for all predictors."""
+
+    _found: Any = None
 
     def load(self, task_list: Any) -> Any:
         """See `TaskManager`."""
-        if not hasattr(self, "_found"):
+        if self._found is None:
             self._found = super().load(task_list)
+        else:
+            for task in self._found["tasks"].values():
+                task.build_all_requests = partial(_ask_again, task)
         return self._found
+
+
+def _ask_again(task: Any, **_: Any) -> None:
+    """In place of building a task's requests another time."""
+    for instance in task.instances:
+        instance.resps, instance.filtered_resps = [], {}
 
 
 def run_tasks(
