@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -24,7 +24,7 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from mlx_poe.batch import batch_generate
 from mlx_poe.evaluation.answers import Answers, key_of
-from mlx_poe.evaluation.predictors import Adaptive, Predictor, Predictors
+from mlx_poe.evaluation.predictors import Adaptive, Predictors
 from mlx_poe.evaluation.scoring import BATCH, Continuation, score
 from mlx_poe.responses import GenerationResponse
 from mlx_poe.tokenizer import Tokenizer
@@ -64,12 +64,19 @@ class Shared:
         """What every text begins with."""
         return self.tokenizer.token_id(BOS)
 
-    def key(self, kind: str, one: Predictor | Adaptive, *request: Any) -> str:
-        """What an answer is kept under."""
-        way: list[Any] = [one.name, dict(one.options)]
-        if isinstance(one, Adaptive):
-            way.append(dict(one.exits))
-        return key_of(self.fingerprint, kind, way, *request)
+    def keys(self, kind: str, *request: Any) -> list[str]:
+        """What the answers to a request are kept under, one for each predictor."""
+        name = key_of(self.fingerprint, kind, *request)
+        return [name + way for way in self._ways]
+
+    @cached_property
+    def _ways(self) -> list[str]:
+        """What tells one predictor's answers from another's."""
+        exits = [one.exits if isinstance(one, Adaptive) else {} for one in self.predictors.shown]
+        return [
+            key_of(one.name, dict(one.options), dict(margins))
+            for one, margins in zip(self.predictors.shown, exits, strict=True)
+        ]
 
     def fit(self, context: Sequence[int], room: int) -> list[int]:
         """The context's BOS and as many of its last tokens as fit into `room`."""
@@ -84,39 +91,33 @@ class Shared:
     ) -> list[tuple[float, bool]]:
         """For (context, continuation) token ids: the log-probability, in nats, and whether each
         token is the best guess, by the predictor in that row."""
-        shown = self.predictors.shown
         texts = []
         for context, continuation in pairs:
             kept = self.fit(context, self.longest + 1 - len(continuation))
             texts.append(Continuation((*kept, *continuation), len(kept)))
-
-        def keys(text: Continuation) -> list[str]:
-            request = text.tokens, text.start
-            return [self.key("loglikelihood", one, *request) for one in shown]
-
-        new = list({t: None for t in texts if self.answers.get(keys(t)[row]) is None})
+        keys = {t: self.keys("loglikelihood", t.tokens, t.start) for t in texts}
+        new = [text for text, those in keys.items() if self.answers.get(those[row]) is None]
         for done, (i, facts) in enumerate(score(self.predictors, new, self.batch), start=1):
             found = self.predictors.report(facts)
             greedy = (found.best == list(new[i].tokens[new[i].start :])).all(axis=1)
             sums = found.logprobs.sum(axis=1)
-            for key, total, best in zip(keys(new[i]), sums.tolist(), greedy.tolist(), strict=True):
-                self.answers.put(key, [total, best])
+            for key, *answer in zip(keys[new[i]], sums.tolist(), greedy.tolist(), strict=True):
+                self.answers.put(key, answer)
             self.scored += 1
             if self.progress:
                 self.progress("scoring", done, len(new))
-        answered = [self.answers.get(keys(text)[row]) for text in texts]
+        answered = [self.answers.get(keys[text][row]) for text in texts]
         return [(total, best) for total, best in answered]
 
     def generated(
         self, requests: Sequence[tuple[list[int], Mapping[str, Any]]], row: int
     ) -> list[str]:
         """The replies to (prompt, options of `stream_generate`), by the predictor in that row."""
-        shown = self.predictors.shown
         jobs: list[tuple[str, list[int], dict[str, Any]]] = []
-        for prompt, options in requests:
+        keys = [self.keys("generate", prompt, dict(options)) for prompt, options in requests]
+        for (prompt, options), those in zip(requests, keys, strict=True):
             # All that share a prompt in a row: it is read once.
-            for one in shown:
-                key = self.key("generate", one, prompt, dict(options))
+            for one, key in zip(self.predictors.shown, those, strict=True):
                 if self.answers.get(key) is None:
                     jobs.append((key, prompt, {**options, "mode": one.mode, **one.options}))
 
@@ -133,8 +134,7 @@ class Shared:
                 progress=partial(self.progress, "generating") if self.progress else None,
                 finished=finished,
             )
-        mine = shown[row]
-        return [self.answers.get(self.key("generate", mine, p, dict(o))) for p, o in requests]
+        return [self.answers.get(those[row]) for those in keys]
 
 
 class PredictorLM(TemplateLM):
