@@ -124,7 +124,7 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_nothing_is_scored_bu
     kept = [BOS, *before[-(12 - len(after)) :]]
     assert len(kept) + len(after) - 1 == 12
     assert logprob == pytest.approx(plainly(kept, after)[-1].sum().item(), abs=1e-4)
-    assert one.truncated == 1
+    assert len(one.cut) == 1
     # A continuation is scored in full, even one that is longer than all of it.
     long = " Lima." * 8
     ((logprob, _),) = PredictorLM(one, 0).loglikelihood(asked((words, long)))

@@ -264,9 +264,9 @@ def _on_tasks(
             results = run_tasks(shared, wanted, args.model, args.output, args.log_samples)
     finally:
         answers.close()
-    if shared.truncated:
+    if shared.cut:
         print(
-            f"mlx_poe.evaluate: {shared.truncated} contexts were longer than {longest} tokens and "
+            f"mlx_poe.evaluate: {len(shared.cut)} contexts were longer than {longest} tokens and "
             "lost their beginning",
             file=sys.stderr,
         )

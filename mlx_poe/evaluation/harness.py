@@ -43,8 +43,8 @@ class Shared:
 
     `fingerprint` says whose answers these are. `longest` is the most tokens that a text may run,
     `chat` whether contexts are in the chat layout, so that special tokens in them count.
-    `truncated` counts contexts that lost their beginning, `scored` continuations that the model
-    itself had to score.
+    `cut` holds hashes of contexts that lost their beginning, `scored` counts continuations that the
+    model itself had to score.
     """
 
     model: PoEModel
@@ -56,8 +56,8 @@ class Shared:
     batch: int = BATCH
     chat: bool = False
     progress: Progress | None = None
-    truncated: int = 0
     scored: int = 0
+    cut: set[int] = field(default_factory=set)
 
     @property
     def bos(self) -> int:
@@ -82,7 +82,7 @@ class Shared:
         """The context's BOS and as many of its last tokens as fit into `room`."""
         if len(context) <= room:
             return list(context)
-        self.truncated += 1
+        self.cut.add(hash(tuple(context)))
         kept = list(context[len(context) - max(room, 1) :])
         return [self.bos, *kept[1:]] if context[0] == self.bos else kept
 
@@ -113,23 +113,24 @@ class Shared:
         self, requests: Sequence[tuple[list[int], Mapping[str, Any]]], row: int
     ) -> list[str]:
         """The replies to (prompt, options of `stream_generate`), by the predictor in that row."""
-        jobs: list[tuple[str, list[int], dict[str, Any]]] = []
+        asked: dict[str, tuple[list[int], dict[str, Any]]] = {}
         keys = [self.keys("generate", prompt, dict(options)) for prompt, options in requests]
         for (prompt, options), those in zip(requests, keys, strict=True):
             # All that share a prompt in a row: it is read once.
             for one, key in zip(self.predictors.shown, those, strict=True):
                 if self.answers.get(key) is None:
-                    jobs.append((key, prompt, {**options, "mode": one.mode, **one.options}))
+                    asked[key] = prompt, {**options, "mode": one.mode, **one.options}
+        jobs = list(asked)
 
         def finished(i: int, responses: list[GenerationResponse]) -> None:
-            self.answers.put(jobs[i][0], "".join(r.text for r in responses))
+            self.answers.put(jobs[i], "".join(r.text for r in responses))
 
         if jobs:
             batch_generate(
                 self.model,
                 self.tokenizer,
-                [prompt for _, prompt, _ in jobs],
-                per_prompt=[options for *_, options in jobs],
+                [prompt for prompt, _ in asked.values()],
+                per_prompt=[options for _, options in asked.values()],
                 max_sequences=self.batch,
                 progress=partial(self.progress, "generating") if self.progress else None,
                 finished=finished,
