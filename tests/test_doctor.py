@@ -26,6 +26,7 @@ from mlx_poe.doctor.recorded import BITS, MODELS, read_recording, recorded_model
 from mlx_poe.doctor.report import FAILED, OK, WARNING, Line, Report
 
 base, tokenizer = fixture("poe-tiny")
+SOME = ("Once upon a time", "There was a child called", "In the morning", "A long time ago")
 MACHINE = machine.Machine("a chip", 2, 8.0, "MLX CPU", "an OS", "3.12", {"mlx": "1"}, 1e10)
 
 
@@ -33,7 +34,7 @@ MACHINE = machine.Machine("a chip", 2, 8.0, "MLX CPU", "an OS", "3.12", {"mlx": 
 def short(monkeypatch) -> None:
     """Few prompts and few tokens."""
     for module in (agreement, hardware):
-        monkeypatch.setattr(module, "PROMPTS", agreement.PROMPTS[:4])
+        monkeypatch.setattr(module, "PROMPTS", SOME)
         monkeypatch.setattr(module, "TOKENS", 8)
     monkeypatch.setattr(agreement, "CONTEXTS", 1)
     monkeypatch.setattr(hardware, "PACED_PROMPTS", 1)
