@@ -96,12 +96,22 @@ def test_a_common_beginning_runs_once(monkeypatch):
     assert sum(rows) == 59 + 5 * 4
 
 
-def test_only_the_stages_that_are_asked_for_run(monkeypatch):
-    model = fixture("gqa-logop-d8")[0]
-    predictors = Predictors(model, [stage(model, 0)])
-    assert predictors.names == ["stage 0"]
-    # The full model is needed to know where a stage agrees with it.
-    assert [one.name for one in predictors.computed] == ["stage 0", "full"]
+def test_what_goes_wrong_in_one_text_is_raised():
+    model = fixture("flat-d8")[0]
+    texts = [Continuation((1, 2, 3), 1), Continuation((1, model.config.vocab_size, 3), 2)]
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        list(score(Predictors(model, [full(model)]), texts))
+
+
+def test_what_is_asked_for_and_the_full_model_are_computed():
+    model = calibrated("gqa-logop-d8")
+    predictors = Predictors(model, [stage(model, 1)])
+    assert predictors.names == ["stage 1"]
+    # Where a stage agrees with the full model has to be known.
+    assert [one.name for one in predictors.computed] == ["stage 1", "full"]
+    predictors = Predictors(model, [stage(model, 1)], [1.0, 2.0])
+    assert predictors.names == ["stage 1", "wand 1", "wand 2"]
+    assert list(predictors.index) == ["stage 1", "full", "stage 0", "stages 0-1", "stages 0-2"]
 
 
 def test_all_names_every_predictor_once():

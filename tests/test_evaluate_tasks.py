@@ -157,13 +157,12 @@ def test_spaces_go_to_the_continuation_and_a_shared_token_to_nobody():
     lm = PredictorLM(shared("full"), 0)
     both = tokenizer.encode("The capital is")
     assert lm.encode_pair("The capital ", "is") == (both[:-1], both[-1:])
-    # "cap" and "ital" make one token together: scored is "ital" by itself, and all of it.
-    assert tokenizer.encode("The capital")[: len(tokenizer.encode("The cap"))] != tokenizer.encode(
-        "The cap"
-    )
-    before, after = lm.encode_pair("The cap", "ital")
-    assert before == tokenizer.encode("The cap")
-    assert after == tokenizer.encode("ital", add_special_tokens=False)
+    # "cap" and "ital" make one token together: what is scored is encoded by itself, and all of it.
+    cap = tokenizer.encode("The cap")
+    for rest in ("ital", "ital of France is"):
+        assert tokenizer.encode("The cap" + rest)[: len(cap)] != cap
+        alone = tokenizer.encode(rest, add_special_tokens=False)
+        assert lm.encode_pair("The cap", rest) == (cap, alone)
     with pytest.raises(RequestError, match="empty"):
         lm.encode_pair("The capital", "")
 
