@@ -55,9 +55,9 @@ def calibrated(name: str) -> PoEModel:
 def test_scores_are_those_of_a_plain_forward(name, monkeypatch):
     model = fixture(name)[0]
     monkeypatch.setattr(scoring, "SCORE_BYTES", 4 * 320 * 8 * 3 * 11)  # chunks of about 11 rows
-    beginnings = [some(model, 1, 300), some(model, 2, 1), some(model, 3, 7)]
+    beginnings = [some(model, 1, 170), some(model, 2, 1), some(model, 3, 7)]
     # Some share a beginning, and one is longer than the short windows, the chunks and the slack.
-    ends = [(0, 1), (0, 5), (1, 200), (0, 40), (2, 3), (1, 2)]
+    ends = [(0, 1), (0, 5), (1, 140), (0, 40), (2, 3), (1, 2)]
     texts = [
         Continuation((*beginnings[b], *some(model, 10 + i, count)), len(beginnings[b]))
         for i, (b, count) in enumerate(ends)

@@ -202,7 +202,7 @@ def test_generation_is_asked_for_in_our_words():
 
 
 def test_samples_can_be_repeated_but_differ_from_each_other():
-    prompt, given = "Once upon a time", {"temperature": 1.0, "max_gen_toks": 12}
+    prompt, given = "Once upon a time", {"temperature": 1.0, "max_gen_toks": 6}
     requests = asked((prompt, given), (prompt, given), kind="generate_until")
     first, again = (PredictorLM(shared("full"), 0).generate_until(requests) for _ in range(2))
     assert first == again and len(set(first)) == 2

@@ -105,9 +105,8 @@ def rows(model: PoEModel, tokenizer: Tokenizer) -> Line:
         for n in range(2, MOST_ROWS + 1):
             state.rollback(end)
             together = scores(text[end : end + n])
-            apart = np.fmax(apart, np.abs(together - alone[:n]).max())
-            if not np.isfinite(together).all():
-                apart = float("inf")
+            # What is not a number is as far apart as can be.
+            apart = max(apart, np.nan_to_num(np.abs(together - alone[:n]), nan=np.inf).max())
             flips += int((together.argmax(-1) != alone[:n].argmax(-1)).sum())
             count += n
     value = f"logits differ by {apart:.2g} at most; {flips} of {count} greedy tokens flip"
