@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,16 @@ def test_answers_outlive_the_run_and_belong_to_one_model(tmp_path):
     (tmp_path / "text").write_text("not a database " * 100)
     with pytest.raises(RequestError, match="text"):
         Answers(tmp_path / "text")
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.execute("create table answers (something)")
+    with pytest.raises(RequestError, match=r"other\.db"):
+        Answers(tmp_path / "other.db")
+    answers = Answers(file)
+    second = sqlite3.connect(file)
+    second.execute("drop table answers")
+    second.commit()
+    with pytest.raises(OSError, match=r"answers\.db"):
+        answers.put("a", 1)
 
 
 def test_a_fingerprint_sees_every_weight():

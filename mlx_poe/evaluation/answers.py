@@ -11,6 +11,8 @@ import hashlib
 import json
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ class Answers:
         try:
             self._file = sqlite3.connect(path or ":memory:")
             self._file.execute("create table if not exists answers (key text primary key, value)")
+            self._file.execute("select key, value from answers limit 0")
             self._file.commit()
         except sqlite3.Error as error:
             raise RequestError(
@@ -46,20 +49,33 @@ class Answers:
 
     def get(self, key: str) -> Any:
         """The answer, None where there is none yet."""
-        row = self._file.execute("select value from answers where key = ?", (key,)).fetchone()
+        with self._named():
+            query = "select value from answers where key = ?"
+            row = self._file.execute(query, (key,)).fetchone()
         return json.loads(row[0]) if row else None
 
     def put(self, key: str, value: Any) -> None:
         """Keep an answer."""
-        self._file.execute("insert or replace into answers values (?, ?)", (key, json.dumps(value)))
-        if time.monotonic() - self._written > COMMIT:
-            self._file.commit()
-            self._written = time.monotonic()
+        with self._named():
+            statement = "insert or replace into answers values (?, ?)"
+            self._file.execute(statement, (key, json.dumps(value)))
+            if time.monotonic() - self._written > COMMIT:
+                self._file.commit()
+                self._written = time.monotonic()
 
     def close(self) -> None:
         """Write what is not yet written."""
-        self._file.commit()
-        self._file.close()
+        with self._named():
+            self._file.commit()
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Raise what goes wrong with the file (a full disk, another run) as an OSError."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise OSError(f"{self._path}: {error}") from None
 
 
 def key_of(*parts: Any) -> str:
