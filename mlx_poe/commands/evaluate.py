@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cognica_mlx import atomic
+from cognica_mlx import atomic, strict_json
 from cognica_mlx.calibration import published_bounds
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
@@ -44,7 +43,7 @@ EXAMPLES = """\
   mlx_poe.evaluate --data notes.txt --stages full --safety 0.25,0.5,1,2
   mlx_poe.evaluate --tasks arc_easy,hellaswag --limit 100 --output results
   mlx_poe.evaluate --tasks gsm8k --model path/to/specialist --apply-chat-template
-  mlx_poe.evaluate --tasks mmlu --num-fewshot 5 --use-cache mmlu.db   # goes on after Ctrl-C
+  mlx_poe.evaluate --tasks mmlu --num-fewshot 5 --use-cache mmlu.db   # resumes after Ctrl-C
 
 lm-eval's tasks need it installed: pip install "cognica-mlx[eval]"."""
 
@@ -91,16 +90,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--limit", type=float, help="so many documents of each task, or a share of them below 1"
     )
     tasks.add_argument(
-        "--apply-chat-template", action="store_true", help="put contexts into chat turns"
+        "--apply-chat-template", action="store_true", help="make contexts into chat turns"
     )
     tasks.add_argument(
-        "--include-path", type=file_path, metavar="FOLDER", help="task files of your own"
+        "--include-path", type=file_path, metavar="FOLDER", help="a folder of your own task files"
     )
     tasks.add_argument(
         "--use-cache",
         type=file_path,
         metavar="FILE",
-        help="keep answers here; a run that was ended goes on from them",
+        help="keep answers in this file; an interrupted run resumes from it",
     )
     tasks.add_argument(
         "--output",
@@ -159,7 +158,7 @@ def _evaluate(args: argparse.Namespace) -> int:
                 progress=progress,
             )
         result, table = {"model": args.model, **asdict(measured)}, _text_table(measured)
-    text = json.dumps(result, indent=1, default=str) + "\n"
+    text = strict_json.dumps(result, indent=1) + "\n"
     if str(args.json) == "-":
         print(text, end="")
         return 0
@@ -215,7 +214,7 @@ def _safeties(args: argparse.Namespace, model: PoEModel) -> Sequence[float]:
     if model.poe_n_stages > 1 and (model.calibration or published_bounds(model.config)):
         return SAFETIES
     print(
-        "mlx_poe.evaluate: no rows for WAND, as this model has no calibration; "
+        "mlx_poe.evaluate: note: no rows for WAND, because this model has no calibration; "
         "mlx_poe.calibrate makes one",
         file=sys.stderr,
     )
@@ -234,8 +233,8 @@ def _on_tasks(
 
     if model.config.specialist_layers and not args.apply_chat_template:
         print(
-            "mlx_poe.evaluate: note: a specialist is used to chat turns; --apply-chat-template "
-            "puts contexts into them",
+            "mlx_poe.evaluate: note: specialists expect chat turns; --apply-chat-template makes "
+            "contexts into turns",
             file=sys.stderr,
         )
     if args.output:
@@ -266,8 +265,8 @@ def _on_tasks(
         answers.close()
     if shared.cut:
         print(
-            f"mlx_poe.evaluate: {len(shared.cut)} contexts were longer than {longest} tokens and "
-            "lost their beginning",
+            f"mlx_poe.evaluate: note: {len(shared.cut)} contexts did not fit into {longest} "
+            "tokens; their beginnings were cut",
             file=sys.stderr,
         )
     metrics = {name: _metrics(found, args.tasks) for name, found in results.items()}

@@ -6,5 +6,5 @@
 - report: what a check says, to read, to paste and as JSON
 - examination: all of them, one after the other
 
-The checks call what everybody calls; nothing in here computes a prediction of its own.
+The checks run the code that users run.
 """

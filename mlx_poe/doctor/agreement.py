@@ -61,10 +61,8 @@ PROMPTS = (
     "People in Italy speak",
 )
 
-REPORT = "please report this: something computes wrongly here"
-NEAR_TIES = (
-    "nearly equal tokens are ordered by rounding here; --dtype float32 where that must not be"
-)
+REPORT = "please report this: something computes wrong results here"
+NEAR_TIES = "rounding decides between nearly equal tokens here; use --dtype float32 to avoid that"
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,8 @@ def rows(model: PoEModel, tokenizer: Tokenizer) -> Line:
         return _line("rows", name, dtype, FAILED, value, REPORT, numbers)
     if flips:
         advice = (
-            "a draft's verification may order two tokens that are nearly equal differently; use "
-            "--dtype float32 where output must not depend on the mode"
+            "speculation may choose differently between nearly equal tokens; use --dtype float32 "
+            "where output must not depend on the mode"
         )
         return _line("rows", name, dtype, WARNING, value, advice, numbers)
     return _line("rows", name, dtype, OK, value, "", numbers)

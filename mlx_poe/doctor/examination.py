@@ -76,5 +76,5 @@ def _answer_line(name: str, apart: float, agree: float, limits: tuple[float, flo
         status, advice = FAILED, REPORT
     elif apart > passes:
         status = WARNING
-        advice = "further than on any machine we know: please tell us"
+        advice = "larger than on any machine we know of: please tell us"
     return Line("recorded answers", name, status, value, advice, numbers)

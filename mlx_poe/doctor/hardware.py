@@ -49,9 +49,9 @@ def blas_line() -> Line:
         return Line("machine", "BLAS", OK, name)
     advice = (
         "install OpenBLAS (Debian: libopenblas0-pthread) and run with "
-        "LD_PRELOAD=libopenblas.so.0; without it nothing here is fast, and drafts do not pay"
+        "LD_PRELOAD=libopenblas.so.0; with this BLAS everything is slow, and drafts do not pay"
     )
-    value = f"{name}; eight rows cost as much as one by one"
+    value = f"{name}; eight rows cost about as much as eight single ones"
     return Line("machine", "BLAS", WARNING, value, advice)
 
 
@@ -75,7 +75,7 @@ def cost_lines(model: PoEModel, tokenizer: Tokenizer) -> list[Line]:
     times = {n: costs.full_pass(n) / costs.full_token for n in ROWS[1:]}
     value = ", ".join(f"{n} rows {times[n]:.2f}" for n in times) + " times one row"
     dear = times[4] > FOUR_ROWS
-    advice = "a batch of rows costs nearly as much as one by one: drafts cannot pay" if dear else ""
+    advice = "four rows cost nearly as much as four single ones: drafts cannot pay" if dear else ""
     numbers = {f"rows_{n}": ratio for n, ratio in times.items()}
     numbers["full_token_seconds"] = costs.full_token
     status = WARNING if dear else OK
@@ -97,6 +97,8 @@ def _pays(model: PoEModel, tokenizer: Tokenizer, costs: Costs, name: str) -> Lin
         spent, tokens = spent + pace.spent, tokens + pace.tokens
     ratio = spent / tokens / costs.full_token
     value = f"a token costs {ratio:.2f} of one at full depth"
-    advice = "" if ratio < 1 else "it does not pay with this model: it falls back to full depth"
+    advice = (
+        "" if ratio < 1 else "it does not pay with this model, so decoding falls back to full depth"
+    )
     status = OK if ratio < 1 else WARNING
     return Line("costs", name, status, value, advice, {"share": ratio})

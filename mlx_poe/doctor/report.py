@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from cognica_mlx import strict_json
 from cognica_mlx.bench.machine import Machine
 
 FORMAT = 1
@@ -54,12 +54,11 @@ class Report:
         return "\n".join([*text, "", found])
 
     def to_json(self) -> str:
-        """The content of a result file. What is not a number is text."""
-        lines = [asdict(line) for line in self.lines]
-        for line in lines:
-            line["numbers"] = {
-                name: value if abs(value) < float("inf") else str(value)
-                for name, value in line["numbers"].items()
-            }
-        content = {"format": FORMAT, "model": self.model, "machine": asdict(self.machine)}
-        return json.dumps({**content, "lines": lines}, indent=1, allow_nan=False) + "\n"
+        """The content of a result file; null stands for what is not a finite number."""
+        content = {
+            "format": FORMAT,
+            "model": self.model,
+            "machine": asdict(self.machine),
+            "lines": [asdict(line) for line in self.lines],
+        }
+        return strict_json.dumps(content, indent=1) + "\n"

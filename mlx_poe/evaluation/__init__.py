@@ -4,5 +4,5 @@
 - scoring: the log-probabilities of continuations, for all predictors together
 - on_text: bits per byte, accuracy and agreement on a file
 - harness, tasks: lm-eval's requests and its tasks; needs the extra `eval`
-- answers: what has been scored, kept for a run that goes on later
+- answers: a cache of what has been scored, to resume from
 """

@@ -1,4 +1,4 @@
-"""What has been scored, kept in a file so that a run that was ended can go on.
+"""Answers that are kept, so that an interrupted run can be resumed.
 
 - in: a key for each request and predictor, and its answer as JSON can hold it
 - out: the same answers, in this run and later ones
@@ -28,9 +28,9 @@ COMMIT = 1.0
 
 
 class Answers:
-    """A store of answers. Closing it keeps all of them; so does an interruption.
+    """A store of answers, all of which are on disk once it is closed.
 
-    Raises RequestError for a file that is something else.
+    Raises RequestError for a file that is not such a store.
     """
 
     def __init__(self, path: Path | None = None):
@@ -42,8 +42,7 @@ class Answers:
             self._file.commit()
         except sqlite3.Error as error:
             raise RequestError(
-                f"{path} cannot keep answers ({error}); name a new file, or one that "
-                "mlx_poe.evaluate wrote"
+                f"{path} is not a cache of mlx_poe.evaluate ({error}); name a new file"
             ) from None
         self._written = time.monotonic()
 

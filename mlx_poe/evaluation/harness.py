@@ -1,9 +1,9 @@
 """lm-eval's view of a model: one `LM` for each predictor, all over one pass.
 
-- the requests of a task are the same for every predictor: the first to be asked scores them for
-  all, the others find the answers there
-- a text that is too long loses the beginning of its context, but for BOS; never a token that is to
-  be scored, and no token of the context is scored
+- a task's requests are the same for every predictor: the first LM to be asked scores them for all,
+  and the others find the answers there
+- where a text is too long, the context loses its beginning but keeps BOS; a continuation is always
+  scored in full, and no token of the context ever is
 - needs the extra `eval`
 """
 
@@ -41,10 +41,10 @@ SAMPLING = {
 class Shared:
     """A model with its predictors, and what has been answered for them.
 
-    `fingerprint` says whose answers these are. `longest` is the most tokens that a text may run,
-    `chat` whether contexts are in the chat layout, so that special tokens in them count.
-    `cut` holds hashes of contexts that lost their beginning, `scored` counts continuations that the
-    model itself had to score.
+    `fingerprint` tells the answers of one model from another's. `longest` is the most tokens to run
+    for a text. With `chat`, contexts are in the chat layout: the names of special tokens are read
+    as such. `cut` has the hashes of contexts that lost their beginning; `scored` counts the
+    continuations that were not found among the answers.
     """
 
     model: PoEModel
@@ -194,7 +194,7 @@ class PredictorLM(TemplateLM):
         if whole[: len(before)] != before or not after:
             after = self.tok_encode(continuation, add_special_tokens=False)
         if not after:
-            raise RequestError(f"after {context[-40:]!r} there is an empty text to be scored")
+            raise RequestError(f"after {context[-40:]!r}: the text to score is empty")
         return before, after
 
     def _loglikelihood_tokens(
@@ -246,10 +246,12 @@ class PredictorLM(TemplateLM):
         for message in chat_history:
             for name in tokenizer.special_tokens:
                 if name in message["content"]:
-                    raise RequestError(f"a message holds {name!r}, which the chat layout cannot")
+                    raise RequestError(
+                        f"a message contains {name!r}, which would be read as a special token"
+                    )
         tokens = tokenizer.apply_chat_template(chat_history, add_generation_prompt)
         text = tokenizer.decode(tokens)
-        # A reply that is to be gone on with is still open.
+        # The model is to continue this reply, so it is not closed.
         return text if add_generation_prompt else text.removesuffix(REPLY_END)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
@@ -266,7 +268,7 @@ def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
     sampled = rest.pop("do_sample", None)
     for name, value in rest.items():
         if name not in SAMPLING:
-            raise RequestError(f"a task asks for generation with {name}, which there is not here")
+            raise RequestError(f"a task sets {name} for generation, which is not supported here")
         options[SAMPLING[name]] = value
     if sampled is False:
         options.pop("temp", None)

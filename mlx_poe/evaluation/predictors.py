@@ -49,9 +49,8 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """WAND at one `safety`. `tested[k]` is the predictor whose best token is looked at in stage k,
-    and `exits[k]` the margin that it must exceed to be taken there. The last is the full model,
-    which is always taken."""
+    """WAND at one `safety`. It leaves at stage k if the best token of `tested[k]` leads by more
+    than `exits[k]`; the last of `tested` is the full model, which is always accepted."""
 
     name: str
     safety: float
@@ -167,9 +166,8 @@ def chosen(model: PoEModel, names: Sequence[str]) -> list[Predictor]:
 class Predictors:
     """The predictors to report, and all that have to be computed for them.
 
-    `shown` are reported, in this order. `computed` are those and what WAND and the comparison with
-    the full model need besides. `target` computes all of `computed` at once; its scores are
-    (1, T, P, V) float32.
+    `shown` are reported, in this order. `computed` also has what WAND tests, and the full model to
+    compare with. `target` computes all P of them at once: its scores are (1, T, P, V) float32.
     """
 
     def __init__(self, model: PoEModel, fixed: Sequence[Predictor], safeties: Sequence[float] = ()):

@@ -1,9 +1,9 @@
 """Log-probabilities of continuations, for all predictors from one pass.
 
-- in: texts of which a beginning is given and the rest is to be scored
-- out: for each text what every predictor says about every token of the rest
-- texts with the same beginning run it once; texts run together, a pass each stage, as sequences
-  that are decoded do; nothing is padded, and nothing is predicted where nothing is to be scored
+- in: texts, each a context and a continuation to score
+- out: for each text, what every predictor says about every token of the continuation
+- texts that share a context run it once; texts run together, one packed pass a stage, as sequences
+  do that are being decoded; nothing is padded, and only scored positions go through the heads
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCORE_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Continuation:
-    """Token ids, of which those from `start` (1 or more) on are to be scored."""
+    """Token ids; those from `start` on are to be scored. `start` is at least 1."""
 
     tokens: tuple[int, ...]
     start: int
@@ -43,10 +43,10 @@ class Continuation:
 def score(
     predictors: Predictors, texts: Sequence[Continuation], batch: int = BATCH
 ) -> Iterator[tuple[int, Facts]]:
-    """For each text its index and what the predictors in `computed` say about the tokens from its
-    start on, in the order in which texts are done.
+    """For each text, as it is done, its index and what the predictors in `computed` say.
 
-    `batch` beginnings are worked on at a time, the longest first.
+    `batch` contexts are worked on at a time, the longest first. Raises RequestError for a token id
+    outside the vocabulary.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, text in enumerate(texts):
