@@ -186,6 +186,15 @@ def test_a_batch_that_mixes_up_its_texts_is_found(monkeypatch):
     assert lines["full"].status == lines["stage 0"].status == OK
 
 
+def test_mlx_is_told_to_keep_float32_before_anything_is_multiplied(monkeypatch):
+    order: list[Any] = []
+    monkeypatch.setattr(examination, "prepare", order.append)
+    monkeypatch.setattr(examination, "this_machine", lambda: order.append("measured") or MACHINE)
+    monkeypatch.setattr(examination, "_all_lines", lambda *_: iter(()))
+    assert not examination.examine("poe-tiny").failed
+    assert order == [mx.float32, "measured"]
+
+
 def test_near_ties_are_a_warning_and_more_is_a_failure():
     assert Verdict(10, 0, 0.0, 10).status(mx.bfloat16) == OK
     assert Verdict(10, 1, 0.1, 9).status(mx.bfloat16) == WARNING

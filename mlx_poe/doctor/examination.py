@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from cognica_mlx.bench.machine import Machine, this_machine
 from cognica_mlx.calibration.measuring import Progress
+from cognica_mlx.device import prepare
 from mlx_poe.doctor import agreement, hardware
 from mlx_poe.doctor.agreement import REPORT
 from mlx_poe.doctor.recorded import (
@@ -33,6 +34,8 @@ TOLERANCES: dict[tuple[str, int | None], tuple[float, float, float]] = {
 
 def examine(model: str, progress: Progress | None = None) -> Report:
     """Check everything: recorded answers with the models that have them, the rest with `model`."""
+    # MLX reads its settings once, so before the first product, which measures the bandwidth.
+    prepare(mx.float32)
     kinds = ["float32"] if mx.default_device() == mx.cpu else ["bfloat16", "float32"]
     machine = this_machine()
     total = 6 + len(MODELS) * len(TOLERANCES) + 9 * len(kinds)  # less, where there is no WAND
