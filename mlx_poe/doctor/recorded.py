@@ -66,7 +66,8 @@ def read_recording(name: str, bits: int | None = None) -> Recording:
     assert isinstance(answers, dict)
     kind = f"{name}.{bits} bits" if bits else name
     parts = (f"{name}.tokens", f"{kind}.numbers", f"{kind}.best")
-    return Recording(*(np.array(answers[part]) for part in parts))
+    tokens, numbers, best = (np.array(answers[part]) for part in parts)
+    return Recording(tokens.astype(np.int32), numbers, best)
 
 
 def recorded_model(name: str, dtype: str, bits: int | None = None) -> PoEModel:
