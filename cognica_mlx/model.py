@@ -208,18 +208,31 @@ class PoEModel(nn.Module):
             heads += self.lm_head_specialists[:specialist]
         return heads
 
-    def full_scores(self, hidden: Mapping[int, Hidden]) -> mx.array:
+    def full_scores(
+        self, hidden: Mapping[int, Hidden], known: Mapping[int, mx.array] | None = None
+    ) -> mx.array:
         """The full-depth prediction, (B, T, V) float32, from the boundaries in `full_boundaries`.
 
         Flat bases: backout, then the shared head. Per-stage heads: the Log-OP of all stages, whose
         sum is divided by `n_stages ** (1 - poe_alpha)`. Specialists: the last stage's logits.
+        Logits of stages that are `known` already are not computed again.
         """
         last = self.poe_n_stages - 1
         if self.pools_stages:
-            return self.pool([self.stage_logits(k, hidden[k]) for k in range(last + 1)])
+            return self.pool(self._logits(hidden, known))
         if self.config.specialist_layers:
-            return self.stage_logits(last, hidden[last])
+            return self._logits(hidden, known)[0]
         return self.final_logits(hidden[last], [self.lm_head])
+
+    def _logits(
+        self, hidden: Mapping[int, Hidden], known: Mapping[int, mx.array] | None
+    ) -> list[mx.array]:
+        """The logits of the stages in `full_boundaries`, as far as they are not `known`."""
+        known = known or {}
+        return [
+            known[k] if k in known else self.stage_logits(k, hidden[k])
+            for k in self.full_boundaries
+        ]
 
     def pool(self, logits: Sequence[mx.array]) -> mx.array:
         """The Log-OP of the first stages' logits (B, T, V), as the full model pools all."""
@@ -266,14 +279,8 @@ class PoEModel(nn.Module):
         """What each stage and, last, the full model predict for tokens (B, T), from one forward:
         `poe_n_stages` + 1 of (B, T, V) float32."""
         hidden = dict(enumerate(self.boundaries(tokens)))
-        stages = [self.stage_logits(k, h) for k, h in hidden.items()]
-        # A specialist's last stage is the full model.
-        full = (
-            stages[-1]
-            if self.full_boundaries == (len(stages) - 1,) and (self.config.specialist_layers)
-            else self.full_scores(hidden)
-        )
-        return [*stages, full]
+        stages = {k: self.stage_logits(k, h) for k, h in hidden.items()}
+        return [*stages.values(), self.full_scores(hidden, stages)]
 
     def stack(self) -> None:
         """Lay the matrices out as suits a GPU: see `Attention.stack`."""

@@ -113,9 +113,11 @@ class Siblings(PoEModel):
         """The specialists' stages."""
         return tuple(range(len(self.config.stage_layers), self.poe_n_stages))
 
-    def full_scores(self, hidden: Mapping[int, Hidden]) -> mx.array:
+    def full_scores(
+        self, hidden: Mapping[int, Hidden], known: Mapping[int, mx.array] | None = None
+    ) -> mx.array:
         """The weighted Log-OP of the specialists, (B, T, V) float32."""
-        return log_op([self.stage_logits(k, hidden[k]) for k in self.full_boundaries], self._shares)
+        return log_op(self._logits(hidden, known), self._shares)
 
     def draft_logits(self, stage: int, hidden: Hidden) -> mx.array:
         """A base stage's activations through each specialist's heads, pooled as the specialists."""

@@ -15,6 +15,8 @@ VERBS = {
     "train": "mlx_poe.commands.train",
     "chat": "mlx_poe.commands.chat",
     "server": "mlx_poe.commands.server",
+    "evaluate": "mlx_poe.commands.evaluate",
+    "doctor": "mlx_poe.commands.doctor",
 }
 
 

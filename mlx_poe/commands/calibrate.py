@@ -14,9 +14,8 @@ from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
 from cognica_mlx.calibration.measuring import calibrate
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands.options import add_model_flags, check_output, file_path, make_parser, run
-from mlx_poe.commands.texts import SEGMENT_TOKENS, read_texts, segments
+from mlx_poe.commands.texts import read_texts, replies, segments
 from mlx_poe.load import find_model, load
-from mlx_poe.training.data import first_texts, read_split
 
 EXAMPLES = """\
   mlx_poe.calibrate --model path/to/model --data notes.txt
@@ -83,10 +82,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     )
     texts, counted = segments(data, tokenizer, args.num_tokens), None
     if args.mask_prompt:
-        chats = read_split(args.data, tokenizer, longest=SEGMENT_TOKENS, mask_prompt=True)
-        chosen = first_texts(chats.texts, args.num_tokens)
-        texts = [text.tokens.tolist() for text in chosen]
-        counted = [text.counted.tolist() for text in chosen]
+        texts, counted = replies(args.data, tokenizer, args.num_tokens)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:

@@ -9,6 +9,7 @@ from pathlib import Path
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands.options import read_stdin
 from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.training.data import first_texts, read_split
 
 SEGMENT_TOKENS = 512
 
@@ -53,8 +54,10 @@ def _chat(messages: object) -> list[dict[str, str]]:
     return messages
 
 
-def segments(data: Sequence[Text], tokenizer: Tokenizer, num_tokens: int) -> list[list[int]]:
-    """Token sequences of up to SEGMENT_TOKENS, each beginning with BOS, `num_tokens` in all."""
+def segments(
+    data: Sequence[Text], tokenizer: Tokenizer, num_tokens: int, longest: int = SEGMENT_TOKENS
+) -> list[list[int]]:
+    """Token sequences of up to `longest`, each beginning with BOS, `num_tokens` in all."""
     cut: list[list[int]] = []
     for item in data:
         if isinstance(item, str):
@@ -63,8 +66,8 @@ def segments(data: Sequence[Text], tokenizer: Tokenizer, num_tokens: int) -> lis
             answered = item[-1:] and item[-1].get("role") == "assistant"
             tokens = tokenizer.apply_chat_template(item, add_generation_prompt=not answered)
         bos, body = tokens[:1], tokens[1:]
-        for start in range(0, len(body), SEGMENT_TOKENS - 1):
-            cut.append(bos + body[start : start + SEGMENT_TOKENS - 1])
+        for start in range(0, len(body), longest - 1):
+            cut.append(bos + body[start : start + longest - 1])
     kept: list[list[int]] = []
     for segment in cut:
         room = num_tokens - sum(map(len, kept))
@@ -72,3 +75,12 @@ def segments(data: Sequence[Text], tokenizer: Tokenizer, num_tokens: int) -> lis
             break
         kept.append(segment[:room])
     return kept
+
+
+def replies(
+    file: Path, tokenizer: Tokenizer, num_tokens: int, longest: int = SEGMENT_TOKENS
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """Chats of whole messages, and which of their tokens the assistant says."""
+    chats = read_split(file, tokenizer, longest=longest, mask_prompt=True)
+    chosen = first_texts(chats.texts, num_tokens)
+    return [text.tokens.tolist() for text in chosen], [text.counted.tolist() for text in chosen]

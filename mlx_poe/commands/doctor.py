@@ -1,0 +1,66 @@
+"""mlx_poe.doctor: check this machine and back end against recorded answers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cognica_mlx import atomic
+from mlx_poe.commands.bars import progress_bars
+from mlx_poe.commands.options import check_output, file_path, interruptible, make_parser, run
+from mlx_poe.doctor.examination import examine
+from mlx_poe.load import DEFAULT_MODEL
+
+EXAMPLES = """\
+  mlx_poe.doctor                                       # about a minute
+  mlx_poe.doctor --json report.json                    # to attach to a report of a problem
+  mlx_poe.doctor --model path/to/model                 # modes, batches and costs of your own
+
+The exit status is 1 if a check has failed."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = make_parser(
+        "mlx_poe.doctor",
+        "Check this machine: recorded answers in every type, rows together and alone, every "
+        "decoding mode, batches, and what they cost here. Each line passes, warns or fails.",
+        EXAMPLES,
+    )
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="check rows, modes, batches and costs with this one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=file_path, metavar="FILE", help="write the report; - prints it, no text"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    with interruptible():
+        return run(build_parser(), _doctor, argv)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    prints = str(args.json) == "-"
+    if not prints:
+        check_output(args.json)
+    with progress_bars() as progress:
+        report = examine(args.model, progress)
+    if prints:
+        print(report.to_json(), end="")
+    else:
+        print(report.to_text())
+        if args.json:
+            atomic.write_text(args.json, report.to_json())
+    if report.failed:
+        print(
+            "mlx_poe.doctor: a check has failed; please report it with all of the above",
+            file=sys.stderr,
+        )
+    return int(report.failed)

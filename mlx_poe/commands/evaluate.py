@@ -1,0 +1,320 @@
+"""mlx_poe.evaluate: every stage, mixture and the full model on a text or on lm-eval's tasks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cognica_mlx import atomic, strict_json
+from cognica_mlx.calibration import published_bounds
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel
+from mlx_poe.commands.bars import progress_bars
+from mlx_poe.commands.options import (
+    add_model_flags,
+    check_output,
+    file_path,
+    interruptible,
+    make_parser,
+    names,
+    numbers,
+    run,
+)
+from mlx_poe.commands.texts import read_texts, replies, segments
+from mlx_poe.evaluation.answers import Answers, fingerprint
+from mlx_poe.evaluation.on_text import Measured, measure_text
+from mlx_poe.evaluation.predictors import Predictors, chosen
+from mlx_poe.evaluation.scoring import BATCH
+from mlx_poe.load import load
+from mlx_poe.tokenizer import Tokenizer
+
+SAFETIES = (0.5, 0.75, 1.0)
+
+EXAMPLES = """\
+  mlx_poe.evaluate --data notes.txt                    # bits per byte, accuracy, agreement
+  mlx_poe.evaluate --data chats.jsonl --mask-prompt --model path/to/specialist
+  mlx_poe.evaluate --data notes.txt --stages full --safety 0.25,0.5,1,2
+  mlx_poe.evaluate --tasks arc_easy,hellaswag --limit 100 --output results
+  mlx_poe.evaluate --tasks gsm8k --model path/to/specialist --apply-chat-template
+  mlx_poe.evaluate --tasks mmlu --num-fewshot 5 --use-cache mmlu.db   # resumes after Ctrl-C
+
+lm-eval's tasks need it installed: pip install "cognica-mlx[eval]"."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = make_parser(
+        "mlx_poe.evaluate",
+        "Evaluate a model's stages, the mixtures of its first stages, WAND and the full model, all "
+        "from one pass over the text.",
+        EXAMPLES,
+    )
+    on = parser.add_argument_group("what to evaluate on (one of these)")
+    on.add_argument(
+        "--data",
+        type=file_path,
+        metavar="FILE",
+        help="a text file, - for stdin, or .jsonl with a text or chat messages on each line",
+    )
+    on.add_argument("--tasks", type=names, metavar="TASK,…", help="lm-eval's tasks, by name")
+    add_model_flags(parser)
+    who = parser.add_argument_group("predictors")
+    who.add_argument(
+        "--stages",
+        type=names,
+        metavar="P,…",
+        help="stages (0), mixtures of the first stages (0-2), full, or all of them (default: all)",
+    )
+    who.add_argument(
+        "--safety",
+        type=numbers(float),
+        metavar="S,…",
+        help="WAND with these factors on its bounds (default: "
+        f"{','.join(f'{s:g}' for s in SAFETIES)} with all stages, where there are bounds)",
+    )
+    data = parser.add_argument_group("with --data")
+    data.add_argument("--num-tokens", type=int, help="read so many tokens at most (default: all)")
+    data.add_argument(
+        "--mask-prompt", action="store_true", help="score what the assistant says, in chats"
+    )
+    tasks = parser.add_argument_group("with --tasks")
+    tasks.add_argument("--num-fewshot", type=int, help="examples before each question")
+    tasks.add_argument(
+        "--limit", type=float, help="so many documents of each task, or a share of them below 1"
+    )
+    tasks.add_argument(
+        "--apply-chat-template", action="store_true", help="make contexts into chat turns"
+    )
+    tasks.add_argument(
+        "--include-path", type=file_path, metavar="FOLDER", help="a folder of your own task files"
+    )
+    tasks.add_argument(
+        "--use-cache",
+        type=file_path,
+        metavar="FILE",
+        help="keep answers in this file; an interrupted run resumes from it",
+    )
+    tasks.add_argument(
+        "--output",
+        type=file_path,
+        metavar="FOLDER",
+        help="write lm-eval's result files, a folder for each predictor",
+    )
+    tasks.add_argument(
+        "--log-samples", action="store_true", help="with --output: every document's answers too"
+    )
+    how = parser.add_argument_group("running and output")
+    how.add_argument(
+        "--batch-size", type=int, default=BATCH, help=f"texts at a time (default: {BATCH})"
+    )
+    how.add_argument(
+        "--max-length",
+        type=int,
+        help="most tokens that a text runs (default: the model's sequence length)",
+    )
+    how.add_argument(
+        "--json", type=file_path, metavar="FILE", help="write the result; - prints it, no table"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    with interruptible():
+        return run(build_parser(), _evaluate, argv)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    _check(args)
+    data = [] if args.tasks or args.mask_prompt else read_texts(args.data)
+    model, tokenizer = load(
+        args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
+    )
+    longest = args.max_length or model.config.sequence_len
+    predictors = Predictors(model, chosen(model, args.stages or ["all"]), _safeties(args, model))
+    if args.tasks:
+        result, table = _on_tasks(args, model, tokenizer, predictors, longest)
+    else:
+        limit, counted = args.num_tokens or sys.maxsize, None
+        if args.mask_prompt:
+            texts, counted = replies(args.data, tokenizer, limit, longest)
+        else:
+            texts = segments(data, tokenizer, limit, longest)
+        sizes = tokenizer.token_byte_lengths(model.config.vocab_size)
+        with progress_bars() as progress:
+            measured = measure_text(
+                predictors,
+                texts,
+                sizes,
+                counted=counted,
+                batch=args.batch_size,
+                progress=progress,
+            )
+        result, table = {"model": args.model, **asdict(measured)}, _text_table(measured)
+    text = strict_json.dumps(result, indent=1) + "\n"
+    if str(args.json) == "-":
+        print(text, end="")
+        return 0
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if args.json:
+        atomic.write_text(args.json, text)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what makes no sense, before any work."""
+    if (args.data is None) == (args.tasks is None):
+        raise RequestError("give a text with --data, or lm-eval's tasks with --tasks")
+    for name in ("num_tokens", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise RequestError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.max_length is not None and args.max_length < 2:
+        raise RequestError("--max-length must be at least 2")
+    if args.limit is not None and args.limit <= 0:
+        raise RequestError("--limit must be more than 0")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise RequestError("--num-fewshot must be at least 0")
+    only = {
+        "data": ("num_tokens", "mask_prompt"),
+        "tasks": (
+            *("num_fewshot", "limit", "apply_chat_template", "include_path", "use_cache"),
+            *("output", "log_samples"),
+        ),
+    }
+    for flag in only["data" if args.tasks else "tasks"]:
+        if getattr(args, flag) not in (None, False):
+            belongs = "data" if args.tasks else "tasks"
+            raise RequestError(f"--{flag.replace('_', '-')} belongs to --{belongs}")
+    if args.log_samples and not args.output:
+        raise RequestError("--log-samples belongs to --output, which says where they go")
+    if str(args.json) != "-":
+        check_output(args.json)
+    check_output(args.use_cache)
+    if args.output and args.output.exists() and not args.output.is_dir():
+        raise RequestError(f"{args.output} is a file: name a folder for the results")
+    if args.include_path and not args.include_path.is_dir():
+        raise RequestError(f"{args.include_path} is not a folder of task files")
+    if args.tasks and not find_spec("lm_eval"):
+        raise RequestError('--tasks needs lm-eval: pip install "cognica-mlx[eval]"')
+
+
+def _safeties(args: argparse.Namespace, model: PoEModel) -> Sequence[float]:
+    """The factors that were asked for; else the usual ones, where WAND has bounds."""
+    if args.safety:
+        return args.safety
+    if args.stages and "all" not in args.stages:
+        return ()
+    if model.poe_n_stages > 1 and (model.calibration or published_bounds(model.config)):
+        return SAFETIES
+    print(
+        "mlx_poe.evaluate: note: no rows for WAND, because this model has no calibration; "
+        "mlx_poe.calibrate makes one",
+        file=sys.stderr,
+    )
+    return ()
+
+
+def _on_tasks(
+    args: argparse.Namespace,
+    model: PoEModel,
+    tokenizer: Tokenizer,
+    predictors: Predictors,
+    longest: int,
+) -> tuple[dict[str, Any], Table]:
+    from mlx_poe.evaluation.harness import Shared
+    from mlx_poe.evaluation.tasks import Run, run_tasks
+
+    if model.config.specialist_layers and not args.apply_chat_template:
+        print(
+            "mlx_poe.evaluate: note: specialists expect chat turns; --apply-chat-template makes "
+            "contexts into turns",
+            file=sys.stderr,
+        )
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+    answers = Answers(args.use_cache)
+    try:
+        with progress_bars() as progress:
+            shared = Shared(
+                model,
+                tokenizer,
+                predictors,
+                longest,
+                answers,
+                fingerprint(model) if args.use_cache else "",
+                args.batch_size,
+                args.apply_chat_template,
+                progress,
+            )
+            wanted = Run(
+                args.tasks,
+                args.num_fewshot,
+                args.limit,
+                args.include_path,
+                args.apply_chat_template,
+            )
+            results = run_tasks(shared, wanted, args.model, args.output, args.log_samples)
+    finally:
+        answers.close()
+    if shared.cut:
+        print(
+            f"mlx_poe.evaluate: note: {len(shared.cut)} contexts did not fit into {longest} "
+            "tokens; their beginnings were cut",
+            file=sys.stderr,
+        )
+    metrics = {name: _metrics(found, args.tasks) for name, found in results.items()}
+    return {"model": args.model, "results": metrics}, _task_table(metrics)
+
+
+def _metrics(found: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    """Of each task that was named, or of all that a pattern stands for, its metrics."""
+    everything = found["results"]
+    shown = [name for name in tasks if name in everything] or list(everything)
+    return {name: everything[name] for name in shown}
+
+
+def _task_table(metrics: dict[str, dict[str, Any]]) -> Table:
+    table = Table()
+    table.add_column("predictor")
+    columns = []
+    for task, values in next(iter(metrics.values())).items():
+        for key, value in values.items():
+            metric, _, chosen_filter = key.partition(",")
+            if metric.endswith("_stderr") or not isinstance(value, float):
+                continue
+            label = metric if chosen_filter in ("", "none") else f"{metric} ({chosen_filter})"
+            columns.append((task, key, f"{metric}_stderr,{chosen_filter}"))
+            table.add_column(f"{task}\n{label}", justify="right")
+    for name, found in metrics.items():
+        cells = []
+        for task, key, error in columns:
+            spread = found[task].get(error)
+            give = f" ± {spread:.4f}" if isinstance(spread, float) else ""
+            cells.append(f"{found[task][key]:.4f}{give}")
+        table.add_row(name, *cells)
+    return table
+
+
+def _text_table(measured: Measured) -> Table:
+    table = Table(title=f"{measured.tokens} tokens, {measured.bytes} bytes")
+    table.add_column("predictor")
+    headings = ("bits per byte", "accuracy", "agreement", "mean depth", "weights read")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for one in measured.worths:
+        table.add_row(
+            one.name,
+            f"{one.bits_per_byte:.6f}",
+            f"{one.accuracy:.2%}",
+            f"{one.agreement:.2%}",
+            f"{one.mean_depth:.2f}",
+            f"{one.weights_read:.1%}",
+        )
+    return table

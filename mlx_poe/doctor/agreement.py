@@ -1,0 +1,295 @@
+"""Whether decoding on this machine is what plain forwards on it say: rows, modes, batches.
+
+- in: a model and its tokenizer
+- out: a line for each check
+- a token is right if no other has a higher score where the whole text is run at once; in half
+  precision the best two may be so close that passes of different sizes order them differently
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from cognica_mlx.calibration import published_bounds
+from cognica_mlx.decoding.passes import score
+from cognica_mlx.decoding.requests import Score
+from cognica_mlx.decoding.single import advance_through, prefill
+from cognica_mlx.decoding.targets import full_target
+from cognica_mlx.model import PoEModel, log_op
+from cognica_mlx.state import DecodingState
+from mlx_poe.batch import batch_generate
+from mlx_poe.doctor.report import FAILED, OK, WARNING, Line
+from mlx_poe.generate import stream_generate
+from mlx_poe.responses import GenerationResponse
+from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.verify import SAMPLE
+
+# Logits that passes of different sizes may be apart, by the type of the weights.
+APART = {mx.float32: 1e-3, mx.float16: 0.05, mx.bfloat16: 0.4}
+MOST_ROWS = 16
+CONTEXTS = 6
+TOKENS = 24
+# Of WAND's tokens at least so many should be the full model's. Bounds promise more, on a text like
+# that of the calibration.
+WAND_AGREES, WAND_FAILS = 0.97, 0.9
+
+PROMPTS = (
+    "Once upon a time",
+    "The capital of France is",
+    "There was a child called",
+    "3 + 4 =",
+    "One day, a girl",
+    "People in Brazil speak",
+    "In the morning",
+    "Kenya is a country in",
+    "A long time ago",
+    "The capital of Japan is",
+    "Tom has 12 apples.",
+    "The sun is a star",
+    "A cat has four legs",
+    "In winter the days are short",
+    "The king had three daughters.",
+    "7 + 8 =",
+    "Two and three make",
+    "The ship came into the harbour",
+    "Water freezes at",
+    "People in Italy speak",
+)
+
+REPORT = "please report this: something computes wrong results here"
+NEAR_TIES = "rounding decides between nearly equal tokens here; use --dtype float32 to avoid that"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On replies: how many tokens there were, how many are not the best by a plain forward, how far
+    the worst of these is from the best, in logits, and how many are the full model's best."""
+
+    tokens: int
+    wrong: int
+    furthest: float
+    as_full: int
+
+    def status(self, dtype: mx.Dtype) -> str:
+        """OK where every token is right, WARNING where the wrong ones are near ties."""
+        if not self.wrong:
+            return OK
+        return WARNING if self.furthest <= APART[dtype] else FAILED
+
+
+def rows(model: PoEModel, tokenizer: Tokenizer) -> Line:
+    """Passes of 2 to 16 rows against single rows."""
+    dtype, target = model.resid_lambdas.dtype, full_target(model)
+    text = tokenizer.encode(SAMPLE)
+    apart, flips, count = 0.0, 0, 0
+    ends = np.linspace(len(text) // 8, len(text) - MOST_ROWS, CONTEXTS).astype(int).tolist()
+    for end in ends:
+        state = DecodingState(model)
+        prefill(state, text[:end], target.depth)
+
+        def scores(tokens: Sequence[int], state: DecodingState = state) -> np.ndarray:
+            state.append(tokens)
+            advance_through(state, target.depth)
+            found = score([Score(state, target, len(tokens))])[0].array
+            state.next_round()
+            return np.array(found)
+
+        alone = np.concatenate([scores([token]) for token in text[end : end + MOST_ROWS]])
+        for n in range(2, MOST_ROWS + 1):
+            state.rollback(end)
+            together = scores(text[end : end + n])
+            # What is not a number is as far apart as can be.
+            apart = max(apart, np.nan_to_num(np.abs(together - alone[:n]), nan=np.inf).max())
+            flips += int((together.argmax(-1) != alone[:n].argmax(-1)).sum())
+            count += n
+    value = f"logits differ by {apart:.2g} at most; {flips} of {count} greedy tokens flip"
+    numbers = {"apart": float(apart), "flips": flips, "tokens": count}
+    name = f"2 to {MOST_ROWS} rows against single rows"
+    if apart > APART[dtype]:
+        return _line("rows", name, dtype, FAILED, value, REPORT, numbers)
+    if flips:
+        advice = (
+            "speculation may choose differently between nearly equal tokens; use --dtype float32 "
+            "where output must not depend on the mode"
+        )
+        return _line("rows", name, dtype, WARNING, value, advice, numbers)
+    return _line("rows", name, dtype, OK, value, "", numbers)
+
+
+def cases(model: PoEModel) -> dict[str, dict[str, Any]]:
+    """Every mode that the model can be asked for, by a name: the options of `stream_generate`."""
+    last = model.poe_n_stages - 1
+    found: dict[str, dict[str, Any]] = {
+        "full": {},
+        "stage 0": {"mode": "stage", "stage": 0},
+        "prefix of 2": {"mode": "prefix", "max_stages": min(2, last + 1)},
+        "compose": {"mode": "compose"},
+        "speculative": {"mode": "speculative"},
+    }
+    if last and (model.calibration or published_bounds(model.config)):
+        found |= {"wand": {"mode": "wand"}, "certified": {"mode": "certified"}}
+    return found
+
+
+def replies(
+    model: PoEModel, tokenizer: Tokenizer, options: Mapping[str, Any]
+) -> list[list[GenerationResponse]]:
+    """What the model makes of each prompt by itself."""
+    return [
+        list(stream_generate(model, tokenizer, prompt, max_tokens=TOKENS, **options))
+        for prompt in PROMPTS
+    ]
+
+
+def judged(
+    model: PoEModel,
+    tokenizer: Tokenizer,
+    options: Mapping[str, Any],
+    made: Sequence[Sequence[GenerationResponse]],
+) -> Verdict:
+    """Compare replies to `PROMPTS` with a plain forward of each text."""
+    count = wrong = as_full = 0
+    furthest = 0.0
+    for prompt, reply in zip(PROMPTS, made, strict=True):
+        ids, tokens = tokenizer.encode(prompt), [r.token for r in reply]
+        part = np.s_[len(ids) - 1 :]
+        predictions = [z[0, part] for z in model.predictions(mx.array([[*ids, *tokens[:-1]]]))]
+        short = _short_of_best(model, predictions, options, reply)
+        count += len(tokens)
+        # What is not a number is wrong too.
+        wrong += int((~(short <= 0)).sum())
+        furthest = max(furthest, *np.where(np.isnan(short), np.inf, short).tolist())
+        as_full += int((np.array(predictions[-1]).argmax(-1) == tokens).sum())
+    return Verdict(count, wrong, furthest, as_full)
+
+
+def _short_of_best(
+    model: PoEModel,
+    predictions: Sequence[mx.array],
+    options: Mapping[str, Any],
+    reply: Sequence[GenerationResponse],
+) -> np.ndarray:
+    """By how much each token's score is below the best one, under what the mode stands for."""
+    *stages, full = predictions
+    mode, at = options.get("mode", "full"), np.arange(len(reply))
+    tokens = np.array([r.token for r in reply])
+
+    def below(scores: mx.array) -> np.ndarray:
+        numbers = np.array(scores)
+        return numbers.max(axis=-1) - numbers[at, tokens]
+
+    if mode in ("full", "speculative"):
+        return below(full)
+    if mode == "stage":
+        return below(stages[options["stage"]])
+    if mode == "compose":
+        return below(log_op(stages, [1 / len(stages)] * len(stages)))
+    by_stage = [
+        model.pool(stages[: k + 1]) if model.pools_stages else z for k, z in enumerate(stages)
+    ]
+    if mode == "prefix":
+        return below(by_stage[options["max_stages"] - 1])
+    # WAND's tokens are those of the stage at which they left, with the lead that they needed there.
+    # Certified drafts may also be what the full model has chosen.
+    needed = _needed(model, mode)
+    shorts = np.stack(
+        [
+            *(np.fmax(below(z), needed[k] - _leads(z)) for k, z in enumerate(by_stage[:-1])),
+            below(full),
+        ]
+    )[[r.stage for r in reply], at]
+    return np.fmin(shorts, below(full)) if mode == "certified" else shorts
+
+
+def _needed(model: PoEModel, mode: str) -> list[float]:
+    """The lead with which each stage but the last may be left, by the rule in `decoding.wand`."""
+    calibration = model.calibration
+    bounds = calibration.p99_bounds if calibration else published_bounds(model.config) or ()
+    safety = calibration.options.get(mode, {}).get("safety", 1.0) if calibration else 1.0
+    return [safety * sum(bounds[k:]) for k in range(len(bounds))]
+
+
+def _leads(scores: mx.array) -> np.ndarray:
+    """By how much each best score leads."""
+    numbers = np.sort(np.array(scores), axis=-1)
+    return numbers[:, -1] - numbers[:, -2]
+
+
+def modes(model: PoEModel, tokenizer: Tokenizer) -> Iterator[Line]:
+    """Every mode on the prompts, and a batch of all modes against the same alone."""
+    dtype, alone = model.resid_lambdas.dtype, {}
+    for name, options in cases(model).items():
+        alone[name] = replies(model, tokenizer, options)
+        yield _mode_line(name, dtype, judged(model, tokenizer, options, alone[name]))
+    if "wand" not in alone:
+        advice = "make a calibration with mlx_poe.calibrate"
+        yield _line("modes", "wand, certified", dtype, WARNING, "not checked", advice)
+    yield _batch(model, tokenizer, alone)
+
+
+def _mode_line(name: str, dtype: mx.Dtype, verdict: Verdict) -> Line:
+    share = verdict.as_full / verdict.tokens
+    status, advice = verdict.status(dtype), ""
+    value = (
+        f"{verdict.tokens - verdict.wrong} of {verdict.tokens} tokens as a plain forward has them"
+    )
+    if verdict.wrong:
+        value += f", the others within {verdict.furthest:.2g} of the best"
+        advice = REPORT if status == FAILED else NEAR_TIES
+    if name != "full":
+        value += f"; {share:.1%} are the full model's choice"
+    if name in ("wand", "certified") and share < WAND_AGREES and status != FAILED:
+        status = FAILED if share < WAND_FAILS else WARNING
+        advice = REPORT if status == FAILED else "calibrate on text like yours: mlx_poe.calibrate"
+    numbers = {"tokens": verdict.tokens, "wrong": verdict.wrong, "furthest": verdict.furthest}
+    return _line("modes", name, dtype, status, value, advice, {**numbers, "agreement": share})
+
+
+def _batch(
+    model: PoEModel,
+    tokenizer: Tokenizer,
+    alone: Mapping[str, Sequence[Sequence[GenerationResponse]]],
+) -> Line:
+    """The prompts together, in turns through all modes."""
+    dtype, named = model.resid_lambdas.dtype, cases(model)
+    order = [list(named)[i % len(named)] for i in range(len(PROMPTS))]
+    together = batch_generate(
+        model,
+        tokenizer,
+        list(PROMPTS),
+        max_tokens=TOKENS,
+        per_prompt=[named[name] for name in order],
+    ).responses
+    parted, verdicts = 0, []
+    for i, (name, reply) in enumerate(zip(order, together, strict=True)):
+        if [r.token for r in reply] == [r.token for r in alone[name][i]]:
+            continue
+        parted += 1
+        mixed = [reply if k == i else other for k, other in enumerate(alone[name])]
+        verdicts.append(judged(model, tokenizer, named[name], mixed))
+    value = f"{len(PROMPTS) - parted} of {len(PROMPTS)} replies are the same"
+    status, advice = OK, ""
+    if parted:
+        found = {verdict.status(dtype) for verdict in verdicts}
+        status = FAILED if FAILED in found or dtype == mx.float32 else WARNING
+        advice = REPORT if status == FAILED else NEAR_TIES
+    numbers = {"replies": len(PROMPTS), "parted": parted}
+    return _line("batch", "all modes together against alone", dtype, status, value, advice, numbers)
+
+
+def _line(
+    section: str,
+    name: str,
+    dtype: mx.Dtype,
+    status: str,
+    value: str,
+    advice: str = "",
+    numbers: Mapping[str, float] | None = None,
+) -> Line:
+    kind = str(dtype).removeprefix("mlx.core.")
+    return Line(section, f"{name}, {kind}", status, value, advice, numbers or {})

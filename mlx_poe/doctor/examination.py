@@ -1,0 +1,83 @@
+"""All checks of this machine, in the order of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from cognica_mlx.bench.machine import Machine, this_machine
+from cognica_mlx.calibration.measuring import Progress
+from cognica_mlx.device import prepare
+from mlx_poe.doctor import agreement, hardware
+from mlx_poe.doctor.agreement import REPORT
+from mlx_poe.doctor.recorded import (
+    BITS,
+    MODELS,
+    difference,
+    read_recording,
+    recorded_model,
+)
+from mlx_poe.doctor.report import FAILED, OK, WARNING, Line, Report
+from mlx_poe.load import load
+
+# For each type and number of bits: how far logits may be from the recorded ones, in a line that
+# passes and in one that does not fail, and in how many places the best token must be the same. On
+# the CPU we saw 1e-5, 0.15, 0.017 and 1e-5, and 98.4 % of the tokens or more.
+TOLERANCES: dict[tuple[str, int | None], tuple[float, float, float]] = {
+    ("float32", None): (1e-3, 1e-2, 0.99),
+    ("bfloat16", None): (0.4, 1.0, 0.96),
+    ("float16", None): (0.05, 0.2, 0.98),
+    ("float32", BITS): (0.01, 0.5, 0.97),
+}
+
+
+def examine(model: str, progress: Progress | None = None) -> Report:
+    """Check everything: recorded answers with the models that have them, the rest with `model`."""
+    # MLX reads its settings once, so before the first product, which measures the bandwidth.
+    prepare(mx.float32)
+    kinds = ["float32"] if mx.default_device() == mx.cpu else ["bfloat16", "float32"]
+    machine = this_machine()
+    total = 6 + len(MODELS) * len(TOLERANCES) + 9 * len(kinds)  # less, where there is no WAND
+    lines = []
+    for line in _all_lines(machine, model, kinds):
+        lines.append(line)
+        if progress:
+            progress("checking", min(len(lines), total), total)
+    # Rows come together, and modes do, whatever the types that they were checked in.
+    order = list(dict.fromkeys(line.section for line in lines))
+    return Report(machine, model, sorted(lines, key=lambda line: order.index(line.section)))
+
+
+def _all_lines(machine: Machine, model: str, kinds: Sequence[str]) -> Iterator[Line]:
+    yield from hardware.machine_lines(machine)
+    yield from answer_lines()
+    for kind in kinds:
+        loaded, tokenizer = load(model, dtype=kind)
+        yield agreement.rows(loaded, tokenizer)
+        yield from agreement.modes(loaded, tokenizer)
+    loaded, tokenizer = load(model)
+    yield from hardware.cost_lines(loaded, tokenizer)
+
+
+def answer_lines() -> Iterator[Line]:
+    """The recorded answers, in every type and with rounded matrices."""
+    for name in MODELS:
+        for (dtype, bits), limits in TOLERANCES.items():
+            apart, agree = difference(recorded_model(name, dtype, bits), read_recording(name, bits))
+            kind = f"{bits} bits" if bits else dtype
+            yield _answer_line(f"{name}, {kind}", apart, agree, limits)
+
+
+def _answer_line(name: str, apart: float, agree: float, limits: tuple[float, float, float]) -> Line:
+    passes, fails, least = limits
+    value = f"logits differ by {apart:.2g} at most; {agree:.1%} of the best tokens are the same"
+    numbers = {"apart": apart, "agreement": agree}
+    status, advice = OK, ""
+    # Written so that what is not a number fails.
+    if not (apart <= fails and agree >= least):
+        status, advice = FAILED, REPORT
+    elif apart > passes:
+        status = WARNING
+        advice = "larger than on any machine we know of: please tell us"
+    return Line("recorded answers", name, status, value, advice, numbers)

@@ -1,0 +1,104 @@
+"""The machine itself: memory, the BLAS in use, what rows and modes cost."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+import mlx.core as mx
+
+from cognica_mlx.bench.machine import Machine, slow_blas
+from cognica_mlx.costs import Costs, measure
+from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions, make_mode
+from cognica_mlx.decoding.pace import Metered, Pace
+from cognica_mlx.decoding.single import Single, decode
+from cognica_mlx.model import PoEModel
+from mlx_poe.doctor.agreement import PROMPTS, TOKENS, cases
+from mlx_poe.doctor.report import OK, WARNING, Line
+from mlx_poe.tokenizer import Tokenizer
+
+ROWS = (1, 2, 4, 8, 16)
+# Drafting three tokens needs four rows to cost less than so many single ones.
+FOUR_ROWS = 3.0
+PACED_PROMPTS = 6
+TRIALS = 3
+
+
+def machine_lines(machine: Machine) -> list[Line]:
+    """Bandwidth and BLAS."""
+    rate = machine.bandwidth / 1e9
+    reads = Line(
+        "machine",
+        "memory bandwidth",
+        OK,
+        f"{rate:.1f} GB/s",
+        numbers={"bytes_a_second": rate * 1e9},
+    )
+    return [reads, blas_line()]
+
+
+def blas_line() -> Line:
+    """What multiplies matrices, and whether a batch of rows pays with it."""
+    if mx.default_device() != mx.cpu:
+        return Line("machine", "BLAS", OK, "not used: products run on the GPU")
+    name = blas_in_use()
+    # Once may be chance, where something else is running.
+    if not all(slow_blas() for _ in range(TRIALS)):
+        return Line("machine", "BLAS", OK, name)
+    advice = (
+        "install OpenBLAS (Debian: libopenblas0-pthread) and run with "
+        "LD_PRELOAD=libopenblas.so.0; with this BLAS everything is slow, and drafts do not pay"
+    )
+    value = f"{name}; eight rows cost about as much as eight single ones"
+    return Line("machine", "BLAS", WARNING, value, advice)
+
+
+def blas_in_use() -> str:
+    """The BLAS that MLX calls on the CPU: a preloaded one goes before its own."""
+    if platform.system() == "Darwin":
+        return "Accelerate"
+    maps = Path("/proc/self/maps")
+    paths = re.findall(r"/\S+", maps.read_text()) if maps.is_file() else []
+    names = dict.fromkeys(Path(path).name for path in paths if "blas" in Path(path).name.lower())
+    # NumPy brings one for itself.
+    loaded = [name for name in names if not name.startswith("libscipy_")]
+    preloaded = Path(os.environ.get("LD_PRELOAD", "").partition(":")[0]).name.partition(".")[0]
+    loaded.sort(key=lambda name: not (preloaded and name.startswith(preloaded)))
+    return loaded[0] if loaded else "unknown"
+
+
+def cost_lines(model: PoEModel, tokenizer: Tokenizer) -> list[Line]:
+    """What several rows cost, and whether each mode that drafts or leaves early pays."""
+    costs = measure(model, ROWS, text=tokenizer.encode(PROMPTS[0]) * 4)
+    times = {n: costs.full_pass(n) / costs.full_token for n in ROWS[1:]}
+    value = ", ".join(f"{n} rows {times[n]:.2f}" for n in times) + " times one row"
+    dear = times[4] > FOUR_ROWS
+    advice = "four rows cost nearly as much as four single ones: drafts cannot pay" if dear else ""
+    numbers = {f"rows_{n}": ratio for n, ratio in times.items()}
+    numbers["full_token_seconds"] = costs.full_token
+    status = WARNING if dear else OK
+    lines = [Line("costs", "a pass at full depth", status, value, advice, numbers)]
+    paced = [name for name in cases(model) if name in PACED_MODES]
+    return lines + [_pays(model, tokenizer, costs, mode) for mode in paced]
+
+
+def _pays(model: PoEModel, tokenizer: Tokenizer, costs: Costs, name: str) -> Line:
+    """What a token costs in a mode, by the costs measured."""
+    spent = tokens = 0.0
+    for prompt in PROMPTS[:PACED_PROMPTS]:
+        mode = make_mode(model, name, ModeOptions(), model.calibration)
+        pace = Pace(costs, mode, park=False)
+        driver = Metered(Single(), pace)
+        ids = tokenizer.encode(prompt)
+        for _ in decode(model, ids, mode, driver=driver, advice=pace, max_tokens=TOKENS):
+            pass
+        spent, tokens = spent + pace.spent, tokens + pace.tokens
+    ratio = spent / tokens / costs.full_token
+    value = f"a token costs {ratio:.2f} of one at full depth"
+    advice = (
+        "" if ratio < 1 else "it does not pay with this model, so decoding falls back to full depth"
+    )
+    status = OK if ratio < 1 else WARNING
+    return Line("costs", name, status, value, advice, {"share": ratio})

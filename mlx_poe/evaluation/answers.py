@@ -1,0 +1,92 @@
+"""Answers that are kept, so that an interrupted run can be resumed.
+
+- in: a key for each request and predictor, and its answer as JSON can hold it
+- out: the same answers, in this run and later ones
+- an SQLite file, as lm-eval's own; without a path the answers live as long as the run
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel
+
+# Seconds of work that a killed process may lose.
+COMMIT = 1.0
+
+
+class Answers:
+    """A store of answers, all of which are on disk once it is closed.
+
+    Raises RequestError for a file that is not such a store.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self._path = path
+        try:
+            self._file = sqlite3.connect(path or ":memory:")
+            self._file.execute("create table if not exists answers (key text primary key, value)")
+            self._file.execute("select key, value from answers limit 0")
+            self._file.commit()
+        except sqlite3.Error as error:
+            raise RequestError(
+                f"{path} is not a cache of mlx_poe.evaluate ({error}); name a new file"
+            ) from None
+        self._written = time.monotonic()
+
+    def get(self, key: str) -> Any:
+        """The answer, None where there is none yet."""
+        with self._named():
+            query = "select value from answers where key = ?"
+            row = self._file.execute(query, (key,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep an answer."""
+        with self._named():
+            statement = "insert or replace into answers values (?, ?)"
+            self._file.execute(statement, (key, json.dumps(value)))
+            if time.monotonic() - self._written > COMMIT:
+                self._file.commit()
+                self._written = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is not yet written."""
+        with self._named():
+            self._file.commit()
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Raise what goes wrong with the file (a full disk, another run) as an OSError."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise OSError(f"{self._path}: {error}") from None
+
+
+def key_of(*parts: Any) -> str:
+    """A key for whatever JSON can hold."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def fingerprint(model: PoEModel) -> str:
+    """A hash of a model's configuration, weights and device: answers of one are not another's."""
+    found = hashlib.blake2b(repr((model.config, mx.default_device())).encode(), digest_size=16)
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for name, array in arrays.items():
+        found.update(f"{name} {array.shape} {array.dtype}".encode())
+        found.update(np.ascontiguousarray(np.array(array.view(mx.uint8))).data)
+    return found.hexdigest()

@@ -1,0 +1,275 @@
+"""lm-eval's view of a model: one `LM` for each predictor, all over one pass.
+
+- a task's requests are the same for every predictor: the first LM to be asked scores them for all,
+  and the others find the answers there
+- where a text is too long, the context loses its beginning but keeps BOS; a continuation is always
+  scored in full, and no token of the context ever is
+- needs the extra `eval`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from cognica_mlx.calibration.measuring import Progress
+from cognica_mlx.convert.chat_layout import BOS, REPLY_END
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel
+from mlx_poe.batch import batch_generate
+from mlx_poe.evaluation.answers import Answers, key_of
+from mlx_poe.evaluation.predictors import Adaptive, Predictors
+from mlx_poe.evaluation.scoring import BATCH, Continuation, score
+from mlx_poe.responses import GenerationResponse
+from mlx_poe.tokenizer import Tokenizer
+
+MAX_GEN_TOKS = 256
+# What a task may say of generation, and what we call it.
+SAMPLING = {
+    "temperature": "temp",
+    **{name: name for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
+}
+
+
+@dataclass
+class Shared:
+    """A model with its predictors, and what has been answered for them.
+
+    `fingerprint` tells the answers of one model from another's. `longest` is the most tokens to run
+    for a text. With `chat`, contexts are in the chat layout: the names of special tokens are read
+    as such. `cut` has the hashes of contexts that lost their beginning; `scored` counts the
+    continuations that were not found among the answers.
+    """
+
+    model: PoEModel
+    tokenizer: Tokenizer
+    predictors: Predictors
+    longest: int
+    answers: Answers = field(default_factory=Answers)
+    fingerprint: str = ""
+    batch: int = BATCH
+    chat: bool = False
+    progress: Progress | None = None
+    scored: int = 0
+    cut: set[int] = field(default_factory=set)
+
+    @property
+    def bos(self) -> int:
+        """What every text begins with."""
+        return self.tokenizer.token_id(BOS)
+
+    def keys(self, kind: str, *request: Any) -> list[str]:
+        """What the answers to a request are kept under, one for each predictor."""
+        name = key_of(self.fingerprint, kind, *request)
+        return [name + way for way in self._ways]
+
+    @cached_property
+    def _ways(self) -> list[str]:
+        """What tells one predictor's answers from another's."""
+        exits = [one.exits if isinstance(one, Adaptive) else {} for one in self.predictors.shown]
+        return [
+            key_of(one.name, dict(one.options), dict(margins))
+            for one, margins in zip(self.predictors.shown, exits, strict=True)
+        ]
+
+    def fit(self, context: Sequence[int], room: int) -> list[int]:
+        """The context's BOS and as many of its last tokens as fit into `room`."""
+        if len(context) <= room:
+            return list(context)
+        self.cut.add(hash(tuple(context)))
+        kept = list(context[len(context) - max(room, 1) :])
+        return [self.bos, *kept[1:]] if context[0] == self.bos else kept
+
+    def loglikelihoods(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], row: int
+    ) -> list[tuple[float, bool]]:
+        """For (context, continuation) token ids: the log-probability, in nats, and whether each
+        token is the best guess, by the predictor in that row."""
+        texts = []
+        for context, continuation in pairs:
+            kept = self.fit(context, self.longest + 1 - len(continuation))
+            texts.append(Continuation((*kept, *continuation), len(kept)))
+        keys = {t: self.keys("loglikelihood", t.tokens, t.start) for t in texts}
+        new = [text for text, those in keys.items() if self.answers.get(those[row]) is None]
+        for done, (i, facts) in enumerate(score(self.predictors, new, self.batch), start=1):
+            found = self.predictors.report(facts)
+            greedy = (found.best == list(new[i].tokens[new[i].start :])).all(axis=1)
+            sums = found.logprobs.sum(axis=1)
+            for key, *answer in zip(keys[new[i]], sums.tolist(), greedy.tolist(), strict=True):
+                self.answers.put(key, answer)
+            self.scored += 1
+            if self.progress:
+                self.progress("scoring", done, len(new))
+        answered = [self.answers.get(keys[text][row]) for text in texts]
+        return [(total, best) for total, best in answered]
+
+    def generated(
+        self, requests: Sequence[tuple[list[int], Mapping[str, Any]]], row: int
+    ) -> list[str]:
+        """The replies to (prompt, options of `stream_generate`), by the predictor in that row."""
+        asked: dict[str, tuple[list[int], dict[str, Any]]] = {}
+        keys = [self.keys("generate", prompt, dict(options)) for prompt, options in requests]
+        for (prompt, options), those in zip(requests, keys, strict=True):
+            # All that share a prompt in a row: it is read once.
+            for one, key in zip(self.predictors.shown, those, strict=True):
+                if self.answers.get(key) is None:
+                    asked[key] = prompt, {**options, "mode": one.mode, **one.options}
+        jobs = list(asked)
+
+        def finished(i: int, responses: list[GenerationResponse]) -> None:
+            self.answers.put(jobs[i], "".join(r.text for r in responses))
+
+        if jobs:
+            batch_generate(
+                self.model,
+                self.tokenizer,
+                [prompt for prompt, _ in asked.values()],
+                per_prompt=[options for _, options in asked.values()],
+                max_sequences=self.batch,
+                progress=partial(self.progress, "generating") if self.progress else None,
+                finished=finished,
+            )
+        return [self.answers.get(those[row]) for those in keys]
+
+
+class PredictorLM(TemplateLM):
+    """One predictor, as lm-eval asks it."""
+
+    def __init__(self, shared: Shared, row: int):
+        super().__init__()
+        self.shared, self.row = shared, row
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text: in training the next one's BOS."""
+        return self.shared.bos
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a text may run."""
+        return self.shared.longest
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For lm-eval's own cache of requests."""
+        return "cognica-poe"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What a result file says of the model, beside its name."""
+        model = self.shared.model
+        dtype = str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
+        predictor = self.shared.predictors.names[self.row]
+        return {"predictor": predictor, "model_dtype": dtype, "max_length": self.max_length}
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids, after BOS unless told otherwise."""
+        return self.shared.tokenizer.encode(
+            string, add_special_tokens is not False, allow_special=self.shared.chat
+        )
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """See `LM`."""
+        return self._loglikelihood_tokens(
+            [(request.args, *self.encode_pair(*request.args)) for request in requests]
+        )
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The token ids of both. Spaces that end the context begin the continuation, as lm-eval
+        has it. Where the two would share a token, the continuation is encoded by itself, so that it
+        is scored in full and nothing else is. RequestError where it is empty."""
+        words = context.rstrip(" ")
+        continuation = context[len(words) :] + continuation
+        before, whole = self.tok_encode(words), self.tok_encode(words + continuation)
+        after = whole[len(before) :]
+        if whole[: len(before)] != before or not after:
+            after = self.tok_encode(continuation, add_special_tokens=False)
+        if not after:
+            raise RequestError(f"after {context[-40:]!r}: the text to score is empty")
+        return before, after
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        return self.shared.loglikelihoods(pairs, self.row)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """See `LM`. Windows are lm-eval's; each begins with BOS, without which the models fail."""
+        bos, pairs, ends = self.shared.bos, [], []
+        for request in requests:
+            tokens = self.shared.tokenizer.encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(tokens, bos, self.max_length - 1, 1)
+            for before, after in map(make_disjoint_window, windows):
+                pairs.append((before if before[0] == bos else [bos, *before], after))
+            ends.append(len(pairs))
+        found = self.shared.loglikelihoods(pairs, self.row)
+        starts = [0, *ends[:-1]]
+        return [sum(t for t, _ in found[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """See `LM`."""
+        asked = []
+        for i, request in enumerate(requests):
+            context, given = request.args
+            options = generation_options(given)
+            if options.get("temp"):
+                options["seed"] = i  # repeats differ, and a later run repeats them
+            room = self.max_length - options["max_tokens"]
+            if room < 1:
+                raise RequestError(
+                    f"max_gen_toks {options['max_tokens']} leaves no room for a prompt in "
+                    f"{self.max_length} tokens; raise --max-length"
+                )
+            asked.append((self.shared.fit(self.tok_encode(context), room), options))
+        return self.shared.generated(asked, self.row)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation in the specialists' layout, its special tokens as text.
+
+        Raises RequestError where a message holds such a text itself.
+        """
+        tokenizer = self.shared.tokenizer
+        for message in chat_history:
+            for name in tokenizer.special_tokens:
+                if name in message["content"]:
+                    raise RequestError(
+                        f"a message contains {name!r}, which would be read as a special token"
+                    )
+        tokens = tokenizer.apply_chat_template(chat_history, add_generation_prompt)
+        text = tokenizer.decode(tokens)
+        # The model is to continue this reply, so it is not closed.
+        return text if add_generation_prompt else text.removesuffix(REPLY_END)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """What a result file keeps: the layout of one turn."""
+        return self.apply_chat_template([{"role": "user", "content": "{{ content }}"}])
+
+
+def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `stream_generate` for lm-eval's. RequestError for one that we lack."""
+    rest = dict(given)
+    until = rest.pop("until", None) or []
+    options: dict[str, Any] = {"max_tokens": int(rest.pop("max_gen_toks", MAX_GEN_TOKS))}
+    options["stop"] = [until] if isinstance(until, str) else list(until)
+    sampled = rest.pop("do_sample", None)
+    for name, value in rest.items():
+        if name not in SAMPLING:
+            raise RequestError(f"a task sets {name} for generation, which is not supported here")
+        options[SAMPLING[name]] = value
+    if sampled is False:
+        options.pop("temp", None)
+    return options

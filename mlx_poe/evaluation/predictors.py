@@ -1,0 +1,216 @@
+"""Who can be evaluated: stages, mixtures of the first stages, WAND, the full model.
+
+- in: a model, and the names that a user chose
+- out: predictors by name, and the predictions of all of them from one set of activations
+- WAND is a choice between other predictors, position by position: it takes no pass of its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from cognica_mlx.calibration.replaying import Trace
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.targets import (
+    Target,
+    composed_target,
+    full_target,
+    prefix_target,
+    stage_target,
+)
+from cognica_mlx.decoding.wand import Wand
+from cognica_mlx.errors import RequestError
+from cognica_mlx.hidden import Hidden
+from cognica_mlx.model import PoEModel, log_op
+
+FULL = "full"
+
+Logits = Mapping[int, mx.array]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """One fixed predictor. `mode` and `options` decode with it; `target` says what it reads.
+
+    `combine(logits, hidden)` makes its scores (1, T, V) of the stages' logits and activations.
+    """
+
+    name: str
+    mode: str
+    options: Mapping[str, Any]
+    target: Target
+    combine: Callable[[Logits, Mapping[int, Hidden]], mx.array] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """WAND at one `safety`. It leaves at stage k if the best token of `tested[k]` leads by more
+    than `exits[k]`; the last of `tested` is the full model, which is always accepted."""
+
+    name: str
+    safety: float
+    exits: Mapping[int, float]
+    tested: tuple[Predictor, ...]
+    mode: str = "wand"
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What the mode is told."""
+        return {"safety": self.safety}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """About T scored positions, by P predictors: logprobs (P, T), in nats, of the token that came;
+    best (P, T), the best token; margins (P, T), its lead."""
+
+    logprobs: np.ndarray
+    best: np.ndarray
+    margins: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What R predictors say about T positions, (R, T) each: the log-probability of the token that
+    came, in nats, the best token, whether the full model's is the same, and how many stages were
+    run."""
+
+    logprobs: np.ndarray
+    best: np.ndarray
+    agrees: np.ndarray
+    depths: np.ndarray
+
+
+def stage(model: PoEModel, number: int) -> Predictor:
+    """One stage alone."""
+    target = stage_target(model, number)
+    name, options = f"stage {number}", {"stage": number}
+    return Predictor(name, "stage", options, target, lambda logits, hidden: logits[number])
+
+
+def mixture(model: PoEModel, last: int) -> Predictor:
+    """The Log-OP of stages 0 to `last`: what `prefix` decodes with where each has its own head,
+    what `compose` does elsewhere."""
+    model.check_stage(last)
+    stages = list(range(last + 1))
+    name = f"stages 0-{last}"
+    if model.pools_stages:
+        options: dict[str, Any] = {"max_stages": last + 1}
+        target = prefix_target(model, last + 1)
+        return Predictor(
+            name, "prefix", options, target, lambda z, hidden: model.pool([z[k] for k in stages])
+        )
+    weights = [1 / len(stages)] * len(stages)
+    return Predictor(
+        name,
+        "compose",
+        {"stages": stages},
+        composed_target(model, stages),
+        lambda z, hidden: log_op([z[k] for k in stages], weights),
+    )
+
+
+def full(model: PoEModel) -> Predictor:
+    """The full model."""
+    return Predictor(
+        FULL, FULL, {}, full_target(model), lambda z, hidden: model.full_scores(hidden, z)
+    )
+
+
+def wand(model: PoEModel, safety: float) -> Adaptive:
+    """WAND with the model's own calibration. RequestError where there is none."""
+    mode = make_mode(model, "wand", ModeOptions(safety=safety), model.calibration)
+    assert isinstance(mode, Wand)
+    # With a head per stage WAND tests the pool so far, elsewhere the stage alone.
+    before = [
+        mixture(model, k) if model.pools_stages and k else stage(model, k)
+        for k in range(model.poe_n_stages - 1)
+    ]
+    return Adaptive(f"wand {safety:g}", safety, mode.exits, (*before, full(model)))
+
+
+def chosen(model: PoEModel, names: Sequence[str]) -> list[Predictor]:
+    """Predictors by the names that a user gives: `all`, `full`, a stage `2`, a mixture `0-2`.
+
+    `all` leaves out a second name for the full model. Raises RequestError for others.
+    """
+    last = model.poe_n_stages - 1
+    found: dict[str, Predictor] = {}
+    for name in names:
+        first, dash, end = name.partition("-")
+        if name == "all":
+            solo = range(last if model.config.specialist_layers else last + 1)
+            mixed = range(1, last if model.pools_stages else last + 1)
+            some = [*(stage(model, k) for k in solo), *(mixture(model, k) for k in mixed)]
+            some.append(full(model))
+        elif name == FULL:
+            some = [full(model)]
+        elif name.isdecimal():
+            some = [stage(model, int(name))]
+        elif first == "0" and dash and end.isdecimal() and int(end):
+            some = [mixture(model, int(end))]
+        else:
+            raise RequestError(
+                f"stages: {name!r} is not all, {FULL}, a stage such as 1, or a mixture of the "
+                "first stages such as 0-1"
+            )
+        found.update((one.name, one) for one in some)
+    return list(found.values())
+
+
+class Predictors:
+    """The predictors to report, and all that have to be computed for them.
+
+    `shown` are reported, in this order. `computed` also has what WAND tests, and the full model to
+    compare with. `target` computes all P of them at once: its scores are (1, T, P, V) float32.
+    """
+
+    def __init__(self, model: PoEModel, fixed: Sequence[Predictor], safeties: Sequence[float] = ()):
+        self.model = model
+        self.adaptive = [wand(model, safety) for safety in safeties]
+        self.shown: list[Predictor | Adaptive] = [*fixed, *self.adaptive]
+        needed = [*fixed, full(model), *(p for one in self.adaptive for p in one.tested)]
+        self.computed = list({one.name: one for one in needed}.values())
+        self.index = {one.name: i for i, one in enumerate(self.computed)}
+        stages = sorted({k for one in self.computed for k in one.target.boundaries})
+        key = ("predictors", id(self), *self.index)
+        self.target = Target(key, tuple(stages), self._scores, tuple(stages))
+
+    @property
+    def names(self) -> list[str]:
+        """Of those that are reported."""
+        return [one.name for one in self.shown]
+
+    def _scores(self, hidden: Mapping[int, Hidden]) -> mx.array:
+        logits = {k: self.model.stage_logits(k, h) for k, h in hidden.items()}
+        return mx.stack([one.combine(logits, hidden) for one in self.computed], axis=2)
+
+    def report(self, facts: Facts) -> Scored:
+        """What those in `shown` say, from what those in `computed` do."""
+        at = np.arange(facts.best.shape[1])
+        source, depths = np.array([self._sources(one, facts) for one in self.shown]).swapaxes(0, 1)
+        best = facts.best[source, at]
+        full = facts.best[self.index[FULL]]
+        return Scored(facts.logprobs[source, at], best, best == full, depths)
+
+    def _sources(self, one: Predictor | Adaptive, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
+        """For each position the predictor in `computed` that speaks, and the stages run: (T,)."""
+        count = facts.best.shape[1]
+        if isinstance(one, Predictor):
+            return np.full(count, self.index[one.name]), np.full(count, one.target.depth + 1)
+        left = np.full(count, len(one.tested) - 1)
+        for k in sorted(one.exits, reverse=True):
+            left[facts.margins[self.index[one.tested[k].name]] > one.exits[k]] = k
+        return np.array([self.index[p.name] for p in one.tested])[left], left + 1
+
+    def trace(self, one: Adaptive, facts: Facts) -> Trace:
+        """What WAND's replay goes by."""
+        tested = [self.index[p.name] for p in one.tested[:-1]]
+        hits = facts.best[tested] == facts.best[self.index[FULL]]
+        margins = facts.margins[tested]
+        return Trace(hits, margins, hits, margins)

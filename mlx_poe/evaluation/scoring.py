@@ -1,0 +1,108 @@
+"""Log-probabilities of continuations, for all predictors from one pass.
+
+- in: texts, each a context and a continuation to score
+- out: for each text, what every predictor says about every token of the continuation
+- texts that share a context run it once; texts run together, one packed pass a stage, as sequences
+  do that are being decoded; nothing is padded, and only scored positions go through the heads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from cognica_mlx.decoding.batch import Batch
+from cognica_mlx.decoding.requests import Read, Request, Score, through
+from cognica_mlx.decoding.sequence import read_prompt, ready
+from cognica_mlx.sampling import logprob_of, margin
+from cognica_mlx.state import SLACK, DecodingState
+from mlx_poe.evaluation.predictors import Facts, Predictors
+
+BATCH = 8
+# What the scores of one pass may take, all predictors together.
+SCORE_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Token ids; those from `start` on are to be scored. `start` is at least 1."""
+
+    tokens: tuple[int, ...]
+    start: int
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """What comes before."""
+        return self.tokens[: self.start]
+
+
+def score(
+    predictors: Predictors, texts: Sequence[Continuation], batch: int = BATCH
+) -> Iterator[tuple[int, Facts]]:
+    """For each text, as it is done, its index and what the predictors in `computed` say.
+
+    `batch` contexts are worked on at a time, the longest first. Raises RequestError for a token id
+    outside the vocabulary.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, text in enumerate(texts):
+        groups.setdefault(text.context, []).append(i)
+    longest = {key: max(len(texts[i].tokens) for i in members) for key, members in groups.items()}
+    waiting = sorted(groups, key=lambda key: longest[key])
+    size = len(predictors.computed) * predictors.model.config.vocab_size * 4
+    rows = min(max(SCORE_BYTES // (size * batch), 1), SLACK)
+    done: list[tuple[int, list[list]]] = []
+    driver = Batch()
+    try:
+        while waiting or len(driver):
+            while waiting and len(driver) < batch:
+                context = waiting.pop()
+                members = [(i, texts[i]) for i in groups[context]]
+                driver.add(context, _steps(predictors, context, members, rows, done))
+            for event in driver.run():
+                if event.error:
+                    raise event.error
+            while done:
+                i, chunks = done.pop(0)
+                whole = (np.concatenate(parts).T for parts in zip(*chunks, strict=True))
+                yield i, Facts(*whole)
+    finally:
+        driver.close()
+
+
+def _steps(
+    predictors: Predictors,
+    context: Sequence[int],
+    members: Sequence[tuple[int, Continuation]],
+    rows: int,
+    done: list[tuple[int, list[list]]],
+) -> Generator[Request, Any, None]:
+    """Run `context`, then each member's continuation on a copy of the state, `rows` at a time."""
+    depth = predictors.target.depth
+    state = DecodingState(predictors.model)
+    yield from ready(state, depth)
+    yield from read_prompt(state, context[:-1], depth)
+    for i, text in members:
+        branch = state.fork()
+        chunks = []
+        for at in range(text.start, len(text.tokens), rows):
+            follow = text.tokens[at : at + rows]
+            branch.append(list(text.tokens[at - 1 : at - 1 + len(follow)]))
+            yield from through(branch, depth)
+            scores = yield Score(branch, predictors.target, len(follow))
+            numbers = yield Read(branch, _facts(scores.array, follow))
+            chunks.append(numbers)
+        done.append((i, chunks))
+
+
+def _facts(scores: mx.array, follow: Sequence[int]) -> tuple[mx.array, ...]:
+    """Of scores (T, P, V): the log-probabilities of the tokens that follow, the best tokens, and
+    their margins, (T, P) each."""
+    count, predictors, size = scores.shape
+    came = mx.repeat(mx.array(list(follow), dtype=mx.int32), predictors)
+    logprobs = logprob_of(scores.reshape(-1, size), came).reshape(count, predictors)
+    return logprobs, mx.argmax(scores, axis=-1), margin(scores)

@@ -1,0 +1,135 @@
+"""lm-eval's tasks for every predictor of a model, and lm-eval's result files.
+
+- in: predictors with what they share, names of tasks, and what lm-eval is to do with them
+- out: lm-eval's results for each predictor; a folder of result files for each
+- needs the extra `eval`
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+
+from cognica_mlx.errors import PoEError, RequestError, one_line
+from mlx_poe.evaluation.harness import PredictorLM, Shared
+
+
+@dataclass(frozen=True)
+class Run:
+    """What lm-eval is to do: `tasks` by name, perhaps from YAML files under `include_path`;
+    `limit` documents of each, a share of them below 1; `num_fewshot` examples, by default each
+    task's own number; contexts in the chat layout with `chat`."""
+
+    tasks: list[str]
+    num_fewshot: int | None = None
+    limit: float | None = None
+    include_path: Path | None = None
+    chat: bool = False
+
+
+class _Loaded(TaskManager):
+    """Tasks that are loaded once, and whose requests are built once, for all predictors."""
+
+    _found: Any = None
+
+    def load(self, task_list: Any) -> Any:
+        """See `TaskManager`."""
+        if self._found is None:
+            self._found = super().load(task_list)
+        else:
+            for task in self._found["tasks"].values():
+                task.build_all_requests = partial(_ask_again, task)
+        return self._found
+
+
+def _ask_again(task: Any, **_: Any) -> None:
+    """In place of building a task's requests another time."""
+    for instance in task.instances:
+        instance.resps, instance.filtered_resps = [], {}
+
+
+def run_tasks(
+    shared: Shared, run: Run, model: str, output: Path | None = None, log_samples: bool = False
+) -> dict[str, dict[str, Any]]:
+    """lm-eval's results by the predictor's name; written under `output`, if there is one.
+
+    `model` is its name in the files. Raises RequestError for tasks that do not exist, and whatever
+    lm-eval finds wrong with them.
+    """
+    logging.getLogger("lm_eval").setLevel(os.environ.get("LMEVAL_LOG_LEVEL", "ERROR").upper())
+    manager = _manager(run)
+    found = {}
+    for row, name in enumerate(shared.predictors.names):
+        tracker = None
+        arguments = {"pretrained": model, "predictor": name}
+        with tempfile.TemporaryDirectory(dir=output) as aside:
+            if output:
+                tracker = EvaluationTracker(output_path=aside)
+            try:
+                results = simple_evaluate(
+                    PredictorLM(shared, row),
+                    model_args=arguments,
+                    tasks=manager.match_tasks(run.tasks),
+                    num_fewshot=run.num_fewshot,
+                    limit=run.limit,
+                    batch_size=shared.batch,
+                    log_samples=log_samples,
+                    evaluation_tracker=tracker,
+                    apply_chat_template=run.chat,
+                    task_manager=manager,
+                )
+            except (PoEError, OSError):
+                raise
+            except Exception as error:  # whatever a task's own code raises
+                raise RequestError(f"lm-eval: {type(error).__name__}: {one_line(error)}") from error
+            assert results is not None, "there is one process"
+            samples = results.pop("samples", None)
+            if tracker and output:
+                tracker.save_results_aggregated(results, samples)
+                for task, rows in (samples or {}).items():
+                    tracker.save_results_samples(task, rows)
+                _move(Path(aside), output / folder_name(name))
+        found[name] = results
+    return found
+
+
+def _manager(run: Run) -> _Loaded:
+    """Whoever knows the tasks. Reading lm-eval's own ten thousand takes seconds, which a folder
+    that has them all need not wait for."""
+    include = str(run.include_path) if run.include_path else None
+    if include:
+        own = _Loaded(include_path=include, include_defaults=False)
+        if set(run.tasks) <= set(own.all_subtasks):
+            return own
+    manager = _Loaded(include_path=include)
+    if unknown := [name for name in run.tasks if not manager.match_tasks([name])]:
+        raise RequestError(
+            f"tasks: lm-eval has no {', '.join(unknown)} (lm-eval ls tasks lists them; "
+            "--include-path names a folder of your own)"
+        )
+    return manager
+
+
+def folder_name(predictor: str) -> str:
+    """The folder of a predictor's result files."""
+    return predictor.replace(" ", "-")
+
+
+def _move(aside: Path, folder: Path) -> None:
+    """Put lm-eval's files, whole, where they belong. OSError where it has written none."""
+    files = [file for file in aside.rglob("*") if file.is_file()]
+    if not any(file.name.startswith("results") for file in files):
+        raise OSError(f"lm-eval could not write its results for {folder}")
+    for file in files:
+        target = folder / file.relative_to(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)

@@ -1,0 +1,276 @@
+"""The doctor: its recorded answers are the oracle's, and it fails when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import fixture
+from record_answers import answers
+from test_evaluate import calibrated
+
+from cognica_mlx.bench import machine
+from cognica_mlx.costs import measure
+from cognica_mlx.decoding import passes, speculative
+from cognica_mlx.decoding.wand import Wand
+from cognica_mlx.model import PoEModel
+from mlx_poe.commands import doctor as command
+from mlx_poe.doctor import agreement, examination, hardware
+from mlx_poe.doctor.agreement import Verdict
+from mlx_poe.doctor.recorded import BITS, MODELS, read_recording, recorded_model
+from mlx_poe.doctor.report import FAILED, OK, WARNING, Line, Report
+
+base, tokenizer = fixture("poe-tiny")
+SOME = ("Once upon a time", "There was a child called", "In the morning", "A long time ago")
+MACHINE = machine.Machine("a chip", 2, 8.0, "MLX CPU", "an OS", "3.12", {"mlx": "1"}, 1e10)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch) -> None:
+    """Few prompts and few tokens."""
+    for module in (agreement, hardware):
+        monkeypatch.setattr(module, "PROMPTS", SOME)
+        monkeypatch.setattr(module, "TOKENS", 8)
+    monkeypatch.setattr(agreement, "CONTEXTS", 1)
+    monkeypatch.setattr(hardware, "PACED_PROMPTS", 1)
+    monkeypatch.setattr(machine, "READ_BYTES", dict.fromkeys(machine.READ_BYTES, 2**22))
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Check these modes, and nothing that takes longer."""
+    cases = agreement.cases
+    monkeypatch.setattr(agreement, "cases", lambda model: {n: cases(model)[n] for n in names})
+
+
+def by_name(lines: Iterator[Line]) -> dict[str, Line]:
+    return {line.name.removesuffix(", float32"): line for line in lines}
+
+
+@pytest.mark.parametrize("bits", [None, BITS])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_recorded_is_what_the_oracle_says(name, bits):
+    tokens, numbers, best = answers(name, bits)
+    recording = read_recording(name, bits)
+    assert (recording.tokens == tokens).all() and (recording.best == best).all()
+    assert np.abs(recording.numbers - numbers).max() < 1e-4
+    assert len(set(best[-1].tolist())) > 30  # no model that always says the same
+
+
+def test_answers_pass_in_every_type_on_this_machine(monkeypatch):
+    monkeypatch.setattr(examination, "MODELS", ("poe-tiny-chat", "own heads"))
+    lines = list(examination.answer_lines())
+    assert [line.status for line in lines] == [OK] * 8
+    assert all(0 < line.numbers["apart"] < 0.4 for line in lines)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_one_wrong_weight_is_found(name, value, monkeypatch):
+    def broken(name: str, dtype: str, bits: int | None) -> PoEModel:
+        model = recorded_model(name, dtype, bits)
+        weight = model.h[1].attn.c_v.weight
+        model.h[1].attn.c_v.weight = weight.at[3, 5].add(value)
+        return model
+
+    monkeypatch.setattr(examination, "MODELS", (name,))
+    monkeypatch.setattr(examination, "TOLERANCES", {("float32", None): (1e-3, 1e-2, 0.99)})
+    monkeypatch.setattr(examination, "recorded_model", broken)
+    (line,) = examination.answer_lines()
+    assert line.status == FAILED and "report" in line.advice
+
+
+def test_a_few_wrong_places_are_found_where_no_logit_is_far_off():
+    limits = (1e-3, 1e-2, 0.99)
+    found = [
+        examination._answer_line("a", apart, agree, limits).status
+        for apart, agree in ((1e-4, 1.0), (5e-3, 1.0), (2e-2, 1.0), (1e-4, 0.98), (math.nan, 1.0))
+    ]
+    assert found == [OK, WARNING, FAILED, FAILED, FAILED]
+
+
+def test_every_mode_passes_here():
+    lines = by_name(agreement.modes(base, tokenizer))
+    assert [line.status for line in lines.values()] == [OK] * 8
+    counted = [line.numbers["tokens"] for line in lines.values() if line.section == "modes"]
+    assert counted == [32] * 7
+    assert lines["speculative"].numbers["agreement"] == 1
+    assert lines["stage 0"].numbers["agreement"] < 1
+    assert agreement.rows(base, tokenizer).status == OK
+
+
+@pytest.mark.parametrize("name", ["gqa-logop-d8", "stage-on-flat"])
+def test_every_mode_passes_with_other_kinds_of_models(name):
+    model = calibrated(name)
+    lines = by_name(agreement.modes(model, fixture(name)[1]))
+    # Bounds that fit nothing: what WAND chooses is right by its rule, but not the full model's.
+    assert [line.numbers.get("wrong", 0) for line in lines.values()] == [0] * 8
+    assert {line.status for line in list(lines.values())[:5]} == {OK}
+
+
+def test_a_mode_that_keeps_every_draft_is_found(monkeypatch):
+    judge = speculative.judge
+
+    def generous(sampler: Any, scores: Any, drafted: Any, draft: Any) -> Any:
+        agree, chosen = judge(sampler, scores, drafted, draft)
+        return mx.ones_like(agree), chosen
+
+    monkeypatch.setattr(speculative, "judge", generous)
+    only(monkeypatch, "full", "stage 0", "speculative")
+    lines = by_name(agreement.modes(base, tokenizer))
+    assert lines["speculative"].status == FAILED and "report" in lines["speculative"].advice
+    assert lines["full"].status == lines["stage 0"].status == OK
+
+
+def test_wand_that_leaves_too_early_is_found(monkeypatch):
+    init = Wand.__init__
+
+    def hasty(self: Wand, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self.exits = {stage: needed / 2 for stage, needed in self.exits.items()}
+
+    monkeypatch.setattr(Wand, "__init__", hasty)
+    only(monkeypatch, "wand", "certified")
+    lines = by_name(agreement.modes(base, tokenizer))
+    assert lines["wand"].status == FAILED and "report" in lines["wand"].advice
+    assert lines["certified"].status == OK
+
+
+def test_wand_that_agrees_too_seldom_is_found():
+    found = [
+        agreement._mode_line("wand", mx.float32, Verdict(100, 0, 0.0, agree)).status
+        for agree in (99, 96, 89)
+    ]
+    assert found == [OK, WARNING, FAILED]
+    found = agreement._mode_line("stage 0", mx.float32, Verdict(100, 0, 0.0, 50))
+    assert found.status == OK
+
+
+def test_a_cache_that_forgets_the_token_before_is_found(monkeypatch):
+    embed = PoEModel.embed
+    monkeypatch.setattr(PoEModel, "embed", lambda self, tokens, _=None: embed(self, tokens))
+    only(monkeypatch, "full")
+    assert agreement.rows(base, tokenizer).status == FAILED
+    assert by_name(agreement.modes(base, tokenizer))["full"].status == FAILED
+
+
+def test_rows_that_are_no_numbers_are_found(monkeypatch):
+    scores = agreement.score
+
+    def spoilt(requests: Any) -> list:
+        (found,) = scores(requests)
+        return [type(found)(found.array * math.nan)] if len(found) == 3 else [found]
+
+    monkeypatch.setattr(agreement, "score", spoilt)
+    line = agreement.rows(base, tokenizer)
+    assert line.status == FAILED and line.numbers["apart"] == math.inf
+
+
+def test_a_batch_that_mixes_up_its_texts_is_found(monkeypatch):
+    embed = passes.embed
+
+    def mixed(models: Any, texts: Any) -> Any:
+        if len(texts) > 1 and all(text.tokens.shape[1] == 1 for text in texts):
+            texts = [texts[0], *[type(t)(texts[0].tokens, t.previous) for t in texts[1:]]]
+        return embed(models, texts)
+
+    monkeypatch.setattr(passes, "embed", mixed)
+    only(monkeypatch, "full", "stage 0")
+    lines = by_name(agreement.modes(base, tokenizer))
+    assert lines["all modes together against alone"].status == FAILED
+    assert lines["full"].status == lines["stage 0"].status == OK
+
+
+def test_mlx_is_told_to_keep_float32_before_anything_is_multiplied(monkeypatch):
+    order: list[Any] = []
+    monkeypatch.setattr(examination, "prepare", order.append)
+    monkeypatch.setattr(examination, "this_machine", lambda: order.append("measured") or MACHINE)
+    monkeypatch.setattr(examination, "_all_lines", lambda *_: iter(()))
+    assert not examination.examine("poe-tiny").failed
+    assert order == [mx.float32, "measured"]
+
+
+def test_near_ties_are_a_warning_and_more_is_a_failure():
+    assert Verdict(10, 0, 0.0, 10).status(mx.bfloat16) == OK
+    assert Verdict(10, 1, 0.1, 9).status(mx.bfloat16) == WARNING
+    assert Verdict(10, 1, 0.1, 9).status(mx.float32) == FAILED
+    assert Verdict(10, 1, float("inf"), 9).status(mx.bfloat16) == FAILED
+    line = agreement._mode_line("speculative", mx.bfloat16, Verdict(10, 1, 0.1, 9))
+    assert line.status == WARNING and "--dtype float32" in line.advice
+
+
+def test_half_precision_is_no_failure():
+    half = recorded_model("poe-tiny", "float16")
+    assert half.resid_lambdas.dtype == mx.float16
+    assert agreement.rows(half, tokenizer).status in (OK, WARNING)
+    options = {"mode": "speculative"}
+    verdict = agreement.judged(
+        half, tokenizer, options, agreement.replies(half, tokenizer, options)
+    )
+    assert verdict.tokens == 32 and verdict.status(mx.float16) in (OK, WARNING)
+
+
+def test_a_model_without_bounds_is_checked_in_the_other_modes(monkeypatch):
+    model, words = fixture("flat-d8")
+    assert {"wand", "certified"} == {*agreement.cases(base)} - {*agreement.cases(model)}
+    only(monkeypatch, "full", "stage 0")
+    lines = by_name(agreement.modes(model, words))
+    assert lines["wand, certified"].status == WARNING
+    assert "mlx_poe.calibrate" in lines["wand, certified"].advice
+    assert {line.status for name, line in lines.items() if name != "wand, certified"} == {OK}
+
+
+def test_a_slow_blas_is_a_warning_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(hardware, "slow_blas", lambda: True)
+    line = hardware.blas_line()
+    assert line.status == WARNING and "LD_PRELOAD" in line.advice
+    measured = iter([True, False])
+    monkeypatch.setattr(hardware, "slow_blas", lambda: next(measured))
+    assert hardware.blas_line().status == OK
+    assert "blas" in hardware.blas_in_use().lower() or hardware.blas_in_use() == "Accelerate"
+
+
+def test_what_modes_cost_follows_from_what_parts_cost(monkeypatch):
+    rows, flat = hardware.ROWS, (1.0,) * 5
+    costs = hardware.Costs(rows, (flat,) * 4, ((0.1,) * 5,) * 4, full_boundaries=(3,))
+    monkeypatch.setattr(hardware, "measure", lambda *_, **__: costs)
+    whole, *paced = hardware.cost_lines(base, tokenizer)
+    assert "4 rows 1.00" in whole.value and whole.status == OK
+    assert [line.name for line in paced] == ["speculative", "wand", "certified"]
+    assert [line.status for line in paced] == [OK] * 3
+    dear = tuple(float(n) for n in rows)
+    costs = hardware.Costs(rows, (dear,) * 4, ((0.1,) * 5,) * 4, full_boundaries=(3,))
+    whole, drafting, *_ = hardware.cost_lines(base, tokenizer)
+    assert whole.status == drafting.status == WARNING and "full depth" in drafting.advice
+
+
+def test_the_command_prints_writes_and_says_by_its_status(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(examination, "MODELS", ("own heads",))
+    monkeypatch.setattr(hardware, "measure", partial(measure, trials=1))
+    monkeypatch.setattr(hardware, "TRIALS", 1)
+    only(monkeypatch, "full", "speculative", "wand")
+    file = tmp_path / "report.json"
+    assert command.main(["--json", str(file)]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(file.read_text())
+    assert not err and report["model"] == "poe-tiny" and report["machine"]["cores"]
+    for line in report["lines"]:
+        assert f"{line['status']:8} {line['name']}: {line['value']}" in out
+    sections = [line["section"] for line in report["lines"]]
+    assert list(dict.fromkeys(sections)) == [
+        *("machine", "recorded answers", "rows", "modes", "batch", "costs")
+    ]
+    bad = Line("modes", "full", FAILED, "no", "report it", {"apart": float("inf")})
+    monkeypatch.setattr(command, "examine", lambda *_: Report(MACHINE, "poe-tiny", [bad]))
+    assert command.main(["--json", "-"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["lines"][0]["numbers"] == {"apart": None}
+    assert "report" in err
+    assert command.main([]) == 1
+    assert "1 FAILED" in capsys.readouterr().out
+    assert command.main(["--json", str(tmp_path)]) == 2
