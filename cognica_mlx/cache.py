@@ -173,6 +173,14 @@ class StageCache:
         other.content, other.round = self.content, self.round
         return other
 
+    def aside(self) -> StageCache:
+        """A copy to try positions out with, which then goes: as `fork`, but until the next round
+        both write beside buffers that are large, so that neither copies one because of the other.
+        """
+        self.leave()
+        self.content = self.content._replace(written=self.round)
+        return self.fork()
+
     def leave(self) -> None:
         """Hold the rows in buffers of its own, if they stand on a shelf. Waits for them."""
         if self.content.place:

@@ -33,7 +33,7 @@ from cognica_mlx.convert.checkpoint import (
 )
 from cognica_mlx.convert.model_card import model_card
 from cognica_mlx.convert.output_folder import check_target, new_folder, remove_leftovers
-from cognica_mlx.convert.quantization import Plan, Rule, Scheme, make_plan, mixed, pack, to_fields
+from cognica_mlx.convert.quantization import Plan, Rule, make_plan, mixed, pack, to_fields
 from cognica_mlx.convert.safetensors_files import (
     Spec,
     TensorWriter,
@@ -48,6 +48,7 @@ from cognica_mlx.convert.tokenizer_files import read_encoding
 from cognica_mlx.convert.tokenizer_json import write_tokenizer
 from cognica_mlx.errors import CheckpointError, RequestError, TokenizerError
 from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import Scheme
 
 # What mlx-lm imports for the model's architecture, if it may (`--trust-remote-code`).
 SHIM_FILE = "cognica_poe.py"

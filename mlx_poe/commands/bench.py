@@ -30,11 +30,11 @@ from cognica_mlx.bench.training import training
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.calibration.measuring import calibrate, record
 from cognica_mlx.convert.chat_layout import BOS
-from cognica_mlx.convert.quantization import BITS
 from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.costs import measure
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import BITS
 from mlx_poe.commands.bars import progress_bars
 from mlx_poe.commands.chat import STARTER_SPECIALISTS
 from mlx_poe.commands.options import (

@@ -17,10 +17,11 @@ from rich.table import Table
 
 from cognica_mlx.convert.conversion import Conversion, prepare, upload
 from cognica_mlx.convert.output_folder import check_target
-from cognica_mlx.convert.quantization import BITS, MODES, RECIPES, Rule, Scheme, scheme
+from cognica_mlx.convert.quantization import RECIPES, Rule, scheme
 from cognica_mlx.convert.safetensors_files import nbytes
 from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.errors import RequestError
+from cognica_mlx.rounding import BITS, MODES, Scheme
 from mlx_poe.commands.options import file_path, interruptible, make_parser, run
 from mlx_poe.commands.texts import Text, read_texts, segments
 from mlx_poe.load import find_model, load

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cognica_mlx.calibration import CalibrationWarning
-from cognica_mlx.convert.quantization import BITS
 from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.targets import DRAFT_HEADS
 from cognica_mlx.errors import PoEError, RequestError
+from cognica_mlx.rounding import BITS
 from mlx_poe.constraints import FORM_OPTIONS
 from mlx_poe.load import DEFAULT_MODEL
 from mlx_poe.paths import user_path
