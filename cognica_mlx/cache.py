@@ -174,10 +174,8 @@ class StageCache:
         return other
 
     def aside(self) -> StageCache:
-        """A copy to try positions out with, which then goes: as `fork`, but until the next round
-        both write beside buffers that are large, so that neither copies one because of the other.
-        """
-        self.leave()
+        """A fork that will soon go: until the next round both write beside buffers that are large,
+        so that neither copies one because of the other."""
         self.content = self.content._replace(written=self.round)
         return self.fork()
 

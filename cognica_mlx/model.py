@@ -20,7 +20,7 @@ from cognica_mlx.elementwise import softcap
 from cognica_mlx.errors import RequestError
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.linear import Linear
-from cognica_mlx.rounding import Scheme, rounded
+from cognica_mlx.rounding import Scheme, copies_of, rounded
 from cognica_mlx.shortlist import ShortlistHead
 from cognica_mlx.stages import Block, Stage, alike, norm
 
@@ -210,14 +210,14 @@ class PoEModel(nn.Module):
 
     def with_rounded_heads(self, scheme: Scheme) -> PoEModel:
         """This model with rounded copies of its heads; made once."""
-        kept: dict[Scheme, PoEModel] = self.__dict__.setdefault("_rounded", {})
+        kept = copies_of(self)
         if scheme not in kept:
             kept[scheme] = self._round_heads(scheme)
         return kept[scheme]
 
     def _round_heads(self, scheme: Scheme) -> PoEModel:
         other = copy.copy(self)
-        other.__dict__["_rounded"] = {}
+        other.__dict__.pop("_rounded", None)
         other.lm_head = rounded(self.lm_head, scheme)
         for name in ("lm_head_stages", "lm_head_specialists"):
             if name in self:

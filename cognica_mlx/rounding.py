@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,15 +64,15 @@ def rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
 
     In affine mode rows that are too short for the scheme's groups get groups of 32.
     """
-    kept = _copies(module)
+    kept = copies_of(module)
     if scheme not in kept:
         kept[scheme] = _rounded(module, scheme)
-    return kept[scheme]  # type: ignore[return-value]
+    return kept[scheme]
 
 
-def _copies(module: object) -> dict[object, object]:
-    """The copies of a module or stage that have been made."""
-    return module.__dict__.setdefault("_rounded", {})
+def copies_of(thing: object) -> dict[Any, Any]:
+    """The rounded copies of a module, a stage or a model that have been made, which it keeps."""
+    return thing.__dict__.setdefault("_rounded", {})
 
 
 def _rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
@@ -99,7 +100,7 @@ def _rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
 def rounded_stage(stage: Stage, scheme: Scheme, source: int) -> Stage:
     """A stage that runs as this one does, but through rounded matrices and from boundary `source`;
     made once. Tables of embeddings, of which a token reads one row, stay the model's own."""
-    kept = _copies(stage)
+    kept = copies_of(stage)
     key = scheme, source
     if key not in kept:
         other = copy.copy(stage)
@@ -107,7 +108,7 @@ def rounded_stage(stage: Stage, scheme: Scheme, source: int) -> Stage:
         other.blocks = [_rounded_block(block, scheme) for block in stage.blocks]
         other.scheme, other.source = scheme, source
         kept[key] = other
-    return kept[key]  # type: ignore[return-value]
+    return kept[key]
 
 
 def _rounded_block(block: Block, scheme: Scheme) -> Block:

@@ -44,7 +44,7 @@ MODES: dict[str, tuple[str, ...]] = {
 }
 
 # What may be given while the calibration decides the rest.
-_BESIDE_CALIBRATED = {"safety", "draft_head", "draft_rank", "draft_bits", "draft_lookup"}
+_BESIDE_CALIBRATED = {"safety", "draft_head", "draft_rank", "draft_lookup"}
 
 # Those that may cost more than they save, which a `Pace` watches over.
 PACED_MODES = ("wand", "speculative", "certified")

@@ -9,7 +9,7 @@ By costs measured beforehand and not by the clock, so that a run can be repeated
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from cognica_mlx.costs import Costs, with_bytes_of
@@ -19,6 +19,10 @@ from cognica_mlx.decoding.rounds import RoundCosts
 from cognica_mlx.decoding.sequence import Mode, NoAdvice, Plan
 from cognica_mlx.decoding.single import Driver
 from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.model import PoEModel
+
+# What a model's steps cost in a mode, a rounded drafter's included.
+KnownCosts = Callable[[PoEModel, Mode], Costs]
 
 # Tokens to emit before judging whether a mode pays.
 PATIENCE = 16
@@ -73,8 +77,10 @@ class Pace:
         self._drafting = drafting
         self._rounds: RoundCosts | None = None
         self._records: dict[Hashable, _Record] = {}
-        # What had been spent for how many tokens when the mode was last begun, or begun again.
-        self._begun = 0.0, 0
+        # What the mode has spent lately, and on how many tokens; the same of all so far when its
+        # latest round began, if that is under way.
+        self._trial = 0.0, 0
+        self._round: tuple[float, int] | None = None
         self._rest = REST
         self._resumes: int | None = None
         # How many others there were when it was parked.
@@ -138,10 +144,7 @@ class Pace:
         """
         if not self.park:
             return NoAdvice().plan(offered, agreeing, most)
-        if not self.tokens:
-            self._begin()
-        if not self._rests() and self._trial_failed():
-            self._give_up(self._ratio)
+        self._account()
         rounds = self._at_hand()
         hits = self.acceptance(agreeing) if offered else 0.0
         plan, token = rounds.best_lookup(offered, hits)
@@ -151,17 +154,19 @@ class Pace:
         drafting, cost = rounds.best(plan.looked_up, hits, most, rates)
         if cost < rounds.plain:
             self.parked = None
-        elif drafting.count and not plan:
+        elif not plan:
             self._give_up(cost / rounds.plain)
-        return drafting if cost < token else plan
+        if cost >= token:
+            return plan
+        self._round = self.spent, self.tokens
+        return drafting
 
     def pays(self) -> bool:
         """Whether the mode should go on. Ends it, for a while, where even drafts that are all
         accepted would not pay, or where the tokens so far have cost more than plain decoding's."""
         if not self.park:
             return True
-        if not self.tokens:
-            self._begin()  # what reading the prompt took is not the mode's
+        self._account()
         if self._rests():
             return False
         rounds, drafting = self._at_hand(), self._drafting
@@ -171,17 +176,24 @@ class Pace:
             if token > rounds.plain:
                 self._give_up(token / rounds.plain)
                 return False
-        if self._trial_failed():
-            self._give_up(self._ratio)
-            return False
         self.parked = None
+        self._round = self.spent, self.tokens
         return True
 
-    def _begin(self) -> None:
+    def _account(self) -> None:
+        """Take in what the latest round has cost, and give up if it is too much."""
         if not self.tokens:
-            self.spent = 0.0
-        self._begun = self.spent, self.tokens
-        self.parked = self._resumes = None
+            self.spent = 0.0  # what reading the prompt took is not the mode's
+        if self._round:
+            spent, tokens = self._trial
+            before, made = self._round
+            self._trial = spent + self.spent - before, tokens + self.tokens - made
+            self._round = None
+        spent, tokens = self._trial
+        if tokens > MEMORY:
+            self._trial = 0.0, 0
+        elif tokens >= PATIENCE and (ratio := spent / tokens / self._at_hand().plain) > 1:
+            self._give_up(ratio)
 
     def _rests(self) -> bool:
         """Whether it is too early to try again. Where others came or went it is not."""
@@ -191,23 +203,13 @@ class Pace:
             return True
         for name in [key for key in self._records if isinstance(key, str)]:
             del self._records[name]
-        reason = self.parked
-        self._begin()
-        self.parked = reason  # until it is found to pay
+        self._resumes = None
         return False
-
-    @property
-    def _ratio(self) -> float:
-        """What a token has cost since the mode was begun, in full passes."""
-        spent, tokens = self._begun
-        return (self.spent - spent) / (self.tokens - tokens) / self._at_hand().plain
-
-    def _trial_failed(self) -> bool:
-        return self.tokens - self._begun[1] >= PATIENCE and self._ratio > 1
 
     def _give_up(self, ratio: float) -> None:
         self.parked = f"a token costs {ratio:.2f} times what it does at full depth"
         self._resumes, self._among = self.tokens + self._rest, self.others
+        self._trial = 0.0, 0
         self._rest = min(2 * self._rest, LONGEST_REST)
 
     def _at_hand(self) -> RoundCosts:
@@ -215,6 +217,13 @@ class Pace:
             drafters = self._drafting.drafters if self._drafting else ()
             self._rounds = RoundCosts(self.costs, drafters, self.others)
         return self._rounds
+
+
+def pace_for(model: PoEModel, mode: Mode, costs: Costs | KnownCosts | None) -> Pace | None:
+    """Advice by `costs`, or by what they are for this mode; None without any."""
+    if costs is None:
+        return None
+    return Pace(costs if isinstance(costs, Costs) else costs(model, mode), mode)
 
 
 class Metered:

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from cognica_mlx.decoding.targets import Target, draft_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.rounding import Scheme, own_arrays, rounded_stage
+from cognica_mlx.rounding import Scheme, copies_of, own_arrays, rounded_stage
 from cognica_mlx.stages import Stage
 
 
@@ -51,10 +51,20 @@ def round_prefix(
     model: PoEModel, scheme: Scheme, draft_stage: int, draft_head: str
 ) -> RoundedPrefix:
     """The stages up to `draft_stage`, and a specialist's own, rounded: a shallow specialist unless
-    it is to draft through the "base" head. Nothing is computed before it is used.
+    it is to draft through the "base" head. Made once for a model; nothing is computed before it is
+    used.
 
     Raises RequestError where rounding would change nothing.
     """
+    made, key = copies_of(model), (scheme, draft_stage, draft_head)
+    if key not in made:
+        made[key] = _round_prefix(model, scheme, draft_stage, draft_head)
+    return made[key]
+
+
+def _round_prefix(
+    model: PoEModel, scheme: Scheme, draft_stage: int, draft_head: str
+) -> RoundedPrefix:
     copy = model.with_rounded_heads(scheme)
     trunk = len(model.config.stage_layers)
     of, target = tuple(range(draft_stage + 1)), draft_target(copy, draft_stage, draft_head)

@@ -25,6 +25,7 @@ The host waits once for a verification, and once for a block of drafts that may 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -42,7 +43,7 @@ from cognica_mlx.decoding.requests import (
     top_of,
 )
 from cognica_mlx.decoding.rounded import RoundedPrefix
-from cognica_mlx.decoding.sequence import Advice, DecodingSequence, NoAdvice, Plan
+from cognica_mlx.decoding.sequence import Advice, DecodingSequence, Plan
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.sampling import Sampler, Scores, logprob_of
@@ -79,8 +80,6 @@ class Speculative:
         self.depth = target.depth
         self.draft_stage = drafters[-1].target.depth
         self.prefill_stage = target.depth if certain is None else self.draft_stage
-        # How many drafts to make is decided between them, or by what has become of all so far.
-        self._fixed = certain is not None or any(d.stop_below is not None for d in drafters)
         self._plain = Plain(target)
 
     @property
@@ -135,9 +134,12 @@ class Speculative:
             agreeing = lookup.length
             offered = len(lookup.offer(min(MOST, room)))
         most = min(self.num_draft_tokens, room)
-        if self._fixed:
-            return NoAdvice().plan(offered, agreeing, most) if advice.pays() else Plan()
-        return advice.plan(offered, agreeing, most)
+        if self.certain is not None:
+            return Plan(count=most) if advice.pays() else Plan()
+        plan = advice.plan(offered, agreeing, most)
+        if plan.count and self.drafters[plan.drafter].stop_below is not None:
+            return replace(plan, count=most)  # it stops by itself
+        return plan
 
     def _verify(self, sequence: DecodingSequence, draft: Draft, certified: list[bool]) -> Steps:
         """Verify a draft, roll back what is refused, and emit what is kept and one token of the
