@@ -14,18 +14,30 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.calibration import Calibration
-from cognica_mlx.calibration.replaying import DRAFT_LENGTHS, Trace, best_options, replay_speculative
-from cognica_mlx.costs import Costs, bytes_read
+from cognica_mlx.calibration.replaying import (
+    DRAFT_LENGTHS,
+    ROUNDED_BITS,
+    Trace,
+    best_options,
+    replay_speculative,
+)
+from cognica_mlx.costs import Costs, bytes_read, with_bytes_of
 from cognica_mlx.decoding.plain import Plain
-from cognica_mlx.decoding.single import decode
+from cognica_mlx.decoding.requests import through
+from cognica_mlx.decoding.rounded import RoundedPrefix, round_prefix
+from cognica_mlx.decoding.single import carry_out, decode, prefill
 from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import draft_scheme
 from cognica_mlx.sampling import logprob_of, margin
+from cognica_mlx.state import DecodingState
 
 CONTINUATION_PROMPT = 16
 MIN_TOKENS = 100
+# Drafts of a round in which a rounded drafter is recorded.
+BLOCK = 4
 
 Progress = Callable[[str, int, int], None]
 
@@ -93,6 +105,8 @@ def calibrate(
         model, texts, count=continuations, tokens=continuation_tokens, progress=progress
     )
     costs = costs or bytes_read(model)
+    if (prefix := recorded_prefix(model)) and not costs.rounded:
+        costs = with_bytes_of(costs, prefix)
     needed = exit_margins(model, bounds, safety=1.0)
     chosen = best_options(model, traces, costs, needed)
     speedups = {
@@ -151,6 +165,35 @@ def _drafts(model: PoEModel, text: Sequence[int]) -> tuple[np.ndarray, np.ndarra
     return np.array(best), np.array(mx.stack([margin(z) for z in scores]))
 
 
+def recorded_prefix(model: PoEModel) -> RoundedPrefix | None:
+    """A rounded copy of stage 0 to draft with; None where that would change nothing."""
+    try:
+        return round_prefix(model, draft_scheme(ROUNDED_BITS), 0, "summed")
+    except RequestError:
+        return None
+
+
+def _rounded_drafts(
+    model: PoEModel, prefix: RoundedPrefix, text: Sequence[int], end: int
+) -> np.ndarray:
+    """What the copy drafts after each of the positions from `end - 1` on: best tokens (T,), in
+    rounds of `BLOCK`."""
+    state, best, last = DecodingState(model), [], model.poe_n_stages - 1
+    prefill(state, text[: end - 1], last)
+    for start in range(end - 1, len(text) - 1, BLOCK):
+        block = text[start : min(start + BLOCK, len(text) - 1)]
+        aside = state.aside(prefix.stages, prefix.of)
+        aside.append(block)
+        carry_out(through(aside, prefix.target.depth))
+        rows = {k: aside.boundary(k, start, aside.length) for k in prefix.target.boundaries}
+        best.append(mx.argmax(prefix.target.scores(rows)[0], axis=-1))
+        mx.eval(best[-1])
+        state.next_round()
+        state.append(block)
+        carry_out(through(state, last))
+    return np.concatenate([np.array(part) for part in best])
+
+
 def _lead(scores: mx.array, tokens: mx.array) -> mx.array:
     """By how much tokens (T,) lead all others under scores (T, V)."""
     own = mx.take_along_axis(scores, tokens[:, None], axis=-1)
@@ -168,7 +211,7 @@ def record(
 ) -> list[Trace]:
     """What the stages predict along `count` greedy continuations by the full model, of so many
     tokens each, of the texts' beginnings."""
-    mode, traces = Plain(full_target(model)), []
+    mode, traces, prefix = Plain(full_target(model)), [], recorded_prefix(model)
     for i in range(count):
         text = texts[i % len(texts)]
         # A text used again is continued from further on.
@@ -182,7 +225,10 @@ def record(
         if model.config.specialist_layers:
             best, leads = _drafts(model, written)
             drafts = ((best == found.best[-1])[part], leads[part])
-        traces.append(Trace(hits, margins, *drafts))
+        rounded = None
+        if prefix:
+            rounded = _rounded_drafts(model, prefix, written, end) == found.best[-1][part]
+        traces.append(Trace(hits, margins, *drafts, rounded))
         if progress:
             progress("continuing", i + 1, count)
     return traces
