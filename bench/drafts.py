@@ -20,8 +20,20 @@ from cognica_mlx.decoding.single import drive
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import DRAFT_BITS
-from mlx_poe.tokenizer import Tokenizer
 
+# Beginnings in the kinds of text that poe-tiny has learnt, which other models can go on from too.
+BEGINNINGS = (
+    "Once upon a time",
+    "The capital of France is",
+    "There was a child called",
+    "3 + 4 =",
+    "One day, a girl",
+    "People in Brazil speak",
+    "In the morning",
+    "Kenya is a country in",
+    "A long time ago",
+)
+# What specialists are asked.
 QUESTIONS = (
     "Tell me a story about a cat.",
     "What is the capital of France?",
@@ -34,14 +46,6 @@ QUESTIONS = (
 ASSUMED = 0.88
 # Drafts of a round in which acceptance is measured; the most that are considered by bytes.
 DRAFTS, MOST = 4, 8
-
-
-def prompts(model: PoEModel, tokenizer: Tokenizer, beginnings: Sequence[str]) -> list[list[int]]:
-    """Questions for a specialist, beginnings of texts for a base."""
-    if not model.config.specialist_layers:
-        return [tokenizer.encode(text) for text in beginnings]
-    turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    return [tokenizer.apply_chat_template(turn) for turn in turns]
 
 
 def drafts(

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -60,6 +60,9 @@ class PoEModel(nn.Module):
         # The model over whose stages this one stands in memory: see `shared_base.share_base`.
         self._base: PoEModel | None
         object.__setattr__(self, "_base", None)  # its parameters are not this model's
+        # Rounded copies that lie beside the model, and what takes each up: see `round_prefix`.
+        self.stored_copies: dict[Scheme, Callable[[], None]]
+        object.__setattr__(self, "stored_copies", {})
         self._variants: WeakSet[Stage] = WeakSet()
         self._stages: tuple[tuple[mx.array, ...], tuple[Stage, ...]] | None = None
         rows, width = config.padded_vocab_size, config.n_embd

@@ -10,6 +10,7 @@ import mlx.core as mx
 from cognica_mlx.calibration import read_calibration
 from cognica_mlx.config import HEAD_MODES, SUMMED
 from cognica_mlx.convert.checkpoint import eos_token_ids, read_checkpoint
+from cognica_mlx.convert.draft_copy import offer_copy
 from cognica_mlx.convert.quantization import fill, make_plan, scheme
 from cognica_mlx.convert.sources import Source, locate
 from cognica_mlx.convert.stored import DTYPES
@@ -87,6 +88,7 @@ def load(
     fill(model, arrays, plan, kind, lazy=lazy)
     if not lazy:
         lay_out(model)
+    offer_copy(model, source.folder)
     model.calibration, model.calibration_problem = read_calibration(source.folder, config)
     return model, tokenizer
 

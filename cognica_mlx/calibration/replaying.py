@@ -39,7 +39,7 @@ class Trace:
     """Predictions along one text of T tokens: `hits[k, t]` says whether stage k's best token is the
     full model's, `margins[k, t]` by how much its best score leads; K - 1 stages, full left out.
     draft_hits, draft_margins: the same of what each stage drafts, where that is something else.
-    rounded_hits (T,): of what a copy of stage 0 drafts that is rounded to `ROUNDED_BITS`, if any."""
+    rounded_hits (T,): of what a copy of stage 0 drafts, rounded to `ROUNDED_BITS`, if any."""
 
     hits: np.ndarray
     margins: np.ndarray

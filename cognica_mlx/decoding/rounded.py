@@ -58,8 +58,18 @@ def round_prefix(
     """
     made, key = copies_of(model), (scheme, draft_stage, draft_head)
     if key not in made:
+        _take_up(model, scheme)
         made[key] = _round_prefix(model, scheme, draft_stage, draft_head)
     return made[key]
+
+
+def _take_up(model: PoEModel, scheme: Scheme) -> None:
+    """Let what is stored rounded beside the model, or beside its base, be the copy."""
+    one: PoEModel | None = model
+    while one is not None:
+        if take_up := one.stored_copies.pop(scheme, None):
+            take_up()
+        one = one._base
 
 
 def _round_prefix(

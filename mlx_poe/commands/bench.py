@@ -18,7 +18,7 @@ from cognica_mlx import atomic
 from cognica_mlx.bench import figures
 from cognica_mlx.bench.batch import batches
 from cognica_mlx.bench.constrained import constrained
-from cognica_mlx.bench.drafts import drafts, prompts
+from cognica_mlx.bench.drafts import BEGINNINGS, QUESTIONS, drafts
 from cognica_mlx.bench.figures import ROWS, Figure, Setup
 from cognica_mlx.bench.machine import slow_blas, this_machine
 from cognica_mlx.bench.modes import Recording, modes
@@ -55,18 +55,6 @@ SECTIONS = (
     *("lengths", "quantised", "memory", "training", "drafts"),
 )
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
-# Beginnings in the kinds of text that poe-tiny has learnt, which other models can go on from too.
-BEGINNINGS = (
-    "Once upon a time",
-    "The capital of France is",
-    "There was a child called",
-    "3 + 4 =",
-    "One day, a girl",
-    "People in Brazil speak",
-    "In the morning",
-    "Kenya is a country in",
-    "A long time ago",
-)
 
 EXAMPLES = """\
   mlx_poe.bench                                        # the built-in poe-tiny
@@ -375,7 +363,11 @@ def _prompts(args: argparse.Namespace, model: PoEModel) -> list[list[int]]:
     """What the section drafts has a model reply to; nothing where only its shape is known."""
     if args.shape:
         return []
-    return prompts(model, load(args.model, revision=args.revision, lazy=True)[1], BEGINNINGS)
+    _, tokenizer = load(args.model, revision=args.revision, lazy=True)
+    if not model.config.specialist_layers:
+        return [tokenizer.encode(text) for text in BEGINNINGS]
+    turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    return [tokenizer.apply_chat_template(turn) for turn in turns]
 
 
 def _served(args: argparse.Namespace) -> Served:
