@@ -81,7 +81,7 @@ def _take_up(model: PoEModel, path: Path) -> None:
             part = arrays.get(f"{place}.{suffix}")
             if part is None or part.shape != packed[suffix].shape:
                 raise CheckpointError(
-                    f"{path} does not fit the model beside it ({place}): delete it, or convert again"
+                    f"{path} does not fit its model at {place}: delete it, or convert again"
                 )
             kept = mx.issubdtype(part.dtype, mx.integer)
             packed[suffix] = part if kept else part.astype(dtype)
@@ -107,6 +107,7 @@ def _load(path: Path) -> tuple[dict[str, mx.array], str]:
         arrays, metadata = loaded
         return arrays, metadata[_BITS]
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path} is not a rounded copy ({str(error).splitlines()[0]}): delete it, or convert again"
+            f"{path} is not a rounded copy ({reason}): delete it, or convert again"
         ) from None

@@ -1,7 +1,11 @@
 """Drafters: rounded copies of the first stages, tokens looked up, and which of them is chosen."""
 
+import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 
 from cognica_mlx.bench.shapes import rounded as rounded_model
 from cognica_mlx.constraint import Grammar
+from cognica_mlx.convert.draft_copy import DRAFT_FILE
 from cognica_mlx.costs import Costs, bytes_read, measure_drafter, with_bytes_of
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.drafters import LOOKED_UP, OWN, ROUNDED
@@ -22,13 +27,23 @@ from cognica_mlx.decoding.requests import Advance, DecodedToken, Request
 from cognica_mlx.decoding.rounds import RoundCosts
 from cognica_mlx.decoding.sequence import DecodingSequence, Plan
 from cognica_mlx.decoding.single import Single, decode, drive
-from cognica_mlx.errors import RequestError
+from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import DRAFT_BITS, draft_scheme
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.shared_base import Siblings
 from cognica_mlx.state import DecodingState
+from mlx_poe import load, stream_generate
+from mlx_poe.commands import convert as convert_command
+from mlx_poe.commands import generate as generate_command
 from mlx_poe.constraints import make_grammar
+from mlx_poe.engine import Engine
+from mlx_poe.generate import read_request
+from mlx_poe.model_info import describe
+from mlx_poe.responses import drafts_by_maker
+from mlx_poe.scheduler import Scheduler, make_task
+from mlx_poe.server.choice import Choice, usage
+from mlx_poe.server.options import Options
 from mlx_poe.specialists import Specialists
 
 STORY = "Once upon a time"
@@ -521,3 +536,118 @@ def test_siblings_draft_through_all_their_heads():
     copy = both.with_rounded_heads(draft_scheme(8))
     heads = [head for k in (4, 5) for head in copy.heads(k)]
     assert all(head.bits == 8 for head in heads) and prefix.target.boundaries == (1, 2)
+
+
+# From files and commands
+
+
+def test_a_copy_is_stored_beside_the_model_and_taken_up(tmp_path, capsys):
+    flags = ["--hf-path", "poe-tiny", "--mlx-path", str(tmp_path / "mlx"), "--draft-bits", "4"]
+    assert convert_command.main(flags) == 0
+    assert "rounded drafter" in capsys.readouterr().out
+    model, tokenizer = load(tmp_path / "mlx")
+    original, _ = fixture("poe-tiny")
+    assert model.stored_copies
+    made, _ = run(model, tokenizer.encode(STORY), 24, draft_bits=4)
+    theirs, _ = run(original, tokenizer.encode(STORY), 24, draft_bits=4)
+    assert [(d.token, d.drafter) for d in made] == [(d.token, d.drafter) for d in theirs]
+    stored = mx.load(str(tmp_path / "mlx" / DRAFT_FILE))["h.0.attn.c_q.weight"]
+    copy = make_mode(model, "speculative", ModeOptions(draft_bits=4)).prefix.stages[0]
+    assert not model.stored_copies and mx.array_equal(copy.blocks[0].attn.c_q.weight, stored)
+    # Other bits are rounded as ever.
+    assert make_mode(model, "speculative", ModeOptions(draft_bits=8)).prefix.nbytes
+    (tmp_path / "mlx" / DRAFT_FILE).write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="is not a rounded copy.*delete it"):
+        load(tmp_path / "mlx")
+    mx.save_safetensors(str(tmp_path / "mlx" / DRAFT_FILE), {"x": stored}, {"draft_bits": "4"})
+    with pytest.raises(CheckpointError, match="does not fit its model at h.0"):
+        run(load(tmp_path / "mlx")[0], [5], 4, draft_bits=4)
+
+
+def test_a_delta_stores_no_copy(tmp_path, capsys):
+    flags = ["--hf-path", "poe-tiny", "--mlx-path", str(tmp_path / "base")]
+    assert convert_command.main(flags) == 0
+    flags = ["--hf-path", "poe-tiny-chat", "--base", str(tmp_path / "base"), "--draft-bits", "4"]
+    assert convert_command.main([*flags, "--mlx-path", str(tmp_path / "delta")]) == 2
+    assert "draft-bits: a delta has no stage of the base" in capsys.readouterr().err
+
+
+def test_the_command_says_which_drafter_made_what(capsys):
+    flags = ["--prompt", FACTS, "-m", "60", "--mode", "speculative", "--no-park"]
+    flags += ["--draft-bits", "4", "--draft-lookup", "--num-draft-tokens", "4"]
+    assert generate_command.main([*flags, "--verbose"]) == 0
+    shown = capsys.readouterr()
+    counts = r"(\d+) of (\d+)"
+    words = rf"Acceptance: {counts} .*: rounded stages {counts}, looked up {counts}"
+    found = re.search(words, shown.err)
+    kept, made, *each = map(int, found.groups())
+    assert kept == each[0] + each[2] and made == each[1] + each[3]
+    assert generate_command.main([*flags, "--json"]) == 0
+    reply = json.loads(capsys.readouterr().out)
+    assert reply["text"] + "\n" == shown.out
+    assert reply["drafts"] == {"rounded": each[1], "lookup": each[3]}
+    named = Counter(token["drafter"] for token in reply["tokens"])
+    assert (named["rounded"], named["lookup"]) == (each[0], each[2])
+
+
+def test_options_of_drafters_come_as_numbers_words_and_flags():
+    model, tokenizer = fixture("poe-tiny")
+    for options, message in (
+        ({"draft_lookup": 1}, "draft_lookup is True or False"),
+        ({"draft_bits": 4.5}, "draft_bits takes whole numbers"),
+        ({"draft_bits": "fp9"}, "draft_bits 'fp9': choose from"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            list(stream_generate(model, tokenizer, STORY, mode="speculative", **options))
+    with pytest.raises(RequestError, match="draft_bits belongs to mode speculative"):
+        list(stream_generate(model, tokenizer, STORY, mode="wand", draft_bits=4))
+
+
+def test_a_schedulers_memory_counts_the_copy():
+    model, tokenizer = fixture("poe-tiny")
+    asked = read_request(tokenizer, STORY, {"draft_bits": 4})
+    plain = make_task(model, read_request(tokenizer, STORY, {}), "speculative", max_tokens=8)
+    task = make_task(model, asked, "speculative", max_tokens=8)
+    scheduler = Scheduler(tokenizer, memory=1 << 30)
+    copy = task.mode.prefix.nbytes
+    need = scheduler.bytes_needed(task)
+    # The drafter's own rows beside the stage's.
+    assert need > scheduler.bytes_needed(plain)
+    tight = Scheduler(tokenizer, memory=need + copy - 1)
+    with pytest.raises(RequestError, match=r"with 0.4 MB of rounded stages"):
+        tight.check(task)
+    enough = Scheduler(tokenizer, memory=need + copy)
+    enough.add(task)
+    while len(enough):
+        for update in enough.step():
+            assert update.error is None
+    # It stays with the model: what is kept of prompts has to leave room for it.
+    assert enough._free == need
+    enough.close()
+
+
+def test_an_engines_request_drafts_as_it_asks():
+    model, tokenizer = fixture("poe-tiny")
+    with Engine(model, tokenizer, costs=lambda *_: CHEAP) as engine:
+        options = {"mode": "speculative", "max_tokens": 40}
+        request = engine.submit(FACTS, draft_bits=4, draft_lookup=True, **options)
+        responses = list(request)
+    tokens = [response.token for response in responses]
+    assert tokens == ids(run(model, tokenizer.encode(FACTS), 40)[0])
+    kept = {maker: kept for maker, (kept, _) in drafts_by_maker(responses).items()}
+    assert kept["rounded"] and sum(kept.values()) == sum(r.from_draft for r in responses)
+
+
+def test_the_servers_usage_tells_the_drafters_apart():
+    model, tokenizer = fixture("poe-tiny")
+    options = {"mode": "speculative", "draft_bits": 4, "draft_lookup": True}
+    responses = list(stream_generate(model, tokenizer, FACTS, max_tokens=40, **options))
+    choice = Choice(tokenizer.eos_token_ids)
+    for response in responses:
+        choice.add(response)
+    served = SimpleNamespace(info=describe(model))
+    figures = usage(Options(served, 40, 40, decoding={"mode": "speculative"}), [choice])
+    by_maker = figures["poe"]["drafts"]
+    for maker, (kept, made) in drafts_by_maker(responses).items():
+        assert by_maker[maker] == {"accepted": kept, "rejected": made - kept}
+    assert set(by_maker) == {"rounded", "lookup"}
