@@ -51,7 +51,8 @@ DRAFTS, MOST = 4, 8
 def drafts(
     setup: Setup, prompts: Sequence[Sequence[int]], assumed: float | None = None
 ) -> list[Figure]:
-    """Acceptance of every drafter along greedy replies to `prompts`; without prompts `assumed`."""
+    """Acceptance of every drafter along greedy replies to `prompts`; without prompts `assumed`.
+    Of what is looked up it is the share of all tokens offered."""
     cases: dict[str, dict[str, Any]] = {"the stages as they are": {}}
     cases.update({f"a copy of {_name(bits)}": {"draft_bits": bits} for bits in DRAFT_BITS})
     if prompts:
@@ -85,7 +86,7 @@ def _acceptance(
     setup: Setup, mode: Speculative, prompts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
     """The chance of a draft to be kept if those before it were, and the tokens of a round."""
-    kept = refused = tokens = rounds = 0
+    kept = refused = tokens = rounds = drafted = 0
     for prompt in prompts:
         sequence = DecodingSequence(setup.model, prompt, mode, max_tokens=setup.tokens)
         made = list(drive(sequence.steps()))
@@ -94,8 +95,10 @@ def _acceptance(
         # A round ends with a token of the full model's own, behind the first refusal or all drafts.
         rounds += len(row) - sum(row)
         tokens += len(row)
-        refused += sequence.drafted > 0 and _refusals(row, mode.num_draft_tokens)
-    return kept / max(kept + refused, 1), tokens / max(rounds, 1)
+        refused += _refusals(row, mode.num_draft_tokens)
+        drafted += sequence.drafted
+    judged = kept + refused if mode.drafters else drafted
+    return kept / max(judged, 1), tokens / max(rounds, 1)
 
 
 def _refusals(row: Sequence[bool], count: int) -> int:
