@@ -25,7 +25,7 @@ from cognica_mlx.decoding.lookup import MOST, NGRAMS, Lookup
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import PATIENCE, REST, Metered, Pace
 from cognica_mlx.decoding.requests import Advance, DecodedToken, Request
-from cognica_mlx.decoding.rounds import RoundCosts
+from cognica_mlx.decoding.rounds import WORTH_LEAVING, RoundCosts
 from cognica_mlx.decoding.sequence import DecodingSequence, Plan
 from cognica_mlx.decoding.single import Single, decode, drive
 from cognica_mlx.errors import CheckpointError, RequestError
@@ -423,8 +423,10 @@ def test_the_plan_is_the_cheapest_there_is(step, slope, hits, rates, offered):
         return rounds_by_hand(costs, plan, plan.drafter == 0) / made
 
     looked, least = rounds.best_lookup(offered, hits)
-    every = [Plan(count) for count in range(offered + 1)]
-    assert least == pytest.approx(min(map(token, every)))
+    cheapest = min(token(Plan(count)) for count in range(offered + 1))
+    worth = cheapest < WORTH_LEAVING * costs.full_token
+    assert least == pytest.approx(cheapest if worth else costs.full_token)
+    assert bool(looked) == worth
     drafted, cost = rounds.best(looked.looked_up, hits, 6, rates)
     every = [
         Plan(ahead, which, count)

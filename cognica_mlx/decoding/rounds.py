@@ -18,6 +18,10 @@ from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.sequence import Plan
 
+# Plain decoding has the next token under way while this one is handed out, which a round has not:
+# it must promise a token for less than this part of what plain decoding takes.
+WORTH_LEAVING = 0.9
+
 
 class RoundCosts:
     """Rounds beside `others` rows of other sequences; a sequence pays its part of a shared pass."""
@@ -71,14 +75,14 @@ class RoundCosts:
 
     def best_lookup(self, offered: int, hits: float) -> tuple[Plan, float]:
         """The best round of looked-up tokens alone, and what a token costs in it; nothing is
-        looked up where plain decoding is cheaper."""
-        best, least, tokens, likely = Plan(), self.plain, 1.0, 1.0
+        looked up where plain decoding costs little more."""
+        best, least, tokens, likely = Plan(), WORTH_LEAVING * self.plain, 1.0, 1.0
         for count in range(1, offered + 1):
             likely *= hits
             tokens += likely
             if (cost := self._full_pass(count + 1) / tokens) < least:
                 best, least = Plan(count), cost
-        return best, least
+        return best, least if best else self.plain
 
     def best(
         self, looked_up: int, hits: float, most: int, rates: Sequence[float]
