@@ -14,6 +14,7 @@ import pytest
 from conftest import fixture, goldens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_decoding import chi_squared, drawn_pairs
 
 from cognica_mlx.bench.shapes import rounded as rounded_model
 from cognica_mlx.constraint import Grammar
@@ -297,7 +298,7 @@ def test_what_the_text_says_again_is_looked_up():
     prompt = tokenizer.encode(FACTS)
     made, sequence = run(model, prompt, 100, draft_lookup=True, num_draft_tokens=0)
     kept = sum(one.drafter == LOOKED_UP for one in made)
-    assert kept > 24 and kept / sequence.drafts[LOOKED_UP] > 0.5
+    assert kept > 24 and kept / sequence.drafts[LOOKED_UP] > 0.35
     assert all(one.stage == 3 for one in made)
 
 
@@ -660,3 +661,24 @@ def test_the_servers_usage_tells_the_drafters_apart():
     for maker, (kept, made) in drafts_by_maker(responses).items():
         assert by_maker[maker] == {"accepted": kept, "rejected": made - kept}
     assert set(by_maker) == {"rounded", "lookup"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"draft_lookup": True, "num_draft_tokens": 0},
+        {"draft_lookup": True, "draft_bits": 4, "num_draft_tokens": 17},
+    ],
+    ids=str,
+)
+def test_sampled_tokens_follow_the_full_models_distribution(options):
+    """Chi-squared over the first two tokens; what is looked up is likely, and not certain."""
+    model, _ = fixture("flat-d8")
+    sampling = SamplingOptions(seed=11, temp=1.3, top_k=4)
+    prompt = goldens("flat-d8")["greedy.prompt"].tolist()[:6]
+    probable = ids(run(model, prompt, 3)[0])
+    text = [*prompt, *probable, *prompt]
+    seen = drawn_pairs(model, text, "speculative", sampling, 500, **options)
+    statistic, cells = chi_squared(model, text, sampling, seen, 4)
+    # The 99.9th percentile of chi-squared with 15 degrees of freedom.
+    assert cells == 16 and statistic < 37.7

@@ -23,21 +23,17 @@ from cognica_mlx.calibration.replaying import (
 )
 from cognica_mlx.costs import Costs, bytes_read, with_bytes_of
 from cognica_mlx.decoding.plain import Plain
-from cognica_mlx.decoding.requests import through
 from cognica_mlx.decoding.rounded import RoundedPrefix, round_prefix
-from cognica_mlx.decoding.single import carry_out, decode, prefill
+from cognica_mlx.decoding.single import decode
 from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import draft_scheme
 from cognica_mlx.sampling import logprob_of, margin
-from cognica_mlx.state import DecodingState
 
 CONTINUATION_PROMPT = 16
 MIN_TOKENS = 100
-# Drafts of a round in which a rounded drafter is recorded.
-BLOCK = 4
 
 Progress = Callable[[str, int, int], None]
 
@@ -173,25 +169,13 @@ def recorded_prefix(model: PoEModel) -> RoundedPrefix | None:
         return None
 
 
-def _rounded_drafts(
-    model: PoEModel, prefix: RoundedPrefix, text: Sequence[int], end: int
-) -> np.ndarray:
-    """What the copy drafts after each of the positions from `end - 1` on: best tokens (T,), in
-    rounds of `BLOCK`."""
-    state, best, last = DecodingState(model), [], model.poe_n_stages - 1
-    prefill(state, text[: end - 1], last)
-    for start in range(end - 1, len(text) - 1, BLOCK):
-        block = text[start : min(start + BLOCK, len(text) - 1)]
-        aside = state.aside(prefix.stages, prefix.of)
-        aside.append(block)
-        carry_out(through(aside, prefix.target.depth))
-        rows = {k: aside.boundary(k, start, aside.length) for k in prefix.target.boundaries}
-        best.append(mx.argmax(prefix.target.scores(rows)[0], axis=-1))
-        mx.eval(best[-1])
-        state.next_round()
-        state.append(block)
-        carry_out(through(state, last))
-    return np.concatenate([np.array(part) for part in best])
+def _rounded_drafts(model: PoEModel, prefix: RoundedPrefix, text: Sequence[int]) -> np.ndarray:
+    """What the copy drafts along a text, from keys and values of its own: best tokens (T,)."""
+    given = [model.embed(mx.array([list(text)], dtype=mx.int32))]
+    for stage in prefix.stages:
+        given.append(stage(given[stage.source]))
+    hidden = {k: given[k + 1] for k in prefix.target.boundaries}
+    return np.array(mx.argmax(prefix.target.scores(hidden)[0], axis=-1))
 
 
 def _lead(scores: mx.array, tokens: mx.array) -> mx.array:
@@ -227,7 +211,7 @@ def record(
             drafts = ((best == found.best[-1])[part], leads[part])
         rounded = None
         if prefix:
-            rounded = _rounded_drafts(model, prefix, written, end) == found.best[-1][part]
+            rounded = (_rounded_drafts(model, prefix, written) == found.best[-1])[part[1:]]
         traces.append(Trace(hits, margins, *drafts, rounded))
         if progress:
             progress("continuing", i + 1, count)

@@ -79,8 +79,8 @@ def replay_speculative(
 
 
 def replay_rounded(traces: Sequence[Trace], costs: Costs, count: int) -> Replay:
-    """Speculation with a rounded copy of stage 0, greedy. Nearly exact: what it drafts depends a
-    little on how many of its own drafts it sees."""
+    """Speculation with a rounded copy of stage 0, greedy. Nearly exact: what was recorded has seen
+    the copy's own keys, and drafts see the model's."""
     result, own = Replay(), costs.rounded
     assert own is not None, "nobody has said what a rounded drafter costs"
     for trace in traces:
