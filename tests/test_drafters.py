@@ -21,14 +21,15 @@ from cognica_mlx.constraint import Grammar
 from cognica_mlx.convert.draft_copy import DRAFT_FILE
 from cognica_mlx.costs import Costs, bytes_read, measure_drafter, with_bytes_of
 from cognica_mlx.decoding.batch import Batch
-from cognica_mlx.decoding.drafters import LOOKED_UP, OWN, ROUNDED
+from cognica_mlx.decoding.drafters import FORCED, LOOKED_UP, OWN, ROUNDED
 from cognica_mlx.decoding.lookup import MOST, NGRAMS, Lookup
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import PATIENCE, REST, Metered, Pace
 from cognica_mlx.decoding.requests import Advance, DecodedToken, Request
 from cognica_mlx.decoding.rounds import WORTH_LEAVING, RoundCosts
-from cognica_mlx.decoding.sequence import DecodingSequence, Plan
+from cognica_mlx.decoding.sequence import DecodingSequence, NoAdvice, Plan
 from cognica_mlx.decoding.single import Single, decode, drive
+from cognica_mlx.decoding.speculative import _tell
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import DRAFT_BITS, draft_scheme
@@ -477,6 +478,20 @@ def test_drafting_is_given_up_and_tried_again_later():
     assert pace.plan(0, 0, 3) or pace.parked
 
 
+def test_only_what_was_judged_tells_how_good_a_drafter_is():
+    heard = []
+
+    class Listening(NoAdvice):
+        def judged(self, drafter: str, kept: int, drafted: int) -> None:
+            heard.append((drafter, kept, drafted))
+
+    makers = [LOOKED_UP, LOOKED_UP, OWN, FORCED, OWN]
+    for accepted in range(len(makers) + 1):
+        _tell(Listening(), makers, accepted)
+    # Behind a refused token that was looked up nothing was judged.
+    assert heard == [(OWN, 0, 2), (OWN, 1, 2), (OWN, 1, 2), (OWN, 2, 2)]
+
+
 def test_looking_up_is_gated_by_what_would_have_been_right():
     model, _ = fixture("poe-tiny")
     mode = make_mode(model, "speculative", ModeOptions(draft_lookup=True, num_draft_tokens=0))
@@ -563,9 +578,12 @@ def test_a_copy_is_stored_beside_the_model_and_taken_up(tmp_path, capsys):
     made, _ = run(model, tokenizer.encode(STORY), 24, draft_bits=4)
     theirs, _ = run(original, tokenizer.encode(STORY), 24, draft_bits=4)
     assert [(d.token, d.drafter) for d in made] == [(d.token, d.drafter) for d in theirs]
-    stored = mx.load(str(tmp_path / "mlx" / DRAFT_FILE))["h.0.attn.c_q.weight"]
+    file = mx.load(str(tmp_path / "mlx" / DRAFT_FILE))
+    stored, scales = (file[f"h.0.attn.c_q.{name}"] for name in ("weight", "scales"))
     taken = make_mode(model, "speculative", ModeOptions(draft_bits=4)).prefix.stages[0]
     assert not model.stored_copies and mx.array_equal(taken.blocks[0].attn.c_q.weight, stored)
+    # In the type that the folder has, which is not what rounding here would give.
+    assert mx.array_equal(taken.blocks[0].attn.c_q.scales, scales.astype(mx.float32))
     # Other bits are rounded as ever.
     assert make_mode(model, "speculative", ModeOptions(draft_bits=8)).prefix.nbytes
     (tmp_path / "mlx" / DRAFT_FILE).write_bytes(b"nothing")
@@ -616,7 +634,8 @@ def test_options_of_drafters_come_as_numbers_words_and_flags():
 def test_a_schedulers_memory_counts_the_copy():
     model, tokenizer = fixture("poe-tiny")
     asked = read_request(tokenizer, STORY, {"draft_bits": 4})
-    plain = make_task(model, read_request(tokenizer, STORY, {}), "speculative", max_tokens=8)
+    other = read_request(tokenizer, STORY, {"num_draft_tokens": 6})
+    plain = make_task(model, other, "speculative", max_tokens=8)
     task = make_task(model, asked, "speculative", max_tokens=8)
     scheduler = Scheduler(tokenizer, memory=1 << 30)
     rounded = task.mode.prefix.nbytes

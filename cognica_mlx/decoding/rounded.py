@@ -83,7 +83,6 @@ def _round_prefix(
         own = range(trunk, model.poe_n_stages)
         of = (*of, *own)
         boundaries = tuple(range(draft_stage + 1, len(of)))
-        heads = model.full_boundaries
         target = Target(
             ("shallow", id(copy), draft_stage),
             boundaries,
