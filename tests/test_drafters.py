@@ -32,9 +32,10 @@ from cognica_mlx.decoding.single import Single, decode, drive
 from cognica_mlx.decoding.speculative import _tell
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.rounding import DRAFT_BITS, draft_scheme
+from cognica_mlx.rounding import DRAFT_BITS, draft_scheme, rounded
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.shared_base import Siblings
+from cognica_mlx.stages import norm
 from cognica_mlx.state import DecodingState
 from mlx_poe import load, stream_generate
 from mlx_poe.commands import convert as convert_command
@@ -330,6 +331,13 @@ def test_a_copy_stands_beside_the_model_and_is_shared():
     packed += base.lm_head.weight.size
     assert first.nbytes == packed * 5 // 8
     assert prefixes[1].nbytes > first.nbytes
+    # Predictions go through the rounded heads: the base's and the specialist's, summed.
+    hidden = chat.boundaries(mx.array([[1, 2, 3]]))[0]
+    said = prefixes[1].target.scores({1: hidden})
+    heads = [chat.lm_head, chat.lm_head_specialists[0]]
+    h = norm(hidden.x)
+    total = sum(rounded(head, draft_scheme(4))(h) for head in heads)[..., : said.shape[-1]]
+    assert mx.allclose(said, 15 * mx.tanh(total / 15), atol=1e-4)
 
 
 def test_drafting_aside_leaves_the_state_as_it_is():
@@ -638,14 +646,14 @@ def test_a_schedulers_memory_counts_the_copy():
     plain = make_task(model, other, "speculative", max_tokens=8)
     task = make_task(model, asked, "speculative", max_tokens=8)
     scheduler = Scheduler(tokenizer, memory=1 << 30)
-    rounded = task.mode.prefix.nbytes
+    copied = task.mode.prefix.nbytes
     need = scheduler.bytes_needed(task)
     # The drafter's own rows beside the stage's.
     assert need > scheduler.bytes_needed(plain)
-    tight = Scheduler(tokenizer, memory=need + rounded - 1)
+    tight = Scheduler(tokenizer, memory=need + copied - 1)
     with pytest.raises(RequestError, match=r"with 0.4 MB of rounded stages"):
         tight.check(task)
-    enough = Scheduler(tokenizer, memory=need + rounded)
+    enough = Scheduler(tokenizer, memory=need + copied)
     enough.add(task)
     while len(enough):
         for update in enough.step():
