@@ -40,6 +40,7 @@ from cognica_mlx.state import DecodingState
 from mlx_poe import load, stream_generate
 from mlx_poe.commands import convert as convert_command
 from mlx_poe.commands import generate as generate_command
+from mlx_poe.commands.chat_commands import perform
 from mlx_poe.constraints import make_grammar
 from mlx_poe.engine import Engine
 from mlx_poe.generate import read_request
@@ -709,3 +710,20 @@ def test_sampled_tokens_follow_the_full_models_distribution(options):
     statistic, cells = chi_squared(model, text, sampling, seen, 4)
     # The 99.9th percentile of chi-squared with 15 degrees of freedom.
     assert cells == 16 and statistic < 37.7
+
+
+@pytest.mark.parametrize(
+    ("said", "options"),
+    [
+        ("0 4", {"draft_stage": 0, "num_draft_tokens": 4}),
+        ("1 6 4-bit lookup", {"draft_stage": 1, "num_draft_tokens": 6, "draft_bits": "4"}),
+        ("mxfp4", {"draft_stage": 0, "draft_bits": "mxfp4"}),
+        ("lookup", {"draft_stage": 0}),
+    ],
+)
+def test_draft_in_the_chat(said, options):
+    heard = []
+    chat = SimpleNamespace(set_mode=lambda mode, **given: heard.append((mode, given)))
+    perform(SimpleNamespace(chat=chat), f"/draft {said}")
+    looked_up = {"draft_lookup": True} if "lookup" in said else {}
+    assert heard == [("speculative", options | looked_up)]
