@@ -164,7 +164,8 @@ def _drafting_cases(
     if not several and isinstance(model.lm_head, nn.Linear):
         quarter = {"draft_rank": model.config.n_embd // 4}
         name = "speculative, shortlist from a quarter of the head"
-        cases[name] = ("speculative", {**draft, **quarter})
+        own = {k: v for k, v in draft.items() if k != "draft_bits"}
+        cases[name] = ("speculative", {**own, **quarter})
     if calibration:
         chosen, bounds = calibration.options, {"p99_bounds": calibration.p99_bounds}
         certify = {**bounds, **chosen.get("certified", {})}

@@ -388,6 +388,17 @@ def test_rounding_what_is_rounded_already():
     assert ids(made) == ids(run(model, prompt, 16)[0]) and sequence.drafts[ROUNDED]
 
 
+def test_a_calibration_advises_rounding_where_that_can_be():
+    model, _ = fixture("poe-tiny")
+    options = {"draft_bits": 4, "draft_stage": 0, "num_draft_tokens": 7}
+    advice = replace(model.calibration, options={"speculative": options})
+    mode = make_mode(model, "speculative", None, advice)
+    assert mode.prefix and mode.num_draft_tokens == 7
+    for other, chosen in ((model, ModeOptions(draft_rank=16)), (rounded_model(model, 4), None)):
+        mode = make_mode(other, "speculative", chosen, advice)
+        assert mode.prefix is None and mode.num_draft_tokens == 7
+
+
 def test_every_number_of_bits_has_a_scheme():
     assert [draft_scheme(bits).bits for bits in DRAFT_BITS] == [2, 3, 4, 5, 6, 8, 4, 4]
     assert draft_scheme("4") == draft_scheme(4)

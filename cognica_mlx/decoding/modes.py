@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from cognica_mlx.calibration import Calibration, published_bounds
 from cognica_mlx.decoding.drafters import StageDrafter
@@ -109,10 +110,28 @@ def make_mode(
         stages = given.get("stages", range(model.poe_n_stages))
         return Plain(composed_target(model, stages, given.get("stage_weights")))
     if calibration and given.keys() <= _BESIDE_CALIBRATED:
-        given = {**calibration.options.get(mode, {}), **given}
+        given = {**_advised(model, calibration.options.get(mode, {}), given), **given}
     if "p99_bounds" in MODES[mode] and "p99_bounds" not in given:
         given["p99_bounds"] = _bounds(model, calibration)
     return Wand(model, **given) if mode == "wand" else _speculative(model, mode, **given)
+
+
+def _advised(
+    model: PoEModel, options: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A calibration's options for a mode, but rounding where this model, or what is given beside
+    it, does not go with that: it may have been loaded rounded."""
+    advised = dict(options)
+    if bits := advised.get("draft_bits"):
+        head = given.get("draft_head", "summed")
+        try:
+            round_prefix(model, draft_scheme(bits), advised.get("draft_stage", 0), head)
+            fits = "draft_rank" not in given
+        except RequestError:
+            fits = False
+        if not fits:
+            del advised["draft_bits"]
+    return advised
 
 
 def _speculative(
