@@ -173,12 +173,6 @@ class StageCache:
         other.content, other.round = self.content, self.round
         return other
 
-    def aside(self) -> StageCache:
-        """A fork that will soon go: until the next round both write beside buffers that are large,
-        so that neither copies one because of the other."""
-        self.content = self.content._replace(written=self.round)
-        return self.fork()
-
     def leave(self) -> None:
         """Hold the rows in buffers of its own, if they stand on a shelf. Waits for them."""
         if self.content.place:

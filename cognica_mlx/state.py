@@ -325,7 +325,11 @@ class DecodingState:
         caches = [self.caches[k] for k in of]
         assert all(cache.offset == self.length for cache in caches), "positions are pending"
         other._ids = list(self.tokens)
-        other.caches = [cache.aside() for cache in caches]
+        for cache in caches:
+            # Until the next round both write beside large buffers, as if they had been written
+            # already: so neither has to copy one because of the other.
+            cache.content = cache.content._replace(written=cache.round)
+        other.caches = [cache.fork() for cache in caches]
         for given in other.given:
             given.stop = self.length
         return other
