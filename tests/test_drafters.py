@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoding import chi_squared, drawn_pairs
 
+from cognica_mlx import cache
 from cognica_mlx.bench.shapes import rounded as rounded_model
 from cognica_mlx.constraint import Grammar
 from cognica_mlx.convert.draft_copy import DRAFT_FILE
@@ -731,3 +732,18 @@ def test_draft_in_the_chat(said, options):
     perform(SimpleNamespace(chat=chat), f"/draft {said}")
     looked_up = {"draft_lookup": True} if "lookup" in said else {}
     assert heard == [("speculative", options | looked_up)]
+
+
+@pytest.mark.parametrize("tail", [64, 5])
+def test_beside_large_buffers_drafts_copy_none(tail, monkeypatch):
+    """Drafts and their verification go to tails, until these are full."""
+    model, tokenizer = fixture("poe-tiny")
+    prompt = tokenizer.encode(STORY)
+    full, _ = run(model, prompt, 60)
+    monkeypatch.setattr(cache, "LARGE", 1)
+    monkeypatch.setattr(cache, "TAIL", tail)
+    state = DecodingState(model)
+    made, sequence = run(model, prompt, 60, state=state, draft_bits=4, num_draft_tokens=4)
+    assert ids(made) == ids(full) and sequence.drafts[ROUNDED] > 40
+    spans = [span.tail for span in state.caches[0].content.spans.values()]
+    assert max(spans) > 0 and max(spans) <= tail
