@@ -7,18 +7,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from cognica_mlx.bench.figures import ROWS, Figure, Setup, figure, timed_decode
 from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.calibration import Calibration
-from cognica_mlx.calibration.replaying import Trace, best_options
-from cognica_mlx.costs import Costs, measure
+from cognica_mlx.calibration.replaying import ROUNDED_BITS, Trace, best_options
+from cognica_mlx.costs import Costs, measure, measure_drafter
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import Metered, Pace
 from cognica_mlx.decoding.requests import DecodedToken
@@ -64,18 +65,29 @@ def modes(
     spare = setup.state(last, setup.texts[0])
     ranks = {o["draft_rank"] for _, o in cases.values() if "draft_rank" in o}
 
+    prefixes = [one.prefix for one in chosen.values() if isinstance(one, Speculative)]
+    copies = list({id(prefix): prefix for prefix in prefixes if prefix}.values())
+    rounded: dict[int, Costs] = {}
+
     def measure_parts() -> None:
         costs.append(measure(model, ROWS, state=spare, trials=1, ranks=sorted(ranks)))
+        for prefix in copies:
+            rounded[id(prefix)] = measure_drafter(prefix, ROWS, state=spare, trials=1)
 
     def run(name: str) -> float:
         mode = chosen[name]
-        pace = Pace(costs[-1], mode, park=False)
+        prefix = mode.prefix if isinstance(mode, Speculative) else None
+        own = replace(costs[-1], rounded=rounded[id(prefix)]) if prefix else costs[-1]
+        pace = Pace(own, mode, park=False)
         seconds, made[name], drafted[name] = 0.0, [], 0
         for i, (text, state) in enumerate(zip(setup.texts, held[name], strict=True)):
             driver: Driver = Single()
             if recording and isinstance(mode, Speculative):
                 trace = recording.traces[i % len(recording.traces)]
-                script = Script(trace.draft_hits, trace.draft_margins, len(text))
+                hits = trace.draft_hits
+                if mode.prefix and trace.rounded_hits is not None:
+                    hits = np.stack([trace.rounded_hits, *hits[1:]])
+                script = Script(hits, trace.draft_margins, len(text))
                 driver = Scripted(driver, script)
             sequence = DecodingSequence(
                 model, text, mode, max_tokens=setup.tokens, state=state, advice=pace
@@ -144,12 +156,16 @@ def _drafting_cases(
     if calibration:
         draft = dict(calibration.options.get("speculative", plain))
         cases["speculative, as calibrated"] = ("speculative", draft)
+    cases["speculative, 3 drafts of a 4-bit copy"] = ("speculative", {**plain, "draft_bits": 4})
+    looks_up = {"draft_lookup": True, "num_draft_tokens": 0}
+    cases["speculative, looked up only"] = ("speculative", looks_up)
     several = model.config.per_stage_head or model.config.specialist_layers
     quarter: dict[str, int] = {}
     if not several and isinstance(model.lm_head, nn.Linear):
         quarter = {"draft_rank": model.config.n_embd // 4}
         name = "speculative, shortlist from a quarter of the head"
-        cases[name] = ("speculative", {**draft, **quarter})
+        own = {k: v for k, v in draft.items() if k != "draft_bits"}
+        cases[name] = ("speculative", {**own, **quarter})
     if calibration:
         chosen, bounds = calibration.options, {"p99_bounds": calibration.p99_bounds}
         certify = {**bounds, **chosen.get("certified", {})}
@@ -169,8 +185,10 @@ def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, tuple[str, 
     chosen = best_options(model, recording.traces, costs, needed)
     label = "decided as recorded from poe-tiny"
     bounds = {"p99_bounds": recording.p99_bounds}
+    copy = {"draft_bits": ROUNDED_BITS, "draft_stage": 0, "num_draft_tokens": 4}
     return {
         f"speculative, {label}": ("speculative", chosen["speculative"][0]),
+        f"speculative, 4 drafts of a 4-bit copy, {label}": ("speculative", copy),
         f"certified, {label}": ("certified", {**chosen["certified"][0], **bounds}),
     }
 

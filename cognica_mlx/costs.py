@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,11 +19,13 @@ import numpy as np
 from mlx.utils import tree_reduce
 
 from cognica_mlx.decoding.requests import advance
+from cognica_mlx.decoding.rounded import RoundedPrefix
 from cognica_mlx.decoding.single import carry_out, prefill
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import logprob_of, margin
+from cognica_mlx.stages import Block
 from cognica_mlx.state import DecodingState
 
 ROWS = (1, 2, 4, 8)
@@ -36,7 +39,8 @@ class Costs:
     for what stage k predicts. Between the rows given they follow straight lines.
 
     `full_boundaries` are the stages whose predictions make up the full model's; `shortlists` what
-    one prediction costs from a shortlist, by its rank.
+    one prediction costs from a shortlist, by its rank. `rounded` are a rounded drafter's: of its
+    own stages, and as its one head of what it predicts.
     """
 
     rows: tuple[int, ...]
@@ -44,6 +48,7 @@ class Costs:
     heads: tuple[tuple[float, ...], ...]
     full_boundaries: tuple[int, ...]
     shortlists: Mapping[int, float] = field(default_factory=dict)
+    rounded: Costs | None = None
 
     def stage(self, stage: int, rows: int = 1) -> float:
         """A batch through the layers of `stage`."""
@@ -92,12 +97,54 @@ def bytes_read(model: PoEModel) -> Costs:
     """In bytes of weights, from the model's own arrays."""
     stages, heads = [], []
     for stage in range(model.poe_n_stages):
-        blocks = model.stages[stage].blocks
-        # Of an embedding table only the token's own row is read.
-        tables = [b.attn.value_embed for b in blocks if "value_embed" in b.attn]
-        stages.append(sum(map(nbytes, blocks)) - sum(map(nbytes, tables)))
+        stages.append(sum(map(_streamed, model.stages[stage].blocks)))
         heads.append(sum(map(nbytes, model.heads(stage))))
     return Costs((1,), _single(stages), _single(heads), model.full_boundaries)
+
+
+def with_bytes_of(costs: Costs, prefix: RoundedPrefix) -> Costs:
+    """`costs` with those of a rounded drafter, if each of its parts costs as much less than the
+    model's as it has fewer bytes: what nobody has measured."""
+
+    def share(copies: Sequence[nn.Module], originals: Sequence[nn.Module]) -> float:
+        return sum(map(_streamed, copies)) / sum(map(_streamed, originals))
+
+    stages = []
+    for stage, of in zip(prefix.stages, prefix.of, strict=True):
+        part = share(stage.blocks, prefix.model.stages[of].blocks)
+        stages.append(tuple(part * cost for cost in costs.stages[of]))
+    part = share(prefix.heads, prefix.originals)
+    heads = [costs.target(prefix.target, rows) for rows in costs.rows]
+    made = Costs(costs.rows, tuple(stages), (tuple(part * head for head in heads),), (0,))
+    return replace(costs, rounded=made)
+
+
+def measure_drafter(
+    prefix: RoundedPrefix,
+    rows: Sequence[int] = ROWS,
+    *,
+    text: Sequence[int] = (0,) * CONTEXT,
+    trials: int = TRIALS,
+    state: DecodingState | None = None,
+) -> Costs:
+    """What a rounded drafter costs, in seconds, as `measure` takes them."""
+    if state is None:
+        state = DecodingState(prefix.model)
+        prefill(state, text, state.depth)
+    length, rounds = state.length, []
+    for _ in range(trials + 1):
+        times = []
+        for count in rows:
+            aside = state.aside(prefix.stages, prefix.of)
+            aside.append([0] * count)
+            ran = [_seconds(partial(_advance, aside, k)) for k in range(len(prefix.stages))]
+            boundaries = prefix.target.boundaries
+            hidden = {k: aside.boundary(k, length, length + count) for k in boundaries}
+            times.append([*ran, _seconds(partial(_chosen, prefix.target.scores, hidden))])
+            state.next_round()
+        rounds.append(times)
+    *stages, head = np.median(rounds[1:], axis=0).T.tolist()
+    return Costs(tuple(rows), tuple(map(tuple, stages)), (tuple(head),), (0,))
 
 
 def measure(
@@ -163,9 +210,23 @@ def _advance(state: DecodingState, stage: int) -> list[mx.array]:
 
 
 def _choose(model: PoEModel, stage: int, hidden: Hidden) -> list[mx.array]:
-    scores = model.stage_logits(stage, hidden)[0]
+    return _chosen(partial(model.stage_logits, stage), hidden)
+
+
+def _chosen(predict: Callable[[Any], mx.array], hidden: Any) -> list[mx.array]:
+    scores = predict(hidden)[0]
     chosen = mx.argmax(scores, axis=-1)
     return [chosen, logprob_of(scores, chosen), margin(scores)]
+
+
+def _streamed(module: nn.Module) -> int:
+    """Bytes that a pass reads of a module: of a table of embeddings only the token's own row."""
+    table = (
+        module.attn.value_embed
+        if isinstance(module, Block) and "value_embed" in module.attn
+        else None
+    )
+    return nbytes(module) - (nbytes(table) if table else 0)
 
 
 def _single(costs: Sequence[float]) -> tuple[tuple[float, ...], ...]:

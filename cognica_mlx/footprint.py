@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from cognica_mlx.cache import GROWTH, LARGE, TAIL
 from cognica_mlx.model import PoEModel
 from cognica_mlx.state import FORGET, SLACK, DecodingState
@@ -25,6 +27,7 @@ def state_bytes(
     spare: int = 0,
     chunk: int = GROWTH,
     room: int = 0,
+    aside: Collection[int] = (),
 ) -> int:
     """The most bytes that a state holds after any text of up to `positions` tokens.
 
@@ -32,7 +35,7 @@ def state_bytes(
     many positions may wait before a stage, `spare` how many that are not the state's own its
     activations may keep in memory (see `DecodingState.compact`), `chunk` how many run at once, as
     activations are dropped in the pieces in which they came. `room` is what `made_for` says of a
-    state that the text goes on from.
+    state that the text goes on from. Of the stages `aside` a drafter may hold copies besides.
     """
     config, itemsize = model.config, model.resid_lambdas.dtype.size
     row = config.n_kv_head * config.head_dim * itemsize
@@ -43,7 +46,8 @@ def state_bytes(
             rows = min(longest, -(-max(positions, room) // GROWTH) * GROWTH)
             if rows * row >= LARGE:
                 rows += min(TAIL, slack)
-            total += 2 * rows * row  # keys and values
+            copies = 2 if k in aside else 1
+            total += copies * 2 * rows * row  # keys and values
         held = max(slack, pending, keep_trunk if k + 1 == base else 0) + max(chunk, FORGET)
         streams = 3 if stage.layers[-1] >= config.backout_layer else 2
         total += (min(positions, held) + spare) * (streams * config.n_embd * itemsize + ID)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ from cognica_mlx.elementwise import softcap
 from cognica_mlx.errors import RequestError
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.linear import Linear
+from cognica_mlx.rounding import Scheme, copies_of, rounded
 from cognica_mlx.shortlist import ShortlistHead
 from cognica_mlx.stages import Block, Stage, alike, norm
 
@@ -59,6 +60,9 @@ class PoEModel(nn.Module):
         # The model over whose stages this one stands in memory: see `shared_base.share_base`.
         self._base: PoEModel | None
         object.__setattr__(self, "_base", None)  # its parameters are not this model's
+        # Rounded copies that lie beside the model, and what takes each up: see `round_prefix`.
+        self.stored_copies: dict[Scheme, Callable[[], None]]
+        object.__setattr__(self, "stored_copies", {})
         self._variants: WeakSet[Stage] = WeakSet()
         self._stages: tuple[tuple[mx.array, ...], tuple[Stage, ...]] | None = None
         rows, width = config.padded_vocab_size, config.n_embd
@@ -178,6 +182,16 @@ class PoEModel(nn.Module):
         last = len(self.config.specialist_layers) - 1
         return self._head_logits(norm(hidden.x), self._final_heads(last))
 
+    def shallow_scores(self, hidden: Sequence[Hidden]) -> mx.array:
+        """What specialists predict whose stages were fed by an early stage of the base, `hidden`
+        being what each of them gave out: (B, T, V) float32. To draft with."""
+        return self._shallow_logits(hidden[-1], self._final_heads(len(hidden) - 1))
+
+    def _shallow_logits(self, hidden: Hidden, heads: Sequence[nn.Module]) -> mx.array:
+        if hidden.backout is not None:
+            return self.final_logits(hidden, heads)
+        return self._head_logits(norm(hidden.x), heads)
+
     def with_shortlist(self, rank: int) -> PoEModel:
         """This model with a head that is cheaper to draft with: see `ShortlistHead`.
 
@@ -196,6 +210,22 @@ class PoEModel(nn.Module):
         short = copy.copy(self)
         short.lm_head = self._shortlists[rank]
         return short
+
+    def with_rounded_heads(self, scheme: Scheme) -> PoEModel:
+        """This model with rounded copies of its heads; made once."""
+        kept = copies_of(self)
+        if scheme not in kept:
+            kept[scheme] = self._round_heads(scheme)
+        return kept[scheme]
+
+    def _round_heads(self, scheme: Scheme) -> PoEModel:
+        other = copy.copy(self)
+        other.__dict__.pop("_rounded", None)
+        other.lm_head = rounded(self.lm_head, scheme)
+        for name in ("lm_head_stages", "lm_head_specialists"):
+            if name in self:
+                other[name] = [rounded(head, scheme) for head in self[name]]
+        return other
 
     def _final_heads(self, specialist: int) -> list[nn.Module]:
         """The heads that a specialist stage speaks through; their logits add up."""

@@ -18,6 +18,7 @@ from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.errors import RequestError
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.model import PoEModel, log_op
+from cognica_mlx.rounding import Scheme
 from cognica_mlx.stages import Stage, norm
 
 
@@ -125,6 +126,17 @@ class Siblings(PoEModel):
         return log_op(
             [self._head_logits(h, self._final_heads(i)) for i in range(count)], self._shares
         )
+
+    def shallow_scores(self, hidden: Sequence[Hidden]) -> mx.array:
+        """See `PoEModel`: pooled as the specialists are."""
+        logits = [self._shallow_logits(h, self._final_heads(i)) for i, h in enumerate(hidden)]
+        return log_op(logits, self._shares)
+
+    def _round_heads(self, scheme: Scheme) -> PoEModel:
+        other = super()._round_heads(scheme)
+        assert isinstance(other, Siblings)
+        other._models = tuple(model.with_rounded_heads(scheme) for model in self._models)
+        return other
 
     def _final_heads(self, specialist: int) -> list[nn.Module]:
         """The heads that the i-th specialist speaks through."""

@@ -23,6 +23,7 @@ from cognica_mlx.linear import Linear, added
 
 if TYPE_CHECKING:
     from cognica_mlx.model import PoEModel
+    from cognica_mlx.rounding import Scheme
 
 NORM_EPS = 1.1920929e-07
 # Queries and keys are each scaled by this after their norm (nanochat's sharper attention).
@@ -169,6 +170,8 @@ class Stage:
         self.layers, self.source = layers, source
         self.blocks = [model.h[i] for i in layers]
         self.windows = model.config.windows[layers[0] : layers[-1] + 1]
+        # How its matrices are rounded, in a copy to draft with: see `rounding.rounded_stages`.
+        self.scheme: Scheme | None = None
         self._backout_layer = model.config.backout_layer
         self._model = model
         self._lambdas: list[tuple[mx.array, mx.array]] = []

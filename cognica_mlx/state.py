@@ -31,6 +31,7 @@ from cognica_mlx.errors import RequestError, RollbackError
 from cognica_mlx.hidden import Boundary, Hidden, Rows, pack
 from cognica_mlx.model import PoEModel
 from cognica_mlx.shared_base import shared_stages
+from cognica_mlx.stages import Stage
 
 SLACK = 128
 MAX_PENDING = 256
@@ -67,12 +68,14 @@ class DecodingState:
         slack: int = SLACK,
         max_pending: int = MAX_PENDING,
         keep_trunk: int = 0,
+        stages: Sequence[Stage] | None = None,
     ):
+        """`stages` run instead of the model's own first ones; there are no others then."""
         if slack < 1 or max_pending < 1:
             raise RequestError(f"slack {slack} and max_pending {max_pending} must be at least 1")
-        self.model, self.stages = model, model.stages
+        self.model, self.stages = model, tuple(stages or model.stages)
         self.slack, self.max_pending, self.keep_trunk = slack, max_pending, keep_trunk
-        self.depth = model.poe_n_stages - 1
+        self.depth = len(self.stages) - 1
         # The stages that take in what each gives out.
         self._readers = [
             [k for k, other in enumerate(self.stages) if other.source == stage + 1]
@@ -83,7 +86,7 @@ class DecodingState:
         self._kept = [
             max(slack, keep_trunk) if stage == trunk else slack for stage in range(len(self.stages))
         ]
-        self.positions_run = [0] * model.poe_n_stages
+        self.positions_run = [0] * len(self.stages)
         self.clear()
 
     def clear(self) -> None:
@@ -307,6 +310,28 @@ class DecodingState:
         other._ids = list(self.tokens)
         other.caches[:count] = [cache.fork() for cache in self.caches[:count]]
         other.given[:count] = [given.fork() for given in self.given[:count]]
+        return other
+
+    def aside(self, stages: Sequence[Stage], of: Sequence[int]) -> DecodingState:
+        """The same text for other versions of this state's stages `of`, to try positions out with.
+
+        They see the keys and values that this state's own stages have made of the text, all of
+        which must have gone through these. This state notices nothing of what is run there; it
+        should not run anything itself before the other is let go.
+        """
+        other = DecodingState(
+            self.model, slack=self.slack, max_pending=self.max_pending, stages=stages
+        )
+        caches = [self.caches[k] for k in of]
+        assert all(cache.offset == self.length for cache in caches), "positions are pending"
+        other._ids = list(self.tokens)
+        for cache in caches:
+            # Until the next round both write beside large buffers, as if they had been written
+            # already: so neither has to copy one because of the other.
+            cache.content = cache.content._replace(written=cache.round)
+        other.caches = [cache.fork() for cache in caches]
+        for given in other.given:
+            given.stop = self.length
         return other
 
     def fork(self) -> DecodingState:

@@ -31,9 +31,10 @@ from cognica_mlx.convert.checkpoint import (
     eos_token_ids,
     read_checkpoint,
 )
+from cognica_mlx.convert.draft_copy import write_copy
 from cognica_mlx.convert.model_card import model_card
 from cognica_mlx.convert.output_folder import check_target, new_folder, remove_leftovers
-from cognica_mlx.convert.quantization import Plan, Rule, Scheme, make_plan, mixed, pack, to_fields
+from cognica_mlx.convert.quantization import Plan, Rule, make_plan, mixed, pack, to_fields
 from cognica_mlx.convert.safetensors_files import (
     Spec,
     TensorWriter,
@@ -48,6 +49,7 @@ from cognica_mlx.convert.tokenizer_files import read_encoding
 from cognica_mlx.convert.tokenizer_json import write_tokenizer
 from cognica_mlx.errors import CheckpointError, RequestError, TokenizerError
 from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import Scheme
 
 # What mlx-lm imports for the model's architecture, if it may (`--trust-remote-code`).
 SHIM_FILE = "cognica_poe.py"
@@ -75,6 +77,7 @@ class Conversion:
     plan: Plan
     dtype: mx.Dtype | None
     base: Source | None
+    draft_bits: str | None = None
 
     @property
     def stem(self) -> str:
@@ -133,6 +136,8 @@ class Conversion:
         with new_folder(target, self.nbytes + _SMALL_FILES_BYTES, overwrite) as folder:
             self._write_small_files(folder, target)
             self._write_weights(folder, progress or (lambda _: None))
+            if self.draft_bits:
+                write_copy(folder, self.config, self.weights, self.draft_bits, self.dtype)
 
     def _base_folder(self) -> list[Path]:
         return [self.base.folder] if self.base else []
@@ -215,6 +220,7 @@ class Conversion:
             "dtype": dtype,
             "quantised": "; ".join(quantised) or "no",
             "bits per weight": f"{self.bits_per_weight:.3f}",
+            **({"rounded drafter": self.draft_bits} if self.draft_bits else {}),
         }
 
     def _config_fields(self, target: Path) -> dict[str, Any]:
@@ -241,6 +247,7 @@ def prepare(
     recipe: str | None = None,
     rules: Sequence[Rule] = (),
     base: Source | None = None,
+    draft_bits: str | None = None,
 ) -> Conversion:
     """Lay out the conversion of a checkpoint; reads configurations and headers only.
 
@@ -249,7 +256,7 @@ def prepare(
     tensors are written, as a delta that refers to `base`. `dtype` is "float32", "bfloat16" or
     "float16"; by default each tensor keeps its bits, and a summed head is float32. `quantization`
     rounds the matrices, but for what a `recipe` of RECIPES and then `rules` say (see `make_plan`).
-    `step` is a nanochat step.
+    `step` is a nanochat step. With `draft_bits` a rounded copy to draft with is stored, too.
 
     Raises CheckpointError or ConfigError for a checkpoint that is incomplete or does not fit
     `base`, RequestError for options that make no sense.
@@ -262,6 +269,9 @@ def prepare(
             f"{source.name} is already quantised: convert what it was made from instead"
         )
     config, weights = checkpoint.config, checkpoint.weights
+    if draft_bits and (base is not None or checkpoint.plan):
+        what = "a delta has no stage of the base" if base else "its matrices are rounded already"
+        raise RequestError(f"draft-bits: {what}: store the copy with what it was made from")
     if base is not None:
         _check_base(checkpoint, base)
         weights = checkpoint.own_weights
@@ -281,7 +291,9 @@ def prepare(
         plan = make_plan(config, quantization, rules)
     plan = {path: scheme for path, scheme in plan.items() if f"{path}.weight" in weights}
     weights = {name: weights[name] for name in sorted(weights, key=_place)}
-    return Conversion(checkpoint, config, weights, plan, DTYPES[dtype] if dtype else None, base)
+    return Conversion(
+        checkpoint, config, weights, plan, DTYPES[dtype] if dtype else None, base, draft_bits
+    )
 
 
 def reference_to(base: Source, target: Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import mlx.core as mx
@@ -20,16 +20,12 @@ from mlx.utils import tree_unflatten
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import BITS, GROUP_SIZES, MODES, Scheme
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-# The modes of mx.quantize: group size and bits where none are given, or the only ones there are.
-MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 # mlx-lm's mixed recipes: bits of most matrices, and of those that suffer most.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 UNQUANTIZED = 16
 
-_SUFFIXES = ("weight", "scales", "biases")
 _LAYER = re.compile(r"h\.(\d+)\.")
 _RANGE = re.compile(r"(layer|stage)s?([0-9]{1,5})(?:-([0-9]{1,5}))?")
 _SENSITIVE = re.compile(r"h\.\d+\.(attn\.c_v|mlp\.c_proj)")
@@ -39,20 +35,6 @@ _KINDS = {
     "attn": re.compile(r"h\.\d+\.attn\.c_.*"),
     "mlp": re.compile(r"h\.\d+\.mlp\..*"),
 }
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a matrix is rounded: `bits` a weight, in groups of `group_size` along a row, `mode`."""
-
-    bits: int
-    group_size: int
-    mode: str = "affine"
-
-    def quantize(self, matrix: mx.array) -> dict[str, mx.array]:
-        """`matrix` (rows, columns) as a module's packed "weight", "scales" and perhaps "biases"."""
-        parts = mx.quantize(matrix, self.group_size, self.bits, mode=self.mode)
-        return dict(zip(_SUFFIXES, parts, strict=False))
 
 
 Plan = dict[str, Scheme]

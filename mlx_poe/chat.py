@@ -222,7 +222,7 @@ class Chat:
             stop=settings.stop,
             state=self.state,
             prompt_progress_callback=progress,
-            costs=known_costs(self.model) if paced else None,
+            costs=known_costs if paced else None,
             **{"repetition_penalty": penalty, **settings.options},
             **form,
         )

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.modes import MODES, PACED_MODES
+from cognica_mlx.decoding.pace import KnownCosts
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from mlx_poe.engine_request import EngineClosedError, EngineRequest, Item, Prepared
@@ -67,7 +67,7 @@ class Engine:
         memory: int | None = None,
         prompt_cache_bytes: int | None = None,
         *,
-        costs: Callable[[PoEModel], Costs] | None = None,
+        costs: KnownCosts | None = None,
     ):
         mx.eval(model.parameters())  # what was loaded lazily belongs to the loading thread
         self.tokenizer = tokenizer
@@ -279,7 +279,7 @@ class Engine:
             request.mode,
             max_tokens=request.max_tokens,
             stop=request.stop,
-            costs=self._costs(model) if self._costs and watched else None,
+            costs=self._costs if watched else None,
         )
 
     def _model(

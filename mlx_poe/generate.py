@@ -18,7 +18,7 @@ from cognica_mlx.calibration import CalibrationWarning
 from cognica_mlx.constraint import Grammar
 from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
-from cognica_mlx.decoding.pace import Metered, Pace
+from cognica_mlx.decoding.pace import KnownCosts, Metered, pace_for
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
@@ -36,11 +36,12 @@ __all__ = ["GenerationResponse", "encode_prompt", "generate", "sort_options", "s
 DEFAULT_MAX_TOKENS = 256
 
 _TEXT_OPTIONS = ("draft_head",)
+_FLAGS = ("draft_lookup",)
 LIST_OPTIONS = ("stages", "stage_weights", "p99_bounds", "exit_stages")
 WHOLE_OPTIONS = (
     *("top_k", "repetition_context_size", "top_logprobs", "seed"),
     *("stage", "max_stages", "stages", "exit_stages"),
-    *("draft_stage", "num_draft_tokens", "draft_rank"),
+    *("draft_stage", "num_draft_tokens", "draft_rank", "draft_bits"),
 )
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -57,7 +58,7 @@ def stream_generate(
     state: DecodingState | None = None,
     prefill_step_size: int | None = None,
     prompt_progress_callback: Progress | None = None,
-    costs: Costs | None = None,
+    costs: Costs | KnownCosts | None = None,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate token by token.
@@ -84,15 +85,16 @@ def stream_generate(
     rest of the prompt is read in chunks of `prefill_step_size`, by default as suits the device;
     `prompt_progress_callback(done, total)` is called after each.
 
-    With `costs` (`mlx_poe.machine.known_costs(model)`), drafts are as long as pays on this machine,
-    and a mode that does not pay goes over to full depth for the rest of the call.
+    With `costs` (`mlx_poe.machine.known_costs`) every round drafts with what pays on this machine,
+    and as much. A mode that does not pay goes over to full depth: `wand` for the rest of the call,
+    one that drafts for a while.
 
     Raises RequestError for an empty prompt, an unknown mode, option or stage, or a mode that needs
     the model's calibration where its file cannot be used; other modes warn about such a file.
     """
     asked = read_request(tokenizer, prompt, options)
     chosen = make_mode(model, mode, asked.mode_options, model.calibration)
-    pace = Pace(costs, chosen) if costs else None
+    pace = pace_for(model, chosen, costs)
     if model.calibration_problem:
         warnings.warn(model.calibration_problem, CalibrationWarning, stacklevel=2)
     sequence = DecodingSequence(
@@ -108,6 +110,7 @@ def stream_generate(
         fallback=make_mode(model),
         constraint=asked.grammar.start() if asked.grammar else None,
         score_prompt=asked.prompt_logprobs,
+        special=tokenizer.special_ids,
     )
     responses = Responses(tokenizer, sequence, stop, pace)
     decoded_tokens = drive(sequence.steps(), Metered(Single(), pace) if pace else None)
@@ -195,7 +198,11 @@ def sort_options(options: Mapping[str, Any]) -> tuple[SamplingOptions, ModeOptio
 def _plain(name: str, value: Any) -> Any:
     """An option as a plain number or list: arrays and NumPy's numbers become Python's."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    if name in _TEXT_OPTIONS:
+    if name in _TEXT_OPTIONS or (name == "draft_bits" and isinstance(value, str)):
+        return value
+    if name in _FLAGS:
+        if not isinstance(value, bool):
+            raise RequestError(f"{name} is True or False, not {value!r}")
         return value
     if name == "logit_bias":
         return _biases(value)

@@ -10,12 +10,14 @@ import mlx.core as mx
 from cognica_mlx.calibration import read_calibration
 from cognica_mlx.config import HEAD_MODES, SUMMED
 from cognica_mlx.convert.checkpoint import eos_token_ids, read_checkpoint
-from cognica_mlx.convert.quantization import BITS, fill, make_plan, scheme
+from cognica_mlx.convert.draft_copy import offer_copy
+from cognica_mlx.convert.quantization import fill, make_plan, scheme
 from cognica_mlx.convert.sources import Source, locate
 from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.device import lay_out, prepare
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import BITS
 from mlx_poe.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "poe-tiny"
@@ -86,6 +88,7 @@ def load(
     fill(model, arrays, plan, kind, lazy=lazy)
     if not lazy:
         lay_out(model)
+    offer_copy(model, source.folder)
     model.calibration, model.calibration_problem = read_calibration(source.folder, config)
     return model, tokenizer
 

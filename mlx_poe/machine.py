@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from cognica_mlx import atomic
-from cognica_mlx.costs import Costs, measure
+from cognica_mlx.costs import Costs, measure, measure_drafter
+from cognica_mlx.decoding.sequence import Mode
+from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.model import PoEModel
 
 MEASURE_SECONDS = 2.0
@@ -24,18 +27,30 @@ MEASURE_SECONDS = 2.0
 _DEVICE_KEYS = ("device_name", "architecture", "memory_size", "total_memory")
 
 
-def known_costs(model: PoEModel) -> Costs:
-    """The model's costs in seconds; measures them, for two seconds or so, the first time.
+def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
+    """The model's costs in seconds, with those of the rounded drafter that `mode` has; measures
+    them, for two seconds or so, the first time.
 
     They are kept in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache), by shapes,
     types, device, MLX version and preloaded libraries.
     """
+    costs = _remembered(_fingerprint(model), lambda: measure(model, seconds=MEASURE_SECONDS))
+    prefix = mode.prefix if isinstance(mode, Speculative) else None
+    if prefix is None:
+        return costs
+    about = [f"{a.shape} {a.dtype}" for a in prefix.arrays]
+    made = f"{prefix.of} {prefix.target.scheme} {prefix.target.key[0]}"
+    fingerprint = _fingerprint(model, made, *about)
+    return replace(costs, rounded=_remembered(fingerprint, lambda: measure_drafter(prefix)))
+
+
+def _remembered(fingerprint: str, measured: Callable[[], Costs]) -> Costs:
     # A cache that cannot be found, read or written only costs the two seconds again.
     cache = cache_folder()
-    path = cache / f"costs-{_fingerprint(model)}.json" if cache else Path(os.devnull)
+    path = cache / f"costs-{fingerprint}.json" if cache else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         return _from_json(json.loads(path.read_text(encoding="utf-8")))
-    costs = measure(model, seconds=MEASURE_SECONDS)
+    costs = measured()
     if cache:
         with suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
@@ -61,7 +76,7 @@ def _from_json(fields: dict[str, Any]) -> Costs:
     )
 
 
-def _fingerprint(model: PoEModel) -> str:
+def _fingerprint(model: PoEModel, *more: str) -> str:
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     device = mx.device_info()
     parts = [
@@ -71,5 +86,6 @@ def _fingerprint(model: PoEModel) -> str:
         *(f"{key} {device[key]}" for key in _DEVICE_KEYS if key in device),
         os.environ.get("LD_PRELOAD", ""),
         os.environ.get("OPENBLAS_NUM_THREADS", ""),
+        *more,
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -8,16 +8,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from cognica_mlx.decoding.drafters import LOOKED_UP, OWN, ROUNDED
 from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.decoding.requests import DecodedToken
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.errors import RequestError
 from mlx_poe.tokenizer import Tokenizer
+
+_MAKERS = {OWN: "own stages", ROUNDED: "rounded stages", LOOKED_UP: "looked up"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,9 @@ class GenerationResponse:
     text: the piece of text that this token made certain, possibly empty; the pieces joined are the
     whole. token, logprob, stage, from_draft: as `DecodedToken`, stages counted from 0.
     prompt_tps and generation_tps: tokens a second so far. peak_memory: GB, of the whole process.
-    drafted_tokens: drafts made so far, kept or not.
+    drafter: what drafted the token, if anything did: "stages", the model's own; "rounded", a copy
+    of them; "lookup", the text itself. drafted_tokens: drafts made so far, kept or not; drafts: the
+    same by drafter.
     parked: None, or why decoding has gone over to full depth: see `costs` in `stream_generate`.
     finish_reason: None but for the last token, where it is "stop" or "length".
     cached_tokens: how many of the prompt's positions came from a state, and were not run.
@@ -56,6 +62,24 @@ class GenerationResponse:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     text_offset: int = 0
     prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None = None
+    drafter: str | None = None
+    drafts: Mapping[str, int] = field(default_factory=dict)
+
+
+def drafts_by_maker(responses: Sequence[GenerationResponse]) -> dict[str, tuple[int, int]]:
+    """Of each drafter of a reply how many tokens were kept, and how many it made."""
+    made = responses[-1].drafts if responses else {}
+    kept = Counter(response.drafter for response in responses)
+    return {maker: (kept[maker], count) for maker, count in made.items()}
+
+
+def drafts_in_words(responses: Sequence[GenerationResponse]) -> str:
+    """The same in words; nothing without drafts."""
+    parts = (
+        f"{_MAKERS[maker]} {kept} of {made}"
+        for maker, (kept, made) in drafts_by_maker(responses).items()
+    )
+    return ", ".join(parts)
 
 
 class Responses:
@@ -127,6 +151,8 @@ class Responses:
             top_logprobs=self._top(decoded),
             text_offset=offset,
             prompt_logprobs=self._prompt_logprobs(),
+            drafter=decoded.drafter,
+            drafts=dict(sequence.drafts),
         )
 
     def _top(self, decoded: DecodedToken) -> tuple[tuple[int, float], ...]:

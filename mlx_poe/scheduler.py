@@ -13,12 +13,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import make_mode
-from cognica_mlx.decoding.pace import Pace
+from cognica_mlx.decoding.pace import KnownCosts, Pace, pace_for
 from cognica_mlx.decoding.requests import Steps
+from cognica_mlx.decoding.rounded import RoundedPrefix
 from cognica_mlx.decoding.sequence import (
     DecodingSequence,
     Mode,
@@ -53,7 +55,7 @@ class Task:
     max_tokens: int
     stop: str | Sequence[str] | None = None
     step_size: int | None = None
-    costs: Costs | None = None
+    pace: Pace | None = None
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -69,7 +71,7 @@ def make_task(
     max_tokens: int,
     stop: str | Sequence[str] | None = None,
     prefill_step_size: int | None = None,
-    costs: Costs | None = None,
+    costs: Costs | KnownCosts | None = None,
 ) -> Task:
     """A task that can be run. Raises RequestError for whatever `stream_generate` would refuse."""
     chosen = make_mode(model, mode, asked.mode_options, model.calibration)
@@ -83,7 +85,8 @@ def make_task(
         sampler=Sampler(asked.sampling),
         prefill_step_size=prefill_step_size,
     )
-    return Task(model, asked, chosen, max_tokens, stop, prefill_step_size, costs)
+    pace = pace_for(model, chosen, costs)
+    return Task(model, asked, chosen, max_tokens, stop, prefill_step_size, pace)
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,8 @@ class Scheduler:
         self._batch = Batch()
         self._waiting: deque[Task] = deque()
         self._running: dict[Task, _Running] = {}
+        # Rounded copies that have been drafted with: they stay with their models.
+        self._prefixes: WeakSet[RoundedPrefix] = WeakSet()
         self._prompt_tokens = self._generation_tokens = 0
         self._prompt_time = self._generation_time = 0.0
 
@@ -198,18 +203,20 @@ class Scheduler:
 
     def check(self, task: Task) -> None:
         """Raise RequestError for a task that needs more memory than there will ever be."""
-        need = self.bytes_needed(task)
-        if need > self.memory:
+        need, copies = self.bytes_needed(task), self._copies(task.mode)
+        if need + copies > self.memory:
+            rounded = f", with {_megabytes(copies)} of rounded stages" if copies else ""
             raise RequestError(
                 f"{len(task.tokens)} tokens of prompt and {task.max_tokens} to generate may need "
-                f"{_megabytes(need)}, but all sequences together may take "
+                f"{_megabytes(need + copies)}{rounded}, but all sequences together may take "
                 f"{_megabytes(self.memory)}: allow more memory, or fewer tokens"
             )
 
     def bytes_needed(self, task: Task, state: DecodingState | None = None) -> int:
         """The most bytes that the task's state can come to need, if it goes on from `state`."""
         last, mode = task.model.poe_n_stages - 1, task.mode
-        drafts = mode.num_draft_tokens if isinstance(mode, Speculative) else 0
+        drafting = mode if isinstance(mode, Speculative) else None
+        drafts = drafting.most if drafting else 0
         plain = mode.depth == mode.prefill_stage == last
         return state_bytes(
             task.model,
@@ -219,7 +226,15 @@ class Scheduler:
             spare=EXCESS if drafts or self.max_sequences > 1 else 0,
             chunk=task.step_size or prefill_step_size_here(),
             room=made_for(state) if state else 0,
+            aside=drafting.prefix.of if drafting and drafting.prefix else (),
         )
+
+    def _copies(self, *modes: Mode) -> int:
+        """Bytes of the rounded copies that have been drafted with, and those that `modes` need."""
+        new = (mode.prefix for mode in modes if isinstance(mode, Speculative))
+        prefixes = [*self._prefixes, *(prefix for prefix in new if prefix)]
+        arrays = {id(array): array for prefix in prefixes for array in prefix.arrays}
+        return sum(array.nbytes for array in arrays.values())
 
     def cancel(self, task: Task) -> None:
         """End a task, wherever it is; nothing if it has ended. What it has read is kept."""
@@ -272,6 +287,11 @@ class Scheduler:
         return updates
 
     @property
+    def _free(self) -> int:
+        """Bytes that nobody running may come to need: kept prompts may take them."""
+        return self.memory - self._promised - self._copies()
+
+    @property
     def _promised(self) -> int:
         return sum(running.need for running in self._running.values())
 
@@ -280,7 +300,7 @@ class Scheduler:
         updates = []
         while self._waiting and len(self._running) < self.max_sequences:
             task = self._waiting[0]
-            if self._promised + self.bytes_needed(task) > self.memory:
+            if self._promised + self.bytes_needed(task) > self.memory - self._copies(task.mode):
                 break
             self._waiting.popleft()
             try:
@@ -288,12 +308,14 @@ class Scheduler:
             except Exception as error:
                 self._running.pop(task, None)
                 updates.append(Update(task, error=error, ended=True))
-            self.cache.shrink(self.memory - self._promised)
+            self.cache.shrink(self._free)
         return updates
 
     def _start(self, task: Task) -> None:
         running = [other.state for other in self._running.values()]
-        free = self.memory - self._promised
+        if isinstance(task.mode, Speculative) and task.mode.prefix:
+            self._prefixes.add(task.mode.prefix)
+        free = self._free
         found = None
         if not task.asked.prompt_logprobs:
             found = self.cache.find(
@@ -306,7 +328,7 @@ class Scheduler:
             )
         state = found.state if found else DecodingState(task.model, keep_trunk=self.keep_trunk)
         need = self.bytes_needed(task, state)
-        pace = Pace(task.costs, task.mode) if task.costs else None
+        pace = task.pace
         sequence = DecodingSequence(
             task.model,
             task.tokens,
@@ -320,6 +342,7 @@ class Scheduler:
             fallback=make_mode(task.model),
             constraint=task.asked.grammar.start() if task.asked.grammar else None,
             score_prompt=task.asked.prompt_logprobs,
+            special=self.tokenizer.special_ids,
         )
         cached = found.length if found else 0
         responses = Responses(self.tokenizer, sequence, task.stop, pace, cached)
@@ -347,7 +370,7 @@ class Scheduler:
         self._keep(state)
 
     def _keep(self, state: DecodingState) -> None:
-        self.cache.put(state, self.memory - self._promised)
+        self.cache.put(state, self._free)
 
     def _charge(self, seconds: float, before: Sequence[tuple[_Running, int, bool]]) -> None:
         """Divide the time between prompts and replies, by the positions that were run."""

@@ -42,6 +42,7 @@ class Tokenizer:
     ) -> None:
         self.encoding = encoding
         self.special_tokens: dict[str, int] = dict(encoding._special_tokens)
+        self.special_ids = frozenset(self.special_tokens.values())
         self.vocab_size = encoding.n_vocab if n_vocab is None else n_vocab
         if self.vocab_size < encoding.n_vocab:
             raise TokenizerError(

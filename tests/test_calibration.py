@@ -324,9 +324,9 @@ def test_calibration_steers_only_what_was_not_said():
     assert file is not None
     mode = make_mode(model, "speculative", calibration=file)
     assert mode.num_draft_tokens == file.options["speculative"]["num_draft_tokens"]
-    assert mode.drafter.stop_below == file.options["speculative"].get("draft_margin")
+    assert mode.drafters[0].stop_below == file.options["speculative"].get("draft_margin")
     mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=7), file)
-    assert (mode.num_draft_tokens, mode.drafter.stop_below) == (7, None)
+    assert (mode.num_draft_tokens, mode.drafters[0].stop_below) == (7, None)
     mode = make_mode(model, "wand", ModeOptions(safety=2.0), file)
     assert mode.exits[0] == pytest.approx(2 * sum(file.p99_bounds))
     mode = make_mode(model, "wand", ModeOptions(p99_bounds=[1.0] * 3), file)

@@ -148,7 +148,9 @@ def test_statistics_go_to_stderr():
     assert lines[2].startswith("Generation: 12 tokens, ")
     assert re.fullmatch(r"Peak memory: \d+\.\d+ GB", lines[3])
     assert re.fullmatch(r"Stages: 0: \d+, 3: \d+ \(mean depth [1-4]\.\d\d of 4\)", lines[4])
-    assert re.fullmatch(r"Acceptance: \d+ of \d+ draft tokens \(\d+\.\d%\)", lines[5])
+    assert re.fullmatch(
+        r"Acceptance: (\d+ of \d+) draft tokens \(\d+\.\d%\): own stages \1", lines[5]
+    )
 
 
 def test_text_ends_before_any_of_the_stop_strings():

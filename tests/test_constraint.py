@@ -349,7 +349,7 @@ def test_what_is_forced_says_nothing_about_how_good_drafts_are():
     heard: list[tuple[int, int]] = []
 
     class Listening(NoAdvice):
-        def judged(self, kept: int, drafted: int) -> None:
+        def judged(self, drafter: str, kept: int, drafted: int) -> None:
             heard.append((kept, drafted))
 
     sequence = DecodingSequence(

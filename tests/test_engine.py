@@ -249,7 +249,7 @@ def test_specialists_come_and_go():
 
 def test_costs_decide_whether_a_mode_goes_on():
     dear = Costs((1, 8), ((1.0, 20.0),) * 4, ((1.0, 20.0),) * 4, (3,))
-    with Engine(base, endless, costs=lambda _: dear) as engine:
+    with Engine(base, endless, costs=lambda *_: dear) as engine:
         paced, plain = (
             list(engine.submit(STORY, mode=mode, max_tokens=30)) for mode in ("speculative", "full")
         )
@@ -348,7 +348,7 @@ def test_what_a_model_is(engine):
 
 
 def test_a_mode_that_does_not_park():
-    with Engine(base, endless, costs=lambda model: DEAR) as engine:
+    with Engine(base, endless, costs=lambda *_: DEAR) as engine:
         options = {"mode": "wand", "max_tokens": 40}
         assert list(engine.submit(STORY, **options))[-1].parked
         assert list(engine.submit(STORY, parks=False, **options))[-1].parked is None

@@ -424,6 +424,8 @@ VALUES: dict[str, Any] = {
     "draft_margin": 0.1,
     "draft_head": "base",
     "draft_rank": 64,
+    "draft_bits": 4,
+    "draft_lookup": True,
 }
 
 

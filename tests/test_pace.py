@@ -176,17 +176,21 @@ def test_draft_length_is_the_cheapest(step, slope, history, most):
     costs = Costs((1, 9), stages, ((step / 2,) * 2, *((0.1,) * 2,) * 3), full_boundaries=(3,))
     pace = Pace(costs, make_mode(model, "speculative"))
     for kept, drafted in history:
-        pace.judged(min(kept, drafted), drafted)
-    a = pace.acceptance
+        pace.judged("stages", min(kept, drafted), drafted)
+    a = pace.acceptance("stages")
     assert 0 < a <= 1
 
     def token(n: int) -> float:
         verify = step / 2 + 3 * (1 + slope * n) + 0.1
         return (n * step + verify) / sum(a**i for i in range(n + 1))
 
-    chosen = pace.draft_length(most)
-    assert 1 <= chosen <= most
-    assert token(chosen) == pytest.approx(min(token(n) for n in range(1, most + 1)))
+    plan = pace.plan(0, 0, most)
+    best, full = min(token(n) for n in range(1, most + 1)), costs.full_token
+    assert plan.looked_up == 0 and 0 <= plan.count <= most
+    if plan.count:
+        assert token(plan.count) == pytest.approx(best) and best < full
+    else:
+        assert best >= pytest.approx(full) and pace.parked
 
 
 def test_a_shortlist_holds_the_best_tokens_and_their_exact_logits():

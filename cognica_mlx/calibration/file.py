@@ -16,6 +16,7 @@ from typing import Any
 from cognica_mlx import atomic
 from cognica_mlx.config import MAX_NUMBER, PoEConfig
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.rounding import draft_scheme
 
 CALIBRATION_FILE = "poe_calibration.json"
 
@@ -171,6 +172,8 @@ def _option_checks(config: PoEConfig) -> dict[str, dict[str, _Check]]:
         "speculative": {
             **drafts,
             "draft_stage": partial(_whole, least=0, most=last),
+            "draft_bits": _bits,
+            "draft_lookup": _flag,
             "draft_head": partial(_one_of, known=["summed", "base"]),
         },
         "certified": {
@@ -194,6 +197,18 @@ def _whole(value: Any, name: str, least: int, most: int | None = None) -> None:
     if value < least or (most is not None and value > most):
         limits = f"at least {least}" if most is None else f"between {least} and {most}"
         raise ValueError(f"{name}: {_brief(value)} is not {limits}")
+
+
+def _bits(value: Any, name: str) -> None:
+    try:
+        draft_scheme(value)
+    except RequestError:
+        raise ValueError(f"{name}: {_brief(value)} is not a number of bits to round to") from None
+
+
+def _flag(value: Any, name: str) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: {_brief(value)} is not true or false")
 
 
 def _list(value: Any, name: str, each: _Check, length: int | None = None) -> None:

@@ -14,14 +14,22 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.calibration import Calibration
-from cognica_mlx.calibration.replaying import DRAFT_LENGTHS, Trace, best_options, replay_speculative
-from cognica_mlx.costs import Costs, bytes_read
+from cognica_mlx.calibration.replaying import (
+    DRAFT_LENGTHS,
+    ROUNDED_BITS,
+    Trace,
+    best_options,
+    replay_speculative,
+)
+from cognica_mlx.costs import Costs, bytes_read, with_bytes_of
 from cognica_mlx.decoding.plain import Plain
+from cognica_mlx.decoding.rounded import RoundedPrefix, round_prefix
 from cognica_mlx.decoding.single import decode
 from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import draft_scheme
 from cognica_mlx.sampling import logprob_of, margin
 
 CONTINUATION_PROMPT = 16
@@ -93,6 +101,8 @@ def calibrate(
         model, texts, count=continuations, tokens=continuation_tokens, progress=progress
     )
     costs = costs or bytes_read(model)
+    if (prefix := recorded_prefix(model)) and not costs.rounded:
+        costs = with_bytes_of(costs, prefix)
     needed = exit_margins(model, bounds, safety=1.0)
     chosen = best_options(model, traces, costs, needed)
     speedups = {
@@ -151,6 +161,23 @@ def _drafts(model: PoEModel, text: Sequence[int]) -> tuple[np.ndarray, np.ndarra
     return np.array(best), np.array(mx.stack([margin(z) for z in scores]))
 
 
+def recorded_prefix(model: PoEModel) -> RoundedPrefix | None:
+    """A rounded copy of stage 0 to draft with; None where that would change nothing."""
+    try:
+        return round_prefix(model, draft_scheme(ROUNDED_BITS), 0, "summed")
+    except RequestError:
+        return None
+
+
+def _rounded_drafts(model: PoEModel, prefix: RoundedPrefix, text: Sequence[int]) -> np.ndarray:
+    """What the copy drafts along a text, from keys and values of its own: best tokens (T,)."""
+    given = [model.embed(mx.array([list(text)], dtype=mx.int32))]
+    for stage in prefix.stages:
+        given.append(stage(given[stage.source]))
+    hidden = {k: given[k + 1] for k in prefix.target.boundaries}
+    return np.array(mx.argmax(prefix.target.scores(hidden)[0], axis=-1))
+
+
 def _lead(scores: mx.array, tokens: mx.array) -> mx.array:
     """By how much tokens (T,) lead all others under scores (T, V)."""
     own = mx.take_along_axis(scores, tokens[:, None], axis=-1)
@@ -168,7 +195,7 @@ def record(
 ) -> list[Trace]:
     """What the stages predict along `count` greedy continuations by the full model, of so many
     tokens each, of the texts' beginnings."""
-    mode, traces = Plain(full_target(model)), []
+    mode, traces, prefix = Plain(full_target(model)), [], recorded_prefix(model)
     for i in range(count):
         text = texts[i % len(texts)]
         # A text used again is continued from further on.
@@ -182,7 +209,10 @@ def record(
         if model.config.specialist_layers:
             best, leads = _drafts(model, written)
             drafts = ((best == found.best[-1])[part], leads[part])
-        traces.append(Trace(hits, margins, *drafts))
+        rounded = None
+        if prefix:
+            rounded = (_rounded_drafts(model, prefix, written) == found.best[-1])[part[1:]]
+        traces.append(Trace(hits, margins, *drafts, rounded))
         if progress:
             progress("continuing", i + 1, count)
     return traces

@@ -23,6 +23,10 @@ DRAFT_LENGTHS = range(1, 9)
 # Attention over more than a few query rows has a cliff on Metal, so short drafts are advised.
 ADVISED_LENGTHS = range(1, 5)
 MEASURED_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
+# What a drafter is rounded to: with fewer bits it drafts worse, with more it costs more.
+ROUNDED_BITS = 4
+# It is cheap, so its rounds may be longer.
+ROUNDED_LENGTHS = range(1, 9)
 # Where drafting may stop: below so many percent of the draft stage's margins.
 STOP_PERCENTILES = (5, 10, 15, 20, 30)
 # The bounds are cautious; a smaller factor on them will do where it keeps this agreement.
@@ -34,12 +38,14 @@ MIN_AGREEMENT = 0.998
 class Trace:
     """Predictions along one text of T tokens: `hits[k, t]` says whether stage k's best token is the
     full model's, `margins[k, t]` by how much its best score leads; K - 1 stages, full left out.
-    draft_hits, draft_margins: the same of what each stage drafts, where that is something else."""
+    draft_hits, draft_margins: the same of what each stage drafts, where that is something else.
+    rounded_hits (T,): of what a copy of stage 0 drafts, rounded to `ROUNDED_BITS`, if any."""
 
     hits: np.ndarray
     margins: np.ndarray
     draft_hits: np.ndarray
     draft_margins: np.ndarray
+    rounded_hits: np.ndarray | None = None
 
 
 @dataclass
@@ -70,6 +76,27 @@ def replay_speculative(
     """Speculation, greedy: see `decoding.speculative`. `head` is a draft's prediction's cost."""
     drafts = [(trace.draft_hits[draft_stage], trace.draft_margins[draft_stage]) for trace in traces]
     return _replay_drafts(drafts, costs, draft_stage, head, count, stop_below, float("inf"))
+
+
+def replay_rounded(traces: Sequence[Trace], costs: Costs, count: int) -> Replay:
+    """Speculation with a rounded copy of stage 0, greedy. Nearly exact: what was recorded has seen
+    the copy's own keys, and drafts see the model's."""
+    result, own = Replay(), costs.rounded
+    assert own is not None, "nobody has said what a rounded drafter costs"
+    for trace in traces:
+        hits, at = trace.rounded_hits, 0
+        assert hits is not None, "recorded without a rounded drafter"
+        while at < len(hits):
+            block = hits[at : at + count]
+            accepted = len(block) if block.all() else int(block.argmin())
+            result.cost += len(block) * (own.lower(len(own.stages) - 1) + own.full_head())
+            result.cost += costs.full_pass(len(block) + 1)
+            result.drafted += len(block)
+            result.kept += accepted
+            at += accepted + 1
+            result.tokens += accepted + 1
+            result.agreeing += accepted + 1
+    return result
 
 
 def replay_certified(
@@ -208,6 +235,10 @@ def best_options(
                     traces, costs, stage, count, stop, needed[safety], own_head
                 )
                 consider("certified", {**options, "safety": safety}, replay)
+    if costs.rounded and all(trace.rounded_hits is not None for trace in traces):
+        for count in ROUNDED_LENGTHS:
+            options = {"draft_bits": ROUNDED_BITS, "draft_stage": 0, "num_draft_tokens": count}
+            consider("speculative", options, replay_rounded(traces, costs, count))
     return {
         mode: min(tried, key=lambda one: one[1].cost / one[1].tokens)
         for mode, tried in found.items()

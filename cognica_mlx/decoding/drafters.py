@@ -1,12 +1,12 @@
-"""Where drafts come from: the model's own first stages.
+"""Where drafts come from: the model's first stages, a rounded copy of them, the text itself.
 
-A drafter appends the tokens that it drafts and runs them through the stages it uses. What a refusal
-takes back is the state's own `rollback`.
+A round's draft is begun with what was looked up, if anything; a stage drafter goes on behind that.
+Drafting changes nothing that a refusal would have to take back but the state's own positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,33 +14,39 @@ import mlx.core as mx
 
 from cognica_mlx.constraint import Constraint
 from cognica_mlx.decoding.requests import Read, Request, Score, as_row, through
+from cognica_mlx.decoding.rounded import RoundedPrefix
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.sampling import Context, Scores, logprob_of, masked
+
+# The drafters by the names that tokens and statistics carry.
+OWN, ROUNDED, LOOKED_UP, FORCED = "stages", "rounded", "lookup", "forced"
 
 
 @dataclass
 class Draft:
     """Drafted tokens, unevaluated: each list holds one entry a token.
 
-    tokens (1, 1) int; log_probs (1, V), what each was drawn from, empty when greedy; logprobs (1,)
-    of the tokens; margins (1,) by which the draft's best score led; alternatives, what the sampler
-    reports. `first` is the position of the token before them, `context` what the penalties looked
-    back on at that position; `stopped` says that the next draft was too weak to be one. Under a
-    constraint `masks` has what it allowed at each draft's place, (1, W), and `forced` whether that
-    was this token alone.
+    tokens (1, 1) int; makers, what drafted each (`FORCED` where a constraint allowed this token
+    alone); log_probs (1, V), what each was drawn from, empty when greedy. `first` is the position
+    of the token before them, `context` what the penalties looked back on at that position;
+    `stopped` says that the next draft was too weak to be one. Under a constraint `masks` has what
+    it allowed at each draft's place, (1, W).
+
+    Of drafts that were not looked up: logprobs (1,); margins (1,) by which the draft's best score
+    led; alternatives, what the sampler reports.
     """
 
     first: int
     context: Context | None
     tokens: list[mx.array] = field(default_factory=list)
+    makers: list[str] = field(default_factory=list)
     log_probs: list[mx.array] = field(default_factory=list)
     logprobs: list[mx.array] = field(default_factory=list)
     margins: list[mx.array] = field(default_factory=list)
     alternatives: list[tuple[mx.array, ...]] = field(default_factory=list)
     masks: list[mx.array] = field(default_factory=list)
-    forced: list[bool] = field(default_factory=list)
     stopped: bool = False
 
     def __len__(self) -> int:
@@ -48,18 +54,18 @@ class Draft:
 
     def add(
         self,
+        maker: str,
         token: mx.array,
         logprob: mx.array,
         margin: mx.array,
         alternatives: tuple[mx.array, ...],
-        forced: bool = False,
     ) -> None:
         """Add one more token."""
         self.tokens.append(token)
+        self.makers.append(maker)
         self.alternatives.append(alternatives)
         self.logprobs.append(logprob)
         self.margins.append(margin)
-        self.forced.append(forced)
 
     def joined(self) -> mx.array:
         """The drafted tokens, (n,) int32."""
@@ -67,22 +73,47 @@ class Draft:
         return mx.concatenate([t.reshape(-1) for t in self.tokens]) if self.tokens else empty
 
 
-class OwnStages:
-    """The model's own stages, up to the one that `target` reads.
+def begin(sequence: DecodingSequence, looked_up: Sequence[int]) -> Draft:
+    """A draft of `looked_up` tokens, as far as the sequence's constraint allows them. They are
+    certain as far as their drafter knows: q is 1 in rejection sampling."""
+    draft = Draft(sequence.state.length, sequence.context())
+    constraint, size = sequence.constraint, sequence.model.config.vocab_size
+    for token in looked_up:
+        if constraint:
+            if constraint.ended:
+                break
+            mask = constraint.mask()
+            if not int(mask[token // 32].item()) >> token % 32 & 1:  # type: ignore[arg-type]
+                break
+            draft.masks.append(mask[None])
+            constraint.commit([token])
+        draft.tokens.append(as_row(token))
+        draft.makers.append(LOOKED_UP)
+        if not sequence.sampler.greedy:
+            draft.log_probs.append(mx.where(mx.arange(size) == token, 0.0, -mx.inf)[None])
+    return draft
+
+
+class StageDrafter:
+    """The model's own first stages, up to the one that `target` reads; or with `prefix` a rounded
+    copy of them, which runs aside and leaves the state as it is.
 
     With `stop_below` drafting stops where the two best scores are closer than that, and that draft
     is not used: then the host waits for each draft, otherwise for none. It also waits for each
     under a constraint, which decides by one token what the next may be.
     """
 
-    def __init__(self, target: Target, stop_below: float | None):
-        self.target, self.stop_below = target, stop_below
+    def __init__(
+        self, target: Target, stop_below: float | None = None, prefix: RoundedPrefix | None = None
+    ):
+        self.target, self.stop_below, self.prefix = target, stop_below, prefix
+        self.name = ROUNDED if prefix else OWN
 
     def draft(
-        self, sequence: DecodingSequence, count: int, room: int
-    ) -> Generator[Request, Any, Draft]:
-        """Draft up to `count` tokens after the sequence's text, the last token of which the state
-        does not hold. Appends it and the drafts but the last.
+        self, sequence: DecodingSequence, draft: Draft, count: int, room: int
+    ) -> Generator[Request, Any, None]:
+        """Add up to `count` tokens to a draft after the sequence's text, the last token of which
+        the state does not hold.
 
         What a constraint forces between the drafts comes on top, up to `room` tokens in all.
         """
@@ -92,12 +123,14 @@ class OwnStages:
                 f"num_draft_tokens {count} is more than the {state.slack} positions that this "
                 "state can roll back"
             )
-        draft = Draft(state.length, sequence.context())
-        context, room = draft.context, min(room, state.slack)
+        if self.prefix:
+            yield from through(state, max(self.prefix.of))
+            state = state.aside(self.prefix.stages, self.prefix.of)
+        context, room = sampler.extend(draft.context, draft.joined()), min(room, state.slack)
         # Not in the state yet.
-        tokens = [as_row(sequence.text[-1])]
+        tokens = [as_row(sequence.text[-1]), *draft.tokens]
         for _ in range(count):
-            if len(draft) == room or (constraint and constraint.ended):
+            if len(draft) >= room or (constraint and constraint.ended):
                 break
             for token in tokens:
                 state.append(token)
@@ -107,7 +140,7 @@ class OwnStages:
             scores = sampler.process((yield Score(state, self.target)), context, masks)
             lead = scores.margins
             if self.stop_below is not None:
-                ((number,),) = yield Read(state, (lead,))
+                ((number,),) = yield Read(sequence.state, (lead,))
                 if number < self.stop_below:
                     draft.stopped = True
                     break
@@ -118,18 +151,15 @@ class OwnStages:
                 chosen = sampler.draw(draft.log_probs[-1])
                 logprob = logprob_of(scores.array, chosen)
             token = as_row(chosen)
-            draft.add(token, logprob, lead, sampler.alternatives(scores))
+            draft.add(self.name, token, logprob, lead, sampler.alternatives(scores))
             tokens.append(token)
             if constraint and masks is not None:
                 draft.masks.append(masks)
-                (((known,),),) = yield Read(state, (token,))
+                (((known,),),) = yield Read(sequence.state, (token,))
                 constraint.commit([known])
                 tokens += _certain(draft, sequence, constraint, room)
             for token in tokens:
                 context = sampler.extend(context, token)
-        for token in tokens[:-1]:
-            state.append(token)
-        return draft
 
 
 def _certain(
@@ -148,5 +178,5 @@ def _certain(
                 draft.log_probs.append(sampler.log_probs(scores))
             tokens.append(as_row(known))
             alternatives = sampler.alternatives(scores)
-            draft.add(tokens[-1], mx.zeros((1,)), mx.full((1,), mx.inf), alternatives, forced=True)
+            draft.add(FORCED, tokens[-1], mx.zeros((1,)), mx.full((1,), mx.inf), alternatives)
     return tokens

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from cognica_mlx.calibration import Calibration, published_bounds
-from cognica_mlx.decoding.drafters import OwnStages
+from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.plain import Plain
+from cognica_mlx.decoding.rounded import round_prefix
 from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.targets import (
@@ -20,6 +22,10 @@ from cognica_mlx.decoding.targets import (
 from cognica_mlx.decoding.wand import Wand, exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import draft_scheme
+
+# How many drafts a round makes at most: what is cheaper may be more.
+DRAFTS, ROUNDED_DRAFTS = 3, 6
 
 # Each mode with the options that mean something to it.
 MODES: dict[str, tuple[str, ...]] = {
@@ -30,13 +36,16 @@ MODES: dict[str, tuple[str, ...]] = {
     "wand": ("safety", "p99_bounds", "exit_stages"),
     "speculative": (
         *("draft_stage", "num_draft_tokens", "draft_margin"),
-        *("draft_head", "draft_rank"),
+        *("draft_head", "draft_rank", "draft_bits", "draft_lookup"),
     ),
     "certified": (
         *("safety", "p99_bounds", "draft_stage", "num_draft_tokens"),
         *("draft_margin", "draft_rank"),
     ),
 }
+
+# What may be given while the calibration decides the rest.
+_BESIDE_CALIBRATED = {"safety", "draft_head", "draft_rank", "draft_lookup"}
 
 # Those that may cost more than they save, which a `Pace` watches over.
 PACED_MODES = ("wand", "speculative", "certified")
@@ -49,8 +58,10 @@ class ModeOptions:
     stage: the boundary that `stage` predicts from (0). max_stages: how many stages `prefix` runs
     (all). stages, stage_weights: what `compose` mixes (all, equally). safety: factor on the bounds
     (1.0). p99_bounds: one for each step between stages. exit_stages: where `wand` may leave (all).
-    draft_stage (0), num_draft_tokens (3), draft_margin (off), draft_head (summed), draft_rank (the
-    whole head): how drafts are made.
+    draft_stage (0), num_draft_tokens (3, of a rounded drafter 6), draft_margin (off), draft_head
+    (summed), draft_rank (the whole head): how drafts are made. draft_bits (off): the bits, or
+    "mxfp4" or "nvfp4", of a rounded copy of the stages and heads that draft. draft_lookup (off):
+    also draft what followed the same tokens earlier in the text; num_draft_tokens may then be 0.
     """
 
     stage: int | None = None
@@ -65,6 +76,8 @@ class ModeOptions:
     draft_margin: float | None = None
     draft_head: str | None = None
     draft_rank: int | None = None
+    draft_bits: int | str | None = None
+    draft_lookup: bool | None = None
 
 
 def make_mode(
@@ -96,21 +109,41 @@ def make_mode(
     if mode == "compose":
         stages = given.get("stages", range(model.poe_n_stages))
         return Plain(composed_target(model, stages, given.get("stage_weights")))
-    if calibration and given.keys() <= {"safety", "draft_head", "draft_rank"}:
-        given = {**calibration.options.get(mode, {}), **given}
+    if calibration and given.keys() <= _BESIDE_CALIBRATED:
+        given = {**_advised(model, calibration.options.get(mode, {}), given), **given}
     if "p99_bounds" in MODES[mode] and "p99_bounds" not in given:
         given["p99_bounds"] = _bounds(model, calibration)
     return Wand(model, **given) if mode == "wand" else _speculative(model, mode, **given)
+
+
+def _advised(
+    model: PoEModel, options: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A calibration's options for a mode, but rounding where this model, or what is given beside
+    it, does not go with that: it may have been loaded rounded."""
+    advised = dict(options)
+    if bits := advised.get("draft_bits"):
+        head = given.get("draft_head", "summed")
+        try:
+            round_prefix(model, draft_scheme(bits), advised.get("draft_stage", 0), head)
+            fits = "draft_rank" not in given
+        except RequestError:
+            fits = False
+        if not fits:
+            del advised["draft_bits"]
+    return advised
 
 
 def _speculative(
     model: PoEModel,
     mode: str,
     draft_stage: int = 0,
-    num_draft_tokens: int = 3,
+    num_draft_tokens: int | None = None,
     draft_margin: float | None = None,
     draft_head: str = "summed",
     draft_rank: int | None = None,
+    draft_bits: int | str | None = None,
+    draft_lookup: bool = False,
     p99_bounds: Sequence[float] = (),
     safety: float = 1.0,
 ) -> Speculative:
@@ -125,8 +158,18 @@ def _speculative(
         # The bounds are about the stage's own prediction. A shortlist's logits are exact, and so is
         # the margin between its best two.
         draft_head = "base"
-    drafter = OwnStages(draft_target(model, draft_stage, draft_head, draft_rank), draft_margin)
-    return Speculative(full_target(model), drafter, num_draft_tokens, certain)
+    own = draft_target(model, draft_stage, draft_head, draft_rank)
+    drafters = [StageDrafter(own, draft_margin)]
+    if draft_bits is not None:
+        if draft_rank is not None:
+            raise RequestError(
+                "draft_rank and draft_bits are two ways to a cheaper head: give one of them"
+            )
+        prefix = round_prefix(model, draft_scheme(draft_bits), draft_stage, draft_head)
+        drafters.insert(0, StageDrafter(prefix.target, draft_margin, prefix))
+    if num_draft_tokens is None:
+        num_draft_tokens = ROUNDED_DRAFTS if draft_bits is not None else DRAFTS
+    return Speculative(full_target(model), drafters, num_draft_tokens, certain, draft_lookup)
 
 
 def _bounds(model: PoEModel, calibration: Calibration | None) -> Sequence[float]:

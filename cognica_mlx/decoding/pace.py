@@ -1,7 +1,7 @@
-"""Whether a mode pays on this machine, and how many drafts a round should make.
+"""Whether a mode pays on this machine, which drafter a round should use, and how many drafts.
 
 - in: measured costs, what a driver has spent on the mode, which drafts were kept
-- out: the best draft length, and when to fall back to full depth
+- out: a plan for each round, and when to go on at full depth instead
 - `Metered` wraps a driver and prices what passes through, so that modes know nothing of costs
 
 By costs measured beforehand and not by the clock, so that a run can be repeated.
@@ -9,68 +9,112 @@ By costs measured beforehand and not by the clock, so that a run can be repeated
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
-from cognica_mlx.costs import Costs
+from cognica_mlx.costs import Costs, with_bytes_of
+from cognica_mlx.decoding.lookup import NGRAMS
 from cognica_mlx.decoding.requests import Advance, Request, Score
-from cognica_mlx.decoding.sequence import Mode
+from cognica_mlx.decoding.rounds import RoundCosts
+from cognica_mlx.decoding.sequence import Mode, NoAdvice, Plan
 from cognica_mlx.decoding.single import Driver
 from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.model import PoEModel
+
+# What a model's steps cost in a mode, a rounded drafter's included.
+KnownCosts = Callable[[PoEModel, Mode], Costs]
 
 # Tokens to emit before judging whether a mode pays.
 PATIENCE = 16
-# Prior: assume 6.4 of 8 drafts were accepted.
-PRIOR_KEPT, PRIOR_JUDGED = 6.4, 8
+# Prior: assume 6.4 of 8 drafts were accepted; what was looked up, less, the less has agreed.
+PRIOR_KEPT, PRIOR_JUDGED = 6.4, 8.0
+PRIOR_HITS = dict(zip(NGRAMS, (0.6, 0.4, 0.2), strict=True))
+# Only so many judgements back, about, tell how it is now.
+MEMORY = 64
+# Tokens at full depth before drafting is tried again: at first, and at most, twice as many each
+# time it has been in vain.
+REST, LONGEST_REST = 64, 1024
+
+
+class _Record:
+    """How often a drafter has been right, the latest counting most."""
+
+    def __init__(self, kept: float, judged: float):
+        self.kept, self.judged = kept, judged
+
+    def add(self, kept: int, judged: int) -> None:
+        """Count so many more."""
+        self.kept += kept
+        self.judged += judged
+        if self.judged > MEMORY:
+            self.kept, self.judged = self.kept * MEMORY / self.judged, MEMORY
+
+    @property
+    def rate(self) -> float:
+        """The chance that a draft is accepted if those before it were."""
+        return self.kept / self.judged
 
 
 class Pace:
     """Advice to `mode` by `costs`; with `park` it ends a mode that costs more than full depth.
 
     `spent` is in the unit of the costs, seconds if measured; `tokens` are those of the mode.
-    `parked` says why the mode was ended. `others` are the rows of other sequences that share each
-    pass, `start` the first position whose passes are the mode's to pay, and not the prompt's.
+    `parked` says why the mode has given way to full depth; where it drafts, for a while. `others`
+    are the rows of other sequences that share each pass, `start` the first position whose passes
+    are the mode's to pay, and not the prompt's.
     """
 
     def __init__(self, costs: Costs, mode: Mode, *, park: bool = True):
+        drafting = mode if isinstance(mode, Speculative) else None
+        if drafting and drafting.prefix and not costs.rounded:
+            costs = with_bytes_of(costs, drafting.prefix)
         self.costs, self.park = costs, park
         self.spent = 0.0
         self.tokens = 0
         self.others = 0
         self.start = 0
         self.parked: str | None = None
-        # For how many others drafting has been found to pay, if all goes well.
-        self._weighed: int | None = None
-        self._kept, self._judged = PRIOR_KEPT, float(PRIOR_JUDGED)
-        self._mode = mode if isinstance(mode, Speculative) else None
+        self._drafting = drafting
+        self._rounds: RoundCosts | None = None
+        self._records: dict[Hashable, _Record] = {}
+        # What the mode has spent lately, and on how many tokens; the same of all so far when its
+        # latest round began, if that is under way.
+        self._trial = 0.0, 0
+        self._round: tuple[float, int] | None = None
+        self._rest = REST
+        self._resumes: int | None = None
+        # How many others there were when it was parked.
+        self._among = 0
 
     def begins(self, position: int) -> None:
         """The mode's own positions start here."""
         self.start = position
 
-    def judged(self, kept: int, drafted: int) -> None:
-        """Of `drafted` tokens in a row the first `kept` were accepted."""
-        self._kept += kept
-        self._judged += kept + (kept < drafted)
+    def judged(self, drafter: str, kept: int, drafted: int) -> None:
+        """Of `drafted` tokens in a row by `drafter` the first `kept` were accepted."""
+        self._record(drafter).add(kept, kept + (kept < drafted))
+
+    def observed(self, agreeing: int, hit: bool) -> None:
+        """Whether a token was the one that could be looked up for its place."""
+        self._record(agreeing).add(hit, 1)
 
     def emitted(self) -> None:
         """The mode has made a token."""
         self.tokens += 1
 
-    @property
-    def acceptance(self) -> float:
-        """The chance of a draft to be accepted if those before it were."""
-        return self._kept / self._judged
+    def acceptance(self, drafter: str | int) -> float:
+        """The chance that a draft is accepted if those before it were: of a drafter by its name,
+        or of what was looked up by how many tokens had agreed."""
+        return self._record(drafter).rate
 
-    def draft_length(self, most: int) -> int:
-        """Up to `most`, the number of drafts by which a token should cost least.
-
-        A round of n drafts, each accepted with chance a if those before it were, emits
-        1 + a + ... + a^n tokens (Leviathan et al. 2023).
-        """
-        if not self.park:
-            return most
-        costs = [self._token(n, self.acceptance) for n in range(1, most + 1)]
-        return 1 + costs.index(min(costs)) if costs else 0
+    def _record(self, drafter: str | int) -> _Record:
+        if drafter not in self._records:
+            self._records[drafter] = (
+                _Record(PRIOR_HITS[drafter], 1.0)
+                if isinstance(drafter, int)
+                else _Record(PRIOR_KEPT, PRIOR_JUDGED)
+            )
+        return self._records[drafter]
 
     def price(self, request: Request, rows: int | None = None) -> float:
         """What a request costs: its part of a pass or prediction of `rows` rows, or of its own."""
@@ -80,48 +124,106 @@ class Pace:
             count = request.count
             own = min(count, max(request.state.filled[stage] + count - self.start, 0))
             total = own if rows is None else rows
-            return self.costs.stage(stage, total) * own / total if own else 0.0
+            costs = self.costs
+            if request.stage.scheme and costs.rounded:
+                costs = costs.rounded
+            return costs.stage(stage, total) * own / total if own else 0.0
         if isinstance(request, Score):
             total = rows or request.rows
-            return self.costs.target(request.target, total) * request.rows / total
+            if request.target.scheme and self.costs.rounded:
+                whole = self.costs.rounded.full_head(total)
+            else:
+                whole = self.costs.target(request.target, total)
+            return whole * request.rows / total
         return 0.0
 
+    def plan(self, offered: int, agreeing: int, most: int) -> Plan:
+        """What to draft in the next round: that by which a token should cost least.
+
+        Where no drafter would pay, drafting is given up for a while; `parked` then says why.
+        """
+        if not self.park:
+            return NoAdvice().plan(offered, agreeing, most)
+        self._account()
+        rounds = self._at_hand()
+        hits = self.acceptance(agreeing) if offered else 0.0
+        plan, token = rounds.best_lookup(offered, hits)
+        if self._rests() or not most:
+            return plan
+        rates = [self.acceptance(drafter.name) for drafter in rounds.drafters]
+        drafting, cost = rounds.best(plan.looked_up, hits, most, rates)
+        if cost < rounds.plain:
+            self.parked = None
+        elif not plan:
+            self._give_up(cost / rounds.plain)
+        if cost >= token:
+            return plan
+        self._round = self.spent, self.tokens
+        return drafting
+
     def pays(self) -> bool:
-        """Whether the mode should go on. Ends it where even drafts that are all accepted would not
-        pay beside so many other rows, or where the tokens so far have cost more than plain
-        decoding's."""
+        """Whether the mode should go on. Ends it, for a while, where even drafts that are all
+        accepted would not pay, or where the tokens so far have cost more than plain decoding's."""
+        if not self.park:
+            return True
+        self._account()
+        if self._rests():
+            return False
+        rounds, drafting = self._at_hand(), self._drafting
+        if drafting:
+            sure = [1.0] * len(drafting.drafters)
+            _, token = rounds.best(0, 0.0, drafting.num_draft_tokens, sure)
+            if token > rounds.plain:
+                self._give_up(token / rounds.plain)
+                return False
+        self.parked = None
+        self._round = self.spent, self.tokens
+        return True
+
+    def _account(self) -> None:
+        """Take in what the latest round has cost, and give up if it is too much."""
         if not self.tokens:
             self.spent = 0.0  # what reading the prompt took is not the mode's
-        if not self.park or self.parked:
-            return not self.parked
-        if self._mode and self.others != self._weighed:
-            most = range(1, self._mode.num_draft_tokens + 1)
-            self._weigh(min(self._token(n, 1.0) for n in most))
-            self._weighed = self.others
-        elif self.tokens >= PATIENCE:
-            self._weigh(self.spent / self.tokens)
-        return self.parked is None
+        if self._round:
+            spent, tokens = self._trial
+            before, made = self._round
+            self._trial = spent + self.spent - before, tokens + self.tokens - made
+            self._round = None
+        spent, tokens = self._trial
+        if tokens > MEMORY:
+            self._trial = 0.0, 0
+        elif tokens >= PATIENCE and (ratio := spent / tokens / self._at_hand().plain) > 1:
+            self._give_up(ratio)
 
-    def _weigh(self, token: float) -> None:
-        ratio = token / self._plain_token()
-        if ratio > 1:
-            self.parked = f"a token costs {ratio:.2f} times what it does at full depth"
+    def _rests(self) -> bool:
+        """Whether it is too early to try again. Where others came or went it is not."""
+        if self._resumes is None:
+            return False
+        if self.tokens < self._resumes and self.others == self._among:
+            return True
+        for name in [key for key in self._records if isinstance(key, str)]:
+            del self._records[name]
+        self._resumes = None
+        return False
 
-    def _plain_token(self) -> float:
-        """A token's share of a pass at full depth."""
-        rows = 1 + self.others
-        return self.costs.full_pass(rows) / rows
+    def _give_up(self, ratio: float) -> None:
+        self.parked = f"a token costs {ratio:.2f} times what it does at full depth"
+        self._resumes, self._among = self.tokens + self._rest, self.others
+        self._trial = 0.0, 0
+        self._rest = min(2 * self._rest, LONGEST_REST)
 
-    def _token(self, drafts: int, acceptance: float) -> float:
-        """What a token costs in rounds of so many drafts, by this sequence's part of each pass."""
-        assert self._mode is not None, "only drafting modes ask for this"
-        stage, rows = self._mode.draft_stage, drafts + 1
-        step = self.costs.lower(stage) + self.costs.target(self._mode.drafter.target)
-        # What the other sequences' rows cost without these is not this one's to pay.
-        together = self.costs.lower(stage, 1 + self.others) / (1 + self.others)
-        behind = self.costs.upper(stage, rows + self.others) * rows / (rows + self.others)
-        expected = sum(acceptance**n for n in range(drafts + 1))
-        return (drafts * step + together + behind) / expected
+    def _at_hand(self) -> RoundCosts:
+        if self._rounds is None or self._rounds.others != self.others:
+            drafters = self._drafting.drafters if self._drafting else ()
+            self._rounds = RoundCosts(self.costs, drafters, self.others)
+        return self._rounds
+
+
+def pace_for(model: PoEModel, mode: Mode, costs: Costs | KnownCosts | None) -> Pace | None:
+    """Advice by `costs`, or by what they are for this mode; None without any."""
+    if costs is None:
+        return None
+    return Pace(costs if isinstance(costs, Costs) else costs(model, mode), mode)
 
 
 class Metered:

@@ -7,6 +7,8 @@ that is still in use. Under a constraint each token decides what the next may be
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from cognica_mlx.decoding.requests import (
@@ -29,17 +31,18 @@ class Plain:
         self.target = target
         self.depth = self.prefill_stage = target.depth
 
-    def steps(self, sequence: DecodingSequence) -> Steps:
-        """Emit tokens until the budget is used up."""
+    def steps(self, sequence: DecodingSequence, until: Callable[[], bool] | None = None) -> Steps:
+        """Emit tokens until the budget is used up, or one more than `until` asks for, which is
+        called after each."""
         if sequence.constraint:
-            yield from self._constrained(sequence)
+            yield from self._constrained(sequence, until)
             return
         state, sampler = sequence.state, sequence.sampler
         context = sequence.context()
         token = as_row(sequence.text[-1])
         under_way: tuple[mx.array, ...] = ()
         first = True
-        while sequence.budget > bool(under_way):
+        while sequence.budget > bool(under_way) and not (until and not first and until()):
             state.append(token)
             yield from through(state, self.depth)
             scores = yield Score(state, self.target)
@@ -60,7 +63,7 @@ class Plain:
         if under_way:
             yield self._token((yield Read(state, under_way)))
 
-    def _constrained(self, sequence: DecodingSequence) -> Steps:
+    def _constrained(self, sequence: DecodingSequence, until: Callable[[], bool] | None) -> Steps:
         """Emit one token after the other, but those that are certain at once."""
         state, sampler = sequence.state, sequence.sampler
         while True:
@@ -76,6 +79,8 @@ class Plain:
             token = self._token((yield Read(state, arrays)))
             sequence.commit(token.token)
             yield token
+            if until and until():
+                return
 
     def _token(self, numbers: list) -> DecodedToken:
         ((token,),), (logprob,), *alternatives = numbers

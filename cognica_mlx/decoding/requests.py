@@ -83,17 +83,22 @@ Request = Advance | Score | Read | Submit
 @dataclass(frozen=True)
 class DecodedToken:
     """One token: its id, its log-probability under the scores that chose or confirmed it (after
-    bias and penalties, before temperature and filters), the stage that emitted it, and whether it
-    was drafted. `forced` says that a constraint allowed no other: its log-probability is 0, and no
-    stage was asked. `top` has the best tokens and their log-probabilities, best first, where the
-    sampler reports them."""
+    bias and penalties, before temperature and filters), the stage that emitted it, and what drafted
+    it, if anything did (see `drafters`). `forced` says that a constraint allowed no other: its
+    log-probability is 0, and no stage was asked. `top` has the best tokens and their
+    log-probabilities, best first, where the sampler reports them."""
 
     token: int
     logprob: float
     stage: int
-    from_draft: bool = False
+    drafter: str | None = None
     forced: bool = False
     top: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def from_draft(self) -> bool:
+        """Whether it was drafted."""
+        return self.drafter is not None
 
 
 def top_of(alternatives: Sequence[Sequence[Sequence]], row: int) -> tuple[tuple[int, float], ...]:

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections import Counter
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -32,6 +34,19 @@ from cognica_mlx.sampling import Context, Sampler, logprob_of
 from cognica_mlx.state import DecodingState, Progress
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a round drafts: so many of the tokens that were looked up, then `count` by the mode's
+    `drafter`, as they are numbered. Nothing of either: a token of the full model's comes first."""
+
+    looked_up: int = 0
+    drafter: int = 0
+    count: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.looked_up or self.count)
+
+
 class Advice(Protocol):
     """What a mode may ask about its own worth. `Pace` gives it by measured costs."""
 
@@ -41,14 +56,23 @@ class Advice(Protocol):
     def pays(self) -> bool:
         """Whether to go on in this mode."""
 
-    def draft_length(self, most: int) -> int:
-        """How many tokens to draft in the next round, `most` at most."""
+    def plan(self, offered: int, agreeing: int, most: int) -> Plan:
+        """What to draft in the next round: of `offered` tokens that were looked up, after as many
+        as `agreeing` that agree, and of `most` by a drafter."""
 
-    def judged(self, kept: int, drafted: int) -> None:
-        """Of `drafted` tokens in a row the first `kept` were accepted."""
+    def judged(self, drafter: str, kept: int, drafted: int) -> None:
+        """Of `drafted` tokens in a row by `drafter` the first `kept` were accepted."""
+
+    def observed(self, agreeing: int, hit: bool) -> None:
+        """Whether a token was the one that could be looked up for its place, after so many that
+        agreed."""
 
     def emitted(self) -> None:
         """The mode has made a token."""
+
+
+# Tokens that must agree before what follows them is drafted where nobody knows what pays.
+AGREEING = 5
 
 
 class NoAdvice:
@@ -61,11 +85,15 @@ class NoAdvice:
         """See `Advice`."""
         return True
 
-    def draft_length(self, most: int) -> int:
+    def plan(self, offered: int, agreeing: int, most: int) -> Plan:
         """See `Advice`."""
-        return most
+        taken = offered if agreeing >= AGREEING else 0
+        return Plan(taken, 0, max(most - taken, 0))
 
-    def judged(self, kept: int, drafted: int) -> None:
+    def judged(self, drafter: str, kept: int, drafted: int) -> None:
+        """See `Advice`."""
+
+    def observed(self, agreeing: int, hit: bool) -> None:
         """See `Advice`."""
 
     def emitted(self) -> None:
@@ -88,8 +116,9 @@ class Mode(Protocol):
 class DecodingSequence:
     """A prompt on its way through a mode.
 
-    `text` is the prompt and the tokens emitted, `drafted` the drafts made so far, `cached` how many
-    of the prompt's positions the state held already. Where it is to score its prompt,
+    `text` is the prompt and the tokens emitted, `drafts` the drafts made so far by each drafter,
+    `cached` how many of the prompt's positions the state held already. `special` are tokens that
+    are never looked up to be drafted. Where it is to score its prompt,
     `prompt_scores` has for each token but the first its log-probability and the best alternatives,
     as `DecodedToken.top`, once the first token is emitted. Raises RequestError for an empty prompt,
     a token id outside the vocabulary, or a state of another model.
@@ -110,6 +139,7 @@ class DecodingSequence:
         fallback: Mode | None = None,
         constraint: Constraint | None = None,
         score_prompt: bool = False,
+        special: Collection[int] = (),
     ):
         """`fallback` goes on where `advice` ends the mode; `progress(done, total)` is called after
         every chunk of the prompt, of `prefill_step_size` tokens. What is emitted satisfies
@@ -132,10 +162,16 @@ class DecodingSequence:
         self.constraint, self._ended = constraint, False
         self.text, self.prompt_length = list(prompt), len(prompt)
         self.max_tokens = max_tokens
-        self.drafted = self.cached = 0
+        self.drafts: Counter[str] = Counter()
+        self.special, self.cached = special, 0
         self.score_prompt = score_prompt
         self.prompt_scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         self.step_size, self.progress = prefill_step_size or prefill_step_size_here(), progress
+
+    @property
+    def drafted(self) -> int:
+        """The drafts made so far."""
+        return self.drafts.total()
 
     @property
     def budget(self) -> int:

@@ -1,11 +1,15 @@
-"""Self-speculation: the first stages draft, the full model verifies the drafts in one pass.
+"""Self-speculation: a drafter drafts, the full model verifies the drafts in one pass.
 
-The drafter is the model's own prefix, so its keys, values and activations are the real ones: a
-round runs the drafted positions through the draft stages once, through the others once, and rolls
-back what was refused. Greedy output is the full model's. With a temperature a draft x is kept
+Drafts come from the model's own first stages, from a rounded copy of them, or are looked up in the
+text. A round may take what was looked up and go on with a stage drafter; advice says which, and how
+many. Drafts of the model's own prefix have the real keys, values and activations: verification
+goes on from them through the other stages. Others run through all. What was refused is rolled back.
+
+Greedy output is the full model's. With a temperature a draft x is kept
 with probability min(1, p(x) / q(x)) and a refused one replaced by a draw from max(p - q, 0)
 (Leviathan et al. 2023, Chen et al. 2023), so the output has the full model's distribution; p and
-q pass through the same penalties and filters.
+q pass through the same penalties and filters. Where nothing is worth drafting tokens come from the
+full model one by one, as in mode `full`, until something is.
 
 Certified speculation skips verifications. A draft whose margin clears the WAND bounds that remain
 after the draft stage is certified: the deeper stages would hardly overturn it. A block of certified
@@ -21,11 +25,14 @@ The host waits once for a verification, and once for a block of drafts that may 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
 from cognica_mlx.constraint import Constraint
-from cognica_mlx.decoding.drafters import Draft, OwnStages
+from cognica_mlx.decoding.drafters import FORCED, LOOKED_UP, Draft, StageDrafter, begin
+from cognica_mlx.decoding.lookup import MOST, Lookup
+from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.requests import (
     DecodedToken,
     Read,
@@ -35,7 +42,8 @@ from cognica_mlx.decoding.requests import (
     through,
     top_of,
 )
-from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.rounded import RoundedPrefix
+from cognica_mlx.decoding.sequence import Advice, DecodingSequence, Plan
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.sampling import Sampler, Scores, logprob_of
@@ -44,45 +52,66 @@ MAX_DRAFTS = 64
 
 
 class Speculative:
-    """Draft with `drafter`, verify with `target`, `num_draft_tokens` at most in a round.
+    """Draft with one of `drafters`, verify with `target`, `num_draft_tokens` at most in a round.
 
-    With `certain` drafts that lead by more than that are not verified for their own sake.
+    With `looks_up` what follows the same tokens earlier in the text is drafted too. With `certain`
+    drafts that lead by more than that are not verified for their own sake.
     """
 
     def __init__(
         self,
         target: Target,
-        drafter: OwnStages,
+        drafters: Sequence[StageDrafter],
         num_draft_tokens: int = 3,
         certain: float | None = None,
+        looks_up: bool = False,
     ):
-        if not 1 <= num_draft_tokens <= MAX_DRAFTS:
+        least = 0 if looks_up else 1
+        if not least <= num_draft_tokens <= MAX_DRAFTS:
             raise RequestError(
-                f"num_draft_tokens {num_draft_tokens} is not between 1 and {MAX_DRAFTS}"
+                f"num_draft_tokens {num_draft_tokens} is not between {least} and {MAX_DRAFTS}"
             )
-        if drafter.stop_below is not None and not drafter.stop_below >= 0:
-            raise RequestError(f"draft_margin {drafter.stop_below} is below 0")
-        self.target, self.drafter = target, drafter
+        for drafter in drafters:
+            if drafter.stop_below is not None and not drafter.stop_below >= 0:
+                raise RequestError(f"draft_margin {drafter.stop_below} is below 0")
+        self.target, self.looks_up = target, looks_up
+        self.drafters = tuple(drafters) if num_draft_tokens else ()
         self.num_draft_tokens, self.certain = num_draft_tokens, certain
         self.depth = target.depth
-        self.draft_stage = drafter.target.depth
+        self.draft_stage = drafters[-1].target.depth
         self.prefill_stage = target.depth if certain is None else self.draft_stage
+        self._plain = Plain(target)
+
+    @property
+    def prefix(self) -> RoundedPrefix | None:
+        """The rounded copy that it drafts with, if any."""
+        return next((drafter.prefix for drafter in self.drafters if drafter.prefix), None)
+
+    @property
+    def most(self) -> int:
+        """The most drafts of a round."""
+        return self.num_draft_tokens + (MOST if self.looks_up else 0)
 
     def steps(self, sequence: DecodingSequence) -> Steps:
         """Emit tokens, a round at a time."""
         state = sequence.state
-        while sequence.budget and sequence.advice.pays():
+        lookup = Lookup(sequence.text, sequence.special) if self.looks_up else None
+        while sequence.budget:
             yield from sequence.certain()
             if not sequence.budget:
                 return
+            plan = self._plan(sequence, lookup)
+            if not plan:
+                yield from self._plain.steps(sequence, lambda: bool(self._plan(sequence, lookup)))
+                continue
             state.append(sequence.text[state.length : -1])
-            most = self.num_draft_tokens
-            if self.drafter.stop_below is None and self.certain is None:
-                most = sequence.advice.draft_length(most)
             # A verification adds a token of its own; certified drafts may have to do without.
             room = sequence.budget - (self.certain is None)
-            draft = yield from self.drafter.draft(sequence, min(most, room), room)
-            sequence.drafted += draft.forced.count(False)
+            draft = begin(sequence, lookup.offer(plan.looked_up) if lookup else ())
+            if plan.count:
+                drafter = self.drafters[plan.drafter]
+                yield from drafter.draft(sequence, draft, min(plan.count, room - len(draft)), room)
+            sequence.drafts.update(maker for maker in draft.makers if maker != FORCED)
             certified: list[bool] = []
             if self.certain is not None:
                 arrays = tuple(mx.concatenate(part) for part in _read(draft))
@@ -94,14 +123,33 @@ class Speculative:
                     continue
             yield from self._verify(sequence, draft, certified)
 
+    def _plan(self, sequence: DecodingSequence, lookup: Lookup | None) -> Plan:
+        """What the next round drafts."""
+        advice = sequence.advice
+        room = sequence.budget - (self.certain is None)
+        offered = agreeing = 0
+        if lookup:
+            for length, hit in lookup.update():
+                advice.observed(length, hit)
+            agreeing = lookup.length
+            offered = len(lookup.offer(min(MOST, room)))
+        most = min(self.num_draft_tokens, room)
+        if self.certain is not None:
+            return Plan(count=most) if advice.pays() else Plan()
+        plan = advice.plan(offered, agreeing, most)
+        if plan.count and self.drafters[plan.drafter].stop_below is not None:
+            return replace(plan, count=most)  # it stops by itself
+        return plan
+
     def _verify(self, sequence: DecodingSequence, draft: Draft, certified: list[bool]) -> Steps:
         """Verify a draft, roll back what is refused, and emit what is kept and one token of the
         full model's own. Drafts that are `certified` are kept whatever the full model says."""
         state, sampler, constraint = sequence.state, sequence.sampler, sequence.constraint
         rows = len(draft) + 1
-        if state.length < draft.first + rows:
-            # What the full model predicts after the last draft comes with the same pass.
-            state.append(draft.tokens[-1] if len(draft) else as_row(sequence.text[-1]))
+        # What the full model predicts after the last draft comes with the same pass.
+        tokens = [as_row(sequence.text[-1]), *draft.tokens]
+        for token in tokens[state.length - draft.first :]:
+            state.append(token)
         yield from through(state, self.depth)
         drafted = draft.joined()
         scores = yield Score(state, self.target, rows)
@@ -115,8 +163,7 @@ class Speculative:
         drafted_logprobs = logprob_of(scores.array, mx.concatenate([drafted, chosen[-1:]]))
         arrays = kept, chosen, logprobs, drafted, drafted_logprobs, *sampler.alternatives(scores)
         accepted, chosen, logprobs, drafted, drafted_logprobs, *best = yield Read(state, arrays)
-        forced = draft.forced
-        sequence.advice.judged(forced[:accepted].count(False), forced.count(False))
+        _tell(sequence.advice, draft.makers, accepted)
         state.rollback(draft.first + 1 + accepted)
         chooses = True
         if constraint:
@@ -134,13 +181,22 @@ class Speculative:
         self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[float], best: Sequence
     ) -> Iterator[DecodedToken]:
         """The first of the drafts, as many as there are `tokens`."""
-        numbers = zip(tokens, logprobs, draft.forced, strict=False)
-        for row, (token, logprob, forced) in enumerate(numbers):
-            if forced:
+        numbers = zip(tokens, logprobs, draft.makers, strict=False)
+        for row, (token, logprob, maker) in enumerate(numbers):
+            if maker == FORCED:
                 yield DecodedToken(token, 0.0, 0, forced=True)
-            else:
-                top = top_of(best, row)
-                yield DecodedToken(token, logprob, self.draft_stage, from_draft=True, top=top)
+                continue
+            # What was looked up no stage has proposed: the full model alone has chosen it.
+            stage = self.depth if maker == LOOKED_UP else self.draft_stage
+            yield DecodedToken(token, logprob, stage, drafter=maker, top=top_of(best, row))
+
+
+def _tell(advice: Advice, makers: Sequence[str], accepted: int) -> None:
+    """Tell how each drafter's tokens fared, of which the first `accepted` were; those behind
+    another's refusal were not judged."""
+    for maker in dict.fromkeys(makers):
+        if maker not in (LOOKED_UP, FORCED) and makers.index(maker) <= accepted:
+            advice.judged(maker, makers[:accepted].count(maker), makers.count(maker))
 
 
 def _masks(draft: Draft, constraint: Constraint | None) -> mx.array | None:

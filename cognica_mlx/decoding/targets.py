@@ -14,6 +14,7 @@ import mlx.core as mx
 from cognica_mlx.errors import RequestError
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.model import PoEModel, log_op
+from cognica_mlx.rounding import Scheme
 
 # How a specialist's drafts are made.
 DRAFT_HEADS = ("summed", "base")
@@ -25,7 +26,7 @@ class Target:
 
     Targets are equal where `key` is: then their predictions can be made together. `heads` are the
     stages whose heads are read, `rank` that of a shortlist read instead, which is `share` of them:
-    what a prediction costs.
+    what a prediction costs. `scheme` says how the heads are rounded, if they are.
     """
 
     key: tuple[Hashable, ...]
@@ -34,6 +35,7 @@ class Target:
     heads: tuple[int, ...] = field(compare=False)
     rank: int | None = field(default=None, compare=False)
     share: float = field(default=1.0, compare=False)
+    scheme: Scheme | None = field(default=None, compare=False)
 
     @property
     def depth(self) -> int:

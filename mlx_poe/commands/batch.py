@@ -49,7 +49,7 @@ NAMES = (*PROMPTS, *OPTIONS, *FORM_OPTIONS, *ABOUT)
 OURS = b'{"index": '
 SHOWN = (
     *("finish_reason", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps"),
-    *("peak_memory", "drafted_tokens", "parked", "cached_tokens"),
+    *("peak_memory", "drafted_tokens", "drafts", "parked", "cached_tokens"),
 )
 
 
@@ -238,12 +238,6 @@ class _Models:
             self._names.setdefault(id(model), "+".join(map(str, names)))
         return model
 
-    def costs(self, model: PoEModel) -> Costs:
-        """What the model's steps cost on this machine."""
-        if id(model) not in self._costs:
-            self._costs[id(model)] = known_costs(model)
-        return self._costs[id(model)]
-
     def name_of(self, model: PoEModel) -> str:
         """How the output calls a model."""
         return self._names[id(model)]
@@ -268,7 +262,7 @@ def _task(
         options = {"max_tokens": args.max_tokens, "stop": args.stop, **common, **own, "mode": mode}
         model = models.of(line.fields)
         if mode in PACED_MODES and not args.no_park:
-            options["costs"] = models.costs(model)
+            options["costs"] = known_costs
         prompt = _prompt(args, model, line.prompt)
         if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
             # Spoken to in turns, as `--prompt` would be.
@@ -343,6 +337,7 @@ def as_json(
                 "logprob": r.logprob,
                 "stage": r.stage,
                 "from_draft": r.from_draft,
+                "drafter": r.drafter,
                 "forced": r.forced,
                 **({"top_logprobs": r.top_logprobs} if r.top_logprobs else {}),
             }

@@ -18,6 +18,7 @@ from cognica_mlx import atomic
 from cognica_mlx.bench import figures
 from cognica_mlx.bench.batch import batches
 from cognica_mlx.bench.constrained import constrained
+from cognica_mlx.bench.drafts import BEGINNINGS, QUESTIONS, drafts
 from cognica_mlx.bench.figures import ROWS, Figure, Setup
 from cognica_mlx.bench.machine import slow_blas, this_machine
 from cognica_mlx.bench.modes import Recording, modes
@@ -28,13 +29,13 @@ from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
 from cognica_mlx.bench.training import training
 from cognica_mlx.calibration import Calibration
-from cognica_mlx.calibration.measuring import calibrate, record
+from cognica_mlx.calibration.measuring import calibrate, record, recorded_prefix
 from cognica_mlx.convert.chat_layout import BOS
-from cognica_mlx.convert.quantization import BITS
 from cognica_mlx.convert.stored import DTYPES
-from cognica_mlx.costs import measure
+from cognica_mlx.costs import Costs, measure, measure_drafter
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import BITS
 from mlx_poe.commands.bars import progress_bars
 from mlx_poe.commands.chat import STARTER_SPECIALISTS
 from mlx_poe.commands.options import (
@@ -51,21 +52,9 @@ from mlx_poe.load import DEFAULT_MODEL, find_model, load
 
 SECTIONS = (
     *("stages", "prompt", "rows", "modes", "batch", "constrained", "serving"),
-    *("lengths", "quantised", "memory", "training"),
+    *("lengths", "quantised", "memory", "training", "drafts"),
 )
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
-# Beginnings in the kinds of text that poe-tiny has learnt, which other models can go on from too.
-BEGINNINGS = (
-    "Once upon a time",
-    "The capital of France is",
-    "There was a child called",
-    "3 + 4 =",
-    "One day, a girl",
-    "People in Brazil speak",
-    "In the morning",
-    "Kenya is a country in",
-    "A long time ago",
-)
 
 EXAMPLES = """\
   mlx_poe.bench                                        # the built-in poe-tiny
@@ -76,6 +65,8 @@ EXAMPLES = """\
   mlx_poe.bench --only batch --peers                   # many sequences, against mlx-lm's batch
   mlx_poe.bench --only serving --trials 3              # our server and mlx_lm.server under load
   mlx_poe.bench --shape 1.3b-stage --only training     # a stage of one's own
+  mlx_poe.bench --only drafts --model poe-tiny-chat    # drafters, rounded to 2 to 8 bits
+  mlx_poe.bench --only drafts --shape 1.3b --agreement 0.88
   mlx_poe.bench --compare old.json
 
 On Linux without a GPU MLX brings a slow BLAS, with which no figure means much. Install OpenBLAS
@@ -269,6 +260,11 @@ def _prepare(
 ) -> tuple[PoEModel, list[list[int]], Calibration | None, Recording | None, str]:
     """The model, two texts of `context` tokens, what WAND and drafting go by, and a name."""
     kind = _dtype(args)
+    if args.shape and args.only == ["drafts"]:
+        # Of a shape only bytes are asked: nothing is computed.
+        model = PoEModel(shape_config(args.shape))
+        model.set_dtype(DTYPES[args.dtype or "bfloat16"])
+        return model, [], None, None, f"{args.shape}, by its bytes in {args.dtype or 'bfloat16'}"
     if not args.shape:
         name = args.model or DEFAULT_MODEL
         model, tokenizer = load(
@@ -324,9 +320,16 @@ def _calibrate(built: Synthetic, progress: Callable[[str, int, int], None]) -> C
         [1] * size,
         continuations=8,
         continuation_tokens=64,
-        costs=measure(built.model, ROWS, text=built.text(64, 100), trials=3),
+        costs=_costs(built.model, built.text(64, 100)),
         progress=progress,
     )
+
+
+def _costs(model: PoEModel, text: Sequence[int]) -> Costs:
+    """What its parts cost here, a rounded drafter's included."""
+    costs = measure(model, ROWS, text=text, trials=3)
+    prefix = recorded_prefix(model)
+    return replace(costs, rounded=measure_drafter(prefix, ROWS, text=text)) if prefix else costs
 
 
 def _measure(
@@ -348,11 +351,23 @@ def _measure(
         "quantised": lambda: figures.quantised(setup, args.q_bits),
         "memory": lambda: figures.memory(setup, max(args.prompt_tokens, args.context)),
         "training": lambda: training(setup),
+        "drafts": lambda: drafts(setup, _prompts(args, setup.model), args.agreement),
     }
     found = [figure for name, measure in sections.items() if name in wanted for figure in measure()]
     if args.peers and not set(wanted) <= {"batch", "serving"}:
         found += peers(setup, args.prompt_tokens)
     return found
+
+
+def _prompts(args: argparse.Namespace, model: PoEModel) -> list[list[int]]:
+    """What the section drafts has a model reply to; nothing where only its shape is known."""
+    if args.shape:
+        return []
+    _, tokenizer = load(args.model, revision=args.revision, lazy=True)
+    if not model.config.specialist_layers:
+        return [tokenizer.encode(text) for text in BEGINNINGS]
+    turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    return [tokenizer.apply_chat_template(turn) for turn in turns]
 
 
 def _served(args: argparse.Namespace) -> Served:

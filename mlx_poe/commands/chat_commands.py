@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.errors import RequestError
+from cognica_mlx.rounding import DRAFT_BITS
 from mlx_poe.generate import GenerationResponse
 from mlx_poe.paths import user_path
+from mlx_poe.responses import drafts_in_words
 
 if TYPE_CHECKING:
     from mlx_poe.commands.chat import Repl
@@ -100,8 +102,18 @@ def _stage(repl: Repl, argument: str) -> None:
 
 
 def _draft(repl: Repl, argument: str) -> None:
-    stage, *length = argument.split() or [""]
-    options = {"draft_stage": _number(int, stage)}
+    options: dict[str, Any] = {}
+    numbers = []
+    for word in argument.split():
+        bits = word.removesuffix("-bit")
+        if word == "lookup":
+            options["draft_lookup"] = True
+        elif bits != word or (word in DRAFT_BITS and not word.isdigit()):
+            options["draft_bits"] = bits
+        else:
+            numbers.append(word)
+    stage, *length = numbers or ["" if not options else "0"]
+    options["draft_stage"] = _number(int, stage)
     if length:
         options["num_draft_tokens"] = _number(int, " ".join(length))
     repl.chat.set_mode("speculative", **options)
@@ -228,7 +240,8 @@ def _stats(repl: Repl, argument: str) -> None:
         if forced := sum(r.forced for r in last):
             table.add_row("forced", f"{forced} tokens, by the reply's form")
         if drafted := last[-1].drafted_tokens:
-            table.add_row("drafts", f"{sum(r.from_draft for r in last)} of {drafted} accepted")
+            kept = sum(r.from_draft for r in last)
+            table.add_row("drafts", f"{kept} of {drafted} accepted: {drafts_in_words(last)}")
     table.add_row("conversation", f"{len(chat.turns)} exchanges, {len(chat.tokens)} tokens")
     table.add_row("state", f"{chat.nbytes / 1e6:.1f} MB")
     repl.show(table)
@@ -253,7 +266,11 @@ COMMANDS = {
     "help": Command("", "this list", _help),
     "mode": Command("[NAME]", f"how to decode: {', '.join(MODES)}", _mode),
     "stage": Command("N", "let stage N reply alone", _stage),
-    "draft": Command("STAGE [LENGTH]", "speculate: this stage drafts", _draft),
+    "draft": Command(
+        "[STAGE [LENGTH]] [4-bit] [lookup]",
+        "speculate: this stage drafts, rounded, or what was said before",
+        _draft,
+    ),
     "temp": Command("T|off", "temperature; 0 is greedy", _option("temp", float)),
     "top-p": Command("P|off", "nucleus probability", _option("top_p", float)),
     "top-k": Command("K|off", "keep the k best tokens", _option("top_k", int)),

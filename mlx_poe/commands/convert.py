@@ -17,10 +17,11 @@ from rich.table import Table
 
 from cognica_mlx.convert.conversion import Conversion, prepare, upload
 from cognica_mlx.convert.output_folder import check_target
-from cognica_mlx.convert.quantization import BITS, MODES, RECIPES, Rule, Scheme, scheme
+from cognica_mlx.convert.quantization import RECIPES, Rule, scheme
 from cognica_mlx.convert.safetensors_files import nbytes
 from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.errors import RequestError
+from cognica_mlx.rounding import BITS, DRAFT_BITS, MODES, Scheme
 from mlx_poe.commands.options import file_path, interruptible, make_parser, run
 from mlx_poe.commands.texts import Text, read_texts, segments
 from mlx_poe.load import find_model, load
@@ -36,6 +37,7 @@ EXAMPLES = """\
   mlx_poe.convert --hf-path base_checkpoints/d24 --step 5000 --mlx-path d24-mlx
   mlx_poe.convert --hf-path path/to/specialist --mlx-path specialist-mlx
   mlx_poe.convert --hf-path path/to/specialist --base base-mlx --mlx-path specialist-delta-mlx
+  mlx_poe.convert --hf-path path/to/base --draft-bits 4 --mlx-path base-mlx
   mlx_poe.convert --hf-path poe-tiny-chat -q --dry-run"""
 
 
@@ -97,6 +99,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=RECIPES,
         help="mixed recipe: fewer bits for most, more for the head and every third layer's values",
     )
+    group.add_argument(
+        "--draft-bits",
+        choices=DRAFT_BITS,
+        metavar="BITS",
+        help="store a copy of the stages that draft, rounded to 2, 3, 4, 5, 6 or 8 bits, mxfp4 or "
+        "nvfp4, for --draft-bits of the other commands",
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--dry-run", action="store_true", help="show what would be read and written, and stop"
@@ -141,6 +150,7 @@ def _convert(args: argparse.Namespace) -> int:
         recipe=args.quant_predicate,
         rules=args.q_bits_for,
         base=find_model(args.base) if args.base else None,
+        draft_bits=args.draft_bits,
     )
     if args.upload_repo and conversion.base and not conversion.base.from_hub:
         raise RequestError(

@@ -38,6 +38,7 @@ from mlx_poe.generate import GenerationResponse, Prompt, stream_generate
 from mlx_poe.load import load
 from mlx_poe.machine import known_costs
 from mlx_poe.penalty import default_repetition_penalty
+from mlx_poe.responses import drafts_in_words
 from mlx_poe.specialists import Specialists
 
 # One colour per stage, shallow to deep; deeper models start over.
@@ -133,7 +134,7 @@ def _generate(args: argparse.Namespace) -> int:
             mode=args.mode,
             stop=args.stop,
             prompt_progress_callback=progress.show,
-            costs=known_costs(model) if args.mode in PACED_MODES and not args.no_park else None,
+            costs=known_costs if args.mode in PACED_MODES and not args.no_park else None,
             **taken(args, options),
             **constraints,
         )
@@ -270,6 +271,6 @@ def _print_statistics(model: PoEModel, responses: Sequence[GenerationResponse]) 
         kept = sum(r.from_draft for r in responses)
         lines.append(
             f"Acceptance: {kept} of {last.drafted_tokens} draft tokens"
-            f" ({kept / last.drafted_tokens:.1%})"
+            f" ({kept / last.drafted_tokens:.1%}): {drafts_in_words(responses)}"
         )
     print("\n".join(lines), file=sys.stderr)

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cognica_mlx.calibration import CalibrationWarning
-from cognica_mlx.convert.quantization import BITS
 from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.targets import DRAFT_HEADS
 from cognica_mlx.errors import PoEError, RequestError
+from cognica_mlx.rounding import BITS, DRAFT_BITS
 from mlx_poe.constraints import FORM_OPTIONS
 from mlx_poe.load import DEFAULT_MODEL
 from mlx_poe.paths import user_path
@@ -312,7 +312,7 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-draft-tokens",
         type=int,
-        help="speculative, certified: most drafts a round (default: 3)",
+        help="speculative, certified: most drafts a round (default: 3; with --draft-bits 6)",
     )
     group.add_argument(
         "--draft-margin",
@@ -330,6 +330,19 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="R",
         help="speculative, certified: shortlist drafts along R directions of the head",
+    )
+    group.add_argument(
+        "--draft-bits",
+        choices=DRAFT_BITS,
+        metavar="BITS",
+        help="speculative: draft with a copy of the stages rounded to 2, 3, 4, 5, 6 or 8 bits, "
+        "mxfp4 or nvfp4",
+    )
+    group.add_argument(
+        "--draft-lookup",
+        action="store_true",
+        default=None,
+        help="speculative: also draft what followed the same tokens earlier in the text",
     )
     group.add_argument(
         "--no-park",

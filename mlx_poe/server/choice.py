@@ -33,7 +33,8 @@ class Choice:
         self._length = 0
         self.first: GenerationResponse | None = None
         self.last: GenerationResponse | None = None
-        self.accepted = self.forced = 0
+        self.forced = 0
+        self.accepted: Counter[str] = Counter()
         self.stages: Counter[int] = Counter()
 
     def add(self, response: GenerationResponse) -> Piece:
@@ -43,7 +44,8 @@ class Choice:
         a reply never are.
         """
         self.first, self.last = self.first or response, response
-        self.accepted += response.from_draft
+        if response.drafter:
+            self.accepted[response.drafter] += 1
         self.forced += response.forced
         self.stages[response.stage] += not response.forced
         self._length += len(response.text)
@@ -64,11 +66,13 @@ def usage(options: Options, choices: Sequence[Choice]) -> dict[str, Any]:
     prompts = [choice.last for choice in choices[:: options.n] if choice.last]
     prompt_tokens = sum(response.prompt_tokens for response in prompts)
     stages: Counter[int] = Counter()
-    completion_tokens = accepted = drafted = forced = 0
+    completion_tokens = forced = 0
+    accepted: Counter[str] = Counter()
+    drafted: Counter[str] = Counter()
     if options.max_tokens != 0:
         completion_tokens = sum(response.generation_tokens for response in responses)
-        accepted = sum(choice.accepted for choice in choices)
-        drafted = sum(response.drafted_tokens for response in responses)
+        accepted = sum((choice.accepted for choice in choices), accepted)
+        drafted = sum((Counter(response.drafts) for response in responses), drafted)
         forced = sum(choice.forced for choice in choices)
         stages = sum((choice.stages for choice in choices), stages)
     depths = sum((stage + 1) * count for stage, count in stages.items())
@@ -80,8 +84,8 @@ def usage(options: Options, choices: Sequence[Choice]) -> dict[str, Any]:
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {
-            "accepted_prediction_tokens": accepted,
-            "rejected_prediction_tokens": drafted - accepted,
+            "accepted_prediction_tokens": accepted.total(),
+            "rejected_prediction_tokens": drafted.total() - accepted.total(),
         },
         "poe": {
             "mode": options.decoding["mode"],
@@ -89,5 +93,9 @@ def usage(options: Options, choices: Sequence[Choice]) -> dict[str, Any]:
             "mean_depth": depths / stages.total() if stages.total() else None,
             "forced_tokens": forced,
             "parked": parked,
+            "drafts": {
+                maker: {"accepted": accepted[maker], "rejected": made - accepted[maker]}
+                for maker, made in drafted.items()
+            },
         },
     }

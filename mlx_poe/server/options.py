@@ -157,6 +157,13 @@ def _mode_option(body: Fields, name: str) -> Any:
         return found
     if name == "draft_head":
         return body.text(name)
+    if name == "draft_lookup":
+        return body.flag(name)
+    if name == "draft_bits":
+        bits = body.take(name)
+        if isinstance(bits, bool) or not isinstance(bits, (int, str)):
+            raise refused(name, f"expected a whole number or a string, got {shown(bits)}")
+        return bits
     if name in ("safety", "draft_margin"):
         return body.number(name, 0, 1e9)
     return body.whole(name, 0, 2**31)

@@ -1,0 +1,135 @@
+"""Rounded copies of matrices, stages and heads: a quarter of the bytes to read, to draft with.
+
+- `Scheme` says how a matrix is rounded; MLX does the rounding
+- every copy is made once and kept with what it was made from, so that all specialists over one base
+  draft from the same rounded stages
+- nothing of the model changes: a copy stands beside it, and its memory is what `nbytes` says
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from cognica_mlx.errors import RequestError
+from cognica_mlx.stages import Block, Stage
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+# The modes of mx.quantize: group size and bits where none are given, or the only ones there are.
+MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+# What a drafter may be rounded to.
+DRAFT_BITS = (*map(str, BITS), "mxfp4", "nvfp4")
+
+SUFFIXES = ("weight", "scales", "biases")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a matrix is rounded: `bits` a weight, in groups of `group_size` along a row, `mode`."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def quantize(self, matrix: mx.array) -> dict[str, mx.array]:
+        """`matrix` (rows, columns) as a module's packed "weight", "scales" and perhaps "biases"."""
+        parts = mx.quantize(matrix, self.group_size, self.bits, mode=self.mode)
+        return dict(zip(SUFFIXES, parts, strict=False))
+
+
+def draft_scheme(bits: int | str) -> Scheme:
+    """The scheme of a drafter: a number of bits in groups of 64, or "mxfp4" or "nvfp4".
+
+    Raises RequestError for anything else.
+    """
+    name = str(bits)
+    if isinstance(bits, bool) or name not in DRAFT_BITS:
+        raise RequestError(f"draft_bits {bits!r}: choose from {', '.join(DRAFT_BITS)}")
+    if name in MODES:
+        group_size, count = MODES[name]
+        return Scheme(count, group_size, name)
+    return Scheme(int(name), MODES["affine"][0])
+
+
+def rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
+    """A matrix as `scheme` rounds it, made once; the matrix itself where that would save nothing:
+    where it has no more bits already, or its rows are no multiple of the group size.
+
+    In affine mode rows that are too short for the scheme's groups get groups of 32.
+    """
+    kept = copies_of(module)
+    if scheme not in kept:
+        kept[scheme] = _rounded(module, scheme)
+    return kept[scheme]
+
+
+def copies_of(thing: object) -> dict[Any, Any]:
+    """The rounded copies of a module, a stage or a model that have been made, which it keeps."""
+    return thing.__dict__.setdefault("_rounded", {})
+
+
+def _rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
+    matrix: nn.Linear
+    if isinstance(module, nn.QuantizedLinear):
+        if module.bits <= scheme.bits:
+            return module
+        ways = module.group_size, module.bits
+        parts = (module.weight, module.scales, module.get("biases"), *ways)
+        matrix = nn.Linear(1, 1, bias=False)
+        matrix.weight = mx.dequantize(*parts, mode=module.mode)
+    elif isinstance(module, nn.Linear):
+        matrix = module
+    else:
+        return module
+    width = matrix.weight.shape[-1]
+    group_size = scheme.group_size
+    if scheme.mode == "affine" and width % group_size:
+        group_size = min(GROUP_SIZES)
+    if width % group_size:
+        return module
+    return matrix.to_quantized(group_size, scheme.bits, mode=scheme.mode)
+
+
+def rounded_stage(stage: Stage, scheme: Scheme, source: int) -> Stage:
+    """A stage that runs as this one does, but through rounded matrices and from boundary `source`;
+    made once. Tables of embeddings, of which a token reads one row, stay the model's own."""
+    kept = copies_of(stage)
+    key = scheme, source
+    if key not in kept:
+        other = copy.copy(stage)
+        other.__dict__.pop("_rounded", None)
+        other.blocks = [_rounded_block(block, scheme) for block in stage.blocks]
+        other.scheme, other.source = scheme, source
+        kept[key] = other
+    return kept[key]
+
+
+def _rounded_block(block: Block, scheme: Scheme) -> Block:
+    other = copy.copy(block)
+    other.attn, other.mlp = copy.copy(block.attn), copy.copy(block.mlp)
+    for part in (other.attn, other.mlp):
+        for name, module in list(part.items()):
+            if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
+                part[name] = rounded(module, scheme)
+    object.__setattr__(other.attn, "_qkv", None)
+    if mx.default_device() == mx.gpu:
+        other.attn.stack()
+    return other
+
+
+def own_arrays(copies: Iterable[nn.Module], originals: Iterable[nn.Module]) -> list[mx.array]:
+    """The arrays that rounded modules hold beyond those that they were made from."""
+    shared = {id(array) for module in originals for array in _arrays(module)}
+    found = {id(array): array for module in copies for array in _arrays(module)}
+    return [array for key, array in found.items() if key not in shared]
+
+
+def _arrays(module: nn.Module) -> list[mx.array]:
+    return list(dict(tree_flatten(module.parameters())).values())

@@ -1,0 +1,113 @@
+"""A rounded copy of the stages that draft, stored beside a model so that loading need not round.
+
+- in: a model's configuration and its tensors; or a folder that holds a copy
+- out: `draft.safetensors`; or the copy, in its place beside the model's own matrices
+- the copy is of stage 0, a merged specialist's own stage, and the heads that they draft through
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.convert.stored import StoredTensor
+from cognica_mlx.decoding.rounded import round_prefix
+from cognica_mlx.errors import CheckpointError
+from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import SUFFIXES, Scheme, copies_of, draft_scheme, rounded
+
+DRAFT_FILE = "draft.safetensors"
+_BITS = "draft_bits"
+
+
+def write_copy(
+    folder: Path,
+    config: PoEConfig,
+    weights: Mapping[str, StoredTensor],
+    bits: str,
+    dtype: mx.Dtype | None,
+) -> None:
+    """Write the copy of a model with these tensors to `folder`.
+
+    Raises RequestError where rounding would change nothing.
+    """
+    arrays: dict[str, mx.array] = {}
+    for path, module in _matrices(PoEModel(config), draft_scheme(bits)).items():
+        matrix = weights[f"{path}.weight"].read()
+        matrix = matrix[: module.weight.shape[0]]
+        way = Scheme(module.bits, module.group_size, module.mode)
+        for suffix, part in way.quantize(matrix if dtype is None else matrix.astype(dtype)).items():
+            arrays[f"{path}.{suffix}"] = part
+        mx.eval(arrays)
+    mx.save_safetensors(str(folder / DRAFT_FILE), arrays, {_BITS: bits})
+
+
+def offer_copy(model: PoEModel, folder: Path) -> None:
+    """Have `model` take up the copy in a folder, if there is one, when it is first drafted with.
+
+    Raises CheckpointError for a file that is no copy, then or now.
+    """
+    path = folder / DRAFT_FILE
+    if path.is_file():
+        _, bits = _load(path)
+        model.stored_copies[draft_scheme(bits)] = partial(_take_up, model, path)
+
+
+def _take_up(model: PoEModel, path: Path) -> None:
+    arrays, bits = _load(path)
+    scheme, dtype = draft_scheme(bits), model.resid_lambdas.dtype
+    modules = dict(model.named_modules())
+    for place, expected in _matrices(PoEModel(model.config), scheme).items():
+        own = modules[place]
+        if not isinstance(own, nn.Linear):
+            continue  # loaded rounded already
+        packed = nn.QuantizedLinear(
+            own.weight.shape[1],
+            own.weight.shape[0],
+            bias=False,
+            group_size=expected.group_size,
+            bits=expected.bits,
+            mode=expected.mode,
+        )
+        for suffix in SUFFIXES:
+            if suffix not in packed:
+                continue
+            part = arrays.get(f"{place}.{suffix}")
+            if part is None or part.shape != packed[suffix].shape:
+                raise CheckpointError(
+                    f"{path} does not fit its model at {place}: delete it, or convert again"
+                )
+            kept = mx.issubdtype(part.dtype, mx.integer)
+            packed[suffix] = part if kept else part.astype(dtype)
+        mx.eval(packed.parameters())
+        copies_of(own)[scheme] = packed
+
+
+def _matrices(model: PoEModel, scheme: Scheme) -> dict[str, Any]:
+    """The rounded matrices of a copy by their paths, unevaluated."""
+    prefix = round_prefix(model, scheme, 0, "summed")
+    drafting = [*(b for k in prefix.of for b in model.stages[k].blocks), *prefix.originals]
+    inside = {id(module) for part in drafting for _, module in part.named_modules()}
+    found = {}
+    for path, module in model.named_modules():
+        if id(module) in inside and isinstance(copy := rounded(module, scheme), nn.QuantizedLinear):
+            found[path] = copy
+    return found
+
+
+def _load(path: Path) -> tuple[dict[str, mx.array], str]:
+    try:
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+        arrays, metadata = loaded
+        return arrays, metadata[_BITS]
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} is not a rounded copy ({reason}): delete it, or convert again"
+        ) from None
