@@ -113,9 +113,9 @@ class Trainer:
         weights, slots = (_nbytes(part) for part in (state.parameters, state.optimizer))
         # Each layer's activations, those of the boundary, attention's scores, the logits.
         values = positions * config.n_embd * (24 * layers + 28)
-        values += positions * config.n_head * longest * 1.5 * (layers + 2)
+        values += positions * config.n_head * longest * 3 * (layers + 2) // 2
         values += (rows + positions // ROW_SHARE) * config.padded_vocab_size * 8
-        backward = int(values * mx.float32.size) + weights * (1 + (self.accumulation > 1))
+        backward = values * mx.float32.size + weights * (1 + (self.accumulation > 1))
         held = weights + weights * self.kept.size // mx.float32.size + slots + self.stage.nbytes
         return held + max(backward, 3 * weights + 2 * slots)
 
