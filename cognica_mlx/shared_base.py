@@ -18,7 +18,7 @@ from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.errors import RequestError
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.model import PoEModel, log_op
-from cognica_mlx.stages import Stage, norm
+from cognica_mlx.stages import Stage
 
 
 class PatchedEmbedding(nn.Module):
@@ -115,14 +115,14 @@ class Siblings(PoEModel):
 
     def full_scores(self, hidden: Mapping[int, Hidden]) -> mx.array:
         """The weighted Log-OP of the specialists, (B, T, V) float32."""
-        return log_op([self.stage_logits(k, hidden[k]) for k in self.full_boundaries], self._shares)
+        # Machines that hold a specialist each work side by side.
+        asked = [self.ask_logits(k, hidden[k]) for k in self.full_boundaries]
+        return log_op([answer() for answer in asked], self._shares)
 
     def draft_logits(self, stage: int, hidden: Hidden) -> mx.array:
         """A base stage's activations through each specialist's heads, pooled as the specialists."""
-        h, count = norm(hidden.x), len(self.config.specialist_layers)
-        return log_op(
-            [self._head_logits(h, self._final_heads(i)) for i in range(count)], self._shares
-        )
+        asked = [model.ask_draft_logits(hidden) for model in self._models]
+        return log_op([answer() for answer in asked], self._shares)
 
     def _final_heads(self, specialist: int) -> list[nn.Module]:
         """The heads that the i-th specialist speaks through."""

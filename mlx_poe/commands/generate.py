@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from typing import Any
 
 from rich.color import ColorSystem
 from rich.console import Console
@@ -34,11 +35,13 @@ from mlx_poe.commands.options import (
     taken,
     taken_constraints,
 )
+from mlx_poe.commands.split import add_split_flags, check_split, split_over_machines
 from mlx_poe.generate import GenerationResponse, Prompt, stream_generate
 from mlx_poe.load import load
 from mlx_poe.machine import known_costs
 from mlx_poe.penalty import default_repetition_penalty
 from mlx_poe.specialists import Specialists
+from mlx_poe.tokenizer import Tokenizer
 
 # One colour per stage, shallow to deep; deeper models start over.
 STAGE_COLORS = ("green", "cyan", "blue", "magenta", "red", "yellow")
@@ -91,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_constraint_flags(parser)
     add_mode_flags(parser)
     add_batch_flags(parser)
+    add_split_flags(parser)
     return parser
 
 
@@ -109,16 +113,38 @@ def _generate(args: argparse.Namespace) -> int:
     if args.top_logprobs and not args.json:
         raise RequestError("--top-logprobs belongs to --json or --prompts, which show them")
     constraints = taken_constraints(args)
-    text = read_stdin() if args.prompt == "-" else args.prompt
-    if not text.strip():
-        raise RequestError("the prompt is empty; give some text with --prompt")
+    check_split(args)
+    if args.split:
+        with split_over_machines(args, [(n, n) for n in args.specialists or ()]) as found:
+            if not found:
+                return 0
+            return _reply(args, _text(args), constraints, found.tokenizer, found.specialists)
+    text = _text(args)
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )
-    if args.specialists:
-        model = _with_specialists(args, model)
-    elif args.weights:
-        raise RequestError("--weights belongs to --specialists with several of them")
+    specialists = Specialists(model)
+    for name in args.specialists or ():
+        specialists.attach(name, name, quantize=args.quantize)
+    return _reply(args, text, constraints, tokenizer, specialists)
+
+
+def _text(args: argparse.Namespace) -> str:
+    text = read_stdin() if args.prompt == "-" else args.prompt
+    if not text.strip():
+        raise RequestError("the prompt is empty; give some text with --prompt")
+    return text
+
+
+def _reply(
+    args: argparse.Namespace,
+    text: str,
+    constraints: dict[str, Any],
+    tokenizer: Tokenizer,
+    specialists: Specialists,
+) -> int:
+    """Generate, print, and return the exit status."""
+    model = _chosen(args, specialists)
     chats = bool(model.config.specialist_layers) and not args.ignore_chat_template
     if chats and args.repetition_penalty is None:
         args.repetition_penalty = default_repetition_penalty(model, formal=bool(constraints))
@@ -151,16 +177,14 @@ def _generate(args: argparse.Namespace) -> int:
     return status
 
 
-def _with_specialists(args: argparse.Namespace, base: PoEModel) -> PoEModel:
-    """One specialist on top of the base, or the Log-OP of several."""
-    specialists = Specialists(base)
-    for name in args.specialists:
-        specialists.attach(name, name, quantize=args.quantize)
-    if len(args.specialists) > 1:
-        return specialists.compose(args.specialists, args.weights)
+def _chosen(args: argparse.Namespace, specialists: Specialists) -> PoEModel:
+    """The base, one specialist on top of it, or the Log-OP of several."""
+    names = args.specialists or ()
+    if len(names) > 1:
+        return specialists.compose(names, args.weights)
     if args.weights:
         raise RequestError("--weights belongs to --specialists with several of them")
-    return specialists.use(args.specialists[0])
+    return specialists.use(names[0] if names else None)
 
 
 def _prompt(args: argparse.Namespace, text: str, chats: bool) -> Prompt:
