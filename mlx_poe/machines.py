@@ -92,6 +92,8 @@ def on_machines(
     finally:
         link.close()
         if link.lost:
+            if not status:
+                print(f"went on without the others: {link.lost}", file=sys.stderr)
             # A call that waits for a rank that is gone would never let the process end.
             atexit.register(_leave, status)
 
@@ -130,8 +132,10 @@ class _Rank:
         return self.split.part(config, rank, speaks=max(self.split.stages(rank)) >= self._base)
 
     def is_here(self, index: int) -> bool:
-        """Whether this rank holds the specialist that is attached as the `index`-th."""
-        return self.split.ranks[self._base + index] == self.wire.rank
+        """Whether this rank holds the specialist that is attached as the `index`-th. Those that are
+        attached later are rank 0's."""
+        owners = self.split.ranks[self._base :]
+        return (owners[index] if index < len(owners) else 0) == self.wire.rank
 
     def together(self, work: Callable[[], Result]) -> Result:
         """Do something that all ranks do. RankError where it fails elsewhere."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.batch import Batch
-from cognica_mlx.decoding.modes import make_mode
+from cognica_mlx.decoding.modes import last_resort, make_mode
 from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.decoding.requests import Steps
 from cognica_mlx.decoding.sequence import (
@@ -318,6 +318,7 @@ class Scheduler:
             progress=lambda *_: state.compact(EXCESS),
             advice=pace,
             fallback=make_mode(task.model),
+            last_resort=last_resort(task.model),
             constraint=task.asked.grammar.start() if task.asked.grammar else None,
             score_prompt=task.asked.prompt_logprobs,
         )

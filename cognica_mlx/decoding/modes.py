@@ -19,6 +19,7 @@ from cognica_mlx.decoding.targets import (
 )
 from cognica_mlx.decoding.wand import Wand, exit_margins
 from cognica_mlx.errors import RequestError
+from cognica_mlx.machines.remote import stage_left
 from cognica_mlx.model import PoEModel
 
 # Each mode with the options that mean something to it.
@@ -101,6 +102,13 @@ def make_mode(
     if "p99_bounds" in MODES[mode] and "p99_bounds" not in given:
         given["p99_bounds"] = _bounds(model, calibration)
     return Wand(model, **given) if mode == "wand" else _speculative(model, mode, **given)
+
+
+def last_resort(model: PoEModel) -> Mode | None:
+    """What to go on with where machines that hold deeper stages are lost: the deepest before those;
+    None where nobody wants that."""
+    stage = stage_left(model)
+    return None if stage is None else Plain(stage_target(model, stage))
 
 
 def _speculative(

@@ -57,9 +57,7 @@ class RemoteStage(Stage):
         """See `Stage`."""
         return RemoteCache(self, slack)
 
-    def __call__(
-        self, hidden: Hidden, caches: Sequence[AttentionCache] | None = None
-    ) -> NoReturn:
+    def __call__(self, hidden: Hidden, caches: Sequence[AttentionCache] | None = None) -> NoReturn:
         """Only passes of sequences go there. Raises RequestError."""
         raise RequestError(
             f"stage {self.number} is on rank {self.rank}, which runs it for sequences only; "
@@ -110,6 +108,15 @@ class RemoteStage(Stage):
     def dtype(self) -> mx.Dtype:
         """The type of its activations."""
         return self._model.resid_lambdas.dtype
+
+
+def stage_left(model: PoEModel) -> int | None:
+    """The deepest stage that rank 0 can go on with where other ranks are lost; None where it is not
+    to go on."""
+    for k, stage in enumerate(model.stages):
+        if isinstance(stage, RemoteStage):
+            return k - 1 if stage.link.degrade else None
+    return None
 
 
 class Handle:

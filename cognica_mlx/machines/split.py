@@ -103,9 +103,7 @@ def parse(text: str, size: int, base: int, specialists: Sequence[str] = ()) -> S
     return Split(tuple(rank for rank, group in enumerate(groups) for _ in group))
 
 
-def balanced(
-    config: PoEConfig, seconds: Sequence[float], specialists: Sequence[str] = ()
-) -> Split:
+def balanced(config: PoEConfig, seconds: Sequence[float], specialists: Sequence[str] = ()) -> Split:
     """A split by the `seconds` in which each rank does the same work.
 
     Specialists have machines of their own as far as there are any; otherwise stages go where the

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from typing import Any
 
 from rich.color import ColorSystem
 from rich.console import Console
@@ -20,7 +19,12 @@ from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import SamplingOptions
-from mlx_poe.commands.batch import add_batch_flags, as_json, generate_file
+from mlx_poe.commands.batch import (
+    add_batch_flags,
+    as_json,
+    check_file_flags,
+    generate_file,
+)
 from mlx_poe.commands.options import (
     INTERRUPTED,
     add_constraint_flags,
@@ -106,44 +110,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(args: argparse.Namespace) -> int:
     if (args.prompt is None) == (args.prompts is None):
         raise RequestError("give a prompt with --prompt, or a file of them with --prompts")
-    if args.prompts is not None:
-        return generate_file(args)
-    if args.output is not None:
-        raise RequestError("--output is where --prompts puts its replies")
-    if args.top_logprobs and not args.json:
-        raise RequestError("--top-logprobs belongs to --json or --prompts, which show them")
-    constraints = taken_constraints(args)
     check_split(args)
+    if args.prompts is not None:
+        check_file_flags(args)
+        work = generate_file
+    else:
+        if args.output is not None:
+            raise RequestError("--output is where --prompts puts its replies")
+        if args.top_logprobs and not args.json:
+            raise RequestError("--top-logprobs belongs to --json or --prompts, which show them")
+        if args.prompt != "-":
+            _check_text(args.prompt)
+        work = _reply
     if args.split:
         with split_over_machines(args, [(n, n) for n in args.specialists or ()]) as found:
-            if not found:
-                return 0
-            return _reply(args, _text(args), constraints, found.tokenizer, found.specialists)
-    text = _text(args)
+            return work(args, found.tokenizer, found.specialists) if found else 0
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )
     specialists = Specialists(model)
     for name in args.specialists or ():
         specialists.attach(name, name, quantize=args.quantize)
-    return _reply(args, text, constraints, tokenizer, specialists)
+    return work(args, tokenizer, specialists)
 
 
-def _text(args: argparse.Namespace) -> str:
-    text = read_stdin() if args.prompt == "-" else args.prompt
+def _check_text(text: str) -> None:
     if not text.strip():
         raise RequestError("the prompt is empty; give some text with --prompt")
-    return text
 
 
-def _reply(
-    args: argparse.Namespace,
-    text: str,
-    constraints: dict[str, Any],
-    tokenizer: Tokenizer,
-    specialists: Specialists,
-) -> int:
-    """Generate, print, and return the exit status."""
+def _reply(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Specialists) -> int:
+    """Reply to `args.prompt`, print the reply, and return the exit status."""
+    text = read_stdin() if args.prompt == "-" else args.prompt
+    _check_text(text)
+    constraints = taken_constraints(args)
     model = _chosen(args, specialists)
     chats = bool(model.config.specialist_layers) and not args.ignore_chat_template
     if chats and args.repetition_penalty is None:

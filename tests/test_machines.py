@@ -1,0 +1,101 @@
+"""Models split over several processes: the checks are `split_checks`'s, here they are started.
+
+One group of processes makes many checks, as starting them takes longer than they do.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKS = Path(__file__).parent / "split_checks.py"
+SECONDS = 240
+without_mpi = pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="no mpirun: install Open MPI to run these"
+)
+
+
+def environment() -> dict[str, str]:
+    # More processes than cores, each waiting for another: threads of their own would only wait.
+    return {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def results(out: str, err: str) -> list[str]:
+    """The names of the checks made; fails for one that has gone wrong."""
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    wrong = [check for check in found if check["wrong"]]
+    assert found and not wrong, (wrong, err[-2000:])
+    return [check["check"] for check in found]
+
+
+def by_mpi(count: int, *cases: str) -> list[str]:
+    flags = ["--allow-run-as-root", "--oversubscribe", "--mca", "mpi_yield_when_idle", "1"]
+    run = subprocess.run(
+        ["mpirun", *flags, "-n", str(count), sys.executable, str(CHECKS), *cases],
+        capture_output=True, text=True, timeout=SECONDS, env=environment(),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    return results(run.stdout, run.stderr)
+
+
+def by_ring(count: int, *cases: str, ends: bool = True, folder: Path) -> list[str]:
+    """As `mlx.launch` starts a ring, which would end all ranks if one dies."""
+    with_ports = [socket.socket() for _ in range(count)]
+    for one in with_ports:
+        one.bind(("127.0.0.1", 0))
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{one.getsockname()[1]}"] for one in with_ports]))
+    for one in with_ports:
+        one.close()
+    ranks: list[subprocess.Popen[str]] = []
+    try:
+        for rank in reversed(range(count)):
+            env = {**environment(), "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+            if ranks:
+                env["RANK_1"] = str(ranks[-1].pid)
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, str(CHECKS), *cases],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=env,
+                )
+            )
+        out, err = ranks[-1].communicate(timeout=SECONDS)
+        assert ranks[-1].returncode == 0, err[-2000:]
+        if ends:
+            for one in ranks[:-1]:
+                one.communicate(timeout=SECONDS)
+                assert one.returncode == 0
+        return results(out, err)
+    finally:
+        for one in ranks:
+            one.kill()
+            one.communicate()
+
+
+@without_mpi
+def test_two_machines_decode_in_every_mode_as_one_does():
+    done = by_mpi(2, "flat-d8:0|1,2,3", "gqa-logop-d8:0,1|2,3")
+    assert len(done) == 2 * 9
+
+
+@without_mpi
+def test_activations_go_from_machine_to_machine_and_specialists_work_side_by_side():
+    done = by_mpi(4, "chain-on-stage:0|1|2,3|4,5", "siblings:stages")
+    assert len(done) == 9 + 5
+
+
+def test_a_ring_passes_messages_on(tmp_path):
+    assert len(by_ring(4, "stage-on-flat:0,1|2|3|4", folder=tmp_path)) == 9
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_rank_that_is_lost_is_named_and_done_without(how, tmp_path):
+    assert len(by_ring(2, f"lost:{how}", ends=False, folder=tmp_path)) == 4
