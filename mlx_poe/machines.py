@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -27,7 +27,6 @@ from cognica_mlx.machines.owner import Owner, Speaker
 from cognica_mlx.machines.remote import RemoteStage
 from cognica_mlx.machines.split import Part, Split, balanced, parse, seconds_here
 from cognica_mlx.model import PoEModel
-from mlx_poe.load import load
 from mlx_poe.specialists import Specialists
 from mlx_poe.tokenizer import Tokenizer
 
@@ -37,46 +36,49 @@ STAGES = "stages"
 RING_VARIABLE, JACCL_VARIABLE = "MLX_HOSTFILE", "MLX_IBV_DEVICES"
 
 Result = TypeVar("Result")
+# What a rank is to hold of a model of this configuration and type.
+Choose = Callable[[PoEConfig, mx.Dtype], Part]
 
 
 @dataclass(frozen=True)
 class Loaded:
     """What rank 0 decodes with."""
 
-    model: PoEModel
-    tokenizer: Tokenizer
     specialists: Specialists
-    link: Link
+    tokenizer: Tokenizer | None
+    split: Split
+
+    @property
+    def model(self) -> PoEModel:
+        """The base."""
+        return self.specialists.base
 
 
 @contextmanager
 def on_machines(
-    name: str,
+    load_base: Callable[[Choose], tuple[PoEModel, Tokenizer | None]],
     split: str,
-    specialists: Sequence[tuple[str, str]] = (),
+    specialists: Sequence[tuple[str, Callable[[Specialists], object]]] = (),
     *,
     timeout: float = TIMEOUT,
     degrade: bool = False,
-    quantize: int | None = None,
-    **options: Any,
 ) -> Iterator[Loaded | None]:
-    """Load a model by parts, and the specialists (name, model) over it; `split` is "stages" or as
-    `machines.split.parse` reads it. `options` are those of `load`.
+    """Load a model by parts, and specialists over it.
 
-    The block gets None on ranks other than 0, once rank 0 has left its own. A rank that has not
-    done a pass after `timeout` seconds is given up: decoding ends with a RankLostError, or with
-    `degrade` goes on with what rank 0 holds.
+    `load_base` loads what its argument, asked with a configuration and a type, says is this rank's;
+    specialists are names with what attaches each. `split` is "stages" or as `machines.split.parse`
+    reads it. The block gets None on ranks other than 0, once rank 0 has left its own. A rank that
+    has not done a pass after `timeout` seconds is given up: decoding ends with a RankLostError, or
+    with `degrade` goes on with what rank 0 holds.
 
     Raises RequestError where no ranks have been started or the split does not fit them, RankError
     where another rank cannot load its part.
     """
-    rank = _Rank(name, split, [name for name, _ in specialists])
-    model, tokenizer = rank.together(
-        lambda: load(name, part=rank.part, quantize=quantize, **options)
-    )
+    rank = _Rank(split, [name for name, _ in specialists])
+    model, tokenizer = rank.together(lambda: load_base(rank.part))
     owned = Specialists(model, rank.is_here)
-    for title, path in specialists:
-        rank.together(lambda title=title, path=path: owned.attach(title, path, quantize=quantize))
+    for _, attach in specialists:
+        rank.together(lambda attach=attach: attach(owned))
     models = [model, *(owned.use(title) for title in owned.names)]
     rank.announce(models)
     if rank.wire.rank:
@@ -87,7 +89,7 @@ def on_machines(
     rank.place(link, model, owned)
     status = 1
     try:
-        yield Loaded(model, tokenizer, owned, link)
+        yield Loaded(owned, tokenizer, rank.split)
         status = 0
     finally:
         link.close()
@@ -111,7 +113,7 @@ class _Disagreed(RankError):
 class _Rank:
     """One of the processes, while they find out who does what."""
 
-    def __init__(self, name: str, split: str, specialists: Sequence[str]):
+    def __init__(self, split: str, specialists: Sequence[str]):
         self.wire = _join()
         self._text, self._specialists = split, specialists
         self.split = Split(())

@@ -55,15 +55,23 @@ class Specialists:
             raise RequestError(f"{name} is attached already: detach it first, or choose a name")
         checkpoint = read_checkpoint(find_model(path_or_hf_repo, revision))
         shared = self._link_in_memory(checkpoint)
-        here = self._is_here(len(self._models))
+        here = self.is_next_here()
         if not here and checkpoint.config.poe_n_stages != self.base.poe_n_stages + 1:
             raise RequestError(f"{name} is more than one stage: rank 0 has to hold it")
         model = self._stack(checkpoint, shared, quantize, here)
         model.calibration, model.calibration_problem = read_calibration(
             checkpoint.source.folder, model.config
         )
-        self._models[name] = model
+        self.add(name, model)
         return model
+
+    def add(self, name: str, model: PoEModel) -> None:
+        """Take in a model that stands on the base in memory: see `share_base`."""
+        self._models[name] = model
+
+    def is_next_here(self) -> bool:
+        """Whether this machine holds the specialist that is attached next."""
+        return self._is_here(len(self._models))
 
     def use(self, name: str | None) -> PoEModel:
         """The base with the specialist `name` on top, or with None the base itself.

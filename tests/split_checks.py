@@ -18,7 +18,7 @@ from cognica_mlx.errors import RankLostError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.state import DecodingState
-from mlx_poe import batch_generate
+from mlx_poe import batch_generate, load
 from mlx_poe.machines import on_machines
 from mlx_poe.specialists import Specialists
 
@@ -54,8 +54,13 @@ def check(name: str, found: object, expected: object) -> None:
 def split_model(name: str, split: str, *specialists: str, **options):
     """A fixture, or a built-in model, on all ranks."""
     folder = FIXTURES / name
-    path = str(folder) if folder.is_dir() else name
-    return on_machines(path, split, [(s, s) for s in specialists], dtype="float32", **options)
+    path = folder if folder.is_dir() else name
+    return on_machines(
+        lambda part: load(path, dtype="float32", part=part),
+        split,
+        [(one, lambda over, one=one: over.attach(one, one)) for one in specialists],
+        **options,
+    )
 
 
 def every_mode(name: str, split: str) -> None:

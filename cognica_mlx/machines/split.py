@@ -125,7 +125,8 @@ def balanced(config: PoEConfig, seconds: Sequence[float], specialists: Sequence[
             )
         return Split((*[0] * (stages + here), *range(1, others + 1)))
     layers = [*config.stage_layers, *config.specialist_layers]
-    matrices = config.n_embd * (2 * config.n_head * config.head_dim + 2 * config.intermediate_size)
+    heads = (config.n_head + config.n_kv_head) * config.head_dim
+    matrices = 2 * config.n_embd * (heads + config.intermediate_size)  # of a layer
     head = config.padded_vocab_size * config.n_embd / matrices  # in layers
     best: tuple[float, tuple[int, ...]] | None = None
     for ends in _cuts(stages, size):

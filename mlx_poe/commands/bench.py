@@ -36,6 +36,12 @@ from cognica_mlx.costs import measure
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from mlx_poe.commands.bars import progress_bars
+from mlx_poe.commands.bench_machines import (
+    MACHINES,
+    add_machine_flags,
+    check_machines,
+    measure_machines,
+)
 from mlx_poe.commands.chat import STARTER_SPECIALISTS
 from mlx_poe.commands.options import (
     add_specialist_flag,
@@ -51,7 +57,7 @@ from mlx_poe.load import DEFAULT_MODEL, find_model, load
 
 SECTIONS = (
     *("stages", "prompt", "rows", "modes", "batch", "constrained", "serving"),
-    *("lengths", "quantised", "memory", "training"),
+    *("lengths", "quantised", "memory", "training", MACHINES),
 )
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
 # Beginnings in the kinds of text that poe-tiny has learnt, which other models can go on from too.
@@ -76,6 +82,7 @@ EXAMPLES = """\
   mlx_poe.bench --only batch --peers                   # many sequences, against mlx-lm's batch
   mlx_poe.bench --only serving --trials 3              # our server and mlx_lm.server under load
   mlx_poe.bench --shape 1.3b-stage --only training     # a stage of one's own
+  mpirun -n 2 mlx_poe.bench --shape 1.3b --only machines --split stages --prompt-tokens 2048
   mlx_poe.bench --compare old.json
 
 On Linux without a GPU MLX brings a slow BLAS, with which no figure means much. Install OpenBLAS
@@ -149,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BITS,…",
         help="bit widths of the section quantised (default: 8,4)",
     )
+    add_machine_flags(parser)
     out = parser.add_argument_group("output")
     out.add_argument("--json", type=file_path, metavar="FILE", help="write the result file")
     out.add_argument("--csv", type=file_path, metavar="FILE", help="write the figures as a table")
@@ -180,15 +188,24 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         print(f"mlx_poe.bench: {remarks[0]}", file=sys.stderr)
     with progress_bars() as progress:
         machine = this_machine()
-        model, texts, calibration, recording, name = _prepare(args, progress)
-        if not (calibration or recording) and "modes" in (args.only or DEFAULT_SECTIONS):
-            remarks.append(_left_out(args, model))
-        setup = Setup(model, machine, texts, args.max_tokens, args.trials, progress)
-        found = _measure(args, setup, calibration, recording)
+        if args.split:
+            name, shared = (
+                f"{args.shape}, random weights",
+                measure_machines(args, _dtype(args), progress),
+            )
+            if shared is None:
+                return 0  # rank 0 reports
+            found = shared
+        else:
+            model, texts, calibration, recording, name = _prepare(args, progress)
+            if not (calibration or recording) and "modes" in (args.only or DEFAULT_SECTIONS):
+                remarks.append(_left_out(args, model))
+            setup = Setup(model, machine, texts, args.max_tokens, args.trials, progress)
+            found = _measure(args, setup, calibration, recording)
+            dtype = str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
     report = Report(
         model=name,
-        dtype=str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
-        + (f", {args.quantize} bits" if args.quantize else ""),
+        dtype=dtype + (f", {args.quantize} bits" if args.quantize else ""),
         command=shlex.join(["mlx_poe.bench", *argv]),
         date=date.today().isoformat(),
         machine=machine,
@@ -227,6 +244,7 @@ def _check(args: argparse.Namespace) -> None:
     """Reject bad flags before minutes of measuring."""
     if args.model and args.shape:
         raise RequestError("--model and --shape: give one of them")
+    check_machines(args)
     if args.agreement is not None and not args.shape:
         raise RequestError("--agreement needs --shape; a real model has its own")
     for section in args.only or ():

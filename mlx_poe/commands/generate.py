@@ -124,7 +124,7 @@ def _generate(args: argparse.Namespace) -> int:
         work = _reply
     if args.split:
         with split_over_machines(args, [(n, n) for n in args.specialists or ()]) as found:
-            return work(args, found.tokenizer, found.specialists) if found else 0
+            return work(args, *found) if found else 0
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )

@@ -157,7 +157,7 @@ def _serve(args: argparse.Namespace) -> int:
             if not found:
                 return 0
             with _listen(args.host, args.port) as listening:
-                return _listened(args, found.tokenizer, found.specialists, key, listening)
+                return _listened(args, *found, key, listening)
     with _listen(args.host, args.port) as listening:
         print("loading …", file=sys.stderr)
         model, tokenizer = load(

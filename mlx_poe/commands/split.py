@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from cognica_mlx.errors import RequestError
 from cognica_mlx.machines.link import TIMEOUT
-from mlx_poe.machines import STAGES, Loaded, on_machines
+from mlx_poe.load import load
+from mlx_poe.machines import STAGES, on_machines
+from mlx_poe.specialists import Specialists
+from mlx_poe.tokenizer import Tokenizer
 
 
 def add_split_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,16 +48,22 @@ def check_split(args: argparse.Namespace) -> None:
 @contextmanager
 def split_over_machines(
     args: argparse.Namespace, specialists: Sequence[tuple[str, str]] = ()
-) -> Iterator[Loaded | None]:
+) -> Iterator[tuple[Tokenizer, Specialists] | None]:
     """What `args` name, loaded on all machines: see `on_machines`."""
+    options = {name: getattr(args, name) for name in ("revision", "dtype", "quantize")}
+    attached = [
+        (name, partial(Specialists.attach, name=name, path_or_hf_repo=path, quantize=args.quantize))
+        for name, path in specialists
+    ]
     with on_machines(
-        args.model,
+        lambda part: load(args.model, part=part, **options),
         args.split,
-        specialists,
+        attached,
         timeout=args.rank_timeout or TIMEOUT,
         degrade=args.degrade,
-        revision=args.revision,
-        dtype=args.dtype,
-        quantize=args.quantize,
     ) as found:
-        yield found
+        if not found:
+            yield None
+            return
+        assert found.tokenizer is not None, "a model that was loaded has one"
+        yield found.tokenizer, found.specialists
