@@ -86,7 +86,7 @@ def score(requests: Sequence[Score]) -> list[Scores]:
     for boundary in target.boundaries:
         pieces = []
         for request in requests:
-            end = request.state.length
+            end = request.state.length if request.end is None else request.end
             pieces += request.state.rows(boundary, end - request.rows, end)
         hidden[boundary] = pack(pieces)
     scores = Scores(target.scores(hidden)[0])

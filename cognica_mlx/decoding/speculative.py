@@ -16,11 +16,16 @@ temperature, certified drafts are drawn from the draft stage's distribution and 
 the full model's.
 
 The host waits once for a verification, and once for a block of drafts that may be certified.
+
+Where other machines verify, this one goes on drafting (Butler et al. 2024, PipeInfer): it guesses
+the full model's token after the block and drafts the next block behind that. A refusal, or another
+token than was guessed, takes all of it back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -29,6 +34,7 @@ from cognica_mlx.decoding.drafters import Draft, OwnStages
 from cognica_mlx.decoding.requests import (
     DecodedToken,
     Read,
+    Request,
     Score,
     Steps,
     as_row,
@@ -71,6 +77,7 @@ class Speculative:
     def steps(self, sequence: DecodingSequence) -> Steps:
         """Emit tokens, a round at a time."""
         state = sequence.state
+        ahead: Draft | None = None
         while sequence.budget and sequence.advice.pays():
             yield from sequence.certain()
             if not sequence.budget:
@@ -81,7 +88,7 @@ class Speculative:
                 most = sequence.advice.draft_length(most)
             # A verification adds a token of its own; certified drafts may have to do without.
             room = sequence.budget - (self.certain is None)
-            draft = yield from self.drafter.draft(sequence, min(most, room), room)
+            draft = ahead or (yield from self.drafter.draft(sequence, min(most, room), room))
             sequence.drafted += draft.forced.count(False)
             certified: list[bool] = []
             if self.certain is not None:
@@ -92,19 +99,38 @@ class Speculative:
                     tokens, logprobs, _, *best = numbers
                     yield from self._emitted(draft, tokens, logprobs, best)
                     continue
-            yield from self._verify(sequence, draft, certified)
+            ahead = yield from self._verify(sequence, draft, certified)
 
-    def _verify(self, sequence: DecodingSequence, draft: Draft, certified: list[bool]) -> Steps:
+    def _goes_on(self, sequence: DecodingSequence) -> bool:
+        """Whether to draft while a draft is being verified: other machines do that, and the full
+        model's own token after it can be guessed."""
+        behind = sequence.state.stages[self.draft_stage + 1 : self.depth + 1]
+        waits = sequence.constraint or self.drafter.stop_below is not None
+        return (
+            any(stage.rank for stage in behind)
+            and self.certain is None
+            and sequence.sampler.greedy
+            and not waits
+        )
+
+    def _verify(
+        self, sequence: DecodingSequence, draft: Draft, certified: list[bool]
+    ) -> Generator[Request | DecodedToken, Any, Draft | None]:
         """Verify a draft, roll back what is refused, and emit what is kept and one token of the
-        full model's own. Drafts that are `certified` are kept whatever the full model says."""
+        full model's own. Drafts that are `certified` are kept whatever the full model says.
+
+        Returns what has been drafted meanwhile, if all that it builds on is kept."""
         state, sampler, constraint = sequence.state, sequence.sampler, sequence.constraint
         rows = len(draft) + 1
         if state.length < draft.first + rows:
             # What the full model predicts after the last draft comes with the same pass.
             state.append(draft.tokens[-1] if len(draft) else as_row(sequence.text[-1]))
         yield from through(state, self.depth)
-        drafted = draft.joined()
-        scores = yield Score(state, self.target, rows)
+        end, drafted = state.length, draft.joined()
+        ahead = None
+        if self._goes_on(sequence):
+            ahead = yield from self.drafter.go_on(sequence, draft, self.num_draft_tokens)
+        scores = yield Score(state, self.target, rows, end)
         context = sampler.extend(draft.context, drafted)
         scores = sampler.process(scores, context, _masks(draft, constraint))
         agree, chosen = judge(sampler, scores, drafted, draft)
@@ -117,7 +143,13 @@ class Speculative:
         accepted, chosen, logprobs, drafted, drafted_logprobs, *best = yield Read(state, arrays)
         forced = draft.forced
         sequence.advice.judged(forced[:accepted].count(False), forced.count(False))
-        state.rollback(draft.first + 1 + accepted)
+        if ahead and accepted == len(draft):
+            (((guess,),),) = yield Read(state, (ahead.after,))
+            ahead = ahead if guess == chosen[accepted] else None
+        else:
+            ahead = None
+        if ahead is None:
+            state.rollback(draft.first + 1 + accepted)
         chooses = True
         if constraint:
             constraint.rollback(len(draft) - accepted)
@@ -129,6 +161,7 @@ class Speculative:
         if chooses:
             top = top_of(best, accepted)
             yield DecodedToken(chosen[accepted], logprobs[accepted], self.depth, top=top)
+        return ahead
 
     def _emitted(
         self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[float], best: Sequence
