@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import mlx.core as mx
@@ -78,7 +79,7 @@ def on_machines(
     model, tokenizer = rank.together(lambda: load_base(rank.part))
     owned = Specialists(model, rank.is_here)
     for _, attach in specialists:
-        rank.together(lambda attach=attach: attach(owned))
+        rank.together(partial(attach, owned))
     models = [model, *(owned.use(title) for title in owned.names)]
     rank.announce(models)
     if rank.wire.rank:
@@ -160,8 +161,11 @@ class _Rank:
 
     def announce(self, models: Sequence[PoEModel]) -> None:
         """Say on stderr, by rank 0, how much each holds."""
-        arrays = {id(a): a for m in models for _, a in tree_flatten(m.parameters())}
-        held = self._exchange(sum(a.nbytes for a in arrays.values()) / 1e6)
+        arrays: dict[int, mx.array] = {}
+        for model in models:
+            named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+            arrays.update((id(array), array) for array in named.values())
+        held = self._exchange(sum(array.nbytes for array in arrays.values()) / 1e6)
         if self.wire.rank:
             return
         for rank, megabytes in enumerate(held):

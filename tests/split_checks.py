@@ -14,7 +14,9 @@ from conftest import FIXTURES, fixture
 
 from cognica_mlx.decoding.modes import ModeOptions, last_resort, make_mode
 from cognica_mlx.decoding.single import decode
-from cognica_mlx.errors import RankLostError
+from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.errors import RankError, RankLostError
+from cognica_mlx.machines.owner import Owner
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.state import DecodingState
@@ -93,6 +95,54 @@ def every_mode(name: str, split: str) -> None:
         check(f"{name} {split} states", *answers)
 
 
+def drafting_on(split: str) -> None:
+    """Drafting goes on while others verify: the same tokens, and blocks that were ready in time."""
+    with split_model("poe-tiny", split) as found:
+        if not found:
+            return
+        whole, tokenizer = fixture("poe-tiny")
+        prompt, ready = tokenizer.encode("Once upon a time"), []
+        verify = Speculative._verify
+
+        def watched(*args):
+            ahead = yield from verify(*args)
+            ready.append(ahead is not None)
+            return ahead
+
+        for sampling in ({}, {"repetition_penalty": 1.3}):
+            theirs = reply(whole, "speculative", {}, prompt, 48, **sampling)
+            Speculative._verify = watched
+            mine = reply(found.model, "speculative", {}, prompt, 48, **sampling)
+            Speculative._verify = verify
+            check(f"drafting on {split} {sampling}", mine, theirs)
+        check(f"drafting on {split}, blocks ready", sum(ready) > 4, True)
+
+
+def failing(split: str) -> None:
+    """A pass that fails on another rank: its sequence hears of it, can go on, and others do."""
+    with split_model("flat-d8", split) as found:
+        if not found:
+            return
+        model, whole = found.model, fixture("flat-d8")[0]
+        state, other, prompt = DecodingState(model), DecodingState(model), [5, 6, 7, 8]
+        first = reply(model, "full", {}, prompt, 8, state)
+        text = prompt + [token for token, *_ in first]
+        # As if its owner had lost the sequence.
+        known, state.caches[-1].number = state.caches[-1].number, 10**6
+        try:
+            reply(model, "full", {}, text, 4, state)
+            said = "nothing"
+        except RankError as error:
+            said = str(error)
+        check("a failed pass is reported", said[:7], "rank 1:")
+        check("its sequence is where it was", state.filled[-1] <= len(text) - 1, True)
+        check("others go on", reply(model, "full", {}, prompt, 8, other), first)
+        state.caches[-1].number = known
+        again = [reply(m, "full", {}, text, 6, s) for m, s in ((model, state), (whole, None))]
+        check("and so can it", [t for t, *_ in again[0]], [t for t, *_ in again[1]])
+        del state, other  # or they would outlive the link
+
+
 def siblings(split: str) -> None:
     """Specialists on ranks of their own: alone, composed, drafting, and many at once."""
     names = ("poe-tiny-math", "poe-tiny-chat", "poe-tiny-tool")
@@ -157,13 +207,29 @@ def lost(how: str) -> None:
             check(f"{how}: the rank is named", "rank 1" in str(error), True)
 
 
+def leaves_nothing(serve):
+    """When rank 0 ends, its owners hold nothing any more."""
+
+    def watched(owner):
+        serve(owner)
+        held = [*owner.caches, *owner.given]
+        check(f"rank {owner.wire.rank} holds nothing at the end", held, [])
+
+    return watched
+
+
 def main(cases: list[str]) -> None:
+    Owner.serve = leaves_nothing(Owner.serve)
     for case in cases:
         name, _, rest = case.partition(":")
         if name == "lost":
             lost(rest)
         elif name == "siblings":
             siblings(rest)
+        elif name == "drafting":
+            drafting_on(rest)
+        elif name == "failing":
+            failing(rest)
         else:
             every_mode(name, rest)
 

@@ -82,14 +82,14 @@ def by_ring(count: int, *cases: str, ends: bool = True, folder: Path) -> list[st
 
 @without_mpi
 def test_two_machines_decode_in_every_mode_as_one_does():
-    done = by_mpi(2, "flat-d8:0|1,2,3", "gqa-logop-d8:0,1|2,3")
-    assert len(done) == 2 * 9
+    done = by_mpi(2, "gqa-logop-d8:0,1|2,3", "drafting:0|1,2,3", "failing:0,1|2,3")
+    assert len(done) == 9 + 3 + 4 + 3  # and an owner's word for each that it holds nothing
 
 
 @without_mpi
 def test_activations_go_from_machine_to_machine_and_specialists_work_side_by_side():
     done = by_mpi(4, "chain-on-stage:0|1|2,3|4,5", "siblings:stages")
-    assert len(done) == 9 + 5
+    assert len(done) == 9 + 5 + 2 * 3
 
 
 def test_a_ring_passes_messages_on(tmp_path):
@@ -99,3 +99,58 @@ def test_a_ring_passes_messages_on(tmp_path):
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_a_rank_that_is_lost_is_named_and_done_without(how, tmp_path):
     assert len(by_ring(2, f"lost:{how}", ends=False, folder=tmp_path)) == 4
+
+
+MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "--mca", "mpi_yield_when_idle", "1")
+GENERATE = ("-m", "mlx_poe", "generate", "--max-tokens", "8")
+
+
+def command(*args: str, count: int = 0) -> subprocess.CompletedProcess[str]:
+    """`mlx_poe.generate`, on so many machines."""
+    start = [*MPIRUN, "-n", str(count)] if count else []
+    return subprocess.run(
+        [*start, sys.executable, *GENERATE, *args],
+        capture_output=True, text=True, timeout=SECONDS, env=environment(),
+    )  # fmt: skip
+
+
+@without_mpi
+def test_the_command_says_what_each_machine_holds_and_replies_as_on_one():
+    prompt = "--prompt", "Once there was a"
+    split = command("--split", "0|1,2,3", "--json", *prompt, count=2)
+    assert split.returncode == 0, split.stderr
+    assert "rank 0 holds stage 0: 4.7 MB" in split.stderr
+    assert "rank 1 holds stage 1, stage 2, stage 3: 7.9 MB" in split.stderr
+    one = command("--json", *prompt)
+    assert json.loads(split.stdout)["tokens"] == json.loads(one.stdout)["tokens"]
+
+
+@without_mpi
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--split", "0|1"), "each of the stages 0 to 3, once and in order"),
+        (("--split", "0|1,2|3"), "is for 3 machines, and 2 have been started"),
+        (("--split", "stages", "--model", "nowhere"), "nowhere: no such folder"),
+    ],
+)
+def test_a_split_that_cannot_be_ends_every_rank_with_one_line(flags, said):
+    run = command(*flags, "--prompt", "x", count=2)
+    assert run.returncode in (1, 2)
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--split", "stages"), "start the command on each with mlx.launch"),
+        (("--degrade",), "belong to --split"),
+        (("--split", "stages", "--rank-timeout", "0"), "is not above 0"),
+    ],
+)
+def test_flags_that_need_several_machines_are_refused_on_one(flags, said):
+    run = command(*flags, "--prompt", "x")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert said in run.stderr
+    assert run.stderr.count("\n") == 1

@@ -143,7 +143,7 @@ class Speculative:
         accepted, chosen, logprobs, drafted, drafted_logprobs, *best = yield Read(state, arrays)
         forced = draft.forced
         sequence.advice.judged(forced[:accepted].count(False), forced.count(False))
-        if ahead and accepted == len(draft):
+        if ahead and ahead.after is not None and accepted == len(draft):
             (((guess,),),) = yield Read(state, (ahead.after,))
             ahead = ahead if guess == chosen[accepted] else None
         else:

@@ -24,7 +24,7 @@ from queue import Full, Queue
 import mlx.core as mx
 
 from cognica_mlx.errors import RankError, RankLostError
-from cognica_mlx.machines.messages import Kind, Reader, Wire, encode
+from cognica_mlx.machines.messages import Inbox, Kind, Reader, Wire, encode
 
 TIMEOUT = 60.0
 # Messages that may wait to be sent, and passes whose status may be left unread.
@@ -52,6 +52,7 @@ class Link:
 
     def __init__(self, wire: Wire, timeout: float = TIMEOUT, *, degrade: bool = False):
         self.wire, self.timeout, self.degrade = wire, timeout, degrade
+        self._inbox = Inbox(wire)
         # Why ranks will not be asked again.
         self.lost: RankLostError | None = None
         self._numbers = count(1)
@@ -142,18 +143,18 @@ class Link:
             except RankError as error:
                 self._take_back()
                 raise error from None
-            if self._failed:
-                raise self._take_back()
+            self._take_back()
             return answer
 
-    def _take_back(self) -> RankError | None:
-        """Undo what has failed, the latest first; the first of the errors."""
+    def _take_back(self) -> None:
+        """Undo what has failed, the latest first, and raise the first of the errors."""
         error = None
         while self._failed:
             task, error = self._failed.pop()
             if task.undo:
                 task.undo()
-        return error
+        if error:
+            raise error
 
     def _check(self) -> None:
         """Raise RankLostError where a rank is gone, or has taken too long."""
@@ -201,12 +202,8 @@ class Link:
 
     def _receive(self, rank: int) -> Reader:
         """What a rank answers."""
-        hop = self.wire.next_hop(rank)
         with _Waiting(self, rank):
-            if hop != rank:
-                words = encode([0, Kind.BRING, rank])
-                self.wire.send(words, hop)
-            return Reader(self.wire.receive(hop)[1])
+            return Reader(self._inbox.answer(rank))
 
 
 class _Waiting:

@@ -8,12 +8,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 
 import mlx.core as mx
+import numpy as np
 
+from cognica_mlx.errors import RankError
 from cognica_mlx.hidden import Hidden
 
 # Words of 4 bytes in a first block; two of them are the message's length and destination.
@@ -52,18 +55,21 @@ class Reader:
     """A message that has arrived, read from its beginning on."""
 
     def __init__(self, words: mx.array):
-        count = int(words[0].item())
+        count: int = words[0].item()  # type: ignore[assignment]
         self._numbers: Iterator[int] = iter(words[1 : 1 + count].tolist())  # type: ignore[arg-type]
         # Sliced by whoever reads them: an unevaluated array belongs to the thread that made it.
         self._words, self._start = words, 1 + count
 
     def number(self) -> int:
         """The next number."""
-        return next(self._numbers)
+        return self.numbers(1)[0]
 
     def numbers(self, count: int) -> list[int]:
         """The next numbers."""
-        return [next(self._numbers) for _ in range(count)]
+        found = list(islice(self._numbers, count))
+        if len(found) < count:
+            raise RankError("ranks have lost track of each other's messages")
+        return found
 
     def arrays(self, *kinds: tuple[tuple[int, ...], mx.Dtype]) -> list[mx.array]:
         """The arrays behind the numbers, by their shapes and types."""
@@ -149,14 +155,19 @@ class Wire:
             self._send(words[FIRST:], rank)
 
     def receive(self, rank: int) -> tuple[int, mx.array]:
-        """The next message that the next hop `rank` sends: its destination, and its words."""
+        """The next message that the next hop `rank` sends: what `send` was told of where it goes,
+        and its words."""
         block = self._receive(BLOCK, rank)
-        size, to = block[:2].tolist()  # type: ignore[misc]
+        size, to = map(int, np.array(block[:2]))
         words = block[2 : 2 + min(size, FIRST)]
         if size > FIRST:
             words = mx.concatenate([words, self._receive(size - FIRST, rank)])
         mx.eval(words)
         return to, words
+
+    def answer(self, words: mx.array, rank: int | None = None) -> None:
+        """Send rank 0 an answer, by default one's own, on its way."""
+        self.send(words, self.parent(), self.rank if rank is None else rank)
 
     def _send(self, words: mx.array, rank: int) -> None:
         mx.eval(mx.distributed.send(words, rank, group=self.group, stream=mx.cpu))
@@ -165,3 +176,42 @@ class Wire:
         words = mx.distributed.recv((size,), mx.int32, rank, group=self.group, stream=mx.cpu)
         mx.eval(words)
         return words
+
+
+class Inbox:
+    """What others send back: answers by the ranks that give them, and activations passed on.
+
+    Between neighbours on a ring all of it comes by one way, and in any order.
+    """
+
+    # In the place of a destination, of activations.
+    ROWS = -1
+
+    def __init__(self, wire: Wire):
+        self._wire = wire
+        self._early: dict[tuple[int, int], deque[mx.array]] = defaultdict(deque)
+        self._asked: dict[int, int] = defaultdict(int)
+
+    def answer(self, rank: int) -> mx.array:
+        """The next answer that a rank gives to rank 0."""
+        hop = self._wire.next_hop(rank)
+        found = self._early[hop, rank]
+        while not found:
+            if hop != rank and not self._asked[hop]:
+                self._wire.send(encode([0, Kind.BRING, rank]), hop)
+                self._asked[hop] += 1
+            self._receive(hop)
+        return found.popleft()
+
+    def rows(self, rank: int) -> mx.array:
+        """What the rank next to this one passes on."""
+        found = self._early[rank, self.ROWS]
+        while not found:
+            self._receive(rank)
+        return found.popleft()
+
+    def _receive(self, hop: int) -> None:
+        about, words = self._wire.receive(hop)
+        if about not in (hop, self.ROWS):
+            self._asked[hop] -= 1
+        self._early[hop, about].append(words)

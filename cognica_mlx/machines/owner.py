@@ -18,6 +18,7 @@ from cognica_mlx.hidden import Hidden, Rows, pack
 from cognica_mlx.machines.messages import (
     FORGET,
     FORK,
+    Inbox,
     Kind,
     Reader,
     Wire,
@@ -46,11 +47,13 @@ class Owner:
     ):
         self.wire, self.stages, self.speakers, self.dtype = wire, stages, speakers, dtype
         self.parent = wire.parent()
+        self._inbox = Inbox(wire)
         self.caches: dict[int, StageCache] = {}
         self.given: dict[int, Hidden] = {}
 
     def serve(self) -> None:
         """Carry out messages until the last."""
+        works = {Kind.RUN: self._run, Kind.SCORE: self._score, Kind.FETCH: self._fetch}
         while True:
             to, words = self.wire.receive(self.parent)
             if to != self.wire.rank:
@@ -61,19 +64,16 @@ class Owner:
             kind = Kind(message.number())
             if kind is Kind.END:
                 return
-            if kind is Kind.RUN:
-                self._answer(lambda message=message: self._run(message))
-            elif kind is Kind.SCORE:
-                self._answer(lambda message=message: self._score(message))
-            elif kind is Kind.FETCH:
-                self._answer(lambda message=message: self._fetch(message))
-            elif kind is Kind.PASS:
+            if kind is Kind.PASS:
                 to = message.number()
-                self._answer(lambda message=message: self._fetch(message), to)
+                self.wire.send(_answer(self._fetch, message), to, Inbox.ROWS)
+            elif kind in works:
+                self.wire.answer(_answer(works[kind], message))
             elif kind is Kind.COPY:
                 self._copy(message)
             elif kind is Kind.BRING:
-                self._bring(message.number())
+                rank = message.number()
+                self.wire.answer(self._inbox.answer(rank), rank)
 
     def _keep_house(self, message: Reader) -> None:
         """Copy or forget sequences, and forget activations."""
@@ -82,26 +82,10 @@ class Owner:
             if what == FORK:
                 if other in self.caches:
                     self.caches[one] = self.caches[other].fork()
+            elif what == FORGET:
+                self.given.pop(one, None)
             else:
-                (self.given if what == FORGET else self.caches).pop(one, None)  # type: ignore[attr-defined]
-
-    def _answer(
-        self, work: Callable[[], tuple[list[int], list[mx.array]]], to: int | None = None
-    ) -> None:
-        """Send what `work` gives out behind a status, or why it gave nothing."""
-        try:
-            numbers, arrays = work()
-            words = encode([0, *numbers], arrays)
-            mx.eval(words)
-        except Exception as error:
-            words = encode([1, *map(ord, one_line(error))])
-        self.wire.send(words, self.parent if to is None else to)
-
-    def _bring(self, rank: int) -> None:
-        hop = self.wire.next_hop(rank)
-        if hop != rank:
-            self.wire.send(encode([0, Kind.BRING, rank]), hop)
-        self.wire.send(self.wire.receive(hop)[1], self.parent)
+                self.caches.pop(one, None)
 
     def _held(self, message: Reader) -> Hidden:
         """Activations that are here, as `Elsewhere.named` says."""
@@ -119,7 +103,7 @@ class Owner:
         if source == BODY:
             return read_hidden(message, self.dtype)
         if source == FROM:
-            sent = Reader(self.wire.receive(message.number())[1])
+            sent = Reader(self._inbox.rows(message.number()))
             if sent.number():
                 raise RankError(sent.text())
             return read_hidden(sent, self.dtype)
@@ -150,13 +134,12 @@ class Owner:
 
     def _cache(self, stage: Stage, number: int, start: int, rows: int, slack: int) -> StageCache:
         """A sequence's cache, rolled back to where its pass starts."""
-        cache = self.caches.get(number)
-        if cache is None:
-            cache = self.caches[number] = stage.new_cache(slack)
+        cache = self.caches.get(number) or stage.new_cache(slack)
         if cache.offset < start:
             raise RankError(f"a sequence holds {cache.offset} of {start} positions")
         if cache.offset > start:
             cache.rollback(start)
+        self.caches[number] = cache
         return cache
 
     def _score(self, message: Reader) -> tuple[list[int], list[mx.array]]:
@@ -174,6 +157,19 @@ class Owner:
             return  # whoever needs it will hear of it
         self.given[name] = hidden.copy(0, len(hidden))
         mx.eval(self.given[name].arrays())
+
+
+def _answer(
+    work: Callable[[Reader], tuple[list[int], list[mx.array]]], message: Reader
+) -> mx.array:
+    """What `work` makes of a message, behind a status, or why it made nothing."""
+    try:
+        numbers, arrays = work(message)
+        words = encode([0, *numbers], arrays)
+        mx.eval(words)
+    except Exception as error:
+        words = encode([1, *map(ord, one_line(error))])
+    return words
 
 
 def _in_order(hidden: Hidden, counts: Sequence[int], order: Sequence[int]) -> Hidden:

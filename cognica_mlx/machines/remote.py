@@ -185,22 +185,22 @@ class Elsewhere(Hidden):
         return self._arrays
 
     @property
-    def tokens(self) -> mx.array:  # type: ignore[override]
+    def tokens(self) -> mx.array:
         """See `Hidden`."""
         return self._fetch().tokens
 
     @property
-    def x(self) -> mx.array:  # type: ignore[override]
+    def x(self) -> mx.array:
         """See `Hidden`."""
         return self._fetch().x
 
     @property
-    def x0(self) -> mx.array:  # type: ignore[override]
+    def x0(self) -> mx.array:
         """See `Hidden`."""
         return self._fetch().x0
 
     @property
-    def backout(self) -> mx.array | None:  # type: ignore[override]
+    def backout(self) -> mx.array | None:
         """See `Hidden`."""
         return self._fetch().backout
 

@@ -51,11 +51,10 @@ class Part:
 
     def strip(self, model: PoEModel) -> None:
         """Take from a model that has no weights yet the modules that are not in it."""
-        model.h = [b if self.holds(f"h.{i}.") else Absent() for i, b in enumerate(model.h)]
-        for name in ("lm_head_stages", "lm_head_specialists"):
+        for name in ("h", "lm_head_stages", "lm_head_specialists"):
             if name in model:
-                heads = enumerate(model[name])
-                model[name] = [h if self.holds(f"{name}.{i}.") else Absent() for i, h in heads]
+                parts = enumerate(model[name])
+                model[name] = [p if self.holds(f"{name}.{i}.") else Absent() for i, p in parts]
         for name in ("wte", "lm_head"):
             if not self.holds(f"{name}."):
                 model[name] = Absent()
