@@ -8,69 +8,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from cognica_mlx.bench.figures import Figure, figure
-from cognica_mlx.bench.shapes import random_model
 from cognica_mlx.bench.timing import Progress, Samples, interleaved
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.costs import Costs, measure
 from cognica_mlx.decoding.modes import make_mode
 from cognica_mlx.decoding.requests import advance
-from cognica_mlx.decoding.sequence import read_prompt
+from cognica_mlx.decoding.sequence import read_prompt, step_size_for
 from cognica_mlx.decoding.single import carry_out, decode
-from cognica_mlx.machines.split import NOTHING, Part
+from cognica_mlx.machines.split import Part
 from cognica_mlx.model import PoEModel
-from cognica_mlx.shared_base import share_base
 from cognica_mlx.state import DecodingState
-from mlx_poe.machines import Choose, Loaded, on_machines
-from mlx_poe.specialists import Specialists
 
 # A specialist of the released shape, in layers.
 SPECIALIST_LAYERS = 4
-# The smaller the chunks, the sooner the second machine has something to do.
-CHUNK = 128
 
 
-@contextmanager
-def shared_out(
-    config: PoEConfig, dtype: mx.Dtype, split: str, siblings: int, timeout: float
-) -> Iterator[tuple[Loaded, Specialists] | None]:
-    """A random model on all ranks, with so many specialists over it, and on rank 0 the same as a
-    whole; None on other ranks, at the end."""
-    whole: list[Specialists] = []
-
-    def base(choose: Choose) -> tuple[PoEModel, None]:
-        part = choose(config, dtype)
-        if not part.embedding:
-            return random_model(config, dtype, part=part), None
-        whole.append(Specialists(random_model(config, dtype)))
-        return _part(whole[0].base, part), None
-
-    def attach(specialists: Specialists, seed: int) -> None:
-        here = specialists.is_next_here()
-        own, part = _own(config)
-        if not whole:
-            special = random_model(own, dtype, seed, part if here else NOTHING)
-        else:
-            first = random_model(own, dtype, seed, part)
-            special = _part(first, part if here else NOTHING)
-            whole[0].add(str(seed), _stand_on(whole[0].base, first))
-        specialists.add(str(seed), _stand_on(specialists.base, special))
-
-    added = [(str(seed), partial(attach, seed=seed)) for seed in range(1, siblings + 1)]
-    with on_machines(base, split, added, timeout=timeout) as found:
-        yield (found, whole[0]) if found else None
-
-
-def _part(whole: PoEModel, part: Part) -> PoEModel:
+def part_of(whole: PoEModel, part: Part) -> PoEModel:
     """A part of a model, made of the same arrays."""
     model = PoEModel(whole.config)
     part.strip(model)
@@ -80,7 +41,7 @@ def _part(whole: PoEModel, part: Part) -> PoEModel:
     return model
 
 
-def _own(base: PoEConfig) -> tuple[PoEConfig, Part]:
+def specialist_over(base: PoEConfig) -> tuple[PoEConfig, Part]:
     """A specialist over a base: its configuration, and what it adds."""
     count = base.n_layer + SPECIALIST_LAYERS
     config = replace(base, n_layer=count, specialist_layers=(SPECIALIST_LAYERS,))
@@ -88,51 +49,28 @@ def _own(base: PoEConfig) -> tuple[PoEConfig, Part]:
     return config, Part(layers, False, False, frozenset([0]))
 
 
-def _stand_on(base: PoEModel, model: PoEModel) -> PoEModel:
-    share_base(model, base, [], mx.zeros((0, base.config.n_embd), base.resid_lambdas.dtype))
-    return model
-
-
-def machines(
-    found: Loaded,
-    whole: Specialists,
-    ranks: Sequence[int],
-    *,
-    prompt_tokens: int,
-    context: int,
-    tokens: int,
-    trials: int,
-    progress: Progress | None = None,
-) -> list[Figure]:
-    """All figures of the section: with specialists what they gain side by side, else a prompt.
-    `ranks` has the owner of each stage."""
-    size = whole.base.config.vocab_size
-    text = np.random.default_rng(0).integers(0, size, max(prompt_tokens, context)).tolist()
-    if whole.names:
-        return _siblings(found, whole, ranks, text[:context], tokens, trials, progress)
-    return _prompt(found.model, whole.base, ranks, text[:prompt_tokens], trials, progress)
-
-
-def _prompt(
+def prompts(
     split: PoEModel,
     whole: PoEModel,
     ranks: Sequence[int],
     text: Sequence[int],
     trials: int,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> list[Figure]:
-    """Reading a prompt in a pipeline."""
+    """Reading a prompt in a pipeline; `ranks` has the owner of each stage."""
     parts: list[list[float]] = []
 
+    chunk = step_size_for(split)
+
     def one() -> float:
-        parts.append(_stage_seconds(whole, text))
+        parts.append(_stage_seconds(whole, text, chunk))
         return sum(parts[-1])
 
     cases = {"one machine": one, "a pipeline": lambda: _pipeline_seconds(split, text)}
     taken = interleaved(cases, trials, progress, "a prompt")
     by_stage = np.median(parts[1:], axis=0)
     each = _by_rank(by_stage.tolist(), ranks)
-    chunks = -(-len(text) // CHUNK)
+    chunks = -(-len(text) // chunk)
     # The slowest works all the time; the others before its first chunk or after its last.
     ceiling = sum(each) / (max(each) + (sum(each) - max(each)) / chunks)
     return _pair(f"prompt of {len(text)} tokens", "s", taken, ceiling, len(each))
@@ -169,17 +107,17 @@ def _pipeline_seconds(model: PoEModel, text: Sequence[int]) -> float:
     """Seconds until the last position of a text has gone through all stages."""
     state, last = DecodingState(model), model.poe_n_stages - 1
     started = time.perf_counter()
-    carry_out(read_prompt(state, text, last, CHUNK))
+    carry_out(read_prompt(state, text, last, step_size_for(model)))
     mx.eval(state.boundary(last, len(text) - 1, len(text)).x)
     return time.perf_counter() - started
 
 
-def _stage_seconds(model: PoEModel, text: Sequence[int]) -> list[float]:
-    """Seconds that each stage takes for a text, in the same chunks."""
+def _stage_seconds(model: PoEModel, text: Sequence[int], chunk: int) -> list[float]:
+    """Seconds that each stage takes for a text in chunks."""
     state = DecodingState(model)
     times = np.zeros(model.poe_n_stages)
-    for start in range(0, len(text), CHUNK):
-        state.append(text[start : start + CHUNK])
+    for start in range(0, len(text), chunk):
+        state.append(text[start : start + chunk])
         for stage in range(model.poe_n_stages):
             started = time.perf_counter()
             carry_out(advance(state, stage))
@@ -189,27 +127,26 @@ def _stage_seconds(model: PoEModel, text: Sequence[int]) -> list[float]:
     return times.tolist()
 
 
-def _siblings(
-    found: Loaded,
-    whole: Specialists,
+def siblings(
+    split: PoEModel,
+    whole: PoEModel,
     ranks: Sequence[int],
     text: Sequence[int],
     tokens: int,
     trials: int,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> list[Figure]:
-    """A token of the composition of all specialists."""
-    one, many = (s.compose(s.names) for s in (whole, found.specialists))
+    """A token of a composition of specialists side by side; `ranks` has the owner of each stage."""
     parts: list[Costs] = []
 
     def alone() -> float:
-        parts.append(measure(one, (1,), text=text, trials=1))
-        return _token_seconds(one, text, tokens)
+        parts.append(measure(whole, (1,), text=text, trials=1))
+        return _token_seconds(whole, text, tokens)
 
-    cases = {"one machine": alone, "side by side": lambda: _token_seconds(many, text, tokens)}
+    cases = {"one machine": alone, "side by side": lambda: _token_seconds(split, text, tokens)}
     taken = interleaved(cases, trials, progress, "siblings")
-    trunk = whole.base.poe_n_stages
-    stages = range(one.poe_n_stages)
+    trunk = len(whole.config.stage_layers)
+    stages = range(whole.poe_n_stages)
     times = np.median([[c.stage(k) + (k >= trunk) * c.head(k) for k in stages] for c in parts], 0)
     base, special = times[:trunk].sum(), times[trunk:]
     side_by_side = max(_by_rank(special.tolist(), ranks[trunk:]))

@@ -7,12 +7,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 from conftest import FIXTURES, fixture
 
-from cognica_mlx.decoding.modes import ModeOptions, last_resort, make_mode
+from cognica_mlx.decoding.modes import MODES, ModeOptions, last_resort, make_mode
 from cognica_mlx.decoding.single import decode
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.errors import RankError, RankLostError
@@ -40,11 +40,13 @@ def modes(model: PoEModel) -> Iterator[tuple[str, dict]]:
     yield "certified", {"p99_bounds": bounds, "num_draft_tokens": 3}
 
 
-def reply(model, name, options, prompt, count=40, state=None, **sampling):
+def reply(model, name, options, prompt, count=14, state=None, **sampling):
     """What a mode emits, to the last bit."""
     mode = make_mode(model, name, ModeOptions(**options))
     sampler = Sampler(SamplingOptions(**sampling))
-    steps = decode(model, prompt, mode, max_tokens=count, sampler=sampler, state=state)
+    steps = decode(
+        model, prompt, mode, max_tokens=count, sampler=sampler, state=state, prefill_step_size=128
+    )
     return [(t.token, t.logprob, t.stage, t.from_draft) for t in steps]
 
 
@@ -65,16 +67,22 @@ def split_model(name: str, split: str, *specialists: str, **options):
     )
 
 
-def every_mode(name: str, split: str) -> None:
-    """All modes, greedy; some with a temperature; a state that goes on, and forks."""
+def every_mode(name: str, split: str, names: Sequence[str] = tuple(MODES)) -> None:
+    """All modes, or some, greedy; one with a temperature; a state that goes on, and its fork."""
     with split_model(name, split) as found:
         if not found:
             return
         whole = fixture(name)[0]
-        prompt = [1 + i * 7 % 60 for i in range(300)]
+        text = [1 + i * 7 % 60 for i in range(300)]
         for mode, options in modes(whole):
+            if mode not in names:
+                continue
+            # More than a chunk, so that windows slide; elsewhere a short text.
+            prompt = text if mode in ("full", "wand") else text[:20]
             mine = reply(found.model, mode, options, prompt)
             check(f"{name} {split} {mode}", mine, reply(whole, mode, options, prompt))
+        if len(names) < len(MODES):
+            return
         drawn = {"temp": 0.9, "seed": 3}
         mine = reply(found.model, "speculative", {}, prompt[:5], **drawn)
         check(f"{name} {split} drawn", mine, reply(whole, "speculative", {}, prompt[:5], **drawn))
@@ -161,7 +169,7 @@ def siblings(split: str) -> None:
                 for s in (found.specialists, whole)
             )
             for mode in ("full", "speculative"):
-                answers = [reply(model, mode, {}, prompt, 24) for model in (mine, theirs)]
+                answers = [reply(model, mode, {}, prompt) for model in (mine, theirs)]
                 check(f"siblings {split} {len(chosen)} {mode}", *answers)
         options = [
             {"mode": mode, "model": name, "seed": 1, "temp": temp}
@@ -175,7 +183,7 @@ def siblings(split: str) -> None:
             own = [{**o, "model": specialists.use(o["model"])} for o in options]
             prompts = [f"Once there was a {'very ' * i}big" for i in range(len(own))]
             result = batch_generate(
-                specialists.base, tokenizer, prompts, per_prompt=own, max_tokens=16
+                specialists.base, tokenizer, prompts, per_prompt=own, max_tokens=8
             )
             tokens = [[(r.token, r.stage) for r in reply] for reply in result.responses]
             answers.append(tokens)
@@ -224,6 +232,8 @@ def main(cases: list[str]) -> None:
         name, _, rest = case.partition(":")
         if name == "lost":
             lost(rest)
+        elif name == "some":
+            every_mode(*rest.split(":"), ("full", "wand", "compose"))
         elif name == "siblings":
             siblings(rest)
         elif name == "drafting":

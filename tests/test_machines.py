@@ -93,7 +93,7 @@ def test_activations_go_from_machine_to_machine_and_specialists_work_side_by_sid
 
 
 def test_a_ring_passes_messages_on(tmp_path):
-    assert len(by_ring(4, "stage-on-flat:0,1|2|3|4", folder=tmp_path)) == 9
+    assert len(by_ring(4, "some:stage-on-flat:0,1|2|3|4", folder=tmp_path)) == 3
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
@@ -154,3 +154,20 @@ def test_flags_that_need_several_machines_are_refused_on_one(flags, said):
     assert (run.returncode, run.stdout) == (2, "")
     assert said in run.stderr
     assert run.stderr.count("\n") == 1
+
+
+@without_mpi
+@pytest.mark.parametrize("more", [(), ("--siblings", "2")], ids=["prompt", "siblings"])
+def test_bench_measures_several_machines_against_one(more, tmp_path):
+    out = tmp_path / "machines.json"
+    flags = ["--only", "machines", "--split", "stages", "--trials", "1", "--json", str(out)]
+    sizes = ["--shape", "tiny", "--prompt-tokens", "300", "--context", "16", "-m", "4"]
+    run = subprocess.run(
+        [*MPIRUN, "-n", "2", sys.executable, "-m", "mlx_poe", "bench", *flags, *sizes, *more],
+        capture_output=True, text=True, timeout=SECONDS, env=environment(),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    one, many = json.loads(out.read_text())["figures"]
+    assert one["speedup"] == 1.0
+    assert many["predicted"] > 1
+    assert many["notes"]["of_ceiling"] == many["speedup"] / many["predicted"]

@@ -31,6 +31,9 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Context, Sampler, logprob_of
 from cognica_mlx.state import DecodingState, Progress
 
+# By so much chunks are shorter where they pass from machine to machine.
+PIPELINE = 2
+
 
 class Advice(Protocol):
     """What a mode may ask about its own worth. `Pace` gives it by measured costs."""
@@ -138,7 +141,7 @@ class DecodingSequence:
         self.drafted = self.cached = 0
         self.score_prompt = score_prompt
         self.prompt_scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
-        self.step_size, self.progress = prefill_step_size or prefill_step_size_here(), progress
+        self.step_size, self.progress = prefill_step_size or step_size_for(model), progress
 
     @property
     def budget(self) -> int:
@@ -292,6 +295,13 @@ def prefill_step_size_here() -> int:
     """Tokens of a prompt to run at once: more are no quicker on the CPU, whose attention keeps
     their scores. A GPU's keeps none, and more rows fill it better."""
     return 256 if mx.default_device() == mx.cpu else 1024
+
+
+def step_size_for(model: PoEModel) -> int:
+    """As `prefill_step_size_here`; less where several machines share the work, as each begins only
+    when the one before it has done a chunk."""
+    size = prefill_step_size_here()
+    return size // PIPELINE if any(stage.rank for stage in model.stages) else size
 
 
 def read_prompt(

@@ -189,10 +189,8 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
     with progress_bars() as progress:
         machine = this_machine()
         if args.split:
-            name, shared = (
-                f"{args.shape}, random weights",
-                measure_machines(args, _dtype(args), progress),
-            )
+            name, dtype = f"{args.shape}, random weights", _dtype(args)
+            shared = measure_machines(args, dtype, progress)
             if shared is None:
                 return 0  # rank 0 reports
             found = shared
