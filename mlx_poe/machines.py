@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -209,6 +210,8 @@ class _Rank:
                 special = specialists.use(name)
                 stages[self._base + i] = special.stages[self._base]
                 speakers[self._base + i] = _speaker(special)
+        # Ctrl-C reaches all that run in a terminal, and it is rank 0 that ends.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         Owner(self.wire, stages, speakers, model.resid_lambdas.dtype).serve()
 
 

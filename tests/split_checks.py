@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 from conftest import FIXTURES, fixture
 
+from cognica_mlx.costs import measure
 from cognica_mlx.decoding.modes import MODES, ModeOptions, last_resort, make_mode
 from cognica_mlx.decoding.single import decode
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.errors import RankError, RankLostError
 from cognica_mlx.machines.owner import Owner
+from cognica_mlx.machines.remote import Elsewhere
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.state import DecodingState
@@ -124,6 +126,17 @@ def drafting_on(split: str) -> None:
             Speculative._verify = verify
             check(f"drafting on {split} {sampling}", mine, theirs)
         check(f"drafting on {split}, blocks ready", sum(ready) > 4, True)
+        # What a stage costs is what it takes until its activations are here.
+        fetched, fetch = [], Elsewhere._fetch
+
+        def counted(hidden):
+            fetched.append(hidden.stage.number)
+            return fetch(hidden)
+
+        Elsewhere._fetch = counted
+        measure(found.model, (1,), trials=1)
+        Elsewhere._fetch = fetch
+        check("costs are waited for", sorted(set(fetched)), [1, 2, 3])
 
 
 def failing(split: str) -> None:

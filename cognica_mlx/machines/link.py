@@ -29,8 +29,8 @@ from cognica_mlx.machines.messages import Inbox, Kind, Reader, Wire, encode
 TIMEOUT = 60.0
 # Messages that may wait to be sent, and passes whose status may be left unread.
 WAITING, UNREAD = 8, 8
-# Seconds between looks at the clock, and for ranks to hear that all is over.
-TICK, GRACE = 0.5, 5.0
+# Seconds between looks at the clock.
+TICK = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +109,11 @@ class Link:
                 # Those further on first: a rank that has ended passes nothing on.
                 self.post(rank, Kind.END, ())
             self._put(None)
+            while self._thread.is_alive():
+                self._thread.join(TICK)
+                self._check()
         except RankLostError:
-            return
-        self._thread.join(GRACE)
+            return  # `lost` says so
 
     def _words(
         self, rank: int, kind: Kind, numbers: Sequence[int], arrays: Sequence[mx.array]
