@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_poe.commands.generate import main
+
 CHECKS = Path(__file__).parent / "split_checks.py"
 SECONDS = 240
 without_mpi = pytest.mark.skipif(
@@ -130,7 +132,6 @@ def test_the_command_says_what_each_machine_holds_and_replies_as_on_one():
     ("flags", "said"),
     [
         (("--split", "0|1"), "each of the stages 0 to 3, once and in order"),
-        (("--split", "0|1,2|3"), "is for 3 machines, and 2 have been started"),
         (("--split", "stages", "--model", "nowhere"), "nowhere: no such folder"),
     ],
 )
@@ -141,19 +142,23 @@ def test_a_split_that_cannot_be_ends_every_rank_with_one_line(flags, said):
     assert "Traceback" not in run.stderr
 
 
+def test_a_split_needs_several_machines():
+    run = command("--split", "stages", "--prompt", "x")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "start the command on each with mlx.launch" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--split", "stages"), "start the command on each with mlx.launch"),
-        (("--degrade",), "belong to --split"),
-        (("--split", "stages", "--rank-timeout", "0"), "is not above 0"),
+        (("--degrade",), "--degrade and --rank-timeout belong to --split"),
+        (("--split", "stages", "--rank-timeout", "0"), "--rank-timeout 0.0 is not above 0"),
     ],
 )
-def test_flags_that_need_several_machines_are_refused_on_one(flags, said):
-    run = command(*flags, "--prompt", "x")
-    assert (run.returncode, run.stdout) == (2, "")
-    assert said in run.stderr
-    assert run.stderr.count("\n") == 1
+def test_flags_that_make_no_sense_are_refused(flags, said, capsys):
+    assert main([*flags, "--prompt", "x"]) == 2
+    assert said in capsys.readouterr().err
 
 
 @without_mpi

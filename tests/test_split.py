@@ -29,6 +29,11 @@ def test_a_split_that_is_none_is_refused(text):
         parse(text, 2, 4)
 
 
+def test_a_split_for_another_number_of_machines_is_refused():
+    with pytest.raises(RequestError, match="is for 3 machines, and 2 have been started"):
+        parse("0|1,2|3", 2, 4)
+
+
 def test_the_slower_machine_gets_less():
     config = fixture("poe-tiny")[0].config
     even = balanced(config, [1.0, 1.0]).ranks
