@@ -91,6 +91,7 @@ def load(
         own = part(config, kind)
         own.strip(model)
         weights = {name: tensor for name, tensor in weights.items() if own.holds(name)}
+        plan = {path: how for path, how in plan.items() if own.holds(f"{path}.weight")}
     arrays = ((name, tensor.read()) for name, tensor in weights.items())
     fill(model, arrays, plan, kind, lazy=lazy)
     if not lazy:

@@ -141,6 +141,7 @@ class Specialists:
         if not here:
             NOTHING.strip(model)
             own = {name: tensor for name, tensor in own.items() if NOTHING.holds(name)}
+            plan = {}
         fill(model, ((name, tensor.read()) for name, tensor in own.items()), plan, dtype)
         share_base(model, self.base, *self._changed_rows(checkpoint, link))
         return model

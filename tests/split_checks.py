@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
@@ -259,4 +260,9 @@ def main(cases: list[str]) -> None:
 
 if __name__ == "__main__":
     mx.set_default_device(mx.cpu)
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # others wait for this rank, and MPI for them before it ends

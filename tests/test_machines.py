@@ -118,11 +118,11 @@ def command(*args: str, count: int = 0) -> subprocess.CompletedProcess[str]:
 
 @without_mpi
 def test_the_command_says_what_each_machine_holds_and_replies_as_on_one():
-    prompt = "--prompt", "Once there was a"
+    prompt = "--prompt", "Once there was a", "--quantize", "4"
     split = command("--split", "0|1,2,3", "--json", *prompt, count=2)
     assert split.returncode == 0, split.stderr
-    assert "rank 0 holds stage 0: 4.7 MB" in split.stderr
-    assert "rank 1 holds stage 1, stage 2, stage 3: 7.9 MB" in split.stderr
+    assert "rank 0 holds stage 0: 0.7 MB" in split.stderr
+    assert "rank 1 holds stage 1, stage 2, stage 3: 1.2 MB" in split.stderr
     one = command("--json", *prompt)
     assert json.loads(split.stdout)["tokens"] == json.loads(one.stdout)["tokens"]
 
