@@ -15,7 +15,7 @@ from conftest import FIXTURES, fixture
 
 from cognica_mlx.costs import measure
 from cognica_mlx.decoding.modes import MODES, ModeOptions, last_resort, make_mode
-from cognica_mlx.decoding.single import decode
+from cognica_mlx.decoding.single import advance_through, decode
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.errors import RankError, RankLostError
 from cognica_mlx.machines.owner import Owner
@@ -140,6 +140,27 @@ def drafting_on(split: str) -> None:
         check("costs are waited for", sorted(set(fetched)), [1, 2, 3])
 
 
+def passing(split: str) -> None:
+    """Activations go from owner to owner: none comes here unless somebody asks for it."""
+    with split_model("flat-d8", split) as found:
+        if not found:
+            return
+        state, fetched, fetch = DecodingState(found.model), [], Elsewhere._fetch
+
+        def counted(hidden):
+            fetched.append(hidden.stage.number)
+            return fetch(hidden)
+
+        Elsewhere._fetch = counted
+        state.append(range(10))
+        advance_through(state, 3)
+        check("nothing is fetched on the way", fetched, [])
+        mx.eval(state.boundary(3, 9, 10).x)
+        check("what is asked for is fetched", fetched, [3])
+        Elsewhere._fetch = fetch
+        del state  # or it would outlive the link
+
+
 def failing(split: str) -> None:
     """A pass that fails on another rank: its sequence hears of it, can go on, and others do."""
     with split_model("flat-d8", split) as found:
@@ -252,6 +273,8 @@ def main(cases: list[str]) -> None:
             siblings(rest)
         elif name == "drafting":
             drafting_on(rest)
+        elif name == "passing":
+            passing(rest)
         elif name == "failing":
             failing(rest)
         else:
