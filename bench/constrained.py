@@ -98,6 +98,11 @@ class _Timed:
         self.ends, self.ended = constraint.ends, False
         self.seconds, self.masks = 0.0, 0
 
+    @property
+    def length(self) -> int:
+        """See `Constraint`."""
+        return self._constraint.length
+
     def mask(self) -> mx.array:
         """See `Constraint`."""
         self.masks += 1

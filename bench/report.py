@@ -24,6 +24,7 @@ TITLES = {
     "stages": "Latency by stage cut-off",
     "batch": "Many sequences at once; the ceiling is what batches of rows alone would allow",
     "constrained": "Output that must fit: what masks cost, what certain stretches gain",
+    "machines": "Several machines; the prediction is what the parts' own times allow",
     "serving": "Servers under load, beside mlx-lm's; a second specialist's turn",
     "lengths": "Latency by length of the text",
     "rows": "A batch of rows",

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert.quantization import fill, make_plan, scheme
+from cognica_mlx.machines.split import Part
 from cognica_mlx.model import PoEModel
 
 _COMMON: dict[str, Any] = {"head_dim": 128, "sequence_len": 2048, "window_pattern": "SSSL"}
@@ -47,19 +48,27 @@ def shape_config(shape: str) -> PoEConfig:
     return PoEConfig.from_dict(SHAPES[shape])
 
 
-def random_model(config: PoEConfig, dtype: mx.Dtype, seed: int = 0) -> PoEModel:
-    """A model of this shape with small random weights of `dtype`, drawn from `seed`."""
+def random_model(
+    config: PoEConfig, dtype: mx.Dtype, seed: int = 0, part: Part | None = None
+) -> PoEModel:
+    """A model of this shape with small random weights of `dtype`, drawn from `seed`; or a `part` of
+    the same model."""
     model = PoEModel(config)
     keys = iter(mx.random.split(mx.random.key(seed), 10_000))
     weights = []
     built: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    if part:
+        part.strip(model)
     for name, parameter in built.items():
+        key = next(keys)
+        if part and not part.holds(name):
+            continue
         if parameter.ndim < 2:  # the lambdas: as a plain transformer's
             weights.append((name, parameter.astype(dtype)))
             continue
         # Rows of unit length times a little, so that nothing grows with depth.
         bound = (3 / parameter.shape[-1]) ** 0.5
-        weights.append((name, mx.random.uniform(-bound, bound, parameter.shape, dtype, next(keys))))
+        weights.append((name, mx.random.uniform(-bound, bound, parameter.shape, dtype, key)))
         mx.eval(weights[-1][1])
     model.update(tree_unflatten(weights))
     model.eval()

@@ -42,6 +42,10 @@ class Constraint(Protocol):
         """Whether a token that ends the text has been committed: nothing may follow."""
 
     @property
+    def length(self) -> int:
+        """How many tokens have been committed."""
+
+    @property
     def ends(self) -> frozenset[int]:
         """The tokens that end the text, where the grammar lets it end."""
 
@@ -101,6 +105,11 @@ class GrammarConstraint:
     def ended(self) -> bool:
         """See `Constraint`."""
         return bool(self._tokens) and self._tokens[-1] in self.ends
+
+    @property
+    def length(self) -> int:
+        """See `Constraint`."""
+        return len(self._tokens)
 
     def mask(self) -> mx.array:
         """See `Constraint`."""

@@ -206,7 +206,9 @@ def _advance(state: DecodingState, stage: int) -> list[mx.array]:
     start = state.filled[stage]
     carry_out(advance(state, stage))
     state.next_round()
-    return state.boundary(stage, start, state.filled[stage]).arrays()
+    hidden = state.boundary(stage, start, state.filled[stage])
+    # Asked for by name: on another machine it would not be waited for otherwise.
+    return [hidden.x, *hidden.arrays()]
 
 
 def _choose(model: PoEModel, stage: int, hidden: Hidden) -> list[mx.array]:

@@ -21,6 +21,14 @@ class RequestError(PoEError, ValueError):
     """The caller asked for something that does not exist: a mode, a stage, an empty prompt."""
 
 
+class RankError(PoEError):
+    """Another machine that holds a part of the model failed at a pass; names its rank."""
+
+
+class RankLostError(RankError):
+    """Another machine has died or does not answer, and will not be asked again; names its rank."""
+
+
 class RollbackError(PoEError):
     """The decoding state no longer holds what a rollback would need."""
 

@@ -54,8 +54,10 @@ class Hidden:
     @staticmethod
     def concatenate(parts: Sequence[Hidden]) -> Hidden:
         """Join positions along T."""
-        if len(parts) == 1:
-            return parts[0]
+        return parts[0] if len(parts) == 1 else parts[0].joined(parts)
+
+    def joined(self, parts: Sequence[Hidden]) -> Hidden:
+        """The positions of `parts`, of which this is the first, in a row."""
 
         def joined(arrays: list[mx.array]) -> mx.array:
             return mx.concatenate(arrays, axis=1)

@@ -20,6 +20,7 @@ from cognica_mlx.elementwise import softcap
 from cognica_mlx.errors import RequestError
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.linear import Linear
+from cognica_mlx.machines.remote import RemoteStage
 from cognica_mlx.rounding import Scheme, copies_of, rounded
 from cognica_mlx.shortlist import ShortlistHead
 from cognica_mlx.stages import Block, Stage, alike, norm
@@ -65,6 +66,8 @@ class PoEModel(nn.Module):
         object.__setattr__(self, "stored_copies", {})
         self._variants: WeakSet[Stage] = WeakSet()
         self._stages: tuple[tuple[mx.array, ...], tuple[Stage, ...]] | None = None
+        # Stages that other machines hold.
+        self._elsewhere: dict[int, RemoteStage] = {}
         rows, width = config.padded_vocab_size, config.n_embd
         self.wte: nn.Module = nn.Embedding(rows, width)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1, bias=False)
@@ -103,7 +106,10 @@ class PoEModel(nn.Module):
         return self._stages[1]
 
     def _make_stages(self) -> tuple[Stage, ...]:
-        own = [Stage(self, self.config.stage_range(k), k) for k in range(self.poe_n_stages)]
+        own = [
+            self._elsewhere.get(k) or Stage(self, self.config.stage_range(k), k)
+            for k in range(self.poe_n_stages)
+        ]
         if self._base is None:
             return tuple(own)
         # Specialists may share a stage that differs from the base's in its lambdas.
@@ -112,6 +118,11 @@ class PoEModel(nn.Module):
             own[k] = next((other for other in known if alike(stage, other)), stage)
         self._base._variants.update(own)
         return tuple(own)
+
+    def place(self, stages: Mapping[int, RemoteStage]) -> None:
+        """Have these stages run on other machines."""
+        self._elsewhere.update(stages)
+        self._stages = None
 
     @property
     def full_boundaries(self) -> tuple[int, ...]:
@@ -155,6 +166,16 @@ class PoEModel(nn.Module):
         it (`head_mode` picks "dual", or "base" or "specialist", its nearest one alone; in a merged
         folder that one is the sum already).
         """
+        return self.ask_logits(stage, hidden)()
+
+    def ask_logits(self, stage: int, hidden: Hidden) -> Callable[[], mx.array]:
+        """`stage_logits`, begun where another machine makes them, which is then not waited for."""
+        remote = self.stages[stage]
+        if isinstance(remote, RemoteStage) and remote.speaks:
+            return remote.logits(hidden)
+        return lambda: self._logits_here(stage, hidden)
+
+    def _logits_here(self, stage: int, hidden: Hidden) -> mx.array:
         in_base = stage < len(self.config.stage_layers)
         heads = self.heads(stage)
         if in_base:
@@ -179,8 +200,15 @@ class PoEModel(nn.Module):
 
         (B, T, V) float32. Of no meaning to the base, but a specialist's drafts come out better.
         """
+        return self.ask_draft_logits(hidden)()
+
+    def ask_draft_logits(self, hidden: Hidden) -> Callable[[], mx.array]:
+        """`draft_logits`, begun where another machine makes them, which is then not waited for."""
+        remote = self.stages[-1]
+        if isinstance(remote, RemoteStage) and remote.speaks:
+            return remote.logits(hidden, drafts=True)
         last = len(self.config.specialist_layers) - 1
-        return self._head_logits(norm(hidden.x), self._final_heads(last))
+        return lambda: self._head_logits(norm(hidden.x), self._final_heads(last))
 
     def shallow_scores(self, hidden: Sequence[Hidden]) -> mx.array:
         """What specialists predict whose stages were fed by an early stage of the base, `hidden`
@@ -315,4 +343,5 @@ class PoEModel(nn.Module):
     def stack(self) -> None:
         """Lay the matrices out as suits a GPU: see `Attention.stack`."""
         for block in self.h:
-            block.attn.stack()
+            if isinstance(block, Block):  # and here, not on another machine
+                block.attn.stack()

@@ -19,7 +19,7 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.model import PoEModel, log_op
 from cognica_mlx.rounding import Scheme
-from cognica_mlx.stages import Stage, norm
+from cognica_mlx.stages import Stage
 
 
 class PatchedEmbedding(nn.Module):
@@ -118,14 +118,16 @@ class Siblings(PoEModel):
         self, hidden: Mapping[int, Hidden], known: Mapping[int, mx.array] | None = None
     ) -> mx.array:
         """The weighted Log-OP of the specialists, (B, T, V) float32."""
-        return log_op(self._logits(hidden, known), self._shares)
+        if known:
+            return log_op(self._logits(hidden, known), self._shares)
+        # Machines that hold a specialist each work side by side.
+        asked = [self.ask_logits(k, hidden[k]) for k in self.full_boundaries]
+        return log_op([answer() for answer in asked], self._shares)
 
     def draft_logits(self, stage: int, hidden: Hidden) -> mx.array:
         """A base stage's activations through each specialist's heads, pooled as the specialists."""
-        h, count = norm(hidden.x), len(self.config.specialist_layers)
-        return log_op(
-            [self._head_logits(h, self._final_heads(i)) for i in range(count)], self._shares
-        )
+        asked = [model.ask_draft_logits(hidden) for model in self._models]
+        return log_op([answer() for answer in asked], self._shares)
 
     def shallow_scores(self, hidden: Sequence[Hidden]) -> mx.array:
         """See `PoEModel`: pooled as the specialists are."""

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from cognica_mlx.attention import AttentionCache, WholeText
+from cognica_mlx.cache import StageCache
 from cognica_mlx.config import VALUE_GATE_CHANNELS, PoEConfig
 from cognica_mlx.elementwise import gated, mixed, relu_squared
 from cognica_mlx.hidden import Hidden
@@ -163,8 +164,10 @@ class Stage:
 
     `source` is the boundary that it takes in: 0 is the embedded text, k + 1 what the k-th stage
     gives out. Models over one base share its stages, the very same objects, so that positions of
-    all of them can run through one in the same pass.
+    all of them can run through one in the same pass. `rank` is the machine that it is on.
     """
+
+    rank = 0
 
     def __init__(self, model: PoEModel, layers: range, source: int):
         self.layers, self.source = layers, source
@@ -176,6 +179,10 @@ class Stage:
         self._model = model
         self._lambdas: list[tuple[mx.array, mx.array]] = []
         self._split_from: tuple[mx.array, ...] = ()
+
+    def new_cache(self, slack: int) -> StageCache:
+        """What holds a sequence's keys and values in this stage: see `StageCache`."""
+        return StageCache(self.windows, slack)
 
     def lambdas(self) -> list[tuple[mx.array, mx.array]]:
         """Each layer's factors of the residual stream and of the embedded text, (1,) each."""

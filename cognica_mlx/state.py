@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from cognica_mlx.cache import Done, StageCache
+from cognica_mlx.cache import Done
 from cognica_mlx.errors import RequestError, RollbackError
 from cognica_mlx.hidden import Boundary, Hidden, Rows, pack
 from cognica_mlx.model import PoEModel
@@ -91,7 +91,7 @@ class DecodingState:
 
     def clear(self) -> None:
         """Forget the text and all that was computed from it."""
-        self.caches = [StageCache(stage.windows, self.slack) for stage in self.stages]
+        self.caches = [stage.new_cache(self.slack) for stage in self.stages]
         # What each stage has given out.
         self.given = [Boundary() for _ in self.stages]
         # The text: ids on the host, then arrays that it has not read yet.

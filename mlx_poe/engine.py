@@ -53,8 +53,9 @@ class Engine:
 
     `max_sequences`, `memory` and `prompt_cache_bytes` are those of `Scheduler`. With `costs`
     (`mlx_poe.machine.known_costs`) drafts are as long as pays on this machine, and a mode that does
-    not pay goes over to full depth. The model must be loaded, and its arrays made, in the thread
-    that makes the engine, or one that still runs.
+    not pay goes over to full depth. `specialists` are those over the model that are attached
+    already, from then on the engine's own. The model must be loaded, and its arrays made, in the
+    thread that makes the engine, or one that still runs.
 
     All methods may be called from any thread.
     """
@@ -68,11 +69,12 @@ class Engine:
         prompt_cache_bytes: int | None = None,
         *,
         costs: KnownCosts | None = None,
+        specialists: Specialists | None = None,
     ):
         mx.eval(model.parameters())  # what was loaded lazily belongs to the loading thread
         self.tokenizer = tokenizer
         self._costs = costs
-        self._specialists = Specialists(model)
+        self._specialists = specialists or Specialists(model)
         self._compositions: OrderedDict[tuple, PoEModel] = OrderedDict()
         self._requests: dict[Task, EngineRequest] = {}
         self._commands: SimpleQueue[_Command | None] = SimpleQueue()

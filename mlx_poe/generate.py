@@ -17,7 +17,7 @@ from typing import Any
 from cognica_mlx.calibration import CalibrationWarning
 from cognica_mlx.constraint import Grammar
 from cognica_mlx.costs import Costs
-from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.modes import ModeOptions, last_resort, make_mode
 from cognica_mlx.decoding.pace import KnownCosts, Metered, pace_for
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
@@ -108,6 +108,7 @@ def stream_generate(
         progress=prompt_progress_callback,
         advice=pace,
         fallback=make_mode(model),
+        last_resort=last_resort(model),
         constraint=asked.grammar.start() if asked.grammar else None,
         score_prompt=asked.prompt_logprobs,
         special=tokenizer.special_ids,

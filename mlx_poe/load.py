@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from cognica_mlx.calibration import read_calibration
-from cognica_mlx.config import HEAD_MODES, SUMMED
+from cognica_mlx.config import HEAD_MODES, SUMMED, PoEConfig
 from cognica_mlx.convert.checkpoint import eos_token_ids, read_checkpoint
 from cognica_mlx.convert.draft_copy import offer_copy
 from cognica_mlx.convert.quantization import fill, make_plan, scheme
@@ -16,6 +17,7 @@ from cognica_mlx.convert.sources import Source, locate
 from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.device import lay_out, prepare
 from cognica_mlx.errors import RequestError
+from cognica_mlx.machines.split import Part
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import BITS
 from mlx_poe.tokenizer import Tokenizer
@@ -33,6 +35,7 @@ def load(
     revision: str | None = None,
     step: int | None = None,
     lazy: bool = False,
+    part: Callable[[PoEConfig, mx.Dtype], Part] | None = None,
 ) -> tuple[PoEModel, Tokenizer]:
     """Load a base or specialist model and its tokenizer.
 
@@ -46,7 +49,8 @@ def load(
     8) to which the matrices are rounded in memory. `head_mode` picks a specialist's head: "dual",
     "base" or "specialist". `revision` is a hub branch, tag or commit, `step` one of a nanochat
     folder's. With `lazy` no weight is read before it is first used, which must then be in the
-    thread that loaded: MLX's streams belong to threads.
+    thread that loaded: MLX's streams belong to threads. `part` says what of a configuration, in
+    which type, is to be loaded, where other machines hold the rest.
 
     A calibration file that cannot be used does not stop the model from loading:
     `model.calibration` is then None, `model.calibration_problem` says why, and only the modes that
@@ -84,7 +88,13 @@ def load(
     model = PoEModel(config)
     kind = DTYPES[dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")]
     prepare(kind)
-    arrays = ((name, tensor.read()) for name, tensor in checkpoint.weights.items())
+    weights = checkpoint.weights
+    if part:
+        own = part(config, kind)
+        own.strip(model)
+        weights = {name: tensor for name, tensor in weights.items() if own.holds(name)}
+        plan = {path: how for path, how in plan.items() if own.holds(f"{path}.weight")}
+    arrays = ((name, tensor.read()) for name, tensor in weights.items())
     fill(model, arrays, plan, kind, lazy=lazy)
     if not lazy:
         lay_out(model)

@@ -81,7 +81,7 @@ def _fingerprint(model: PoEModel, *more: str) -> str:
     device = mx.device_info()
     parts = [
         *(f"{name} {p.shape} {p.dtype}" for name, p in arrays.items()),
-        *map(str, (model.config, [stage.source for stage in model.stages])),
+        *map(str, (model.config, [(stage.source, stage.rank) for stage in model.stages])),
         *map(str, (version("mlx"), mx.default_device())),
         *(f"{key} {device[key]}" for key in _DEVICE_KEYS if key in device),
         os.environ.get("LD_PRELOAD", ""),

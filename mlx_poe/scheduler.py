@@ -17,7 +17,7 @@ from weakref import WeakSet
 
 from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.batch import Batch
-from cognica_mlx.decoding.modes import make_mode
+from cognica_mlx.decoding.modes import last_resort, make_mode
 from cognica_mlx.decoding.pace import KnownCosts, Pace, pace_for
 from cognica_mlx.decoding.requests import Steps
 from cognica_mlx.decoding.rounded import RoundedPrefix
@@ -340,6 +340,7 @@ class Scheduler:
             progress=lambda *_: state.compact(EXCESS),
             advice=pace,
             fallback=make_mode(task.model),
+            last_resort=last_resort(task.model),
             constraint=task.asked.grammar.start() if task.asked.grammar else None,
             score_prompt=task.asked.prompt_logprobs,
             special=self.tokenizer.special_ids,

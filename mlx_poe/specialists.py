@@ -6,7 +6,7 @@ changed. The base is not copied, reloaded or touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,16 +16,20 @@ from cognica_mlx.calibration import read_calibration
 from cognica_mlx.convert.checkpoint import FINGERPRINT, Checkpoint, read_checkpoint
 from cognica_mlx.convert.quantization import fill, make_plan, scheme
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.machines.split import NOTHING, Absent
 from cognica_mlx.model import PoEModel
 from cognica_mlx.shared_base import Siblings, share_base
 from mlx_poe.load import find_model
 
 
 class Specialists:
-    """The specialists over `base`, by name; `use` gives the model to decode with."""
+    """The specialists over `base`, by name; `use` gives the model to decode with.
 
-    def __init__(self, base: PoEModel):
-        self.base = base
+    `is_here` says whether the one attached as the i-th is on this machine, by default all are.
+    """
+
+    def __init__(self, base: PoEModel, is_here: Callable[[int], bool] = lambda _: True):
+        self.base, self._is_here = base, is_here
         self._models: dict[str, PoEModel] = {}
 
     @property
@@ -51,12 +55,23 @@ class Specialists:
             raise RequestError(f"{name} is attached already: detach it first, or choose a name")
         checkpoint = read_checkpoint(find_model(path_or_hf_repo, revision))
         shared = self._link_in_memory(checkpoint)
-        model = self._stack(checkpoint, shared, quantize)
+        here = self.is_next_here()
+        if not here and checkpoint.config.poe_n_stages != self.base.poe_n_stages + 1:
+            raise RequestError(f"{name} is more than one stage: rank 0 has to hold it")
+        model = self._stack(checkpoint, shared, quantize, here)
         model.calibration, model.calibration_problem = read_calibration(
             checkpoint.source.folder, model.config
         )
-        self._models[name] = model
+        self.add(name, model)
         return model
+
+    def add(self, name: str, model: PoEModel) -> None:
+        """Take in a model that stands on the base in memory: see `share_base`."""
+        self._models[name] = model
+
+    def is_next_here(self) -> bool:
+        """Whether this machine holds the specialist that is attached next."""
+        return self._is_here(len(self._models))
 
     def use(self, name: str | None) -> PoEModel:
         """The base with the specialist `name` on top, or with None the base itself.
@@ -110,7 +125,9 @@ class Specialists:
                 )
         return link
 
-    def _stack(self, checkpoint: Checkpoint, link: Checkpoint, quantize: int | None) -> PoEModel:
+    def _stack(
+        self, checkpoint: Checkpoint, link: Checkpoint, quantize: int | None, here: bool
+    ) -> PoEModel:
         config, dtype = checkpoint.config, self.base.resid_lambdas.dtype
         own = {k: v for k, v in checkpoint.weights.items() if link.weights.get(k) is not v}
         own = {k: v for k, v in own.items() if not k.startswith("wte.")}
@@ -121,6 +138,10 @@ class Specialists:
             plan = make_plan(config, scheme(quantize))
             plan = {path: s for path, s in plan.items() if f"{path}.weight" in own}
         model = PoEModel(config)
+        if not here:
+            NOTHING.strip(model)
+            own = {name: tensor for name, tensor in own.items() if NOTHING.holds(name)}
+            plan = {}
         fill(model, ((name, tensor.read()) for name, tensor in own.items()), plan, dtype)
         share_base(model, self.base, *self._changed_rows(checkpoint, link))
         return model
@@ -128,6 +149,8 @@ class Specialists:
     def _changed_rows(self, checkpoint: Checkpoint, link: Checkpoint) -> tuple[list[int], mx.array]:
         """The tokens whose embedding is not the base's, and theirs."""
         dtype = self.base.resid_lambdas.dtype
+        if isinstance(self.base.wte, Absent):
+            return [], mx.zeros((0, self.base.config.n_embd), dtype)
         theirs, ours = (c.unpacked("wte.weight", dtype) for c in (checkpoint, link))
         count = min(theirs.shape[0], ours.shape[0], checkpoint.config.padded_vocab_size)
         changed = mx.any(theirs[:count] != ours[:count], axis=1).tolist()

@@ -19,6 +19,7 @@ from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.decoding.passes import read, run_stage, score, submit
 from cognica_mlx.decoding.requests import Advance, DecodedToken, Read, Request, Score, Steps, Submit
 from cognica_mlx.decoding.sequence import prefill_step_size_here
+from cognica_mlx.errors import RankError, RankLostError
 from cognica_mlx.stages import Stage
 
 
@@ -167,8 +168,9 @@ class Batch:
                 total += job.rows
         return chosen, total
 
-    def _together(self, jobs: Sequence[_Job], work: Any) -> None:
-        """Do the same work for several jobs at once, and hand each its answer."""
+    def _together(self, jobs: Sequence[_Job], work: Any, cause: RankError | None = None) -> None:
+        """Do the same work for several jobs at once, and hand each its answer. `cause` is why they
+        could not do it with others: a pass on another machine, of which one hears late, is gone."""
         paced = [job for job in jobs if job.pace and job.request]
         if paced:
             total = sum(job.rows for job in jobs)
@@ -176,12 +178,18 @@ class Batch:
                 job.pace.spent += job.pace.price(job.request, total)  # type: ignore
         try:
             answers = work([job.request for job in jobs])
+        except RankLostError as error:
+            for job in jobs:
+                job.request = None
+                self._resume(job, error)  # it may be able to go on
+            return
         except Exception as error:
             if len(jobs) == 1:
-                self._end(jobs[0], error)
+                self._end(jobs[0], cause or error)
             else:
+                cause = error if isinstance(error, RankError) else None
                 for job in jobs:
-                    self._together([job], work)
+                    self._together([job], work, cause)
             return
         # All have their answers before any goes on: an interruption loses none.
         for job, answer in zip(jobs, answers, strict=True):
@@ -193,18 +201,18 @@ class Batch:
             if job.request is None:
                 self._resume(job)
 
-    def _resume(self, job: _Job) -> None:
-        """Let a job go on to its next request."""
+    def _resume(self, job: _Job, lost: RankLostError | None = None) -> None:
+        """Let a job go on to its next request, or tell it that a machine is `lost`."""
         answer, job.answer = job.answer, None
         if job.pace:
             job.pace.others = len(self._jobs) - 1
         try:
             while True:
-                step = job.steps.send(answer)
+                step = job.steps.throw(lost) if lost else job.steps.send(answer)
                 if not isinstance(step, DecodedToken):
                     job.request, job.rows = step, _rows(step)
                     return
-                answer, job.had_turn = None, True
+                answer, lost, job.had_turn = None, None, True
                 self._events.append(Event(job.name, step))
         except StopIteration:
             self._end(job)

@@ -32,7 +32,8 @@ class Draft:
     alone); log_probs (1, V), what each was drawn from, empty when greedy. `first` is the position
     of the token before them, `context` what the penalties looked back on at that position;
     `stopped` says that the next draft was too weak to be one. Under a constraint `masks` has what
-    it allowed at each draft's place, (1, W).
+    it allowed at each draft's place, (1, W). `after` is the token before the drafts where that is a
+    guess, (1, 1) int.
 
     Of drafts that were not looked up: logprobs (1,); margins (1,) by which the draft's best score
     led; alternatives, what the sampler reports.
@@ -48,6 +49,7 @@ class Draft:
     alternatives: list[tuple[mx.array, ...]] = field(default_factory=list)
     masks: list[mx.array] = field(default_factory=list)
     stopped: bool = False
+    after: mx.array | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -160,6 +162,36 @@ class StageDrafter:
                 tokens += _certain(draft, sequence, constraint, room)
             for token in tokens:
                 context = sampler.extend(context, token)
+
+    def go_on(
+        self, sequence: DecodingSequence, before: Draft, count: int
+    ) -> Generator[Request, Any, Draft | None]:
+        """Draft behind a draft that is being verified, all of which the state holds: first what
+        the full model may say after it, then up to `count` tokens. Appends all, runs them and
+        starts computing them. Greedy, and without a constraint; None where there is no room."""
+        state, sampler = sequence.state, sequence.sampler
+        # What follows if all is kept, of which one is the guess.
+        room = sequence.budget - len(before) - 1
+        count = min(count, room - 1, state.slack - len(before) - 2)
+        if count < 1:
+            return None
+        context = sampler.extend(before.context, before.joined())
+        draft = Draft(state.length, None)
+        for number in range(count + 1):
+            scores = sampler.process((yield Score(state, self.target)), context)
+            chosen, logprob = sampler.choose(scores)
+            token = as_row(chosen)
+            context = sampler.extend(context, token)
+            if number:
+                best = sampler.alternatives(scores)
+                draft.add(self.name, token, logprob, scores.margins, best)
+            else:
+                draft.after, draft.context = token, context
+            state.append(token)
+            yield from through(state, self.target.depth)
+        last = state.boundary(self.target.depth, state.length - 1, state.length)
+        yield Read(state, (), (*draft.tokens, *last.arrays()))
+        return draft
 
 
 def _certain(

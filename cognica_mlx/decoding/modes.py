@@ -21,6 +21,7 @@ from cognica_mlx.decoding.targets import (
 )
 from cognica_mlx.decoding.wand import Wand, exit_margins
 from cognica_mlx.errors import RequestError
+from cognica_mlx.machines.remote import stage_left
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import draft_scheme
 
@@ -132,6 +133,13 @@ def _advised(
         if not fits:
             del advised["draft_bits"]
     return advised
+
+
+def last_resort(model: PoEModel) -> Mode | None:
+    """What to go on with where machines that hold deeper stages are lost: the deepest before those;
+    None where nobody wants that."""
+    stage = stage_left(model)
+    return None if stage is None else Plain(stage_target(model, stage))
 
 
 def _speculative(

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from cognica_mlx.decoding.requests import Advance, Read, Score
 from cognica_mlx.hidden import Hidden, Rows, pack
+from cognica_mlx.machines.remote import RemoteStage
 from cognica_mlx.model import PoEModel
 from cognica_mlx.packed_pass import begin, in_order
 from cognica_mlx.sampling import Scores
@@ -27,8 +28,10 @@ def run_stage(requests: Sequence[Advance]) -> None:
     asked = [(r, r.state.caches[r.index], n) for r in requests if (n := r.count)]
     if not asked:
         return
-    arrange([cache for _, cache, _ in asked], [count for _, _, count in asked])
-    asked = [asked[i] for i in in_order([cache for _, cache, _ in asked])]
+    stage = requests[0].stage
+    if not isinstance(stage, RemoteStage):
+        arrange([cache for _, cache, _ in asked], [count for _, _, count in asked])
+        asked = [asked[i] for i in in_order([cache for _, cache, _ in asked])]
     requests, caches, counts = zip(*asked, strict=True)
     taken = [r.state.take(r.index, n) for r, n in zip(requests, counts, strict=True)]
     if isinstance(taken[0], Text):
@@ -36,9 +39,11 @@ def run_stage(requests: Sequence[Advance]) -> None:
         hidden = embed(models, taken)
     else:
         hidden = pack([rows for pieces in taken for rows in pieces])
-    stage = requests[0].stage
-    seen, done = begin(caches, counts)
-    hidden = stage(hidden, [seen] * len(stage.blocks))
+    if isinstance(stage, RemoteStage):
+        hidden, done = stage.run(hidden, caches, counts)
+    else:
+        seen, done = begin(caches, counts)
+        hidden = stage(hidden, [seen] * len(stage.blocks))
     start = 0
     for request, count, one in zip(requests, counts, done, strict=True):
         request.state.put(request.index, Rows(hidden, start, start + count), one)
@@ -81,7 +86,7 @@ def score(requests: Sequence[Score]) -> list[Scores]:
     for boundary in target.boundaries:
         pieces = []
         for request in requests:
-            end = request.state.length
+            end = request.state.length if request.end is None else request.end
             pieces += request.state.rows(boundary, end - request.rows, end)
         hidden[boundary] = pack(pieces)
     scores = Scores(target.scores(hidden)[0])

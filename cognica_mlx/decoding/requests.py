@@ -50,11 +50,13 @@ class Advance:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What `target` predicts from the last `rows` positions: `Scores`, float32."""
+    """What `target` predicts from the last `rows` positions before `end`, by default the last of
+    all: `Scores`, float32."""
 
     state: DecodingState
     target: Target
     rows: int = 1
+    end: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,10 +28,13 @@ from cognica_mlx.decoding.requests import (
     top_of,
 )
 from cognica_mlx.decoding.targets import Target
-from cognica_mlx.errors import RequestError, RollbackError
+from cognica_mlx.errors import RankLostError, RequestError, RollbackError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Context, Sampler, logprob_of
 from cognica_mlx.state import DecodingState, Progress
+
+# By so much chunks are shorter where they pass from machine to machine.
+PIPELINE = 2
 
 
 @dataclass(frozen=True)
@@ -137,12 +140,14 @@ class DecodingSequence:
         progress: Progress | None = None,
         advice: Advice | None = None,
         fallback: Mode | None = None,
+        last_resort: Mode | None = None,
         constraint: Constraint | None = None,
         score_prompt: bool = False,
         special: Collection[int] = (),
     ):
-        """`fallback` goes on where `advice` ends the mode; `progress(done, total)` is called after
-        every chunk of the prompt, of `prefill_step_size` tokens. What is emitted satisfies
+        """`fallback` goes on where `advice` ends the mode, `last_resort` where other machines that
+        hold part of the model are lost (RankLostError if None); `progress(done, total)` is called
+        after every chunk of the prompt, of `prefill_step_size` tokens. What is emitted satisfies
         `constraint`, which must be at its beginning, and ends where that does. With `score_prompt`
         the whole prompt is run, whatever the state holds of it."""
         if not prompt:
@@ -159,6 +164,7 @@ class DecodingSequence:
         self.sampler = sampler or Sampler()
         state.check_ids([*(self.sampler.options.logit_bias or ())])
         self.advice, self.fallback = advice or NoAdvice(), fallback
+        self.last_resort = last_resort
         self.constraint, self._ended = constraint, False
         self.text, self.prompt_length = list(prompt), len(prompt)
         self.max_tokens = max_tokens
@@ -166,7 +172,7 @@ class DecodingSequence:
         self.special, self.cached = special, 0
         self.score_prompt = score_prompt
         self.prompt_scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
-        self.step_size, self.progress = prefill_step_size or prefill_step_size_here(), progress
+        self.step_size, self.progress = prefill_step_size or step_size_for(model), progress
 
     @property
     def drafted(self) -> int:
@@ -190,24 +196,50 @@ class DecodingSequence:
         if any(self.state.lacks(stage) for stage in range(self.mode.depth + 1)):
             self.cached = 0  # the whole text is run again
         try:
-            yield from ready(self.state, self.mode.depth, self.step_size, self.progress)
-            if self.score_prompt:
-                yield from self._score_prompt()
-            # What is left after whole chunks runs with the prompt's last token.
-            rest = prompt[self.state.length :]
-            whole = len(rest) - len(rest) % self.step_size
-            told = self.progress and partial(self._tell, len(rest))
-            yield from read_prompt(
-                self.state, rest[:whole], self.mode.prefill_stage, self.step_size, told
-            )
-            self.state.append(rest[whole:])
-            if told and len(rest) > whole:
-                told(len(rest), whole)
-            yield from self._emitted(self.mode)
-            if self.budget and self.fallback:
-                yield from self._emitted(self.fallback)
+            try:
+                yield from self._in_full()
+            except RankLostError:
+                if self.last_resort is None or (self.score_prompt and not self._scored):
+                    raise
+                yield from self._without_others(self.last_resort)
         finally:
             self.state.rollback(min(self.state.length, len(self.text)))
+
+    def _in_full(self) -> Steps:
+        """The prompt, then tokens in the mode asked for, and in what takes over from it."""
+        prompt = self.text[:-1]
+        yield from ready(self.state, self.mode.depth, self.step_size, self.progress)
+        if self.score_prompt:
+            yield from self._score_prompt()
+        # What is left after whole chunks runs with the prompt's last token.
+        rest = prompt[self.state.length :]
+        whole = len(rest) - len(rest) % self.step_size
+        told = self.progress and partial(self._tell, len(rest))
+        yield from read_prompt(
+            self.state, rest[:whole], self.mode.prefill_stage, self.step_size, told
+        )
+        self.state.append(rest[whole:])
+        if told and len(rest) > whole:
+            told(len(rest), whole)
+        yield from self._emitted(self.mode)
+        if self.budget and self.fallback:
+            yield from self._emitted(self.fallback)
+
+    def _without_others(self, mode: Mode) -> Steps:
+        """The rest, in a mode that needs no other machine's stages."""
+        state, text, constraint = self.state, self.text[:-1], self.constraint
+        state.rollback(min(state.length, len(text)))
+        if constraint:
+            constraint.rollback(constraint.length - (len(self.text) - self.prompt_length))
+        yield from ready(state, mode.depth, self.step_size)
+        yield from read_prompt(state, text[state.length :], mode.depth, self.step_size)
+        if self.budget:
+            yield from self._emitted(mode)
+
+    @property
+    def _scored(self) -> bool:
+        """Whether all of the prompt has been scored."""
+        return len(self.prompt_scores) == self.prompt_length - 1
 
     def _emitted(self, mode: Mode) -> Steps:
         """The mode's requests and tokens, its answers passed on, as far as the budget goes."""
@@ -299,6 +331,13 @@ def prefill_step_size_here() -> int:
     """Tokens of a prompt to run at once: more are no quicker on the CPU, whose attention keeps
     their scores. A GPU's keeps none, and more rows fill it better."""
     return 256 if mx.default_device() == mx.cpu else 1024
+
+
+def step_size_for(model: PoEModel) -> int:
+    """As `prefill_step_size_here`; less where several machines share the work, as each begins only
+    when the one before it has done a chunk."""
+    size = prefill_step_size_here()
+    return size // PIPELINE if any(stage.rank for stage in model.stages) else size
 
 
 def read_prompt(

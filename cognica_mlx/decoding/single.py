@@ -23,6 +23,7 @@ from cognica_mlx.decoding.requests import (
     through,
 )
 from cognica_mlx.decoding.sequence import DecodingSequence, Mode, read_prompt, ready
+from cognica_mlx.errors import RankLostError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.state import DecodingState
 
@@ -55,18 +56,21 @@ class Single:
 
 def drive(steps: Steps, driver: Driver | None = None) -> Generator[DecodedToken, None, None]:
     """The tokens that `steps` emits; the driver is `Single` unless given."""
-    driver, answer = driver or Single(), None
+    driver, answer, lost = driver or Single(), None, None
     try:
         while True:
             try:
-                step = steps.send(answer)
+                step = steps.throw(lost) if lost else steps.send(answer)
             except StopIteration:
                 return
-            answer = None
+            answer = lost = None
             if isinstance(step, DecodedToken):
                 yield step
-            else:
+                continue
+            try:
                 answer = _answer(driver, step)
+            except RankLostError as error:
+                lost = error  # the sequence may be able to go on
     finally:
         steps.close()
 

@@ -20,12 +20,17 @@ temperature, certified drafts are drawn from the draft stage's distribution and 
 the full model's.
 
 The host waits once for a verification, and once for a block of drafts that may be certified.
+
+Where other machines verify, this one goes on drafting (Butler et al. 2024, PipeInfer): it guesses
+the full model's token after the block and drafts the next block behind that. A refusal, or another
+token than was guessed, takes all of it back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -36,6 +41,7 @@ from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.requests import (
     DecodedToken,
     Read,
+    Request,
     Score,
     Steps,
     as_row,
@@ -96,21 +102,25 @@ class Speculative:
         """Emit tokens, a round at a time."""
         state = sequence.state
         lookup = Lookup(sequence.text, sequence.special) if self.looks_up else None
+        ahead: Draft | None = None
         while sequence.budget:
             yield from sequence.certain()
             if not sequence.budget:
                 return
-            plan = self._plan(sequence, lookup)
-            if not plan:
+            plan = Plan() if ahead else self._plan(sequence, lookup)
+            if not ahead and not plan:
                 yield from self._plain.steps(sequence, lambda: bool(self._plan(sequence, lookup)))
                 continue
             state.append(sequence.text[state.length : -1])
             # A verification adds a token of its own; certified drafts may have to do without.
             room = sequence.budget - (self.certain is None)
-            draft = begin(sequence, lookup.offer(plan.looked_up) if lookup else ())
-            if plan.count:
-                drafter = self.drafters[plan.drafter]
-                yield from drafter.draft(sequence, draft, min(plan.count, room - len(draft)), room)
+            if ahead:
+                draft = ahead
+            else:
+                draft = begin(sequence, lookup.offer(plan.looked_up) if lookup else ())
+                if plan.count:
+                    count = min(plan.count, room - len(draft))
+                    yield from self.drafters[plan.drafter].draft(sequence, draft, count, room)
             sequence.drafts.update(maker for maker in draft.makers if maker != FORCED)
             certified: list[bool] = []
             if self.certain is not None:
@@ -121,7 +131,7 @@ class Speculative:
                     tokens, logprobs, _, *best = numbers
                     yield from self._emitted(draft, tokens, logprobs, best)
                     continue
-            yield from self._verify(sequence, draft, certified)
+            ahead = yield from self._verify(sequence, draft, certified)
 
     def _plan(self, sequence: DecodingSequence, lookup: Lookup | None) -> Plan:
         """What the next round drafts."""
@@ -141,9 +151,27 @@ class Speculative:
             return replace(plan, count=most)  # it stops by itself
         return plan
 
-    def _verify(self, sequence: DecodingSequence, draft: Draft, certified: list[bool]) -> Steps:
+    def _drafter_meanwhile(self, sequence: DecodingSequence) -> StageDrafter | None:
+        """What drafts while a draft is being verified, if other machines do that and the full
+        model's own token after it can be guessed."""
+        behind = sequence.state.stages[self.draft_stage + 1 : self.depth + 1]
+        if (
+            not any(stage.rank for stage in behind)
+            or self.certain is not None
+            or sequence.constraint
+            or not sequence.sampler.greedy
+        ):
+            return None
+        own = (one for one in self.drafters if not one.prefix and one.stop_below is None)
+        return next(own, None)
+
+    def _verify(
+        self, sequence: DecodingSequence, draft: Draft, certified: list[bool]
+    ) -> Generator[Request | DecodedToken, Any, Draft | None]:
         """Verify a draft, roll back what is refused, and emit what is kept and one token of the
-        full model's own. Drafts that are `certified` are kept whatever the full model says."""
+        full model's own. Drafts that are `certified` are kept whatever the full model says.
+
+        Returns what has been drafted meanwhile, if all that it builds on is kept."""
         state, sampler, constraint = sequence.state, sequence.sampler, sequence.constraint
         rows = len(draft) + 1
         # What the full model predicts after the last draft comes with the same pass.
@@ -151,8 +179,11 @@ class Speculative:
         for token in tokens[state.length - draft.first :]:
             state.append(token)
         yield from through(state, self.depth)
-        drafted = draft.joined()
-        scores = yield Score(state, self.target, rows)
+        end, drafted = state.length, draft.joined()
+        ahead = None
+        if meanwhile := self._drafter_meanwhile(sequence):
+            ahead = yield from meanwhile.go_on(sequence, draft, self.num_draft_tokens)
+        scores = yield Score(state, self.target, rows, end)
         context = sampler.extend(draft.context, drafted)
         scores = sampler.process(scores, context, _masks(draft, constraint))
         agree, chosen = judge(sampler, scores, drafted, draft)
@@ -164,7 +195,13 @@ class Speculative:
         arrays = kept, chosen, logprobs, drafted, drafted_logprobs, *sampler.alternatives(scores)
         accepted, chosen, logprobs, drafted, drafted_logprobs, *best = yield Read(state, arrays)
         _tell(sequence.advice, draft.makers, accepted)
-        state.rollback(draft.first + 1 + accepted)
+        if ahead and ahead.after is not None and accepted == len(draft):
+            (((guess,),),) = yield Read(state, (ahead.after,))
+            ahead = ahead if guess == chosen[accepted] else None
+        else:
+            ahead = None
+        if ahead is None:
+            state.rollback(draft.first + 1 + accepted)
         chooses = True
         if constraint:
             constraint.rollback(len(draft) - accepted)
@@ -176,6 +213,7 @@ class Speculative:
         if chooses:
             top = top_of(best, accepted)
             yield DecodedToken(chosen[accepted], logprobs[accepted], self.depth, top=top)
+        return ahead
 
     def _emitted(
         self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[float], best: Sequence

@@ -32,7 +32,6 @@ from mlx_poe.batch import BatchStats, plan, run_tasks, trunk_to_keep
 from mlx_poe.commands.options import check_output, file_path, taken, taken_constraints
 from mlx_poe.constraints import CONSTRAINTS, FORM_OPTIONS
 from mlx_poe.generate import Prompt
-from mlx_poe.load import load
 from mlx_poe.machine import known_costs
 from mlx_poe.penalty import default_repetition_penalty
 from mlx_poe.responses import GenerationResponse
@@ -88,20 +87,21 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def generate_file(args: argparse.Namespace) -> int:
-    """Reply to every line of `args.prompts` that `args.output` has no reply to."""
+def check_file_flags(args: argparse.Namespace) -> None:
+    """RequestError for flags of `generate_file` that make no sense."""
     if not args.output:
         raise RequestError("--prompts needs --output, a file for the replies")
     if args.batch < 1:
         raise RequestError(f"--batch {args.batch} must be at least 1")
     check_output(args.output)
+
+
+def generate_file(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Specialists) -> int:
+    """Reply to every line of `args.prompts` that `args.output` has no reply to."""
     lines, output = read_lines(args.prompts), args.output
     constraints = taken_constraints(args)
     done = finished_lines(output)
-    model, tokenizer = load(
-        args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
-    )
-    models = _Models(args, model)
+    models = _Models(args, specialists)
     tasks = [_task(args, tokenizer, models, line, constraints) for line in lines]
     scheduler = Scheduler(
         tokenizer,
@@ -202,9 +202,9 @@ def finished_lines(path: Path) -> dict[int, Any]:
 class _Models:
     """The models that lines may ask for, each loaded once."""
 
-    def __init__(self, args: argparse.Namespace, base: PoEModel):
-        self._args, self._specialists = args, Specialists(base)
-        self._names = {id(base): args.model}
+    def __init__(self, args: argparse.Namespace, specialists: Specialists):
+        self._args, self._specialists = args, specialists
+        self._names = {id(specialists.base): args.model}
         self._composed: dict[Any, PoEModel] = {}
         self._costs: dict[int, Costs] = {}
         names = args.specialists or None

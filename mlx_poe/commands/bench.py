@@ -37,6 +37,12 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import BITS
 from mlx_poe.commands.bars import progress_bars
+from mlx_poe.commands.bench_machines import (
+    MACHINES,
+    add_machine_flags,
+    check_machines,
+    measure_machines,
+)
 from mlx_poe.commands.chat import STARTER_SPECIALISTS
 from mlx_poe.commands.options import (
     add_specialist_flag,
@@ -52,7 +58,7 @@ from mlx_poe.load import DEFAULT_MODEL, find_model, load
 
 SECTIONS = (
     *("stages", "prompt", "rows", "modes", "batch", "constrained", "serving"),
-    *("lengths", "quantised", "memory", "training", "drafts"),
+    *("lengths", "quantised", "memory", "training", "drafts", MACHINES),
 )
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
 
@@ -67,6 +73,7 @@ EXAMPLES = """\
   mlx_poe.bench --shape 1.3b-stage --only training     # a stage of one's own
   mlx_poe.bench --only drafts --model poe-tiny-chat    # drafters, rounded to 2 to 8 bits
   mlx_poe.bench --only drafts --shape 1.3b --agreement 0.88
+  mpirun -n 2 mlx_poe.bench --shape 1.3b --only machines --split stages --prompt-tokens 2048
   mlx_poe.bench --compare old.json
 
 On Linux without a GPU MLX brings a slow BLAS, with which no figure means much. Install OpenBLAS
@@ -140,6 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BITS,…",
         help="bit widths of the section quantised (default: 8,4)",
     )
+    add_machine_flags(parser)
     out = parser.add_argument_group("output")
     out.add_argument("--json", type=file_path, metavar="FILE", help="write the result file")
     out.add_argument("--csv", type=file_path, metavar="FILE", help="write the figures as a table")
@@ -171,15 +179,22 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         print(f"mlx_poe.bench: {remarks[0]}", file=sys.stderr)
     with progress_bars() as progress:
         machine = this_machine()
-        model, texts, calibration, recording, name = _prepare(args, progress)
-        if not (calibration or recording) and "modes" in (args.only or DEFAULT_SECTIONS):
-            remarks.append(_left_out(args, model))
-        setup = Setup(model, machine, texts, args.max_tokens, args.trials, progress)
-        found = _measure(args, setup, calibration, recording)
+        if args.split:
+            name, dtype = f"{args.shape}, random weights", _dtype(args)
+            shared = measure_machines(args, dtype, progress)
+            if shared is None:
+                return 0  # rank 0 reports
+            found = shared
+        else:
+            model, texts, calibration, recording, name = _prepare(args, progress)
+            if not (calibration or recording) and "modes" in (args.only or DEFAULT_SECTIONS):
+                remarks.append(_left_out(args, model))
+            setup = Setup(model, machine, texts, args.max_tokens, args.trials, progress)
+            found = _measure(args, setup, calibration, recording)
+            dtype = str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
     report = Report(
         model=name,
-        dtype=str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
-        + (f", {args.quantize} bits" if args.quantize else ""),
+        dtype=dtype + (f", {args.quantize} bits" if args.quantize else ""),
         command=shlex.join(["mlx_poe.bench", *argv]),
         date=date.today().isoformat(),
         machine=machine,
@@ -218,6 +233,7 @@ def _check(args: argparse.Namespace) -> None:
     """Reject bad flags before minutes of measuring."""
     if args.model and args.shape:
         raise RequestError("--model and --shape: give one of them")
+    check_machines(args)
     if args.agreement is not None and not args.shape:
         raise RequestError("--agreement needs --shape; a real model has its own")
     for section in args.only or ():

@@ -19,7 +19,12 @@ from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import SamplingOptions
-from mlx_poe.commands.batch import add_batch_flags, as_json, generate_file
+from mlx_poe.commands.batch import (
+    add_batch_flags,
+    as_json,
+    check_file_flags,
+    generate_file,
+)
 from mlx_poe.commands.options import (
     INTERRUPTED,
     add_constraint_flags,
@@ -34,12 +39,14 @@ from mlx_poe.commands.options import (
     taken,
     taken_constraints,
 )
+from mlx_poe.commands.split import add_split_flags, check_split, split_over_machines
 from mlx_poe.generate import GenerationResponse, Prompt, stream_generate
 from mlx_poe.load import load
 from mlx_poe.machine import known_costs
 from mlx_poe.penalty import default_repetition_penalty
 from mlx_poe.responses import drafts_in_words
 from mlx_poe.specialists import Specialists
+from mlx_poe.tokenizer import Tokenizer
 
 # One colour per stage, shallow to deep; deeper models start over.
 STAGE_COLORS = ("green", "cyan", "blue", "magenta", "red", "yellow")
@@ -92,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_constraint_flags(parser)
     add_mode_flags(parser)
     add_batch_flags(parser)
+    add_split_flags(parser)
     return parser
 
 
@@ -103,23 +111,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(args: argparse.Namespace) -> int:
     if (args.prompt is None) == (args.prompts is None):
         raise RequestError("give a prompt with --prompt, or a file of them with --prompts")
+    check_split(args)
     if args.prompts is not None:
-        return generate_file(args)
-    if args.output is not None:
-        raise RequestError("--output is where --prompts puts its replies")
-    if args.top_logprobs and not args.json:
-        raise RequestError("--top-logprobs belongs to --json or --prompts, which show them")
-    constraints = taken_constraints(args)
-    text = read_stdin() if args.prompt == "-" else args.prompt
-    if not text.strip():
-        raise RequestError("the prompt is empty; give some text with --prompt")
+        check_file_flags(args)
+        work = generate_file
+    else:
+        if args.output is not None:
+            raise RequestError("--output is where --prompts puts its replies")
+        if args.top_logprobs and not args.json:
+            raise RequestError("--top-logprobs belongs to --json or --prompts, which show them")
+        if args.prompt != "-":
+            _check_text(args.prompt)
+        work = _reply
+    if args.split:
+        with split_over_machines(args, [(n, n) for n in args.specialists or ()]) as found:
+            return work(args, *found) if found else 0
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )
-    if args.specialists:
-        model = _with_specialists(args, model)
-    elif args.weights:
-        raise RequestError("--weights belongs to --specialists with several of them")
+    specialists = Specialists(model)
+    for name in args.specialists or ():
+        specialists.attach(name, name, quantize=args.quantize)
+    return work(args, tokenizer, specialists)
+
+
+def _check_text(text: str) -> None:
+    if not text.strip():
+        raise RequestError("the prompt is empty; give some text with --prompt")
+
+
+def _reply(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Specialists) -> int:
+    """Reply to `args.prompt`, print the reply, and return the exit status."""
+    text = read_stdin() if args.prompt == "-" else args.prompt
+    _check_text(text)
+    constraints = taken_constraints(args)
+    model = _chosen(args, specialists)
     chats = bool(model.config.specialist_layers) and not args.ignore_chat_template
     if chats and args.repetition_penalty is None:
         args.repetition_penalty = default_repetition_penalty(model, formal=bool(constraints))
@@ -152,16 +178,14 @@ def _generate(args: argparse.Namespace) -> int:
     return status
 
 
-def _with_specialists(args: argparse.Namespace, base: PoEModel) -> PoEModel:
-    """One specialist on top of the base, or the Log-OP of several."""
-    specialists = Specialists(base)
-    for name in args.specialists:
-        specialists.attach(name, name, quantize=args.quantize)
-    if len(args.specialists) > 1:
-        return specialists.compose(args.specialists, args.weights)
+def _chosen(args: argparse.Namespace, specialists: Specialists) -> PoEModel:
+    """The base, one specialist on top of it, or the Log-OP of several."""
+    names = args.specialists or ()
+    if len(names) > 1:
+        return specialists.compose(names, args.weights)
     if args.weights:
         raise RequestError("--weights belongs to --specialists with several of them")
-    return specialists.use(args.specialists[0])
+    return specialists.use(names[0] if names else None)
 
 
 def _prompt(args: argparse.Namespace, text: str, chats: bool) -> Prompt:

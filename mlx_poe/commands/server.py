@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands.chat import STARTER_SPECIALISTS
 from mlx_poe.commands.options import add_model_flags, add_specialist_flag, make_parser, run
+from mlx_poe.commands.split import add_split_flags, check_split, split_over_machines
 from mlx_poe.engine import Engine
 from mlx_poe.load import DEFAULT_MODEL, load
 from mlx_poe.machine import known_costs
 from mlx_poe.scheduler import MAX_SEQUENCES
+from mlx_poe.specialists import Specialists
+from mlx_poe.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -98,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help="those of it that kept prompts may take (default: a quarter)",
     )
+    add_split_flags(parser)
     return parser
 
 
@@ -132,7 +136,7 @@ def _count(text: str) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from mlx_poe.server import app as _  # noqa: F401
     except ModuleNotFoundError as error:
@@ -147,25 +151,47 @@ def _serve(args: argparse.Namespace) -> int:
     if not specialists and args.model == DEFAULT_MODEL:
         specialists = [(f"{args.model}-{one}",) * 2 for one in STARTER_SPECIALISTS]
     _check_names(args.model, specialists, args.composition)
+    check_split(args)
+    if args.split:
+        with split_over_machines(args, specialists) as found:
+            if not found:
+                return 0
+            with _listen(args.host, args.port) as listening:
+                return _listened(args, *found, key, listening)
     with _listen(args.host, args.port) as listening:
         print("loading …", file=sys.stderr)
         model, tokenizer = load(
             args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
         )
-        with Engine(
-            model,
-            tokenizer,
-            args.max_sequences,
-            args.memory,
-            args.prompt_cache_bytes,
-            costs=known_costs,
-        ) as engine:
-            for name, path in specialists:
-                engine.attach(name, path, quantize=args.quantize)
-            app = _make_app(args, engine, [name for name, _ in specialists], key)
-            _announce(app, listening)
-            config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none")
-            return _run(uvicorn.Server(config), app, listening)
+        attached = Specialists(model)
+        for name, path in specialists:
+            attached.attach(name, path, quantize=args.quantize)
+        return _listened(args, tokenizer, attached, key, listening)
+
+
+def _listened(
+    args: argparse.Namespace,
+    tokenizer: Tokenizer,
+    specialists: Specialists,
+    key: str | None,
+    listening: socket.socket,
+) -> int:
+    """Serve what is loaded until told to stop; the exit status."""
+    import uvicorn
+
+    with Engine(
+        specialists.base,
+        tokenizer,
+        args.max_sequences,
+        args.memory,
+        args.prompt_cache_bytes,
+        costs=known_costs,
+        specialists=specialists,
+    ) as engine:
+        app = _make_app(args, engine, specialists.names, key)
+        _announce(app, listening)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none")
+        return _run(uvicorn.Server(config), app, listening)
 
 
 def _check_access(args: argparse.Namespace, key: str | None) -> None:

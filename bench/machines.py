@@ -1,0 +1,164 @@
+"""One model on several machines against the same on one: started on each, as `--split` says.
+
+- in: a shape; ranks, each a machine of its own, or a core of this one
+- out: how many times as fast, beside the ceiling that the parts' own times allow
+- rank 0 holds the whole model, too, and what it shares out is the very same weights
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from cognica_mlx.bench.figures import Figure, figure
+from cognica_mlx.bench.timing import Progress, Samples, interleaved
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.costs import Costs, measure
+from cognica_mlx.decoding.modes import make_mode
+from cognica_mlx.decoding.requests import advance
+from cognica_mlx.decoding.sequence import read_prompt, step_size_for
+from cognica_mlx.decoding.single import carry_out, decode
+from cognica_mlx.machines.split import Part
+from cognica_mlx.model import PoEModel
+from cognica_mlx.state import DecodingState
+
+# A specialist of the released shape, in layers.
+SPECIALIST_LAYERS = 4
+
+
+def part_of(whole: PoEModel, part: Part) -> PoEModel:
+    """A part of a model, made of the same arrays."""
+    model = PoEModel(whole.config)
+    part.strip(model)
+    held: dict[str, mx.array] = dict(tree_flatten(whole.parameters()))
+    model.update(tree_unflatten([(n, a) for n, a in held.items() if part.holds(n)]))
+    model.eval()
+    return model
+
+
+def specialist_over(base: PoEConfig) -> tuple[PoEConfig, Part]:
+    """A specialist over a base: its configuration, and what it adds."""
+    count = base.n_layer + SPECIALIST_LAYERS
+    config = replace(base, n_layer=count, specialist_layers=(SPECIALIST_LAYERS,))
+    layers = frozenset(range(base.n_layer, count))
+    return config, Part(layers, False, False, frozenset([0]))
+
+
+def prompts(
+    split: PoEModel,
+    whole: PoEModel,
+    ranks: Sequence[int],
+    text: Sequence[int],
+    trials: int,
+    progress: Progress | None = None,
+) -> list[Figure]:
+    """Reading a prompt in a pipeline; `ranks` has the owner of each stage."""
+    parts: list[list[float]] = []
+
+    chunk = step_size_for(split)
+
+    def one() -> float:
+        parts.append(_stage_seconds(whole, text, chunk))
+        return sum(parts[-1])
+
+    cases = {"one machine": one, "a pipeline": lambda: _pipeline_seconds(split, text)}
+    taken = interleaved(cases, trials, progress, "a prompt")
+    by_stage = np.median(parts[1:], axis=0)
+    each = _by_rank(by_stage.tolist(), ranks)
+    chunks = -(-len(text) // chunk)
+    # The slowest works all the time; the others before its first chunk or after its last.
+    ceiling = sum(each) / (max(each) + (sum(each) - max(each)) / chunks)
+    return _pair(f"prompt of {len(text)} tokens", "s", taken, ceiling, len(each))
+
+
+def _by_rank(by_stage: Sequence[float], ranks: Sequence[int]) -> list[float]:
+    return [
+        sum(t for t, owner in zip(by_stage, ranks, strict=True) if owner == rank)
+        for rank in sorted(set(ranks))
+    ]
+
+
+def _pair(
+    what: str, unit: str, taken: dict[str, Samples], ceiling: float, count: int
+) -> list[Figure]:
+    """One machine's figure and that of `count` machines, beside their ceiling."""
+    one, many = taken
+    speedup = 1 / taken[many].over(taken[one])
+    return [
+        figure("machines", f"{what}, {one}", unit, taken[one], speedup=1.0),
+        figure(
+            "machines",
+            f"{what}, {many} of {count} machines",
+            unit,
+            taken[many],
+            speedup=speedup,
+            predicted=ceiling,
+            notes={"of_ceiling": speedup / ceiling},
+        ),
+    ]
+
+
+def _pipeline_seconds(model: PoEModel, text: Sequence[int]) -> float:
+    """Seconds until the last position of a text has gone through all stages."""
+    state, last = DecodingState(model), model.poe_n_stages - 1
+    started = time.perf_counter()
+    carry_out(read_prompt(state, text, last, step_size_for(model)))
+    mx.eval(state.boundary(last, len(text) - 1, len(text)).x)
+    return time.perf_counter() - started
+
+
+def _stage_seconds(model: PoEModel, text: Sequence[int], chunk: int) -> list[float]:
+    """Seconds that each stage takes for a text in chunks."""
+    state = DecodingState(model)
+    times = np.zeros(model.poe_n_stages)
+    for start in range(0, len(text), chunk):
+        state.append(text[start : start + chunk])
+        for stage in range(model.poe_n_stages):
+            started = time.perf_counter()
+            carry_out(advance(state, stage))
+            mx.eval(state.arrays())
+            times[stage] += time.perf_counter() - started
+        state.next_round()
+    return times.tolist()
+
+
+def siblings(
+    split: PoEModel,
+    whole: PoEModel,
+    ranks: Sequence[int],
+    text: Sequence[int],
+    tokens: int,
+    trials: int,
+    progress: Progress | None = None,
+) -> list[Figure]:
+    """A token of a composition of specialists side by side; `ranks` has the owner of each stage."""
+    parts: list[Costs] = []
+
+    def alone() -> float:
+        parts.append(measure(whole, (1,), text=text, trials=1))
+        return _token_seconds(whole, text, tokens)
+
+    cases = {"one machine": alone, "side by side": lambda: _token_seconds(split, text, tokens)}
+    taken = interleaved(cases, trials, progress, "siblings")
+    trunk = len(whole.config.stage_layers)
+    stages = range(whole.poe_n_stages)
+    times = np.median([[c.stage(k) + (k >= trunk) * c.head(k) for k in stages] for c in parts], 0)
+    base, special = times[:trunk].sum(), times[trunk:]
+    side_by_side = max(_by_rank(special.tolist(), ranks[trunk:]))
+    ceiling = float((base + special.sum()) / (base + side_by_side))
+    what = f"a token of {len(special)} specialists"
+    return _pair(what, "s", taken, ceiling, len(set(ranks)))
+
+
+def _token_seconds(model: PoEModel, text: Sequence[int], tokens: int) -> float:
+    """Seconds a token once the first is there."""
+    steps = decode(model, text, make_mode(model), max_tokens=tokens + 1)
+    next(steps)
+    started = time.perf_counter()
+    count = sum(1 for _ in steps)
+    return (time.perf_counter() - started) / count

@@ -1,0 +1,217 @@
+"""What ranks say to each other: whole numbers, then arrays, in one flat int32 array.
+
+- a message goes out as a block of fixed size, and what has no room there as a second array: most
+  are one block
+- over `ring` a rank reaches its two neighbours only: a message for another is passed on
+- knows nothing of stages; one thread at a time
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from itertools import accumulate, islice, pairwise
+
+import mlx.core as mx
+import numpy as np
+
+from cognica_mlx.errors import RankError
+from cognica_mlx.hidden import Hidden
+
+# Words of 4 bytes in a first block; two of them are the message's length and destination.
+BLOCK = 256
+FIRST = BLOCK - 2
+
+
+class Kind(IntEnum):
+    """What a message asks for."""
+
+    END = 0
+    # Run positions through a stage. Answered with a status, so that the asker knows who is behind.
+    RUN = 1
+    # Predict from positions; answered with a status and logits.
+    SCORE = 2
+    # Send activations to rank 0, behind a status; to another rank, which has been told to expect
+    # them; hold them in arrays of their own.
+    FETCH = 3
+    PASS = 4
+    COPY = 5
+    # To a neighbour on the way: bring the next answer of a rank further on.
+    BRING = 6
+
+
+# Housekeeping, in front of every message: copy a sequence's cache, forget it, forget activations.
+FORK, DROP, FORGET = range(3)
+
+
+def encode(numbers: Sequence[int], arrays: Sequence[mx.array] = ()) -> mx.array:
+    """A message, unevaluated: (n,) int32. Arrays must fill whole words of 4 bytes."""
+    head = mx.array([len(numbers), *numbers], dtype=mx.int32)
+    return mx.concatenate([head, *(a.reshape(-1).view(mx.int32) for a in arrays)])
+
+
+class Reader:
+    """A message that has arrived, read from its beginning on."""
+
+    def __init__(self, words: mx.array):
+        count: int = words[0].item()  # type: ignore[assignment]
+        self._numbers: Iterator[int] = iter(words[1 : 1 + count].tolist())  # type: ignore[arg-type]
+        # Sliced by whoever reads them: an unevaluated array belongs to the thread that made it.
+        self._words, self._start = words, 1 + count
+
+    def number(self) -> int:
+        """The next number."""
+        return self.numbers(1)[0]
+
+    def numbers(self, count: int) -> list[int]:
+        """The next numbers."""
+        found = list(islice(self._numbers, count))
+        if len(found) < count:
+            raise RankError("ranks have lost track of each other's messages")
+        return found
+
+    def arrays(self, *kinds: tuple[tuple[int, ...], mx.Dtype]) -> list[mx.array]:
+        """The arrays behind the numbers, by their shapes and types."""
+        sizes = [_words(shape, dtype) for shape, dtype in kinds]
+        spans = pairwise(accumulate(sizes, initial=self._start))
+        return [
+            self._words[start:stop].view(dtype).reshape(shape)
+            for (start, stop), (shape, dtype) in zip(spans, kinds, strict=True)
+        ]
+
+    def text(self) -> str:
+        """The numbers that are left, as characters."""
+        return "".join(map(chr, self._numbers))
+
+
+def _words(shape: tuple[int, ...], dtype: mx.Dtype) -> int:
+    size = dtype.size
+    for n in shape:
+        size *= n
+    return size // 4
+
+
+def hidden_parts(hidden: Hidden) -> tuple[list[int], list[mx.array]]:
+    """Activations (1, T, D) as numbers and arrays; `read_hidden` reads them."""
+    tokens = hidden.tokens.astype(mx.int32)
+    arrays = [tokens, hidden.x]
+    if hidden.x0 is not hidden.x:
+        arrays.append(hidden.x0)
+    if hidden.backout is not None:
+        arrays.append(hidden.backout)
+    flags = (hidden.x0 is not hidden.x) + 2 * (hidden.backout is not None)
+    return [flags, len(hidden), hidden.x.shape[-1]], arrays
+
+
+def read_hidden(message: Reader, dtype: mx.Dtype) -> Hidden:
+    """What `hidden_parts` made numbers and arrays of, the arrays last in the message."""
+    flags, count, width = message.numbers(3)
+    parts = 1 + (flags & 1) + (flags >> 1)
+    floats = [((1, count, width), dtype)] * parts
+    tokens, x, *rest = message.arrays(((1, count), mx.int32), *floats)
+    x0 = rest.pop(0) if flags & 1 else x
+    return Hidden(tokens, x, x0, rest[0] if flags & 2 else None)
+
+
+class Wire:
+    """A rank's way to the others. Calls block until the other end has done its part."""
+
+    def __init__(self, group: mx.distributed.Group, *, neighbours_only: bool):
+        self.group = group
+        self.rank, self.size = group.rank(), group.size()
+        self._neighbours_only = neighbours_only
+
+    def next_hop(self, rank: int) -> int:
+        """The rank to hand a message for `rank` to."""
+        return self._hop(self.rank, rank)
+
+    def are_next(self, one: int, other: int) -> bool:
+        """Whether nobody stands between two ranks."""
+        return self._hop(one, other) == other
+
+    def parent(self) -> int:
+        """The rank that messages from rank 0 come by."""
+        at = 0
+        while (hop := self._hop(at, self.rank)) != self.rank:
+            at = hop
+        return at
+
+    def _hop(self, at: int, rank: int) -> int:
+        steps = (rank - at) % self.size
+        if not self._neighbours_only or steps in (1, self.size - 1):
+            return rank
+        return (at + (1 if steps <= self.size // 2 else -1)) % self.size
+
+    def send(self, words: mx.array, rank: int, to: int | None = None) -> None:
+        """Send a message to its next hop `rank`, on its way to rank `to`."""
+        to = rank if to is None else to
+        first = words[:FIRST]
+        block = mx.concatenate([mx.array([words.size, to], dtype=mx.int32), first])
+        if block.size < BLOCK:
+            block = mx.pad(block, (0, BLOCK - block.size))
+        self._send(block, rank)
+        if words.size > FIRST:
+            self._send(words[FIRST:], rank)
+
+    def receive(self, rank: int) -> tuple[int, mx.array]:
+        """The next message that the next hop `rank` sends: what `send` was told of where it goes,
+        and its words."""
+        block = self._receive(BLOCK, rank)
+        size, to = map(int, np.array(block[:2]))
+        words = block[2 : 2 + min(size, FIRST)]
+        if size > FIRST:
+            words = mx.concatenate([words, self._receive(size - FIRST, rank)])
+        mx.eval(words)
+        return to, words
+
+    def answer(self, words: mx.array, rank: int | None = None) -> None:
+        """Send rank 0 an answer, by default one's own, on its way."""
+        self.send(words, self.parent(), self.rank if rank is None else rank)
+
+    def _send(self, words: mx.array, rank: int) -> None:
+        mx.eval(mx.distributed.send(words, rank, group=self.group, stream=mx.cpu))
+
+    def _receive(self, size: int, rank: int) -> mx.array:
+        words = mx.distributed.recv((size,), mx.int32, rank, group=self.group, stream=mx.cpu)
+        mx.eval(words)
+        return words
+
+
+class Inbox:
+    """What others send back: answers by the ranks that give them, and activations passed on.
+
+    Between neighbours on a ring all of it comes by one way, and in any order.
+    """
+
+    # In the place of a destination, of activations.
+    ROWS = -1
+
+    def __init__(self, wire: Wire):
+        self._wire = wire
+        self._early: dict[tuple[int, int], deque[mx.array]] = defaultdict(deque)
+        self._asked: dict[int, int] = defaultdict(int)
+
+    def answer(self, rank: int) -> mx.array:
+        """The next answer that a rank gives to rank 0."""
+        hop = self._wire.next_hop(rank)
+        found = self._early[hop, rank]
+        while not found:
+            if hop != rank and not self._asked[hop]:
+                self._wire.send(encode([0, Kind.BRING, rank]), hop)
+                self._asked[hop] += 1
+            self._receive(hop)
+        return found.popleft()
+
+    def rows(self, rank: int) -> mx.array:
+        """What the rank next to this one passes on."""
+        found = self._early[rank, self.ROWS]
+        while not found:
+            self._receive(rank)
+        return found.popleft()
+
+    def _receive(self, hop: int) -> None:
+        about, words = self._wire.receive(hop)
+        if about not in (hop, self.ROWS):
+            self._asked[hop] -= 1
+        self._early[hop, about].append(words)

@@ -1,0 +1,169 @@
+"""Which rank holds what: parsed from a flag, or balanced by what ranks have been measured to do.
+
+- stages go to ranks in order, rank 0 has the first: whoever passes activations on passes them to a
+  rank behind
+- rank 0 also has the embedding and the heads: predictions are V numbers a position, activations
+  only 3 D, so these travel and those are made where they are used
+- specialists beside each other have their heads with them: a head weighs as much as several of a
+  specialist's layers, so reading them side by side is half of what their machines save
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel
+
+_NAME = re.compile(r"(h|lm_head_specialists)\.(\d+)\.|(wte|lm_head|lm_head_stages)\.")
+# Positions, and how often, in the product by which ranks are compared.
+ROWS, TRIALS = 8, 16
+
+
+class Absent(nn.Module):
+    """Stands for a module that another rank holds."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a model a rank holds. What is small, lambdas and gates, everybody has."""
+
+    layers: frozenset[int]
+    embedding: bool
+    shared_heads: bool
+    specialist_heads: frozenset[int]
+
+    def holds(self, name: str) -> bool:
+        """Whether a parameter of this name is in it."""
+        if not (match := _NAME.match(name)):
+            return True
+        if match[3]:
+            return self.embedding if match[3] == "wte" else self.shared_heads
+        held = self.layers if match[1] == "h" else self.specialist_heads
+        return int(match[2]) in held
+
+    def strip(self, model: PoEModel) -> None:
+        """Take from a model that has no weights yet the modules that are not in it."""
+        for name in ("h", "lm_head_stages", "lm_head_specialists"):
+            if name in model:
+                parts = enumerate(model[name])
+                model[name] = [p if self.holds(f"{name}.{i}.") else Absent() for i, p in parts]
+        for name in ("wte", "lm_head"):
+            if not self.holds(f"{name}."):
+                model[name] = Absent()
+
+
+# Of a specialist that another rank holds.
+NOTHING = Part(frozenset(), False, False, frozenset())
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rank of each stage; those after the model's own are the specialists', in the order in
+    which they are attached."""
+
+    ranks: tuple[int, ...]
+
+    def stages(self, rank: int) -> list[int]:
+        """What a rank owns."""
+        return [stage for stage, owner in enumerate(self.ranks) if owner == rank]
+
+    def part(self, config: PoEConfig, rank: int, *, speaks: bool = False) -> Part:
+        """What a rank holds of a model of this configuration; with `speaks` also the base's head,
+        for specialists of its own."""
+        own = [k for k in self.stages(rank) if k < config.poe_n_stages]
+        layers = frozenset(i for k in own for i in config.stage_range(k))
+        heads = range(len(config.specialist_layers)) if not rank else ()
+        return Part(layers, not rank, not rank or speaks, frozenset(heads))
+
+
+def parse(text: str, size: int, base: int, specialists: Sequence[str] = ()) -> Split:
+    """`0|1,2,3`: the stages of rank 0, of rank 1 and so on. RequestError for what makes no sense:
+    a model of `base` stages and these specialists, on `size` ranks."""
+    try:
+        groups = [[int(stage) for stage in part.split(",")] for part in text.split("|")]
+    except ValueError:
+        raise RequestError(f"--split {text}: write stages as 0|1,2,3, or say stages") from None
+    total = base + len(specialists)
+    if [stage for group in groups for stage in group] != list(range(total)):
+        named = f"0 to {total - 1}" + (", the specialists' being the last" if specialists else "")
+        raise RequestError(f"--split {text}: each of the stages {named}, once and in order")
+    if len(groups) != size:
+        raise RequestError(
+            f"--split {text} is for {len(groups)} machines, and {size} have been started"
+        )
+    return Split(tuple(rank for rank, group in enumerate(groups) for _ in group))
+
+
+def balanced(config: PoEConfig, seconds: Sequence[float], specialists: Sequence[str] = ()) -> Split:
+    """A split by the `seconds` in which each rank does the same work.
+
+    Specialists have machines of their own as far as there are any; otherwise stages go where the
+    slowest rank has least to do. RequestError where there are more ranks than stages.
+    """
+    size, stages = len(seconds), config.poe_n_stages
+    if size > stages + len(specialists):
+        raise RequestError(
+            f"{size} machines have been started for {stages + len(specialists)} stages: "
+            "start one for each at the most"
+        )
+    if specialists:
+        others = min(len(specialists), size - 1)
+        here = len(specialists) - others
+        if size - 1 > others:
+            raise RequestError(
+                f"{size} machines have been started for a base and {len(specialists)} "
+                "specialists: start one for each at the most, or give --split"
+            )
+        return Split((*[0] * (stages + here), *range(1, others + 1)))
+    layers = [*config.stage_layers, *config.specialist_layers]
+    heads = (config.n_head + config.n_kv_head) * config.head_dim
+    matrices = 2 * config.n_embd * (heads + config.intermediate_size)  # of a layer
+    head = config.padded_vocab_size * config.n_embd / matrices  # in layers
+    best: tuple[float, tuple[int, ...]] | None = None
+    for ends in _cuts(stages, size):
+        starts = (0, *ends[:-1])
+        times = [
+            seconds[rank] * (sum(layers[start:end]) + (0 if rank else head))
+            for rank, (start, end) in enumerate(zip(starts, ends, strict=True))
+        ]
+        ranks = tuple(
+            rank
+            for rank, (start, end) in enumerate(zip(starts, ends, strict=True))
+            for _ in range(start, end)
+        )
+        if best is None or max(times) < best[0]:
+            best = max(times), ranks
+    assert best is not None
+    return Split(best[1])
+
+
+def _cuts(stages: int, size: int, start: int = 0) -> list[tuple[int, ...]]:
+    """All ways to end `size` runs of stages, none of them empty."""
+    if size == 1:
+        return [(stages,)]
+    return [
+        (end, *rest)
+        for end in range(start + 1, stages - size + 2)
+        for rest in _cuts(stages, size - 1, end)
+    ]
+
+
+def seconds_here(config: PoEConfig, dtype: mx.Dtype) -> float:
+    """How long a layer's largest product takes on this machine."""
+    weight = mx.zeros((config.intermediate_size, config.n_embd), dtype)
+    x = mx.zeros((ROWS, config.n_embd), dtype)
+    mx.eval(weight, x)
+    times = []
+    for _ in range(TRIALS):
+        started = time.perf_counter()
+        mx.eval(x @ weight.T)
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,115 @@
+"""mlx_poe.bench --split: the section that takes several machines."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from cognica_mlx.bench.figures import Figure
+from cognica_mlx.bench.machines import part_of, prompts, siblings, specialist_over
+from cognica_mlx.bench.shapes import random_model, shape_config
+from cognica_mlx.bench.timing import Progress
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.convert.stored import DTYPES
+from cognica_mlx.errors import RequestError
+from cognica_mlx.machines.link import TIMEOUT
+from cognica_mlx.machines.split import NOTHING
+from cognica_mlx.model import PoEModel
+from cognica_mlx.shared_base import share_base
+from mlx_poe.commands.split import add_split_flags, check_split
+from mlx_poe.machines import Choose, Loaded, on_machines
+from mlx_poe.specialists import Specialists
+
+MACHINES = "machines"
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """--split and what belongs to it."""
+    add_split_flags(parser)
+    parser.add_argument(
+        "--siblings",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --split: measure N specialists side by side, instead of a prompt",
+    )
+
+
+def check_machines(args: argparse.Namespace) -> None:
+    """RequestError for flags that make no sense together."""
+    check_split(args)
+    if args.siblings and not args.split:
+        raise RequestError("--siblings belongs to --split")
+    if args.siblings < 0:
+        raise RequestError(f"--siblings {args.siblings} is below 0")
+    wanted = MACHINES in (args.only or ())
+    if not (args.split or wanted):
+        return
+    if not (args.split and args.shape and args.only == [MACHINES]):
+        raise RequestError(
+            f"the section {MACHINES} takes --split, --shape and --only {MACHINES} together"
+        )
+    if args.quantize or args.agreement or args.degrade:
+        raise RequestError(
+            "--split measures random weights as they are: leave out --quantize, --agreement and "
+            "--degrade"
+        )
+
+
+def measure_machines(
+    args: argparse.Namespace, dtype: str, progress: Progress
+) -> list[Figure] | None:
+    """The section's figures; None on ranks other than 0, which take part in it."""
+    config, timeout = shape_config(args.shape), args.rank_timeout or TIMEOUT
+    count = args.context if args.siblings else args.prompt_tokens
+    text = np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
+    with _shared_out(config, DTYPES[dtype], args.split, args.siblings, timeout) as shared:
+        if not shared:
+            return None
+        found, whole = shared
+        ranks = found.split.ranks
+        if not args.siblings:
+            return prompts(found.model, whole.base, ranks, text, args.trials, progress)
+        many, one = (over.compose(over.names) for over in (found.specialists, whole))
+        return siblings(many, one, ranks, text, args.max_tokens, args.trials, progress)
+
+
+@contextmanager
+def _shared_out(
+    config: PoEConfig, dtype: mx.Dtype, split: str, siblings: int, timeout: float
+) -> Iterator[tuple[Loaded, Specialists] | None]:
+    """A random model on all ranks, with so many specialists over it, and on rank 0 the same as a
+    whole; None on other ranks, at the end."""
+    whole: list[Specialists] = []
+
+    def base(choose: Choose) -> tuple[PoEModel, None]:
+        part = choose(config, dtype)
+        if not part.embedding:
+            return random_model(config, dtype, part=part), None
+        whole.append(Specialists(random_model(config, dtype)))
+        return part_of(whole[0].base, part), None
+
+    def attach(specialists: Specialists, seed: int) -> None:
+        here = specialists.is_next_here()
+        own, part = specialist_over(config)
+        if not whole:
+            special = random_model(own, dtype, seed, part if here else NOTHING)
+        else:
+            first = random_model(own, dtype, seed, part)
+            special = part_of(first, part if here else NOTHING)
+            whole[0].add(str(seed), _stand_on(whole[0].base, first))
+        specialists.add(str(seed), _stand_on(specialists.base, special))
+
+    added = [(str(seed), partial(attach, seed=seed)) for seed in range(1, siblings + 1)]
+    with on_machines(base, split, added, timeout=timeout) as found:
+        yield (found, whole[0]) if found else None
+
+
+def _stand_on(base: PoEModel, model: PoEModel) -> PoEModel:
+    share_base(model, base, [], mx.zeros((0, base.config.n_embd), base.resid_lambdas.dtype))
+    return model

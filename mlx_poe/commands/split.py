@@ -1,0 +1,69 @@
+"""--split: one command, started on several machines."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from cognica_mlx.errors import RequestError
+from cognica_mlx.machines.link import TIMEOUT
+from mlx_poe.load import load
+from mlx_poe.machines import STAGES, on_machines
+from mlx_poe.specialists import Specialists
+from mlx_poe.tokenizer import Tokenizer
+
+
+def add_split_flags(parser: argparse.ArgumentParser) -> None:
+    """--split, --degrade, --rank-timeout."""
+    group = parser.add_argument_group("several machines (see docs/machines.md)")
+    group.add_argument(
+        "--split",
+        metavar="STAGES",
+        help=f"{STAGES}: share the stages out, or specialists beside each other; 0|1,2,3: rank 0 "
+        "has stage 0. Start with mlx.launch --hosts a,b -- … or mpirun -n 2 …",
+    )
+    group.add_argument(
+        "--degrade",
+        action="store_true",
+        help="go on with rank 0's own stages if another rank is lost",
+    )
+    group.add_argument(
+        "--rank-timeout",
+        type=float,
+        metavar="SECONDS",
+        help=f"give up a rank that has not done a pass after so long (default: {TIMEOUT:g})",
+    )
+
+
+def check_split(args: argparse.Namespace) -> None:
+    """RequestError for flags that belong to --split without it."""
+    if args.split is None and (args.degrade or args.rank_timeout is not None):
+        raise RequestError("--degrade and --rank-timeout belong to --split")
+    if args.rank_timeout is not None and not args.rank_timeout > 0:
+        raise RequestError(f"--rank-timeout {args.rank_timeout} is not above 0")
+
+
+@contextmanager
+def split_over_machines(
+    args: argparse.Namespace, specialists: Sequence[tuple[str, str]] = ()
+) -> Iterator[tuple[Tokenizer, Specialists] | None]:
+    """What `args` name, loaded on all machines: see `on_machines`."""
+    options = {name: getattr(args, name) for name in ("revision", "dtype", "quantize")}
+    attached = [
+        (name, partial(Specialists.attach, name=name, path_or_hf_repo=path, quantize=args.quantize))
+        for name, path in specialists
+    ]
+    with on_machines(
+        lambda part: load(args.model, part=part, **options),
+        args.split,
+        attached,
+        timeout=args.rank_timeout or TIMEOUT,
+        degrade=args.degrade,
+    ) as found:
+        if not found:
+            yield None
+            return
+        assert found.tokenizer is not None, "a model that was loaded has one"
+        yield found.tokenizer, found.specialists

@@ -1,0 +1,243 @@
+"""A model loaded on several machines at once: every rank its part.
+
+- in: the same arguments on every rank, started by `mlx.launch` or `mpirun`
+- out: on rank 0 a model to decode with as with any other; the other ranks serve it until it ends
+- ranks agree after every step that can fail: if one of them cannot start, none goes on
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from cognica_mlx.config import PoEConfig
+from cognica_mlx.errors import RankError, RequestError
+from cognica_mlx.hidden import Hidden
+from cognica_mlx.machines.link import TIMEOUT, Link
+from cognica_mlx.machines.messages import Wire
+from cognica_mlx.machines.owner import Owner, Speaker
+from cognica_mlx.machines.remote import RemoteStage
+from cognica_mlx.machines.split import Part, Split, balanced, parse, seconds_here
+from cognica_mlx.model import PoEModel
+from mlx_poe.specialists import Specialists
+from mlx_poe.tokenizer import Tokenizer
+
+# The flag's word for a split that the ranks find for themselves.
+STAGES = "stages"
+# What launchers tell of a back end in which a rank reaches its neighbours only.
+RING_VARIABLE, JACCL_VARIABLE = "MLX_HOSTFILE", "MLX_IBV_DEVICES"
+
+Result = TypeVar("Result")
+# What a rank is to hold of a model of this configuration and type.
+Choose = Callable[[PoEConfig, mx.Dtype], Part]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What rank 0 decodes with."""
+
+    specialists: Specialists
+    tokenizer: Tokenizer | None
+    split: Split
+
+    @property
+    def model(self) -> PoEModel:
+        """The base."""
+        return self.specialists.base
+
+
+@contextmanager
+def on_machines(
+    load_base: Callable[[Choose], tuple[PoEModel, Tokenizer | None]],
+    split: str,
+    specialists: Sequence[tuple[str, Callable[[Specialists], object]]] = (),
+    *,
+    timeout: float = TIMEOUT,
+    degrade: bool = False,
+) -> Iterator[Loaded | None]:
+    """Load a model by parts, and specialists over it.
+
+    `load_base` loads what its argument, asked with a configuration and a type, says is this rank's;
+    specialists are names with what attaches each. `split` is "stages" or as `machines.split.parse`
+    reads it. The block gets None on ranks other than 0, once rank 0 has left its own. A rank that
+    has not done a pass after `timeout` seconds is given up: decoding ends with a RankLostError, or
+    with `degrade` goes on with what rank 0 holds.
+
+    Raises RequestError where no ranks have been started or the split does not fit them, RankError
+    where another rank cannot load its part.
+    """
+    rank = _Rank(split, [name for name, _ in specialists])
+    model, tokenizer = rank.together(lambda: load_base(rank.part))
+    owned = Specialists(model, rank.is_here)
+    for _, attach in specialists:
+        rank.together(partial(attach, owned))
+    models = [model, *(owned.use(title) for title in owned.names)]
+    rank.announce(models)
+    if rank.wire.rank:
+        rank.serve(model, owned)
+        yield None
+        return
+    link = Link(rank.wire, timeout, degrade=degrade)
+    rank.place(link, model, owned)
+    status = 1
+    try:
+        yield Loaded(owned, tokenizer, rank.split)
+        status = 0
+    finally:
+        link.close()
+        if link.lost:
+            if not status:
+                print(f"went on without the others: {link.lost}", file=sys.stderr)
+            # A call that waits for a rank that is gone would never let the process end.
+            atexit.register(_leave, status)
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class _Disagreed(RankError):
+    """Another rank has failed, as all know by now."""
+
+
+class _Rank:
+    """One of the processes, while they find out who does what."""
+
+    def __init__(self, split: str, specialists: Sequence[str]):
+        self.wire = _join()
+        self._text, self._specialists = split, specialists
+        self.split = Split(())
+        self._base = 0
+
+    def part(self, config: PoEConfig, dtype: mx.Dtype) -> Part:
+        """What this rank is to hold of the base, once all know how fast each is."""
+        self._base = config.poe_n_stages
+        size, names = self.wire.size, self._specialists
+        if self._text == STAGES:
+            seconds = self._exchange(1.0 + seconds_here(config, dtype))
+            if min(seconds) < 1:
+                raise _Disagreed(f"rank {seconds.index(min(seconds))} could not start; it says why")
+            self.split = balanced(config, [s - 1 for s in seconds], names)
+        else:
+            self.split = parse(self._text, size, self._base, names)
+        rank = self.wire.rank
+        return self.split.part(config, rank, speaks=max(self.split.stages(rank)) >= self._base)
+
+    def is_here(self, index: int) -> bool:
+        """Whether this rank holds the specialist that is attached as the `index`-th. Those that are
+        attached later are rank 0's."""
+        owners = self.split.ranks[self._base :]
+        return (owners[index] if index < len(owners) else 0) == self.wire.rank
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Do something that all ranks do. RankError where it fails elsewhere."""
+        try:
+            result = work()
+        except _Disagreed:
+            raise
+        except Exception:
+            self._exchange(0.0)
+            raise
+        if 0.0 in (done := self._exchange(1.0)):
+            raise _Disagreed(f"rank {done.index(0.0)} could not load its part; it says why")
+        return result
+
+    def _exchange(self, number: float) -> list[float]:
+        """Each rank's number."""
+        mine = mx.array([number], dtype=mx.float32)
+        every = mx.distributed.all_gather(mine, group=self.wire.group, stream=mx.cpu)
+        return every.tolist()  # type: ignore[return-value]
+
+    def announce(self, models: Sequence[PoEModel]) -> None:
+        """Say on stderr, by rank 0, how much each holds."""
+        arrays: dict[int, mx.array] = {}
+        for model in models:
+            named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+            arrays.update((id(array), array) for array in named.values())
+        held = self._exchange(sum(array.nbytes for array in arrays.values()) / 1e6)
+        if self.wire.rank:
+            return
+        for rank, megabytes in enumerate(held):
+            stages = ", ".join(map(self._title, self.split.stages(rank)))
+            print(f"rank {rank} holds {stages}: {megabytes:.1f} MB", file=sys.stderr)
+
+    def _title(self, stage: int) -> str:
+        if stage < self._base:
+            return f"stage {stage}"
+        return self._specialists[stage - self._base]
+
+    def place(self, link: Link, model: PoEModel, specialists: Specialists) -> None:
+        """Have rank 0's models run their stages where they are."""
+        model.place({
+            k: RemoteStage(
+                model, model.config.stage_range(k), k, link=link, rank=self.split.ranks[k], number=k
+            )
+            for k in range(self._base)
+            if self.split.ranks[k]
+        })  # fmt: skip
+        for i, name in enumerate(specialists.names):
+            if not self.is_here(i):
+                special, k = specialists.use(name), self._base
+                stage = RemoteStage(
+                    special,
+                    special.config.stage_range(k),
+                    k,
+                    link=link,
+                    rank=self.split.ranks[k + i],
+                    number=k + i,
+                    speaks=True,
+                )
+                special.place({k: stage})
+
+    def serve(self, model: PoEModel, specialists: Specialists) -> None:
+        """Carry out what rank 0 asks for, until it ends."""
+        stages = {k: model.stages[k] for k in self.split.stages(self.wire.rank) if k < self._base}
+        speakers: dict[int, Speaker] = {}
+        for i, name in enumerate(specialists.names):
+            if self.is_here(i):
+                special = specialists.use(name)
+                stages[self._base + i] = special.stages[self._base]
+                speakers[self._base + i] = _speaker(special)
+        # Ctrl-C reaches all that run in a terminal, and it is rank 0 that ends.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        Owner(self.wire, stages, speakers, model.resid_lambdas.dtype).serve()
+
+
+def _speaker(model: PoEModel) -> Speaker:
+    last = model.poe_n_stages - 1
+
+    def predict(hidden: Hidden, drafts: bool) -> mx.array:
+        return model.draft_logits(last, hidden) if drafts else model.stage_logits(last, hidden)
+
+    return predict
+
+
+def _join() -> Wire:
+    """This process's place among the others. RequestError where there are none."""
+    ring = RING_VARIABLE in os.environ
+    backend = "ring" if ring else "jaccl" if JACCL_VARIABLE in os.environ else "mpi"
+    try:
+        group = mx.distributed.init(strict=True, backend=backend)
+    except RuntimeError as error:
+        raise RequestError(f"{_ALONE} ({error})") from None
+    if group.size() < 2:
+        raise RequestError(_ALONE)
+    return Wire(group, neighbours_only=ring)
+
+
+_ALONE = (
+    "--split is for several machines: start the command on each with mlx.launch --hosts a,b -- …, "
+    "or on one with mpirun -n 2 …"
+)

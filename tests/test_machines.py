@@ -1,0 +1,178 @@
+"""Models split over several processes: the checks are `split_checks`'s, here they are started.
+
+One group of processes makes many checks, as starting them takes longer than they do.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_poe.commands.generate import main
+
+CHECKS = Path(__file__).parent / "split_checks.py"
+SECONDS = 240
+without_mpi = pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="no mpirun: install Open MPI to run these"
+)
+
+
+def environment() -> dict[str, str]:
+    # More processes than cores, each waiting for another: threads of their own would only wait.
+    return {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def results(out: str, err: str) -> list[str]:
+    """The names of the checks made; fails for one that has gone wrong."""
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    wrong = [check for check in found if check["wrong"]]
+    assert found and not wrong, (wrong, err[-2000:])
+    return [check["check"] for check in found]
+
+
+def by_mpi(count: int, *cases: str) -> list[str]:
+    flags = ["--allow-run-as-root", "--oversubscribe", "--mca", "mpi_yield_when_idle", "1"]
+    run = subprocess.run(
+        ["mpirun", *flags, "-n", str(count), sys.executable, str(CHECKS), *cases],
+        capture_output=True, text=True, timeout=SECONDS, env=environment(),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    return results(run.stdout, run.stderr)
+
+
+def by_ring(count: int, *cases: str, ends: bool = True, folder: Path) -> list[str]:
+    """As `mlx.launch` starts a ring, which would end all ranks if one dies."""
+    with_ports = [socket.socket() for _ in range(count)]
+    for one in with_ports:
+        one.bind(("127.0.0.1", 0))
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{one.getsockname()[1]}"] for one in with_ports]))
+    for one in with_ports:
+        one.close()
+    ranks: list[subprocess.Popen[str]] = []
+    try:
+        for rank in reversed(range(count)):
+            env = {**environment(), "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+            if ranks:
+                env["RANK_1"] = str(ranks[-1].pid)
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, str(CHECKS), *cases],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=env,
+                )
+            )
+        out, err = ranks[-1].communicate(timeout=SECONDS)
+        assert ranks[-1].returncode == 0, err[-2000:]
+        if ends:
+            for one in ranks[:-1]:
+                one.communicate(timeout=SECONDS)
+                assert one.returncode == 0
+        return results(out, err)
+    finally:
+        for one in ranks:
+            one.kill()
+            one.communicate()
+
+
+@without_mpi
+def test_two_machines_decode_in_every_mode_as_one_does():
+    done = by_mpi(2, "gqa-logop-d8:0,1|2,3", "drafting:0|1,2,3", "failing:0,1|2,3")
+    assert len(done) == 9 + 4 + 4 + 3  # and an owner's word for each that it holds nothing
+
+
+@without_mpi
+def test_activations_go_from_machine_to_machine_and_specialists_work_side_by_side():
+    done = by_mpi(4, "chain-on-stage:0|1|2,3|4,5", "siblings:stages", "passing:0|1|2|3")
+    assert len(done) == 9 + 5 + 2 + 3 * 3
+
+
+def test_a_ring_passes_messages_on(tmp_path):
+    assert len(by_ring(4, "some:stage-on-flat:0,1|2|3|4", folder=tmp_path)) == 3
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_rank_that_is_lost_is_named_and_done_without(how, tmp_path):
+    assert len(by_ring(2, f"lost:{how}", ends=False, folder=tmp_path)) == 4
+
+
+MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "--mca", "mpi_yield_when_idle", "1")
+GENERATE = ("-m", "mlx_poe", "generate", "--max-tokens", "8")
+
+
+def command(*args: str, count: int = 0) -> subprocess.CompletedProcess[str]:
+    """`mlx_poe.generate`, on so many machines."""
+    start = [*MPIRUN, "-n", str(count)] if count else []
+    return subprocess.run(
+        [*start, sys.executable, *GENERATE, *args],
+        capture_output=True, text=True, timeout=SECONDS, env=environment(),
+    )  # fmt: skip
+
+
+@without_mpi
+def test_the_command_says_what_each_machine_holds_and_replies_as_on_one():
+    prompt = "--prompt", "Once there was a", "--quantize", "4"
+    split = command("--split", "0|1,2,3", "--json", *prompt, count=2)
+    assert split.returncode == 0, split.stderr
+    assert "rank 0 holds stage 0: 0.7 MB" in split.stderr
+    assert "rank 1 holds stage 1, stage 2, stage 3: 1.2 MB" in split.stderr
+    one = command("--json", *prompt)
+    assert json.loads(split.stdout)["tokens"] == json.loads(one.stdout)["tokens"]
+
+
+@without_mpi
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--split", "0|1"), "each of the stages 0 to 3, once and in order"),
+        (("--split", "stages", "--model", "nowhere"), "nowhere: no such folder"),
+    ],
+)
+def test_a_split_that_cannot_be_ends_every_rank_with_one_line(flags, said):
+    run = command(*flags, "--prompt", "x", count=2)
+    assert run.returncode in (1, 2)
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_split_needs_several_machines():
+    run = command("--split", "stages", "--prompt", "x")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "start the command on each with mlx.launch" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--degrade",), "--degrade and --rank-timeout belong to --split"),
+        (("--split", "stages", "--rank-timeout", "0"), "--rank-timeout 0.0 is not above 0"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, said, capsys):
+    assert main([*flags, "--prompt", "x"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@without_mpi
+@pytest.mark.parametrize("more", [(), ("--siblings", "2")], ids=["prompt", "siblings"])
+def test_bench_measures_several_machines_against_one(more, tmp_path):
+    out = tmp_path / "machines.json"
+    flags = ["--only", "machines", "--split", "stages", "--trials", "1", "--json", str(out)]
+    sizes = ["--shape", "tiny", "--prompt-tokens", "300", "--context", "16", "-m", "4"]
+    run = subprocess.run(
+        [*MPIRUN, "-n", "2", sys.executable, "-m", "mlx_poe", "bench", *flags, *sizes, *more],
+        capture_output=True, text=True, timeout=SECONDS, env=environment(),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    one, many = json.loads(out.read_text())["figures"]
+    assert one["speedup"] == 1.0
+    assert many["predicted"] > 1
+    assert many["notes"]["of_ceiling"] == many["speedup"] / many["predicted"]
