@@ -215,7 +215,7 @@ def test_plain_decoding_has_a_token_under_way_while_one_is_handed_out(mode):
 @lru_cache
 def long_text() -> tuple[PoEModel, DecodingState]:
     """A model whose buffers are too large to copy, behind a text beyond every window."""
-    model = small(n_layer=4, width=512, n_head=8, head_dim=64, window_pattern="L")
+    model = small(n_layer=4, width=128, n_head=8, head_dim=64, window_pattern="L")
     state = DecodingState(model)
     prefill(state, [t % 300 for t in range(2300)], 3)
     return model, state
