@@ -163,7 +163,7 @@ def _strength_for(built: Synthetic, agreement: float) -> float:
     best = model.stage_logits(0, first).argmax(-1)
     mx.eval(best)
     low, high = 0.0, 64.0
-    for _ in range(24):
+    for _ in range(16):
         middle = (low + high) / 2
         bent = {k: _bent(first, hidden, middle) for k, hidden in enumerate(boundaries)}
         rate = float(mx.mean(model.full_scores(bent).argmax(-1) == best))

@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_reduce
 
 from cognica_mlx.decoding.requests import advance
-from cognica_mlx.decoding.rounded import RoundedPrefix
+from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
 from cognica_mlx.decoding.single import carry_out, prefill
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.hidden import Hidden

@@ -33,7 +33,6 @@ from cognica_mlx.convert.checkpoint import (
 )
 from cognica_mlx.convert.draft_copy import write_copy
 from cognica_mlx.convert.model_card import model_card
-from cognica_mlx.convert.output_folder import check_target, new_folder, remove_leftovers
 from cognica_mlx.convert.quantization import Plan, Rule, make_plan, mixed, pack, to_fields
 from cognica_mlx.convert.safetensors_files import (
     Spec,
@@ -47,6 +46,7 @@ from cognica_mlx.convert.sources import Source, hub_reason
 from cognica_mlx.convert.stored import DTYPES, StoredTensor
 from cognica_mlx.convert.tokenizer_files import read_encoding
 from cognica_mlx.convert.tokenizer_json import write_tokenizer
+from cognica_mlx.convert.whole_folder import check_target, new_folder, remove_leftovers
 from cognica_mlx.errors import CheckpointError, RequestError, TokenizerError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import Scheme

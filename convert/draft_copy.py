@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert.stored import StoredTensor
-from cognica_mlx.decoding.rounded import round_prefix
+from cognica_mlx.decoding.rounded_prefix import round_prefix
 from cognica_mlx.errors import CheckpointError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import SUFFIXES, Scheme, copies_of, draft_scheme, rounded

@@ -23,12 +23,12 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.saved_state import from_arrays, to_arrays
 from cognica_mlx.state import MAX_PENDING, DecodingState, Progress
-from mlx_poe.constraints import make_grammar
 from mlx_poe.conversation import Settings, Turn
 from mlx_poe.generate import GenerationResponse, stream_generate
 from mlx_poe.machine import known_costs
 from mlx_poe.paths import user_path
 from mlx_poe.penalty import default_repetition_penalty
+from mlx_poe.reply_form import make_grammar
 from mlx_poe.saved_chat import SavedChat, read_chat, write_chat
 from mlx_poe.specialists import Specialists
 from mlx_poe.tokenizer import Tokenizer

@@ -25,8 +25,8 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.state import DecodingState, Progress
-from mlx_poe.constraints import FORM_OPTIONS, make_grammar
 from mlx_poe.prompt_cache import chat_marks
+from mlx_poe.reply_form import FORM_OPTIONS, make_grammar
 from mlx_poe.responses import GenerationResponse, Responses
 from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.tools import with_functions

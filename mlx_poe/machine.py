@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from cognica_mlx import atomic
+from cognica_mlx import whole_file
 from cognica_mlx.costs import Costs, measure, measure_drafter
 from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.speculative import Speculative
@@ -54,7 +54,7 @@ def _remembered(fingerprint: str, measured: Callable[[], Costs]) -> Costs:
     if cache:
         with suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
-            atomic.write_text(path, json.dumps(asdict(costs)))
+            whole_file.write_text(path, json.dumps(asdict(costs)))
     return costs
 
 

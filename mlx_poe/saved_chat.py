@@ -22,10 +22,10 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import mlx.core as mx
 
-from cognica_mlx.atomic import replacing
 from cognica_mlx.decoding.modes import ModeOptions
 from cognica_mlx.errors import CheckpointError, PoEError
 from cognica_mlx.sampling import SamplingOptions
+from cognica_mlx.whole_file import replacing
 from mlx_poe.conversation import Settings, Turn
 from mlx_poe.tools import read_functions
 

@@ -20,7 +20,7 @@ from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import last_resort, make_mode
 from cognica_mlx.decoding.pace import KnownCosts, Pace, pace_for
 from cognica_mlx.decoding.requests import Steps
-from cognica_mlx.decoding.rounded import RoundedPrefix
+from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
 from cognica_mlx.decoding.sequence import (
     DecodingSequence,
     Mode,

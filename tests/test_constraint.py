@@ -23,8 +23,8 @@ from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
 from cognica_mlx.sampling import masked
 from mlx_poe import batch_generate, generate, load, stream_generate
-from mlx_poe.constraints import make_grammar
 from mlx_poe.engine import Engine
+from mlx_poe.reply_form import make_grammar
 from mlx_poe.tools import CALL_MARK, ToolCallParser, check_call, tool_system_prompt, with_functions
 
 MODES: list[tuple[str, dict[str, Any]]] = [

@@ -122,7 +122,8 @@ def test_old_and_oddly_padded_checkpoints_come_out_regular(tmp_path):
         a.shape[0] == 320 for k, a in tensors(folder).items() if "wte" in k or "lm_head" in k
     )
     tokens = mx.array([[1, 2, 3, 300]])
-    assert mx.array_equal(load(folder)[0](tokens), load(base)[0](tokens))
+    # A product over other numbers of rows may sum in another order.
+    assert mx.abs(load(folder)[0](tokens) - load(base)[0](tokens)).max().item() < 1e-5
 
 
 # Quantisation

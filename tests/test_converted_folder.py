@@ -13,7 +13,7 @@ from conftest import FIXTURES
 from converting import convert, entries
 
 from cognica_mlx.convert import safetensors_files
-from cognica_mlx.convert.output_folder import _locked_folder, new_folder
+from cognica_mlx.convert.whole_folder import _locked_folder, new_folder
 from mlx_poe import load
 from mlx_poe.commands.convert import main
 
@@ -172,7 +172,7 @@ def test_a_run_that_is_alive_keeps_its_folder(tmp_path):
         (first / "config.json").write_text("{}")
         script = (
             "import sys; from pathlib import Path\n"
-            "from cognica_mlx.convert.output_folder import remove_leftovers\n"
+            "from cognica_mlx.convert.whole_folder import remove_leftovers\n"
             "remove_leftovers(Path(sys.argv[1]))\n"
         )
         subprocess.run([sys.executable, "-c", script, str(target)], check=True)

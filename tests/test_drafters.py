@@ -42,10 +42,10 @@ from mlx_poe import load, stream_generate
 from mlx_poe.commands import convert as convert_command
 from mlx_poe.commands import generate as generate_command
 from mlx_poe.commands.chat_commands import perform
-from mlx_poe.constraints import make_grammar
 from mlx_poe.engine import Engine
 from mlx_poe.generate import read_request
 from mlx_poe.model_info import describe
+from mlx_poe.reply_form import make_grammar
 from mlx_poe.responses import drafts_by_maker
 from mlx_poe.scheduler import Scheduler, make_task
 from mlx_poe.server.choice import Choice, usage

@@ -29,7 +29,7 @@ from mlx_poe.commands import train as train_command
 from mlx_poe.commands.calibrate import main as calibrate
 from mlx_poe.commands.train import main
 from mlx_poe.specialists import Specialists
-from mlx_poe.training import InterruptedTraining, TrainingSettings, run, stores, train
+from mlx_poe.training import InterruptedTraining, TrainingSettings, run, store_folders, train
 from mlx_poe.training.run import checkpoint_file
 
 COMMAND = (sys.executable, "-m", "mlx_poe", "train")
@@ -252,7 +252,7 @@ def test_a_store_is_used_again_where_it_fits(made, tmp_path):
 def test_a_disk_too_small_is_refused_before_anything_is_written(made, tmp_path, monkeypatch):
     write_all(tmp_path)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(stores.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+    monkeypatch.setattr(store_folders.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
     with pytest.raises(CheckpointError, match=r"GB free: make room.*--no-store"):
         small_run(tmp_path)
     assert not (tmp_path / "stores").exists() and not (tmp_path / "mine").exists()

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cognica_mlx import atomic
+from cognica_mlx import whole_file
 from cognica_mlx.config import MAX_NUMBER, PoEConfig
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.rounding import draft_scheme
@@ -84,7 +84,7 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        atomic.write_text(path, self.to_json())
+        whole_file.write_text(path, self.to_json())
 
 
 def read_calibration(folder: Path, config: PoEConfig) -> tuple[Calibration | None, str | None]:

@@ -23,7 +23,7 @@ from cognica_mlx.calibration.replaying import (
 )
 from cognica_mlx.costs import Costs, bytes_read, with_bytes_of
 from cognica_mlx.decoding.plain import Plain
-from cognica_mlx.decoding.rounded import RoundedPrefix, round_prefix
+from cognica_mlx.decoding.rounded_prefix import RoundedPrefix, round_prefix
 from cognica_mlx.decoding.single import decode
 from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.decoding.wand import exit_margins

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from cognica_mlx.constraint import Constraint
 from cognica_mlx.decoding.requests import Read, Request, Score, as_row, through
-from cognica_mlx.decoding.rounded import RoundedPrefix
+from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError

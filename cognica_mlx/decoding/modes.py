@@ -9,7 +9,7 @@ from typing import Any
 from cognica_mlx.calibration import Calibration, published_bounds
 from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.plain import Plain
-from cognica_mlx.decoding.rounded import round_prefix
+from cognica_mlx.decoding.rounded_prefix import round_prefix
 from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.targets import (

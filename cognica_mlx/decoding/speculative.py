@@ -48,7 +48,7 @@ from cognica_mlx.decoding.requests import (
     through,
     top_of,
 )
-from cognica_mlx.decoding.rounded import RoundedPrefix
+from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
 from cognica_mlx.decoding.sequence import Advice, DecodingSequence, Plan
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError

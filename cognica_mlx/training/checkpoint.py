@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from cognica_mlx import atomic
+from cognica_mlx import whole_file
 from cognica_mlx.errors import CheckpointError, one_line
 from cognica_mlx.training.trainer import Evaluation, Training
 
@@ -35,7 +35,7 @@ def save_training(path: Path, state: Training, settings: dict[str, Any]) -> None
     curve = [asdict(evaluation) for evaluation in state.curve]
     content = {"version": VERSION, "settings": settings, "curve": curve, **fields}
     try:
-        with atomic.replacing(path, ".safetensors") as temporary:
+        with whole_file.replacing(path, ".safetensors") as temporary:
             mx.save_safetensors(str(temporary), arrays, {"training": json.dumps(content)})
             with safe_open(temporary, framework="np"):
                 pass  # a full disk may leave a short file without an error

@@ -30,10 +30,10 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import SamplingOptions
 from mlx_poe.batch import BatchStats, plan, run_tasks, trunk_to_keep
 from mlx_poe.commands.options import check_output, file_path, taken, taken_constraints
-from mlx_poe.constraints import CONSTRAINTS, FORM_OPTIONS
 from mlx_poe.generate import Prompt
 from mlx_poe.machine import known_costs
 from mlx_poe.penalty import default_repetition_penalty
+from mlx_poe.reply_form import CONSTRAINTS, FORM_OPTIONS
 from mlx_poe.responses import GenerationResponse
 from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Task
 from mlx_poe.specialists import Specialists

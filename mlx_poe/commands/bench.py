@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from cognica_mlx import atomic
+from cognica_mlx import whole_file
 from cognica_mlx.bench import figures
 from cognica_mlx.bench.batch import batches
 from cognica_mlx.bench.constrained import constrained
@@ -207,11 +207,11 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         compare(report, old, console)
     for path, content in ((args.json, report.to_json()), (args.csv, report.to_csv())):
         if path:
-            atomic.write_text(path, content)
+            whole_file.write_text(path, content)
     if args.plot:
         from cognica_mlx.bench.plot import plot
 
-        with atomic.replacing(args.plot, args.plot.suffix) as drawing:
+        with whole_file.replacing(args.plot, args.plot.suffix) as drawing:
             plot(report, drawing)
     return 0
 

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from cognica_mlx.convert.conversion import Conversion, prepare, upload
-from cognica_mlx.convert.output_folder import check_target
 from cognica_mlx.convert.quantization import RECIPES, Rule, scheme
 from cognica_mlx.convert.safetensors_files import nbytes
 from cognica_mlx.convert.stored import DTYPES
+from cognica_mlx.convert.whole_folder import check_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.rounding import BITS, DRAFT_BITS, MODES, Scheme
 from mlx_poe.commands.options import file_path, interruptible, make_parser, run

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cognica_mlx import atomic
+from cognica_mlx import whole_file
 from mlx_poe.commands.bars import progress_bars
 from mlx_poe.commands.options import check_output, file_path, interruptible, make_parser, run
 from mlx_poe.doctor.examination import examine
@@ -57,7 +57,7 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         print(report.to_text())
         if args.json:
-            atomic.write_text(args.json, report.to_json())
+            whole_file.write_text(args.json, report.to_json())
     if report.failed:
         print(
             "mlx_poe.doctor: a check has failed; please report it with all of the above",

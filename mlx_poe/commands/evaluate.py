@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cognica_mlx import atomic, strict_json
+from cognica_mlx import strict_json, whole_file
 from cognica_mlx.calibration import published_bounds
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
@@ -164,7 +164,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         return 0
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if args.json:
-        atomic.write_text(args.json, text)
+        whole_file.write_text(args.json, text)
     return 0
 
 

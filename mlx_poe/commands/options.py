@@ -24,10 +24,10 @@ from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.targets import DRAFT_HEADS
 from cognica_mlx.errors import PoEError, RequestError
 from cognica_mlx.rounding import BITS, DRAFT_BITS
-from mlx_poe.constraints import FORM_OPTIONS
 from mlx_poe.load import DEFAULT_MODEL
 from mlx_poe.paths import user_path
 from mlx_poe.penalty import SPECIALIST_PENALTY
+from mlx_poe.reply_form import FORM_OPTIONS
 
 INTERRUPTED = 130
 

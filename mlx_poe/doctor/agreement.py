@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from cognica_mlx.bench.drafts import BEGINNINGS
 from cognica_mlx.calibration import published_bounds
 from cognica_mlx.decoding.passes import score
 from cognica_mlx.decoding.requests import Score
@@ -39,15 +40,7 @@ TOKENS = 24
 WAND_AGREES, WAND_FAILS = 0.97, 0.9
 
 PROMPTS = (
-    "Once upon a time",
-    "The capital of France is",
-    "There was a child called",
-    "3 + 4 =",
-    "One day, a girl",
-    "People in Brazil speak",
-    "In the morning",
-    "Kenya is a country in",
-    "A long time ago",
+    *BEGINNINGS,
     "The capital of Japan is",
     "Tom has 12 apples.",
     "The sun is a star",

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_poe.constraints import CONSTRAINTS
 from mlx_poe.penalty import chat_penalty
+from mlx_poe.reply_form import CONSTRAINTS
 from mlx_poe.server.answer import Answer
 from mlx_poe.server.catalog import Served
 from mlx_poe.server.choice import Piece

@@ -9,8 +9,8 @@ from typing import Any
 from cognica_mlx.decoding.modes import ModeOptions
 from cognica_mlx.errors import PoEError
 from cognica_mlx.sampling import SamplingOptions
-from mlx_poe.constraints import FORM_OPTIONS
 from mlx_poe.engine import EngineClosedError
+from mlx_poe.reply_form import FORM_OPTIONS
 from mlx_poe.server.wire import Json
 
 # Fields by the names of the engine's options.

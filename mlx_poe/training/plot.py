@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cognica_mlx import atomic
+from cognica_mlx import whole_file
 from cognica_mlx.training.trainer import Evaluation
 
 TRAIN, VALID, BEST = "#bbbbbb", "#4c78a8", "#e45756"
@@ -32,6 +32,6 @@ def plot(curve: Sequence[Evaluation], best_iteration: int, path: Path) -> None:
     axis.set_ylabel("nats a counted token")
     axis.legend(["training", "validation", f"kept: {best.valid_loss:.4f}"], frameon=False)
     drawing.tight_layout()
-    with atomic.replacing(path, path.suffix) as temporary:
+    with whole_file.replacing(path, path.suffix) as temporary:
         drawing.savefig(temporary, dpi=150)
     pyplot.close(drawing)

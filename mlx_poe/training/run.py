@@ -20,8 +20,8 @@ import mlx.core as mx
 
 from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
 from cognica_mlx.convert.conversion import reference_to
-from cognica_mlx.convert.output_folder import check_target
 from cognica_mlx.convert.stored import DTYPES
+from cognica_mlx.convert.whole_folder import check_target
 from cognica_mlx.device import prepare
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
 from cognica_mlx.model import PoEModel
@@ -38,7 +38,7 @@ from mlx_poe.training.data import Split, fingerprint, read_split
 from mlx_poe.training.delta import Delta
 from mlx_poe.training.reporter import InterruptedTraining, Reporter
 from mlx_poe.training.settings import TrainingSettings, resumed
-from mlx_poe.training.stores import Store, base_fingerprint, check_room, store_for
+from mlx_poe.training.store_folders import Store, base_fingerprint, check_room, store_for
 
 
 @dataclass(frozen=True)

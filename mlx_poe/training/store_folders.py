@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.convert.checkpoint import Checkpoint
-from cognica_mlx.convert.output_folder import new_folder
+from cognica_mlx.convert.whole_folder import new_folder
 from cognica_mlx.errors import CheckpointError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.training.store import (
