@@ -64,8 +64,11 @@ class Costs:
 
     def upper(self, stage: int, rows: int = 1) -> float:
         """A batch through all layers behind `stage` and the full model's head."""
-        behind = range(stage + 1, len(self.stages))
-        return sum(self.stage(k, rows) for k in behind) + self.full_head(rows)
+        return self.between(stage, rows) + self.full_head(rows)
+
+    def between(self, stage: int, rows: int = 1) -> float:
+        """A batch through all layers behind `stage`."""
+        return sum(self.stage(k, rows) for k in range(stage + 1, len(self.stages)))
 
     def lower(self, stage: int, rows: int = 1) -> float:
         """A batch through all layers up to `stage`."""

@@ -11,6 +11,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from mlx_poe.tokenizer import Tokenizer
 STAGES = "stages"
 # What launchers tell of a back end in which a rank reaches its neighbours only.
 RING_VARIABLE, JACCL_VARIABLE = "MLX_HOSTFILE", "MLX_IBV_DEVICES"
+# Loading may take so many times as long as a pass.
+LOADING = 10
 
 Result = TypeVar("Result")
 # What a rank is to hold of a model of this configuration and type.
@@ -71,12 +74,13 @@ def on_machines(
     specialists are names with what attaches each. `split` is "stages" or as `machines.split.parse`
     reads it. The block gets None on ranks other than 0, once rank 0 has left its own. A rank that
     has not done a pass after `timeout` seconds is given up: decoding ends with a RankLostError, or
-    with `degrade` goes on with what rank 0 holds.
+    with `degrade` goes on with what rank 0 holds. A rank that takes `LOADING` times as long to load
+    its part ends the process, with a line on stderr that names it.
 
     Raises RequestError where no ranks have been started or the split does not fit them, RankError
     where another rank cannot load its part.
     """
-    rank = _Rank(split, [name for name, _ in specialists])
+    rank = _Rank(split, [name for name, _ in specialists], LOADING * timeout)
     model, tokenizer = rank.together(lambda: load_base(rank.part))
     owned = Specialists(model, rank.is_here)
     for _, attach in specialists:
@@ -102,6 +106,11 @@ def on_machines(
             atexit.register(_leave, status)
 
 
+def _give_up(rank: int, limit: float) -> None:
+    print(f"error: rank {rank} has not loaded its part for {limit:g} seconds", file=sys.stderr)
+    _leave(1)
+
+
 def _leave(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
@@ -115,8 +124,8 @@ class _Disagreed(RankError):
 class _Rank:
     """One of the processes, while they find out who does what."""
 
-    def __init__(self, split: str, specialists: Sequence[str]):
-        self.wire = _join()
+    def __init__(self, split: str, specialists: Sequence[str], limit: float):
+        self.wire, self._limit = _join(), limit
         self._text, self._specialists = split, specialists
         self.split = Split(())
         self._base = 0
@@ -155,10 +164,33 @@ class _Rank:
         return result
 
     def _exchange(self, number: float) -> list[float]:
-        """Each rank's number."""
-        mine = mx.array([number], dtype=mx.float32)
-        every = mx.distributed.all_gather(mine, group=self.wire.group, stream=mx.cpu)
-        return every.tolist()  # type: ignore[return-value]
+        """Each rank's number, collected from neighbor to neighbor and then handed back."""
+        wire = self.wire
+        numbers = mx.where(mx.arange(wire.size) == wire.rank, number, 0.0)
+        for rank in wire.children():
+            with self._limited(rank):
+                numbers += wire.receive(rank)[1].view(mx.float32)
+        if wire.rank:
+            wire.send(numbers.view(mx.int32), wire.parent())
+            numbers = wire.receive(wire.parent())[1].view(mx.float32)
+        for rank in wire.children():
+            wire.send(numbers.view(mx.int32), rank)
+        return numbers.tolist()  # type: ignore[return-value]
+
+    @contextmanager
+    def _limited(self, rank: int) -> Iterator[None]:
+        """On rank 0, end the process if waiting for another takes too long: a call that waits for a
+        rank cannot be interrupted."""
+        if self.wire.rank:
+            yield
+            return
+        timer = threading.Timer(self._limit, _give_up, (rank, self._limit))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def announce(self, models: Sequence[PoEModel]) -> None:
         """Say on stderr, by rank 0, how much each holds."""

@@ -1,6 +1,7 @@
 """Run on every rank by `test_machines.py`: models that are split must decode as whole ones do.
 
-Rank 0 prints a line of JSON for each check, with what has gone wrong, if anything.
+Every rank writes its checks to its own file in the folder given first, one line of JSON each, with
+what went wrong, if anything. Not to stdout: launchers mix up the lines of several ranks.
 """
 
 import json
@@ -9,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 from conftest import FIXTURES, fixture
@@ -55,7 +57,8 @@ def reply(model, name, options, prompt, count=14, state=None, **sampling):
 
 def check(name: str, found: object, expected: object) -> None:
     wrong = None if found == expected else f"{found!r:.300} is not {expected!r:.300}"
-    print(json.dumps({"check": name, "wrong": wrong}), flush=True)
+    with (Path(sys.argv[1]) / f"{os.getpid()}.jsonl").open("a") as file:
+        file.write(json.dumps({"check": name, "wrong": wrong}) + "\n")
 
 
 def split_model(name: str, split: str, *specialists: str, **options):
@@ -250,6 +253,18 @@ def lost(how: str) -> None:
             check(f"{how}: the rank is named", "rank 1" in str(error), True)
 
 
+def late() -> None:
+    """A rank stops while it loads."""
+
+    def stopped(part):
+        if "RANK_1" not in os.environ:  # rank 0 knows the other's process
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return load(FIXTURES / "flat-d8", dtype="float32", part=part)
+
+    with on_machines(stopped, "0,1|2,3", timeout=0.05):
+        raise AssertionError("nothing has been loaded")
+
+
 def leaves_nothing(serve):
     """When rank 0 ends, its owners hold nothing any more."""
 
@@ -277,6 +292,8 @@ def main(cases: list[str]) -> None:
             passing(rest)
         elif name == "failing":
             failing(rest)
+        elif name == "late":
+            late()
         else:
             every_mode(name, rest)
 
@@ -284,7 +301,7 @@ def main(cases: list[str]) -> None:
 if __name__ == "__main__":
     mx.set_default_device(mx.cpu)
     try:
-        main(sys.argv[1:])
+        main(sys.argv[2:])
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

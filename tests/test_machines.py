@@ -27,26 +27,34 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def results(out: str, err: str) -> list[str]:
+def results(folder: Path, err: str) -> list[str]:
     """The names of the checks made; fails for one that has gone wrong."""
-    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    lines = [line for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
+    found = [json.loads(line) for line in lines]
     wrong = [check for check in found if check["wrong"]]
     assert found and not wrong, (wrong, err[-2000:])
     return [check["check"] for check in found]
 
 
-def by_mpi(count: int, *cases: str) -> list[str]:
+def by_mpi(count: int, *cases: str, folder: Path) -> list[str]:
     flags = ["--allow-run-as-root", "--oversubscribe", "--mca", "mpi_yield_when_idle", "1"]
     run = subprocess.run(
-        ["mpirun", *flags, "-n", str(count), sys.executable, str(CHECKS), *cases],
+        ["mpirun", *flags, "-n", str(count), sys.executable, str(CHECKS), str(folder), *cases],
         capture_output=True, text=True, timeout=SECONDS, env=environment(),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
-    return results(run.stdout, run.stderr)
+    return results(folder, run.stderr)
 
 
 def by_ring(count: int, *cases: str, ends: bool = True, folder: Path) -> list[str]:
-    """As `mlx.launch` starts a ring, which would end all ranks if one dies."""
+    status, err = ring(count, *cases, ends=ends, folder=folder)
+    assert status == 0, err[-2000:]
+    return results(folder, err)
+
+
+def ring(count: int, *cases: str, ends: bool, folder: Path) -> tuple[int, str]:
+    """As `mlx.launch` starts a ring, which would end all ranks if one dies: rank 0's status, and
+    what it says. With `ends` the others must end well."""
     with_ports = [socket.socket() for _ in range(count)]
     for one in with_ports:
         one.bind(("127.0.0.1", 0))
@@ -62,20 +70,19 @@ def by_ring(count: int, *cases: str, ends: bool = True, folder: Path) -> list[st
                 env["RANK_1"] = str(ranks[-1].pid)
             ranks.append(
                 subprocess.Popen(
-                    [sys.executable, str(CHECKS), *cases],
+                    [sys.executable, str(CHECKS), str(folder), *cases],
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
                     env=env,
                 )
             )
-        out, err = ranks[-1].communicate(timeout=SECONDS)
-        assert ranks[-1].returncode == 0, err[-2000:]
+        _, err = ranks[-1].communicate(timeout=SECONDS)
         if ends:
             for one in ranks[:-1]:
                 one.communicate(timeout=SECONDS)
                 assert one.returncode == 0
-        return results(out, err)
+        return ranks[-1].returncode, err
     finally:
         for one in ranks:
             one.kill()
@@ -83,24 +90,31 @@ def by_ring(count: int, *cases: str, ends: bool = True, folder: Path) -> list[st
 
 
 @without_mpi
-def test_two_machines_decode_in_every_mode_as_one_does():
-    done = by_mpi(2, "gqa-logop-d8:0,1|2,3", "drafting:0|1,2,3", "failing:0,1|2,3")
+def test_two_machines_decode_in_every_mode_as_one_does(tmp_path):
+    cases = "gqa-logop-d8:0,1|2,3", "drafting:0|1,2,3", "failing:0,1|2,3"
+    done = by_mpi(2, *cases, folder=tmp_path)
     assert len(done) == 9 + 4 + 4 + 3  # and an owner's word for each that it holds nothing
 
 
 @without_mpi
-def test_activations_go_from_machine_to_machine_and_specialists_work_side_by_side():
-    done = by_mpi(4, "chain-on-stage:0|1|2,3|4,5", "siblings:stages", "passing:0|1|2|3")
+def test_activations_go_from_machine_to_machine_and_specialists_work_side_by_side(tmp_path):
+    cases = "chain-on-stage:0|1|2,3|4,5", "siblings:stages", "passing:0|1|2|3"
+    done = by_mpi(4, *cases, folder=tmp_path)
     assert len(done) == 9 + 5 + 2 + 3 * 3
 
 
 def test_a_ring_passes_messages_on(tmp_path):
-    assert len(by_ring(4, "some:stage-on-flat:0,1|2|3|4", folder=tmp_path)) == 3
+    assert len(by_ring(4, "some:stage-on-flat:0,1|2|3|4", folder=tmp_path)) == 3 + 3
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_a_rank_that_is_lost_is_named_and_done_without(how, tmp_path):
     assert len(by_ring(2, f"lost:{how}", ends=False, folder=tmp_path)) == 4
+
+
+def test_a_rank_that_never_loads_its_part_is_named(tmp_path):
+    status, err = ring(2, "late", ends=False, folder=tmp_path)
+    assert (status, err) == (1, "error: rank 1 has not loaded its part for 0.5 seconds\n")
 
 
 MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "--mca", "mpi_yield_when_idle", "1")

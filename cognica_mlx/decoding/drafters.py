@@ -110,6 +110,8 @@ class StageDrafter:
     ):
         self.target, self.stop_below, self.prefix = target, stop_below, prefix
         self.name = ROUNDED if prefix else OWN
+        # Whether it can draft behind drafts that are not verified yet.
+        self.goes_on = prefix is None and stop_below is None
 
     def draft(
         self, sequence: DecodingSequence, draft: Draft, count: int, room: int

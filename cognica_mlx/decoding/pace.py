@@ -61,14 +61,15 @@ class Pace:
     `spent` is in the unit of the costs, seconds if measured; `tokens` are those of the mode.
     `parked` says why the mode has given way to full depth; where it drafts, for a while. `others`
     are the rows of other sequences that share each pass, `start` the first position whose passes
-    are the mode's to pay, and not the prompt's.
+    are the mode's to pay, and not the prompt's. `overlaps`: other machines verify, and drafting
+    goes on meanwhile.
     """
 
-    def __init__(self, costs: Costs, mode: Mode, *, park: bool = True):
+    def __init__(self, costs: Costs, mode: Mode, *, park: bool = True, overlaps: bool = False):
         drafting = mode if isinstance(mode, Speculative) else None
         if drafting and drafting.prefix and not costs.rounded:
             costs = with_bytes_of(costs, drafting.prefix)
-        self.costs, self.park = costs, park
+        self.costs, self.park, self.overlaps = costs, park, overlaps
         self.spent = 0.0
         self.tokens = 0
         self.others = 0
@@ -93,6 +94,10 @@ class Pace:
     def judged(self, drafter: str, kept: int, drafted: int) -> None:
         """Of `drafted` tokens in a row by `drafter` the first `kept` were accepted."""
         self._record(drafter).add(kept, kept + (kept < drafted))
+
+    def drafted_meanwhile(self, drafter: int, rows: int, count: int) -> None:
+        """Of drafting while other machines verify, only what takes longer than they do is paid."""
+        self.spent -= self._at_hand().hidden(drafter, rows, count)
 
     def observed(self, agreeing: int, hit: bool) -> None:
         """Whether a token was the one that could be looked up for its place."""
@@ -215,7 +220,7 @@ class Pace:
     def _at_hand(self) -> RoundCosts:
         if self._rounds is None or self._rounds.others != self.others:
             drafters = self._drafting.drafters if self._drafting else ()
-            self._rounds = RoundCosts(self.costs, drafters, self.others)
+            self._rounds = RoundCosts(self.costs, drafters, self.others, self.overlaps)
         return self._rounds
 
 
@@ -223,7 +228,9 @@ def pace_for(model: PoEModel, mode: Mode, costs: Costs | KnownCosts | None) -> P
     """Advice by `costs`, or by what they are for this mode; None without any."""
     if costs is None:
         return None
-    return Pace(costs if isinstance(costs, Costs) else costs(model, mode), mode)
+    overlaps = isinstance(mode, Speculative) and mode.verified_elsewhere(model)
+    costs = costs if isinstance(costs, Costs) else costs(model, mode)
+    return Pace(costs, mode, overlaps=overlaps)
 
 
 class Metered:

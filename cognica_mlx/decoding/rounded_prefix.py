@@ -54,8 +54,14 @@ def round_prefix(
     it is to draft through the "base" head. Made once for a model; nothing is computed before it is
     used.
 
-    Raises RequestError where rounding would change nothing.
+    Raises RequestError where rounding would change nothing, or a stage is on another machine.
     """
+    for k in _copied(model, draft_stage, draft_head):
+        if rank := model.stages[k].rank:
+            raise RequestError(
+                f"draft_bits: stage {k} is on rank {rank}, and only stages on rank 0 can be "
+                "drafted from rounded; leave draft_bits out, or change the split"
+            )
     made, key = copies_of(model), (scheme, draft_stage, draft_head)
     if key not in made:
         _take_up(model, scheme)
@@ -77,11 +83,10 @@ def _round_prefix(
 ) -> RoundedPrefix:
     copy = model.with_rounded_heads(scheme)
     trunk = len(model.config.stage_layers)
-    of, target = tuple(range(draft_stage + 1)), draft_target(copy, draft_stage, draft_head)
+    of = _copied(model, draft_stage, draft_head)
+    target = draft_target(copy, draft_stage, draft_head)
     heads = target.heads
-    if draft_head == "summed" and draft_stage < trunk < model.poe_n_stages:
-        own = range(trunk, model.poe_n_stages)
-        of = (*of, *own)
+    if len(of) > draft_stage + 1:
         boundaries = tuple(range(draft_stage + 1, len(of)))
         target = Target(
             ("shallow", id(copy), draft_stage),
@@ -107,6 +112,13 @@ def _round_prefix(
             f"{scheme.bits} bits and rows that fit; leave draft_bits out"
         )
     return made
+
+
+def _copied(model: PoEModel, draft_stage: int, draft_head: str) -> tuple[int, ...]:
+    """The stages that a copy is made of."""
+    trunk = len(model.config.stage_layers)
+    shallow = draft_head == "summed" and draft_stage < trunk
+    return (*range(draft_stage + 1), *(range(trunk, model.poe_n_stages) if shallow else ()))
 
 
 def _source(source: int, draft_stage: int, trunk: int) -> int:

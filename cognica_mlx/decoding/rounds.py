@@ -7,6 +7,9 @@ A round of n drafts, each accepted with chance a if those before it were, emits 
 tokens (Leviathan et al. 2023); where m tokens looked up come first, of chance b, it emits
 1 + b + ... + b^m, and then b^m (a + ... + a^n). Which drafter and how many are chosen anew for
 every round, as DEL (arXiv 2504.05598) does for the layer to leave at.
+
+Where other machines verify, the next n drafts are made at the same time, together with a guess at
+the full model's own token. They are used with chance b^m a^(n+1); otherwise n drafts are made anew.
 """
 
 from __future__ import annotations
@@ -24,10 +27,18 @@ WORTH_LEAVING = 0.9
 
 
 class RoundCosts:
-    """Rounds beside `others` rows of other sequences; a sequence pays its part of a shared pass."""
+    """Rounds beside `others` rows of other sequences; a sequence pays its part of a shared pass.
+    With `overlaps` drafting goes on while other machines verify."""
 
-    def __init__(self, costs: Costs, drafters: Sequence[StageDrafter], others: int = 0):
+    def __init__(
+        self,
+        costs: Costs,
+        drafters: Sequence[StageDrafter],
+        others: int = 0,
+        overlaps: bool = False,
+    ):
         self.costs, self.drafters, self.others = costs, drafters, others
+        self.overlaps = overlaps
         self.plain = self._share(costs.full_pass, 1)
         # Of each drafter, by rows: the first draft's pass; what verifies.
         self._first: list[dict[int, float]] = [{} for _ in drafters]
@@ -43,8 +54,8 @@ class RoundCosts:
             self._full[rows] = self._share(self.costs.full_pass, rows)
         return self._full[rows]
 
-    def cost(self, plan: Plan) -> float:
-        """What the round costs."""
+    def cost(self, plan: Plan, reused: float = 0.0) -> float:
+        """What the round costs; `reused` is the chance that what is drafted meanwhile is used."""
         rows = plan.looked_up + plan.count + 1
         if not plan.count:
             return self._full_pass(rows)
@@ -56,7 +67,18 @@ class RoundCosts:
                 first[count] = self._draft(drafter, count)
         if rows not in verify:
             verify[rows] = self._verification(drafter, rows)
-        return first[ahead] + (plan.count - 1) * first[1] + verify[rows]
+        drafting = first[ahead] + (plan.count - 1) * first[1]
+        if not (self.overlaps and drafter.goes_on):
+            return drafting + verify[rows]
+        again = (plan.count + 1) * first[1] - self.hidden(which, rows, plan.count)
+        return (1 - reused) * drafting + again + verify[rows]
+
+    def hidden(self, which: int, rows: int, count: int) -> float:
+        """What costs no time of a guess and `count` drafts that are made while other machines run
+        `rows` positions."""
+        drafter = self.drafters[which]
+        above = partial(self.costs.between, drafter.target.depth)
+        return min((count + 1) * self._draft(drafter, 1), self._share(above, rows))
 
     def _draft(self, drafter: StageDrafter, rows: int) -> float:
         """The pass of a draft behind so many rows, and its prediction."""
@@ -98,6 +120,6 @@ class RoundCosts:
                     likely *= rate
                     tokens += likely
                     plan = Plan(ahead, which, count)
-                    if (cost := self.cost(plan) / tokens) < least:
+                    if (cost := self.cost(plan, likely * rate) / tokens) < least:
                         best, least = plan, cost
         return best, least

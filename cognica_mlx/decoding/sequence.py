@@ -66,6 +66,10 @@ class Advice(Protocol):
     def judged(self, drafter: str, kept: int, drafted: int) -> None:
         """Of `drafted` tokens in a row by `drafter` the first `kept` were accepted."""
 
+    def drafted_meanwhile(self, drafter: int, rows: int, count: int) -> None:
+        """While other machines verified `rows` positions, a drafter guessed a token and drafted
+        `count` more behind it."""
+
     def observed(self, agreeing: int, hit: bool) -> None:
         """Whether a token was the one that could be looked up for its place, after so many that
         agreed."""
@@ -94,6 +98,9 @@ class NoAdvice:
         return Plan(taken, 0, max(most - taken, 0))
 
     def judged(self, drafter: str, kept: int, drafted: int) -> None:
+        """See `Advice`."""
+
+    def drafted_meanwhile(self, drafter: int, rows: int, count: int) -> None:
         """See `Advice`."""
 
     def observed(self, agreeing: int, hit: bool) -> None:

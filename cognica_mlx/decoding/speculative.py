@@ -52,6 +52,7 @@ from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
 from cognica_mlx.decoding.sequence import Advice, DecodingSequence, Plan
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
+from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, Scores, logprob_of
 
 MAX_DRAFTS = 64
@@ -103,12 +104,14 @@ class Speculative:
         state = sequence.state
         lookup = Lookup(sequence.text, sequence.special) if self.looks_up else None
         ahead: Draft | None = None
+        plan = Plan()
         while sequence.budget:
             yield from sequence.certain()
             if not sequence.budget:
                 return
-            plan = Plan() if ahead else self._plan(sequence, lookup)
-            if not ahead and not plan:
+            if not ahead:
+                plan = self._plan(sequence, lookup)
+            if not plan:
                 yield from self._plain.steps(sequence, lambda: bool(self._plan(sequence, lookup)))
                 continue
             state.append(sequence.text[state.length : -1])
@@ -131,7 +134,7 @@ class Speculative:
                     tokens, logprobs, _, *best = numbers
                     yield from self._emitted(draft, tokens, logprobs, best)
                     continue
-            ahead = yield from self._verify(sequence, draft, certified)
+            ahead = yield from self._verify(sequence, plan, draft, certified)
 
     def _plan(self, sequence: DecodingSequence, lookup: Lookup | None) -> Plan:
         """What the next round drafts."""
@@ -151,22 +154,31 @@ class Speculative:
             return replace(plan, count=most)  # it stops by itself
         return plan
 
-    def _drafter_meanwhile(self, sequence: DecodingSequence) -> StageDrafter | None:
-        """What drafts while a draft is being verified, if other machines do that and the full
-        model's own token after it can be guessed."""
-        behind = sequence.state.stages[self.draft_stage + 1 : self.depth + 1]
+    def verified_elsewhere(self, model: PoEModel) -> bool:
+        """Whether other machines verify, so that this one can go on drafting meanwhile."""
+        behind = model.stages[self.draft_stage + 1 : self.depth + 1]
+        return self.certain is None and any(stage.rank for stage in behind)
+
+    def _draft_meanwhile(
+        self, sequence: DecodingSequence, plan: Plan, draft: Draft
+    ) -> Generator[Request, Any, Draft | None]:
+        """Draft the next round while this one is being verified, if other machines do that and the
+        full model's own token behind the draft can be guessed."""
         if (
-            not any(stage.rank for stage in behind)
-            or self.certain is not None
+            not plan.count
+            or not self.verified_elsewhere(sequence.model)
             or sequence.constraint
             or not sequence.sampler.greedy
+            or not self.drafters[plan.drafter].goes_on
         ):
             return None
-        own = (one for one in self.drafters if not one.prefix and one.stop_below is None)
-        return next(own, None)
+        ahead = yield from self.drafters[plan.drafter].go_on(sequence, draft, plan.count)
+        if ahead:
+            sequence.advice.drafted_meanwhile(plan.drafter, len(draft) + 1, len(ahead))
+        return ahead
 
     def _verify(
-        self, sequence: DecodingSequence, draft: Draft, certified: list[bool]
+        self, sequence: DecodingSequence, plan: Plan, draft: Draft, certified: list[bool]
     ) -> Generator[Request | DecodedToken, Any, Draft | None]:
         """Verify a draft, roll back what is refused, and emit what is kept and one token of the
         full model's own. Drafts that are `certified` are kept whatever the full model says.
@@ -180,9 +192,7 @@ class Speculative:
             state.append(token)
         yield from through(state, self.depth)
         end, drafted = state.length, draft.joined()
-        ahead = None
-        if meanwhile := self._drafter_meanwhile(sequence):
-            ahead = yield from meanwhile.go_on(sequence, draft, self.num_draft_tokens)
+        ahead = yield from self._draft_meanwhile(sequence, plan, draft)
         scores = yield Score(state, self.target, rows, end)
         context = sampler.extend(draft.context, drafted)
         scores = sampler.process(scores, context, _masks(draft, constraint))

@@ -130,12 +130,17 @@ class Wire:
         """Whether nobody stands between two ranks."""
         return self._hop(one, other) == other
 
-    def parent(self) -> int:
-        """The rank that messages from rank 0 come by."""
+    def parent(self, rank: int | None = None) -> int:
+        """The rank that messages from rank 0 to `rank`, by default this one, come by."""
+        rank = self.rank if rank is None else rank
         at = 0
-        while (hop := self._hop(at, self.rank)) != self.rank:
+        while (hop := self._hop(at, rank)) != rank:
             at = hop
         return at
+
+    def children(self) -> list[int]:
+        """The ranks that get messages from rank 0 by this one."""
+        return [rank for rank in range(1, self.size) if self.parent(rank) == self.rank]
 
     def _hop(self, at: int, rank: int) -> int:
         steps = (rank - at) % self.size
