@@ -15,20 +15,25 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from cognica_mlx.bench.figures import Figure, figure
+from cognica_mlx.bench.figures import ROWS, Figure, figure
 from cognica_mlx.bench.timing import Progress, Samples, interleaved
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.costs import Costs, measure
-from cognica_mlx.decoding.modes import make_mode
+from cognica_mlx.decoding.drafters import StageDrafter
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.pace import Metered, Pace, pace_for
 from cognica_mlx.decoding.requests import advance
-from cognica_mlx.decoding.sequence import read_prompt, step_size_for
-from cognica_mlx.decoding.single import carry_out, decode
+from cognica_mlx.decoding.rounds import RoundCosts
+from cognica_mlx.decoding.sequence import DecodingSequence, Mode, read_prompt, step_size_for
+from cognica_mlx.decoding.single import Single, carry_out, drive, prefill
+from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.machines.split import Part
 from cognica_mlx.model import PoEModel
 from cognica_mlx.state import DecodingState
 
 # A specialist of the released shape, in layers.
 SPECIALIST_LAYERS = 4
+MOST_DRAFTS = 8
 
 
 def part_of(whole: PoEModel, part: Part) -> PoEModel:
@@ -155,9 +160,91 @@ def siblings(
     return _pair(what, "s", taken, ceiling, len(set(ranks)))
 
 
-def _token_seconds(model: PoEModel, text: Sequence[int], tokens: int) -> float:
-    """Seconds a token once the first is there."""
-    steps = decode(model, text, make_mode(model), max_tokens=tokens + 1)
+def speculation(
+    split: PoEModel,
+    whole: PoEModel,
+    ranks: Sequence[int],
+    text: Sequence[int],
+    agreement: float,
+    tokens: int,
+    trials: int,
+    progress: Progress | None = None,
+) -> list[Figure]:
+    """A token by self-speculation where other machines verify, against one machine's best mode.
+
+    `text` is planted, so that drafts are kept at the rate `agreement`. How many there are follows
+    from the costs of the parts.
+    """
+    costs: list[Costs] = []
+    state = DecodingState(whole)
+    prefill(state, text, state.depth)
+    options = ModeOptions(draft_stage=0, num_draft_tokens=MOST_DRAFTS)
+
+    def drafts(model: PoEModel) -> Speculative:
+        mode = make_mode(model, "speculative", options)
+        assert isinstance(mode, Speculative)
+        return mode
+
+    def measure_parts() -> None:
+        costs.append(measure(whole, ROWS, state=state, trials=1))
+
+    def drafting(model: PoEModel) -> float:
+        mode = drafts(model)
+        pace = pace_for(model, mode, costs[-1])
+        return _token_seconds(model, text, tokens, mode, pace)
+
+    cases = {
+        "one machine": lambda: _token_seconds(whole, text, tokens),
+        "one machine, drafting": lambda: drafting(whole),
+        "drafting meanwhile": lambda: drafting(split),
+    }
+    taken = interleaved(cases, trials, progress, "speculation", measure_parts)
+    *alone, together = cases
+    best = min(alone, key=lambda name: taken[name].median)
+    drafters = drafts(whole).drafters
+    ceiling = float(np.median([_gain_meanwhile(one, drafters, agreement) for one in costs[1:]]))
+    pair = _pair(
+        "a token by speculation",
+        "s",
+        {best: taken[best], together: taken[together]},
+        ceiling,
+        len(set(ranks)),
+    )
+    slower = (name for name in alone if name != best)
+    others = [
+        figure(
+            "machines",
+            f"a token, {name}",
+            "s",
+            taken[name],
+            speedup=1 / taken[name].over(taken[best]),
+        )
+        for name in slower
+    ]
+    return [*others, *pair]
+
+
+def _gain_meanwhile(costs: Costs, drafters: Sequence[StageDrafter], agreement: float) -> float:
+    """How many times as fast as one machine's better mode drafting is while others verify."""
+    alone, meanwhile = (
+        RoundCosts(costs, drafters, overlaps=overlaps).best(0, 0, MOST_DRAFTS, [agreement])[1]
+        for overlaps in (False, True)
+    )
+    return min(costs.full_token, alone) / meanwhile
+
+
+def _token_seconds(
+    model: PoEModel,
+    text: Sequence[int],
+    tokens: int,
+    mode: Mode | None = None,
+    pace: Pace | None = None,
+) -> float:
+    """Seconds a token once the first is there; at full depth unless there is a mode."""
+    sequence = DecodingSequence(
+        model, text, mode or make_mode(model), max_tokens=tokens + 1, advice=pace
+    )
+    steps = drive(sequence.steps(), Metered(Single(), pace) if pace else None)
     next(steps)
     started = time.perf_counter()
     count = sum(1 for _ in steps)

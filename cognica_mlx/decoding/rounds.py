@@ -70,8 +70,10 @@ class RoundCosts:
         drafting = first[ahead] + (plan.count - 1) * first[1]
         if not (self.overlaps and drafter.goes_on):
             return drafting + verify[rows]
-        again = (plan.count + 1) * first[1] - self.hidden(which, rows, plan.count)
-        return (1 - reused) * drafting + again + verify[rows]
+        meanwhile = (plan.count + 1) * first[1] - self.hidden(which, rows, plan.count)
+        # Drafts made meanwhile have all been run through the drafter's stages, the last one too.
+        saved = drafting + self._share(partial(self.costs.lower, drafter.target.depth), 1)
+        return drafting + verify[rows] + meanwhile - reused * saved
 
     def hidden(self, which: int, rows: int, count: int) -> float:
         """What costs no time of a guess and `count` drafts that are made while other machines run

@@ -18,7 +18,7 @@ from cognica_mlx import whole_file
 from cognica_mlx.bench import figures
 from cognica_mlx.bench.batch import batches
 from cognica_mlx.bench.constrained import constrained
-from cognica_mlx.bench.drafts import BEGINNINGS, QUESTIONS, drafts
+from cognica_mlx.bench.drafts import BEGINNINGS, drafts
 from cognica_mlx.bench.figures import ROWS, Figure, Setup
 from cognica_mlx.bench.machine import slow_blas, this_machine
 from cognica_mlx.bench.modes import Recording, modes
@@ -29,7 +29,7 @@ from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
 from cognica_mlx.bench.training import training
 from cognica_mlx.calibration import Calibration
-from cognica_mlx.calibration.measuring import calibrate, record, recorded_prefix
+from cognica_mlx.calibration.measuring import calibrate, recorded_prefix
 from cognica_mlx.convert.chat_layout import BOS
 from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.costs import Costs, measure, measure_drafter
@@ -43,6 +43,7 @@ from mlx_poe.commands.bench_machines import (
     check_machines,
     measure_machines,
 )
+from mlx_poe.commands.bench_texts import long_text, margins, prompts, recording
 from mlx_poe.commands.chat import STARTER_SPECIALISTS
 from mlx_poe.commands.options import (
     add_specialist_flag,
@@ -178,19 +179,20 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         )
         print(f"mlx_poe.bench: {remarks[0]}", file=sys.stderr)
     with progress_bars() as progress:
-        machine = this_machine()
         if args.split:
-            name, dtype = f"{args.shape}, random weights", _dtype(args)
+            dtype = _dtype(args)
             shared = measure_machines(args, dtype, progress)
             if shared is None:
                 return 0  # rank 0 reports
-            found = shared
+            name, found = shared
+            machine = this_machine()
         else:
-            model, texts, calibration, recording, name = _prepare(args, progress)
-            if not (calibration or recording) and "modes" in (args.only or DEFAULT_SECTIONS):
+            machine = this_machine()
+            model, texts, calibration, recorded, name = _prepare(args, progress)
+            if not (calibration or recorded) and "modes" in (args.only or DEFAULT_SECTIONS):
                 remarks.append(_left_out(args, model))
             setup = Setup(model, machine, texts, args.max_tokens, args.trials, progress)
-            found = _measure(args, setup, calibration, recording)
+            found = _measure(args, setup, calibration, recorded)
             dtype = str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
     report = Report(
         model=name,
@@ -288,7 +290,7 @@ def _prepare(
         )
         parts = [tokenizer.encode(text, add_special_tokens=False) for text in BEGINNINGS]
         bos = tokenizer.token_id(BOS)
-        texts = [_long(parts[i:] + parts[:i], args.context, bos) for i in (0, 4)]
+        texts = [long_text(parts[i:] + parts[:i], args.context, bos) for i in (0, 4)]
         return model, texts, model.calibration, None, name
     config = shape_config(args.shape)
     name = f"{args.shape}, random weights"
@@ -298,10 +300,9 @@ def _prepare(
             model = rounded(model, args.quantize)
         rng = np.random.default_rng(0)
         texts = rng.integers(0, config.vocab_size, (2, args.context)).tolist()
-        return model, texts, None, _record() if config.poe_n_stages == 4 else None, name
-    margins = np.concatenate([trace.margins[0] for trace in _record().traces])
+        return model, texts, None, recording() if config.poe_n_stages == 4 else None, name
     progress("planting a text", 0, 1)
-    built = synthetic_model(config, DTYPES[kind], args.agreement, margins.tolist())
+    built = synthetic_model(config, DTYPES[kind], args.agreement, margins())
     if args.quantize:
         built = replace(built, model=rounded(built.model, args.quantize))
     calibration = _calibrate(built, progress)
@@ -310,22 +311,6 @@ def _prepare(
         f"planted text: stage 0 agrees on {calibration.acceptance['0'][0]:.1%} of what it writes"
     )
     return built.model, texts, calibration, None, f"{name}, {agreed}"
-
-
-def _record() -> Recording:
-    """How poe-tiny predicts its own texts."""
-    tiny, tokenizer = load(DEFAULT_MODEL)
-    assert tiny.calibration is not None, "poe-tiny comes with one"
-    texts = [tokenizer.encode(text) for text in BEGINNINGS]
-    traces = record(tiny, texts, count=len(texts), tokens=64)
-    return Recording(traces, tiny.calibration.p99_bounds)
-
-
-def _long(parts: list[list[int]], count: int, bos: int) -> list[int]:
-    """A text of `count` tokens that ends with a whole beginning."""
-    joined = [token for part in parts for token in part]
-    text = joined * (count // len(joined) + 1)
-    return [bos, *text[len(text) - count + 1 :]]
 
 
 def _calibrate(built: Synthetic, progress: Callable[[str, int, int], None]) -> Calibration:
@@ -352,14 +337,14 @@ def _measure(
     args: argparse.Namespace,
     setup: Setup,
     calibration: Calibration | None,
-    recording: Recording | None,
+    recorded: Recording | None,
 ) -> list[Figure]:
     wanted = args.only or DEFAULT_SECTIONS
     sections: dict[str, Callable[[], list[Figure]]] = {
         "stages": lambda: figures.stages(setup),
         "prompt": lambda: figures.prompts(setup, args.prompt_tokens),
         "rows": lambda: figures.rows(setup),
-        "modes": lambda: modes(setup, calibration, recording),
+        "modes": lambda: modes(setup, calibration, recorded),
         "batch": lambda: batches(setup, calibration, peer=args.peers),
         "constrained": lambda: constrained(setup),
         "serving": lambda: serving(setup, _served(args), args.prompt_tokens),
@@ -367,23 +352,12 @@ def _measure(
         "quantised": lambda: figures.quantised(setup, args.q_bits),
         "memory": lambda: figures.memory(setup, max(args.prompt_tokens, args.context)),
         "training": lambda: training(setup),
-        "drafts": lambda: drafts(setup, _prompts(args, setup.model), args.agreement),
+        "drafts": lambda: drafts(setup, prompts(args, setup.model), args.agreement),
     }
     found = [figure for name, measure in sections.items() if name in wanted for figure in measure()]
     if args.peers and not set(wanted) <= {"batch", "serving"}:
         found += peers(setup, args.prompt_tokens)
     return found
-
-
-def _prompts(args: argparse.Namespace, model: PoEModel) -> list[list[int]]:
-    """What the section drafts has a model reply to; nothing where only its shape is known."""
-    if args.shape:
-        return []
-    _, tokenizer = load(args.model, revision=args.revision, lazy=True)
-    if not model.config.specialist_layers:
-        return [tokenizer.encode(text) for text in BEGINNINGS]
-    turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    return [tokenizer.apply_chat_template(turn) for turn in turns]
 
 
 def _served(args: argparse.Namespace) -> Served:

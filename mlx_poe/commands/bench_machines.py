@@ -11,8 +11,15 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.bench.figures import Figure
-from cognica_mlx.bench.machines import part_of, prompts, siblings, specialist_over
+from cognica_mlx.bench.machines import (
+    part_of,
+    prompts,
+    siblings,
+    specialist_over,
+    speculation,
+)
 from cognica_mlx.bench.shapes import random_model, shape_config
+from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
 from cognica_mlx.bench.timing import Progress
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert.stored import DTYPES
@@ -21,6 +28,7 @@ from cognica_mlx.machines.link import TIMEOUT
 from cognica_mlx.machines.split import NOTHING
 from cognica_mlx.model import PoEModel
 from cognica_mlx.shared_base import share_base
+from mlx_poe.commands.bench_texts import margins
 from mlx_poe.commands.split import add_split_flags, check_split
 from mlx_poe.machines import Choose, Loaded, on_machines
 from mlx_poe.specialists import Specialists
@@ -36,7 +44,8 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="with --split: measure N specialists side by side, instead of a prompt",
+        help="with --split: measure N specialists side by side instead of a prompt; with "
+        "--agreement, speculation",
     )
 
 
@@ -47,6 +56,8 @@ def check_machines(args: argparse.Namespace) -> None:
         raise RequestError("--siblings belongs to --split")
     if args.siblings < 0:
         raise RequestError(f"--siblings {args.siblings} is below 0")
+    if args.siblings and args.agreement is not None:
+        raise RequestError("--siblings and --agreement measure different things: give one of them")
     wanted = MACHINES in (args.only or ())
     if not (args.split or wanted):
         return
@@ -54,41 +65,60 @@ def check_machines(args: argparse.Namespace) -> None:
         raise RequestError(
             f"the section {MACHINES} takes --split, --shape and --only {MACHINES} together"
         )
-    if args.quantize or args.agreement or args.degrade:
+    if args.quantize or args.degrade:
         raise RequestError(
-            "--split measures random weights as they are: leave out --quantize, --agreement and "
-            "--degrade"
+            "--split measures random weights as they are: leave out --quantize and --degrade"
         )
 
 
 def measure_machines(
     args: argparse.Namespace, dtype: str, progress: Progress
-) -> list[Figure] | None:
-    """The section's figures; None on ranks other than 0, which take part in it."""
-    config, timeout = shape_config(args.shape), args.rank_timeout or TIMEOUT
-    count = args.context if args.siblings else args.prompt_tokens
-    text = np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
-    with _shared_out(config, DTYPES[dtype], args.split, args.siblings, timeout) as shared:
+) -> tuple[str, list[Figure]] | None:
+    """What is measured, and the section's figures; None on ranks other than 0, which take part."""
+    config, kind = shape_config(args.shape), DTYPES[dtype]
+    name, planted = f"{args.shape}, random weights", None
+    if args.agreement is not None:
+        # Every rank plants the same text, as it takes the whole model to do so.
+        progress("planting a text", 0, 1)
+        planted = synthetic_model(config, kind, args.agreement, margins())
+        name = f"{name}, planted text: stage 0 agrees on {planted.agreement:.1%} of it"
+    timeout = args.rank_timeout or TIMEOUT
+    with _shared_out(config, kind, args.split, args.siblings, timeout, planted) as shared:
         if not shared:
             return None
         found, whole = shared
-        ranks = found.split.ranks
+        trials, ranks = (args.trials, progress), found.split.ranks
+        if planted:
+            text = planted.text(args.context, 1000)
+            models = found.model, whole.base
+            agreed = planted.agreement
+            return name, speculation(*models, ranks, text, agreed, args.max_tokens, *trials)
+        count = args.context if args.siblings else args.prompt_tokens
+        text = np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
         if not args.siblings:
-            return prompts(found.model, whole.base, ranks, text, args.trials, progress)
+            return name, prompts(found.model, whole.base, ranks, text, *trials)
         many, one = (over.compose(over.names) for over in (found.specialists, whole))
-        return siblings(many, one, ranks, text, args.max_tokens, args.trials, progress)
+        return name, siblings(many, one, ranks, text, args.max_tokens, *trials)
 
 
 @contextmanager
 def _shared_out(
-    config: PoEConfig, dtype: mx.Dtype, split: str, siblings: int, timeout: float
+    config: PoEConfig,
+    dtype: mx.Dtype,
+    split: str,
+    siblings: int,
+    timeout: float,
+    planted: Synthetic | None,
 ) -> Iterator[tuple[Loaded, Specialists] | None]:
-    """A random model on all ranks, with so many specialists over it, and on rank 0 the same as a
-    whole; None on other ranks, at the end."""
+    """A random model, or one with a planted text, on all ranks, with so many specialists over it,
+    and on rank 0 the same as a whole; None on other ranks, at the end."""
     whole: list[Specialists] = []
 
     def base(choose: Choose) -> tuple[PoEModel, None]:
         part = choose(config, dtype)
+        if planted:
+            whole.append(Specialists(planted.model))
+            return part_of(planted.model, part), None
         if not part.embedding:
             return random_model(config, dtype, part=part), None
         whole.append(Specialists(random_model(config, dtype)))

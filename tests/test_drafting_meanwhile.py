@@ -1,0 +1,211 @@
+"""Drafting goes on while other machines verify; here stages only say that they are elsewhere."""
+
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+from conftest import fixture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cognica_mlx.costs import Costs
+from cognica_mlx.decoding.drafters import OWN, StageDrafter
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.pace import Metered, Pace, pace_for
+from cognica_mlx.decoding.rounds import RoundCosts
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.single import Single, drive
+from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.errors import RequestError
+from cognica_mlx.sampling import Sampler, SamplingOptions
+from cognica_mlx.state import DecodingState
+
+PROMPTS = ["Once upon a time", "The capital of France is Paris. The capital of", "3 + 4 ="]
+COSTS = Costs(
+    (1, 9),
+    ((1.0, 2.0), (1.5, 4.0), (1.0, 3.0), (0.5, 1.0)),
+    ((0.25, 0.5),) * 4,
+    full_boundaries=(3,),
+)
+
+
+class Round(NamedTuple):
+    """A verification: of so many drafts; how many were made meanwhile, and whether they are used;
+    how long the text is afterwards."""
+
+    drafts: int
+    made: int
+    used: bool
+    end: int
+
+
+@contextmanager
+def elsewhere():
+    """poe-tiny with stages 1 to 3 on rank 1, by their own account; and its tokenizer."""
+    model, tokenizer = fixture("poe-tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in model.stages[1:]:
+            patch.setattr(stage, "rank", 1)
+        yield model, tokenizer
+
+
+@pytest.fixture
+def there():
+    """See `elsewhere`."""
+    with elsewhere() as found:
+        yield found
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """What is verified, in turn."""
+    seen, made = [], []
+    go_on, verify = StageDrafter.go_on, Speculative._verify
+
+    def drafted(*args):
+        ahead = yield from go_on(*args)
+        made.append(len(ahead) if ahead else 0)
+        return ahead
+
+    def verified(mode, sequence, plan, draft, certified):
+        made.clear()
+        ahead = yield from verify(mode, sequence, plan, draft, certified)
+        end = len(sequence.text)
+        seen.append(Round(len(draft), made[0] if made else 0, ahead is not None, end))
+        return ahead
+
+    monkeypatch.setattr(StageDrafter, "go_on", drafted)
+    monkeypatch.setattr(Speculative, "_verify", verified)
+    return seen
+
+
+def decode(model, prompt, mode, tokens, state=None, sampling=None, pace=None):
+    sequence = DecodingSequence(
+        model,
+        prompt,
+        mode,
+        max_tokens=tokens,
+        state=state,
+        sampler=Sampler(sampling),
+        advice=pace,
+    )
+    steps = drive(sequence.steps(), Metered(Single(), pace) if pace else None)
+    return [(one.token, round(one.logprob, 3)) for one in steps]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from(PROMPTS),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.sampled_from([None, 1.3]),
+    st.sampled_from([4, 12, 64]),
+)
+def test_tokens_are_the_full_models(prompt, drafts, tokens, penalty, slack):
+    with elsewhere() as (model, tokenizer):
+        check(model, tokenizer.encode(prompt), drafts, tokens, penalty, slack)
+
+
+def check(model, prompt, drafts, tokens, penalty, slack):
+    sampling = SamplingOptions(repetition_penalty=penalty)
+    mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=min(drafts, slack - 1)))
+    state = DecodingState(model, slack=slack)
+    expected = decode(model, prompt, make_mode(model), tokens, sampling=sampling)
+    assert decode(model, prompt, mode, tokens, state, sampling) == expected
+    # What was drafted beyond the text is gone: the state can go on.
+    text = prompt + [token for token, _ in expected]
+    again = decode(model, text, make_mode(model), 5, state, sampling)
+    assert again == decode(model, text, make_mode(model), 5, sampling=sampling)
+
+
+def test_drafts_made_meanwhile_are_used_if_all_before_them_is_kept(there, rounds):
+    model, tokenizer = there
+    mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=2))
+    decode(model, tokenizer.encode(PROMPTS[0]), mode, 48)
+    assert sum(one.used for one in rounds) > 4
+    assert all(after.drafts == one.made for one, after in pairwise(rounds) if one.used)
+    assert {one.made for one in rounds[:-3]} == {2}  # later there is less room
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "sampling"),
+    [
+        ("speculative", {}, {"temp": 0.8, "seed": 1}),
+        ("speculative", {"draft_margin": 0.5}, {}),
+        ("certified", {}, {}),
+    ],
+)
+def test_what_cannot_be_guessed_is_waited_for(there, rounds, mode, options, sampling):
+    model, tokenizer = there
+    chosen = make_mode(model, mode, ModeOptions(**options), model.calibration)
+    decode(model, tokenizer.encode(PROMPTS[0]), chosen, 24, sampling=SamplingOptions(**sampling))
+    assert all(one.made == 0 for one in rounds)
+
+
+def test_on_one_machine_nothing_is_drafted_meanwhile(rounds):
+    model, tokenizer = fixture("poe-tiny")
+    decode(model, tokenizer.encode(PROMPTS[0]), make_mode(model, "speculative"), 16)
+    assert rounds and all(one.made == 0 for one in rounds)
+
+
+def test_what_is_spent_is_what_a_clock_would_show(there, rounds):
+    model, tokenizer = there
+    mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=3))
+    pace = pace_for(model, mode, COSTS)
+    assert pace.overlaps
+    pace.park = False
+    pace.begins = lambda _: None  # the prompt is one token, and is paid, too
+    decode(model, tokenizer.encode("")[:1], mode, 40, pace=pace)
+    draft, clock, ready = COSTS.stage(0) + COSTS.head(0), 0.0, False
+    for drafts, made, used, _ in rounds:
+        # The last draft runs through stage 0, too; then others have it while drafting goes on.
+        clock += 0 if ready else drafts * draft + COSTS.stage(0)
+        rows, others = drafts + 1, sum(COSTS.stage(k, drafts + 1) for k in (1, 2, 3))
+        clock += max(others, (made + 1) * draft if made else 0)
+        clock += COSTS.head(3, rows)
+        ready = used
+    assert any(one.used for one in rounds)
+    clock += (1 + 40 - rounds[-1].end) * COSTS.full_token
+    assert pace.spent == pytest.approx(clock)
+
+
+@given(st.floats(0.05, 0.99), st.floats(0.05, 3.0))
+def test_a_round_costs_what_it_takes_on_average(rate, step):
+    model, _ = fixture("poe-tiny")
+    stages = ((step, step), (1.0, 3.0), (1.0, 3.0), (1.0, 3.0))
+    costs = Costs((1, 9), stages, ((0.25, 0.5),) * 4, full_boundaries=(3,))
+    drafters = make_mode(model, "speculative").drafters
+    draft, plans = step + 0.25, {}
+    for n in range(1, 9):
+        others = sum(costs.stage(k, n + 1) for k in (1, 2, 3))
+        refused = 1 - rate ** (n + 1)
+        clock = refused * (n * draft + step) + max(others, (n + 1) * draft) + costs.head(3, n + 1)
+        plans[n] = clock / sum(rate**i for i in range(n + 1))
+    plan, token = RoundCosts(costs, drafters, overlaps=True).best(0, 0.0, 8, [rate])
+    assert token == pytest.approx(min(plans.values())) == pytest.approx(plans[plan.count])
+
+
+def test_it_is_given_up_where_even_so_it_does_not_pay(there):
+    model, _ = there
+    mode = make_mode(model, "speculative")
+    # Two rows cost other machines nearly twice as much as one.
+    dear = Costs((1, 9), ((1.0, 1.0), (1.0, 8.5), (0.0, 0.0), (0.0, 0.0)), ((0.0, 0.0),) * 4, (3,))
+    plans = []
+    for overlaps in (False, True):
+        pace = Pace(dear, mode, overlaps=overlaps)
+        for _ in range(40):
+            pace.judged(OWN, 1, 1)
+        plans.append(pace.plan(0, 0, 3).count)
+    assert plans[0] == 0 < plans[1]
+
+
+@pytest.mark.parametrize(("stage", "refused"), [(0, False), (1, True)])
+def test_only_stages_at_hand_can_be_rounded(there, stage, refused):
+    model, _ = there
+    options = ModeOptions(draft_bits=8, draft_stage=stage)
+    if not refused:
+        assert make_mode(model, "speculative", options).prefix
+        return
+    with pytest.raises(RequestError, match="draft_bits: stage 1 is on rank 1"):
+        make_mode(model, "speculative", options)
