@@ -1,8 +1,8 @@
-"""One model on several machines against the same on one: started on each, as `--split` says.
+"""A model on several machines compared with the same model on one.
 
-- in: a shape; ranks, each a machine of its own, or a core of this one
-- out: how many times as fast, beside the ceiling that the parts' own times allow
-- rank 0 holds the whole model, too, and what it shares out is the very same weights
+- in: the model, split over ranks, and the whole of it on rank 0, with the same weights
+- out: the speedup, next to the ceiling that follows from the times of the parts
+- a rank may be a machine, or one core of this machine
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MOST_DRAFTS = 8
 
 
 def part_of(whole: PoEModel, part: Part) -> PoEModel:
-    """A part of a model, made of the same arrays."""
+    """A part of a model that shares its arrays."""
     model = PoEModel(whole.config)
     part.strip(model)
     held: dict[str, mx.array] = dict(tree_flatten(whole.parameters()))
@@ -47,7 +47,7 @@ def part_of(whole: PoEModel, part: Part) -> PoEModel:
 
 
 def specialist_over(base: PoEConfig) -> tuple[PoEConfig, Part]:
-    """A specialist over a base: its configuration, and what it adds."""
+    """The configuration of a specialist over a base, and the part that the specialist adds."""
     count = base.n_layer + SPECIALIST_LAYERS
     config = replace(base, n_layer=count, specialist_layers=(SPECIALIST_LAYERS,))
     layers = frozenset(range(base.n_layer, count))
@@ -62,7 +62,7 @@ def prompts(
     trials: int,
     progress: Progress | None = None,
 ) -> list[Figure]:
-    """Reading a prompt in a pipeline; `ranks` has the owner of each stage."""
+    """Read a prompt in a pipeline; `ranks` has the owner of each stage."""
     parts: list[list[float]] = []
 
     chunk = step_size_for(split)
@@ -76,7 +76,7 @@ def prompts(
     by_stage = np.median(parts[1:], axis=0)
     each = _by_rank(by_stage.tolist(), ranks)
     chunks = -(-len(text) // chunk)
-    # The slowest works all the time; the others before its first chunk or after its last.
+    # The slowest rank works all the time; the others add one chunk each, before or after it.
     ceiling = sum(each) / (max(each) + (sum(each) - max(each)) / chunks)
     return _pair(f"prompt of {len(text)} tokens", "s", taken, ceiling, len(each))
 
@@ -91,7 +91,7 @@ def _by_rank(by_stage: Sequence[float], ranks: Sequence[int]) -> list[float]:
 def _pair(
     what: str, unit: str, taken: dict[str, Samples], ceiling: float, count: int
 ) -> list[Figure]:
-    """One machine's figure and that of `count` machines, beside their ceiling."""
+    """The figures of one machine and of `count` machines, with their ceiling."""
     one, many = taken
     speedup = 1 / taken[many].over(taken[one])
     return [
@@ -109,7 +109,7 @@ def _pair(
 
 
 def _pipeline_seconds(model: PoEModel, text: Sequence[int]) -> float:
-    """Seconds until the last position of a text has gone through all stages."""
+    """Seconds until the last position of a text has passed all stages."""
     state, last = DecodingState(model), model.poe_n_stages - 1
     started = time.perf_counter()
     carry_out(read_prompt(state, text, last, step_size_for(model)))
@@ -118,7 +118,7 @@ def _pipeline_seconds(model: PoEModel, text: Sequence[int]) -> float:
 
 
 def _stage_seconds(model: PoEModel, text: Sequence[int], chunk: int) -> list[float]:
-    """Seconds that each stage takes for a text in chunks."""
+    """Seconds that each stage takes for a text, read in chunks."""
     state = DecodingState(model)
     times = np.zeros(model.poe_n_stages)
     for start in range(0, len(text), chunk):
@@ -141,7 +141,7 @@ def siblings(
     trials: int,
     progress: Progress | None = None,
 ) -> list[Figure]:
-    """A token of a composition of specialists side by side; `ranks` has the owner of each stage."""
+    """Decode specialists pooled from separate ranks; `ranks` has the owner of each stage."""
     parts: list[Costs] = []
 
     def alone() -> float:
@@ -170,10 +170,10 @@ def speculation(
     trials: int,
     progress: Progress | None = None,
 ) -> list[Figure]:
-    """A token by self-speculation where other machines verify, against one machine's best mode.
+    """Self-speculation while other machines verify, compared with one machine's best mode.
 
-    `text` is planted, so that drafts are kept at the rate `agreement`. How many there are follows
-    from the costs of the parts.
+    `text` is planted, so that drafts are accepted at the rate `agreement`. The costs of the parts
+    decide how many drafts a round has.
     """
     costs: list[Costs] = []
     state = DecodingState(whole)
@@ -225,7 +225,7 @@ def speculation(
 
 
 def _gain_meanwhile(costs: Costs, drafters: Sequence[StageDrafter], agreement: float) -> float:
-    """How many times as fast as one machine's better mode drafting is while others verify."""
+    """The speedup of drafting while others verify over one machine's better mode, by costs."""
     alone, meanwhile = (
         RoundCosts(costs, drafters, overlaps=overlaps).best(0, 0, MOST_DRAFTS, [agreement])[1]
         for overlaps in (False, True)
@@ -240,7 +240,7 @@ def _token_seconds(
     mode: Mode | None = None,
     pace: Pace | None = None,
 ) -> float:
-    """Seconds a token once the first is there; at full depth unless there is a mode."""
+    """Seconds per token after the first, in a mode or at full depth."""
     sequence = DecodingSequence(
         model, text, mode or make_mode(model), max_tokens=tokens + 1, advice=pace
     )

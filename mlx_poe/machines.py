@@ -1,8 +1,8 @@
-"""A model loaded on several machines at once: every rank its part.
+"""A model loaded on several machines: every rank loads its part.
 
 - in: the same arguments on every rank, started by `mlx.launch` or `mpirun`
-- out: on rank 0 a model to decode with as with any other; the other ranks serve it until it ends
-- ranks agree after every step that can fail: if one of them cannot start, none goes on
+- out: on rank 0 a model that decodes like any other; the other ranks serve it until it ends
+- ranks synchronize after every step that can fail: if one of them cannot start, none goes on
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from cognica_mlx.model import PoEModel
 from mlx_poe.specialists import Specialists
 from mlx_poe.tokenizer import Tokenizer
 
-# The flag's word for a split that the ranks find for themselves.
+# The flag's value for a split that the ranks work out themselves.
 STAGES = "stages"
-# What launchers tell of a back end in which a rank reaches its neighbours only.
+# Environment variables by which launchers choose these back ends.
 RING_VARIABLE, JACCL_VARIABLE = "MLX_HOSTFILE", "MLX_IBV_DEVICES"
-# Loading may take so many times as long as a pass.
+# How many times as long as a pass loading may take.
 LOADING = 10
 
 Result = TypeVar("Result")
-# What a rank is to hold of a model of this configuration and type.
+# Returns the part that a rank holds of a model of this configuration and type.
 Choose = Callable[[PoEConfig, mx.Dtype], Part]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What rank 0 decodes with."""
+    """The model that rank 0 decodes with, and how it is split."""
 
     specialists: Specialists
     tokenizer: Tokenizer | None
@@ -68,17 +68,17 @@ def on_machines(
     timeout: float = TIMEOUT,
     degrade: bool = False,
 ) -> Iterator[Loaded | None]:
-    """Load a model by parts, and specialists over it.
+    """Load each rank's part of a model, and specialists over it.
 
-    `load_base` loads what its argument, asked with a configuration and a type, says is this rank's;
-    specialists are names with what attaches each. `split` is "stages" or as `machines.split.parse`
-    reads it. The block gets None on ranks other than 0, once rank 0 has left its own. A rank that
-    has not done a pass after `timeout` seconds is given up: decoding ends with a RankLostError, or
-    with `degrade` goes on with what rank 0 holds. A rank that takes `LOADING` times as long to load
-    its part ends the process, with a line on stderr that names it.
+    `load_base` is called with a function that returns this rank's part for a configuration and a
+    type; `specialists` are names, each with a function that attaches it. `split` is "stages" or a
+    text for `machines.split.parse`. On ranks other than 0 the block runs once rank 0 has left its
+    own, and gets None. If a rank takes more than `timeout` seconds for a pass, decoding ends with a
+    RankLostError, or with `degrade` goes on with the stages that rank 0 holds. If a rank takes
+    `LOADING` times as long to load its part, rank 0 prints its number and ends the process.
 
-    Raises RequestError where no ranks have been started or the split does not fit them, RankError
-    where another rank cannot load its part.
+    Raises RequestError if no ranks have been started or the split does not fit them, RankError if
+    another rank cannot load its part.
     """
     rank = _Rank(split, [name for name, _ in specialists], LOADING * timeout)
     model, tokenizer = rank.together(lambda: load_base(rank.part))
@@ -102,7 +102,7 @@ def on_machines(
         if link.lost:
             if not status:
                 print(f"went on without the others: {link.lost}", file=sys.stderr)
-            # A call that waits for a rank that is gone would never let the process end.
+            # The link's thread may still wait for the lost rank, and would keep the process alive.
             atexit.register(_leave, status)
 
 
@@ -118,11 +118,11 @@ def _leave(status: int) -> None:
 
 
 class _Disagreed(RankError):
-    """Another rank has failed, as all know by now."""
+    """Another rank has failed, and every rank knows it."""
 
 
 class _Rank:
-    """One of the processes, while they find out who does what."""
+    """This process while the ranks work out the split and load their parts."""
 
     def __init__(self, split: str, specialists: Sequence[str], limit: float):
         self.wire, self._limit = _join(), limit
@@ -131,13 +131,15 @@ class _Rank:
         self._base = 0
 
     def part(self, config: PoEConfig, dtype: mx.Dtype) -> Part:
-        """What this rank is to hold of the base, once all know how fast each is."""
+        """This rank's part of the base, after comparing the speed of the ranks if need be."""
         self._base = config.poe_n_stages
         size, names = self.wire.size, self._specialists
         if self._text == STAGES:
             seconds = self._exchange(1.0 + seconds_here(config, dtype))
             if min(seconds) < 1:
-                raise _Disagreed(f"rank {seconds.index(min(seconds))} could not start; it says why")
+                raise _Disagreed(
+                    f"rank {seconds.index(min(seconds))} could not start; see its error"
+                )
             self.split = balanced(config, [s - 1 for s in seconds], names)
         else:
             self.split = parse(self._text, size, self._base, names)
@@ -145,13 +147,12 @@ class _Rank:
         return self.split.part(config, rank, speaks=max(self.split.stages(rank)) >= self._base)
 
     def is_here(self, index: int) -> bool:
-        """Whether this rank holds the specialist that is attached as the `index`-th. Those that are
-        attached later are rank 0's."""
+        """Whether this rank holds the `index`-th specialist. Those attached later are rank 0's."""
         owners = self.split.ranks[self._base :]
         return (owners[index] if index < len(owners) else 0) == self.wire.rank
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Do something that all ranks do. RankError where it fails elsewhere."""
+        """Do work that all ranks do. RankError if it fails on another rank."""
         try:
             result = work()
         except _Disagreed:
@@ -160,7 +161,7 @@ class _Rank:
             self._exchange(0.0)
             raise
         if 0.0 in (done := self._exchange(1.0)):
-            raise _Disagreed(f"rank {done.index(0.0)} could not load its part; it says why")
+            raise _Disagreed(f"rank {done.index(0.0)} could not load its part; see its error")
         return result
 
     def _exchange(self, number: float) -> list[float]:
@@ -193,7 +194,7 @@ class _Rank:
             timer.cancel()
 
     def announce(self, models: Sequence[PoEModel]) -> None:
-        """Say on stderr, by rank 0, how much each holds."""
+        """Print on rank 0's stderr how much each rank holds."""
         arrays: dict[int, mx.array] = {}
         for model in models:
             named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
@@ -211,7 +212,7 @@ class _Rank:
         return self._specialists[stage - self._base]
 
     def place(self, link: Link, model: PoEModel, specialists: Specialists) -> None:
-        """Have rank 0's models run their stages where they are."""
+        """Replace the stages of rank 0's models that other ranks hold by remote stages."""
         model.place({
             k: RemoteStage(
                 model, model.config.stage_range(k), k, link=link, rank=self.split.ranks[k], number=k
@@ -234,7 +235,7 @@ class _Rank:
                 special.place({k: stage})
 
     def serve(self, model: PoEModel, specialists: Specialists) -> None:
-        """Carry out what rank 0 asks for, until it ends."""
+        """Carry out rank 0's messages until it ends."""
         stages = {k: model.stages[k] for k in self.split.stages(self.wire.rank) if k < self._base}
         speakers: dict[int, Speaker] = {}
         for i, name in enumerate(specialists.names):
@@ -242,7 +243,7 @@ class _Rank:
                 special = specialists.use(name)
                 stages[self._base + i] = special.stages[self._base]
                 speakers[self._base + i] = _speaker(special)
-        # Ctrl-C reaches all that run in a terminal, and it is rank 0 that ends.
+        # Ctrl-C reaches every process in a terminal; rank 0 handles it and ends the others.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         Owner(self.wire, stages, speakers, model.resid_lambdas.dtype).serve()
 
@@ -257,7 +258,7 @@ def _speaker(model: PoEModel) -> Speaker:
 
 
 def _join() -> Wire:
-    """This process's place among the others. RequestError where there are none."""
+    """This process's connections with the others. RequestError if there are none."""
     ring = RING_VARIABLE in os.environ
     backend = "ring" if ring else "jaccl" if JACCL_VARIABLE in os.environ else "mpi"
     try:
@@ -266,10 +267,10 @@ def _join() -> Wire:
         raise RequestError(f"{_ALONE} ({error})") from None
     if group.size() < 2:
         raise RequestError(_ALONE)
-    return Wire(group, neighbours_only=ring)
+    return Wire(group, neighbors_only=ring)
 
 
 _ALONE = (
-    "--split is for several machines: start the command on each with mlx.launch --hosts a,b -- …, "
-    "or on one with mpirun -n 2 …"
+    "--split needs several processes: start the command on each machine with "
+    "mlx.launch --hosts a,b -- …, or on one with mpirun -n 2 …"
 )

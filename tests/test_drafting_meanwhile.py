@@ -9,6 +9,7 @@ from conftest import fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cognica_mlx.bench.machines import speculation
 from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.drafters import OWN, StageDrafter
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
@@ -20,6 +21,7 @@ from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.errors import RequestError
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.state import DecodingState
+from mlx_poe import load
 
 PROMPTS = ["Once upon a time", "The capital of France is Paris. The capital of", "3 + 4 ="]
 COSTS = Costs(
@@ -94,7 +96,7 @@ def decode(model, prompt, mode, tokens, state=None, sampling=None, pace=None):
     return [(one.token, round(one.logprob, 3)) for one in steps]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.sampled_from(PROMPTS),
     st.integers(1, 9),
@@ -209,3 +211,14 @@ def test_only_stages_at_hand_can_be_rounded(there, stage, refused):
         return
     with pytest.raises(RequestError, match="draft_bits: stage 1 is on rank 1"):
         make_mode(model, "speculative", options)
+
+
+def test_the_benchmark_compares_it_with_the_better_of_one_machines_modes(rounds):
+    whole, tokenizer = load("poe-tiny")
+    text = tokenizer.encode(PROMPTS[0])
+    with elsewhere() as (model, _):
+        *others, best, found = speculation(model, whole, (0, 1, 1, 1), text, 0.8, 12, 1)
+    assert any(one.made for one in rounds)
+    assert best.speedup == 1.0 and [one.value >= best.value for one in others] == [True]
+    assert found.notes["of_ceiling"] == pytest.approx(found.speedup / found.predicted)
+    assert found.name.endswith("drafting meanwhile of 2 machines")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_poe.commands.bench import main as bench
 from mlx_poe.commands.generate import main
 
 CHECKS = Path(__file__).parent / "split_checks.py"
@@ -145,7 +146,7 @@ def test_the_command_says_what_each_machine_holds_and_replies_as_on_one():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--split", "0|1"), "each of the stages 0 to 3, once and in order"),
+        (("--split", "0|1"), "give each of the stages 0 to 3 once, in order"),
         (("--split", "stages", "--model", "nowhere"), "nowhere: no such folder"),
     ],
 )
@@ -159,19 +160,38 @@ def test_a_split_that_cannot_be_ends_every_rank_with_one_line(flags, said):
 def test_a_split_needs_several_machines():
     run = command("--split", "stages", "--prompt", "x")
     assert (run.returncode, run.stdout) == (2, "")
-    assert "start the command on each with mlx.launch" in run.stderr
+    assert "start the command on each machine with mlx.launch" in run.stderr
     assert run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--degrade",), "--degrade and --rank-timeout belong to --split"),
+        (("--degrade",), "--degrade and --rank-timeout need --split"),
         (("--split", "stages", "--rank-timeout", "0"), "--rank-timeout 0.0 is not above 0"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, said, capsys):
     assert main([*flags, "--prompt", "x"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--siblings 2", "--siblings needs --split"),
+        ("--split stages --shape tiny", "--split, --shape and --only machines together"),
+        ("--only machines", "--split, --shape and --only machines together"),
+        ("--quantize 4", "leave out --quantize and --degrade"),
+        ("--degrade", "leave out --quantize and --degrade"),
+        ("--siblings 2 --agreement 0.9", "--siblings and --agreement measure different things"),
+        ("--siblings -1", "--siblings -1 is below 0"),
+    ],
+)
+def test_flags_of_the_benchmark_that_make_no_sense_are_refused(flags, said, capsys):
+    whole = "--split", "stages", "--shape", "tiny", "--only", "machines"
+    mixed = flags.split() if "--split" in said else [*whole, *flags.split()]
+    assert bench(mixed) == 2
     assert said in capsys.readouterr().err
 
 

@@ -30,7 +30,7 @@ def test_a_split_that_is_none_is_refused(text):
 
 
 def test_a_split_for_another_number_of_machines_is_refused():
-    with pytest.raises(RequestError, match="is for 3 machines, and 2 have been started"):
+    with pytest.raises(RequestError, match="is for 3 machines, but 2 have been started"):
         parse("0|1,2|3", 2, 4)
 
 
@@ -95,9 +95,9 @@ def test_activations_arrive_as_they_were_sent(dtype, backout):
 
 
 def test_on_a_ring_messages_go_by_the_shorter_way():
-    ranks = [Wire(Group(rank, 6), neighbours_only=True) for rank in range(6)]
+    ranks = [Wire(Group(rank, 6), neighbors_only=True) for rank in range(6)]
     assert [ranks[0].next_hop(to) for to in range(1, 6)] == [1, 1, 1, 5, 5]
     assert [rank.parent() for rank in ranks[1:]] == [0, 1, 2, 5, 0]
     assert ranks[0].are_next(5, 0) and not ranks[0].are_next(1, 3)
-    direct = Wire(Group(0, 6), neighbours_only=False)
+    direct = Wire(Group(0, 6), neighbors_only=False)
     assert direct.next_hop(3) == 3 and direct.are_next(1, 4)

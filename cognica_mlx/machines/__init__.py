@@ -1,8 +1,8 @@
 """One model on several machines, over `mx.distributed`: rank 0 decodes, the others own stages.
 
-- `messages`: what a message is made of, and how it gets to a rank
-- `link`: rank 0's end, in a thread of its own, with a time limit for every answer
+- `messages`: the format of a message, and its route to a rank
+- `link`: rank 0's end, in its own thread, with a time limit for every answer
 - `remote`: a stage on another machine, as rank 0's state and driver see it
-- `owner`: the other end, a loop that carries out what it is told
-- `split`: which rank holds what
+- `owner`: the other end, a loop that carries out messages
+- `split`: which rank holds which part of the model
 """

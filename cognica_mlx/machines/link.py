@@ -1,12 +1,12 @@
-"""Rank 0's end: messages go out in the order in which they are posted, from a thread of their own.
+"""Rank 0's end: one thread sends all messages, in the order in which they are posted.
 
-- in: messages for ranks, from whatever thread decodes
-- out: futures; whoever waits for one is told, within a time limit, which rank does not answer
-- MLX's calls block and cannot be given up. So nothing but this thread makes them, and where a rank
-  is lost the thread is left behind: see `Link.lost`
+- in: messages for other ranks, from the thread that decodes
+- out: answers; waiting for one raises an error that names the rank if it exceeds the time limit
+- MLX's communication calls block and cannot be interrupted. Only this thread makes them, so if a
+  rank is lost, only this thread is stuck and can be abandoned: see `Link.lost`
 
-Every pass is answered with a status. Statuses are read before the next answer, oldest first, so
-that the rank that is waited for is the one that is behind, and not one that waits for it.
+Every pass is answered with a status. Statuses are read before the next answer, oldest first. So if
+something hangs, the rank being waited for is the one that hangs, not another that waits for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cognica_mlx.errors import RankError, RankLostError
 from cognica_mlx.machines.messages import Inbox, Kind, Reader, Wire, encode
 
 TIMEOUT = 60.0
-# Messages that may wait to be sent, and passes whose status may be left unread.
+# How many messages may wait to be sent, and how many statuses may be left unread.
 WAITING, UNREAD = 8, 8
 # Seconds between looks at the clock.
 TICK = 0.5
@@ -35,7 +35,7 @@ TICK = 0.5
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """A message, where its answer goes, and how to take back what it was to do if it fails."""
+    """A message, where its answer goes, and how to undo its effects on rank 0 if it fails."""
 
     rank: int
     words: mx.array
@@ -46,34 +46,34 @@ class _Task:
 class Link:
     """Rank 0's connection with all others.
 
-    `timeout` is how many seconds a single step of another rank may take: one pass, one message.
-    `degrade` says whether to go on without ranks that are lost.
+    `timeout` is how many seconds another rank may take for one pass or one message. With `degrade`
+    decoding goes on without ranks that are lost.
     """
 
     def __init__(self, wire: Wire, timeout: float = TIMEOUT, *, degrade: bool = False):
         self.wire, self.timeout, self.degrade = wire, timeout, degrade
         self._inbox = Inbox(wire)
-        # Why ranks will not be asked again.
+        # Set once a rank is lost; after that nothing is sent any more.
         self.lost: RankLostError | None = None
         self._numbers = count(1)
-        # By rank, to go in front of its next message. Garbage collection adds to it at any time.
+        # Housekeeping by rank, sent in front of its next message. Finalizers add to it at any time.
         self._news: dict[int, deque[int]] = {r: deque() for r in range(1, wire.size)}
         self._tasks: Queue[_Task | None] = Queue(WAITING)
         self._unread: deque[_Task] = deque()
         self._failed: deque[tuple[_Task, RankError]] = deque()
-        # The rank that is being waited for, and since when.
+        # The rank being waited for, and since when.
         self._busy: tuple[int, float] | None = None
         self._thread = threading.Thread(target=self._run, name="cognica-mlx link", daemon=True)
         self._thread.start()
 
-    # For those who decode
+    # Called by the thread that decodes
 
     def number(self) -> int:
-        """A number that nothing else has: for a sequence's cache, or for activations."""
+        """A new unique number, for a sequence's cache or for activations."""
         return next(self._numbers)
 
     def tell(self, rank: int, *numbers: int) -> None:
-        """Housekeeping, which goes along with the next message to that rank."""
+        """Send housekeeping to a rank, along with its next message."""
         self._news[rank].extend(numbers)
 
     def post(
@@ -84,36 +84,36 @@ class Link:
         arrays: Sequence[mx.array] = (),
         undo: Callable[[], None] | None = None,
     ) -> None:
-        """Send a message that gives no answer. Waits for what is in `arrays`; `undo` is called, in
-        a thread that decodes, if the pass that it asks for fails."""
+        """Send a message that has no answer, once `arrays` are computed. If the pass it asks for
+        fails, `undo` is called in the thread that decodes."""
         self._put(_Task(rank, self._words(rank, kind, numbers, arrays), None, undo))
 
     def ask(
         self, rank: int, kind: Kind, numbers: Sequence[int], arrays: Sequence[mx.array] = ()
     ) -> Callable[[], Reader]:
-        """Send a message that gives an answer, and return what waits for it.
+        """Send a message that has an answer, and return a function that waits for it.
 
-        That raises RankError where the rank could not do what it was asked, or an earlier pass
-        failed, which has then been taken back; RankLostError where a rank is gone.
+        That function raises RankError if this request or an earlier pass failed (failed passes have
+        then been undone), RankLostError if a rank is gone.
         """
         task = _Task(rank, self._words(rank, kind, numbers, arrays), Future())
         self._put(task)
         return lambda: self._wait(task)
 
     def close(self) -> None:
-        """Let the other ranks go."""
+        """End the loops of the other ranks."""
         if self.lost:
             return
         try:
             for rank in range(1, self.wire.size)[::-1]:
-                # Those further on first: a rank that has ended passes nothing on.
+                # The furthest first: a rank that has ended no longer forwards messages.
                 self.post(rank, Kind.END, ())
             self._put(None)
             while self._thread.is_alive():
                 self._thread.join(TICK)
                 self._check()
         except RankLostError:
-            return  # `lost` says so
+            return  # the caller looks at `lost`
 
     def _words(
         self, rank: int, kind: Kind, numbers: Sequence[int], arrays: Sequence[mx.array]
@@ -149,7 +149,7 @@ class Link:
             return answer
 
     def _take_back(self) -> None:
-        """Undo what has failed, the latest first, and raise the first of the errors."""
+        """Undo failed passes, the latest first, and raise the first error."""
         error = None
         while self._failed:
             task, error = self._failed.pop()
@@ -159,7 +159,7 @@ class Link:
             raise error
 
     def _check(self) -> None:
-        """Raise RankLostError where a rank is gone, or has taken too long."""
+        """Raise RankLostError if a rank is gone or has taken too long."""
         busy = self._busy
         if not self.lost and busy and time.monotonic() - busy[1] > self.timeout:
             rank = busy[0]
@@ -177,7 +177,7 @@ class Link:
                 rank = self._busy[0] if self._busy else task.rank
                 self.lost = RankLostError(f"the connection with rank {rank} is lost: {error}")
                 return
-        # A stream that outlives its thread takes the process down when that ends.
+        # A stream that outlives its thread crashes the process at exit.
         mx.clear_streams()
 
     def _carry_out(self, task: _Task) -> None:
@@ -203,13 +203,13 @@ class Link:
             self._failed.append((task, error))
 
     def _receive(self, rank: int) -> Reader:
-        """What a rank answers."""
+        """A rank's next answer."""
         with _Waiting(self, rank):
             return Reader(self._inbox.answer(rank))
 
 
 class _Waiting:
-    """While inside, it is this rank that is waited for."""
+    """While inside, `rank` is the one being waited for."""
 
     def __init__(self, link: Link, rank: int):
         self._link, self._rank = link, rank
@@ -223,5 +223,5 @@ class _Waiting:
 
 
 def _error(rank: int, message: Reader) -> RankError | None:
-    """What an answer's status says went wrong."""
+    """The error that an answer reports, or None."""
     return RankError(f"rank {rank}: {message.text()}") if message.number() else None

@@ -1,9 +1,9 @@
-"""What ranks say to each other: whole numbers, then arrays, in one flat int32 array.
+"""Messages between ranks: integers, then arrays, in one flat int32 array.
 
-- a message goes out as a block of fixed size, and what has no room there as a second array: most
-  are one block
-- over `ring` a rank reaches its two neighbours only: a message for another is passed on
-- knows nothing of stages; one thread at a time
+- a message is sent as a block of fixed size, plus a second array for what does not fit; most are
+  one block
+- over `ring` a rank reaches only its two neighbors, which forward messages for others
+- knows nothing of stages; used by one thread at a time
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class Kind(IntEnum):
     """What a message asks for."""
 
     END = 0
-    # Run positions through a stage. Answered with a status, so that the asker knows who is behind.
+    # Run positions through a stage. Answered with a status, so that rank 0 knows who is behind.
     RUN = 1
-    # Predict from positions; answered with a status and logits.
+    # Predict from positions. Answered with a status and logits.
     SCORE = 2
-    # Send activations to rank 0, behind a status; to another rank, which has been told to expect
-    # them; hold them in arrays of their own.
+    # Send activations to rank 0, after a status; send them to another rank, which has been told to
+    # expect them; copy them into separate arrays.
     FETCH = 3
     PASS = 4
     COPY = 5
-    # To a neighbour on the way: bring the next answer of a rank further on.
+    # Ask a neighbor for the next answer of a rank behind it.
     BRING = 6
 
 
-# Housekeeping, in front of every message: copy a sequence's cache, forget it, forget activations.
+# Housekeeping, in front of every message: copy a sequence's cache, drop it, drop activations.
 FORK, DROP, FORGET = range(3)
 
 
@@ -52,12 +52,12 @@ def encode(numbers: Sequence[int], arrays: Sequence[mx.array] = ()) -> mx.array:
 
 
 class Reader:
-    """A message that has arrived, read from its beginning on."""
+    """A message that has arrived, read from the beginning."""
 
     def __init__(self, words: mx.array):
         count: int = words[0].item()  # type: ignore[assignment]
         self._numbers: Iterator[int] = iter(words[1 : 1 + count].tolist())  # type: ignore[arg-type]
-        # Sliced by whoever reads them: an unevaluated array belongs to the thread that made it.
+        # Sliced in the reading thread: an unevaluated array belongs to the thread that made it.
         self._words, self._start = words, 1 + count
 
     def number(self) -> int:
@@ -72,7 +72,7 @@ class Reader:
         return found
 
     def arrays(self, *kinds: tuple[tuple[int, ...], mx.Dtype]) -> list[mx.array]:
-        """The arrays behind the numbers, by their shapes and types."""
+        """The arrays after the numbers, of these shapes and types."""
         sizes = [_words(shape, dtype) for shape, dtype in kinds]
         spans = pairwise(accumulate(sizes, initial=self._start))
         return [
@@ -81,7 +81,7 @@ class Reader:
         ]
 
     def text(self) -> str:
-        """The numbers that are left, as characters."""
+        """The remaining numbers as characters."""
         return "".join(map(chr, self._numbers))
 
 
@@ -93,7 +93,7 @@ def _words(shape: tuple[int, ...], dtype: mx.Dtype) -> int:
 
 
 def hidden_parts(hidden: Hidden) -> tuple[list[int], list[mx.array]]:
-    """Activations (1, T, D) as numbers and arrays; `read_hidden` reads them."""
+    """Activations (1, T, D) as numbers and arrays, for `read_hidden`."""
     tokens = hidden.tokens.astype(mx.int32)
     arrays = [tokens, hidden.x]
     if hidden.x0 is not hidden.x:
@@ -105,7 +105,7 @@ def hidden_parts(hidden: Hidden) -> tuple[list[int], list[mx.array]]:
 
 
 def read_hidden(message: Reader, dtype: mx.Dtype) -> Hidden:
-    """What `hidden_parts` made numbers and arrays of, the arrays last in the message."""
+    """Activations that `hidden_parts` took apart; their arrays come last in the message."""
     flags, count, width = message.numbers(3)
     parts = 1 + (flags & 1) + (flags >> 1)
     floats = [((1, count, width), dtype)] * parts
@@ -115,23 +115,23 @@ def read_hidden(message: Reader, dtype: mx.Dtype) -> Hidden:
 
 
 class Wire:
-    """A rank's way to the others. Calls block until the other end has done its part."""
+    """A rank's connections. Calls block until the other end has received or sent."""
 
-    def __init__(self, group: mx.distributed.Group, *, neighbours_only: bool):
+    def __init__(self, group: mx.distributed.Group, *, neighbors_only: bool):
         self.group = group
         self.rank, self.size = group.rank(), group.size()
-        self._neighbours_only = neighbours_only
+        self._neighbors_only = neighbors_only
 
     def next_hop(self, rank: int) -> int:
-        """The rank to hand a message for `rank` to."""
+        """The rank that a message for `rank` goes to first."""
         return self._hop(self.rank, rank)
 
     def are_next(self, one: int, other: int) -> bool:
-        """Whether nobody stands between two ranks."""
+        """Whether two ranks reach each other directly."""
         return self._hop(one, other) == other
 
     def parent(self, rank: int | None = None) -> int:
-        """The rank that messages from rank 0 to `rank`, by default this one, come by."""
+        """The last rank on the way from rank 0 to `rank`, by default this one."""
         rank = self.rank if rank is None else rank
         at = 0
         while (hop := self._hop(at, rank)) != rank:
@@ -139,17 +139,17 @@ class Wire:
         return at
 
     def children(self) -> list[int]:
-        """The ranks that get messages from rank 0 by this one."""
+        """The ranks whose parent this one is."""
         return [rank for rank in range(1, self.size) if self.parent(rank) == self.rank]
 
     def _hop(self, at: int, rank: int) -> int:
         steps = (rank - at) % self.size
-        if not self._neighbours_only or steps in (1, self.size - 1):
+        if not self._neighbors_only or steps in (1, self.size - 1):
             return rank
         return (at + (1 if steps <= self.size // 2 else -1)) % self.size
 
     def send(self, words: mx.array, rank: int, to: int | None = None) -> None:
-        """Send a message to its next hop `rank`, on its way to rank `to`."""
+        """Send a message for rank `to` to its next hop `rank`."""
         to = rank if to is None else to
         first = words[:FIRST]
         block = mx.concatenate([mx.array([words.size, to], dtype=mx.int32), first])
@@ -160,8 +160,8 @@ class Wire:
             self._send(words[FIRST:], rank)
 
     def receive(self, rank: int) -> tuple[int, mx.array]:
-        """The next message that the next hop `rank` sends: what `send` was told of where it goes,
-        and its words."""
+        """The next message from the neighbor `rank`: the `to` that `send` was given, and its
+        words."""
         block = self._receive(BLOCK, rank)
         size, to = map(int, np.array(block[:2]))
         words = block[2 : 2 + min(size, FIRST)]
@@ -171,7 +171,7 @@ class Wire:
         return to, words
 
     def answer(self, words: mx.array, rank: int | None = None) -> None:
-        """Send rank 0 an answer, by default one's own, on its way."""
+        """Send an answer of `rank`, by default this one's, towards rank 0."""
         self.send(words, self.parent(), self.rank if rank is None else rank)
 
     def _send(self, words: mx.array, rank: int) -> None:
@@ -184,12 +184,12 @@ class Wire:
 
 
 class Inbox:
-    """What others send back: answers by the ranks that give them, and activations passed on.
+    """What arrives from others: answers, sorted by the rank that gives them, and activations.
 
-    Between neighbours on a ring all of it comes by one way, and in any order.
+    On a ring everything from one side comes through one neighbor, in any order.
     """
 
-    # In the place of a destination, of activations.
+    # Marks activations, in the place of a destination.
     ROWS = -1
 
     def __init__(self, wire: Wire):
@@ -198,7 +198,7 @@ class Inbox:
         self._asked: dict[int, int] = defaultdict(int)
 
     def answer(self, rank: int) -> mx.array:
-        """The next answer that a rank gives to rank 0."""
+        """The next answer of `rank` to rank 0."""
         hop = self._wire.next_hop(rank)
         found = self._early[hop, rank]
         while not found:
@@ -209,7 +209,7 @@ class Inbox:
         return found.popleft()
 
     def rows(self, rank: int) -> mx.array:
-        """What the rank next to this one passes on."""
+        """The next activations from the neighbor `rank`."""
         found = self._early[rank, self.ROWS]
         while not found:
             self._receive(rank)

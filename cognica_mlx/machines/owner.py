@@ -1,9 +1,8 @@
-"""The other end: a rank that owns stages, and does what rank 0 tells it until that ends.
+"""The other end: a rank that owns stages and carries out rank 0's messages until the last.
 
 - in: messages; out: statuses, activations, predictions
-- holds for each sequence a cache for each of its stages, and the activations that rank 0 has not
-  let go of
-- a pass that fails leaves its caches where they were, and rank 0 hears why
+- holds each sequence's cache for each of its stages, and activations while rank 0 refers to them
+- a pass that fails leaves its caches as they were and reports the error to rank 0
 """
 
 from __future__ import annotations
@@ -31,12 +30,13 @@ from cognica_mlx.packed_pass import begin, in_order
 from cognica_mlx.shelf import arrange
 from cognica_mlx.stages import Stage
 
-# What its owner predicts from activations, those of a base stage that drafts if the flag is set.
+# Predicts (1, T, V) from activations (1, T, D); if the flag is set they are a base stage's, and the
+# prediction is a draft.
 Speaker = Callable[[Hidden, bool], mx.array]
 
 
 class Owner:
-    """Stages by the numbers that rank 0 knows them by, and what those predict that have heads."""
+    """Stages and, for those with heads here, predictors, by the numbers that rank 0 gave them."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Owner:
                 self.wire.answer(self._inbox.answer(rank), rank)
 
     def _keep_house(self, message: Reader) -> None:
-        """Copy or forget sequences, and forget activations."""
+        """Copy or drop sequences, and drop activations."""
         todo = message.numbers(message.number())
         for what, one, other in zip(todo[::3], todo[1::3], todo[2::3], strict=True):
             if what == FORK:
@@ -88,7 +88,7 @@ class Owner:
                 self.caches.pop(one, None)
 
     def _held(self, message: Reader) -> Hidden:
-        """Activations that are here, as `Elsewhere.named` says."""
+        """Activations that are here, as named by `Elsewhere.named`."""
         pieces = []
         for _ in range(message.number()):
             name, start, stop = message.numbers(3)
@@ -98,7 +98,7 @@ class Owner:
         return pack(pieces)
 
     def _input(self, message: Reader) -> Hidden:
-        """The positions that a message is about."""
+        """The positions that a message refers to."""
         source = message.number()
         if source == BODY:
             return read_hidden(message, self.dtype)
@@ -112,7 +112,7 @@ class Owner:
     def _run(self, message: Reader) -> tuple[list[int], list[mx.array]]:
         number, name, count = message.numbers(3)
         asked = [message.numbers(4) for _ in range(count)]
-        hidden = self._input(message)  # what was sent here must be taken, whatever else is wrong
+        hidden = self._input(message)  # first, as what was sent here must be received in any case
         stage = self.stages[number]
         caches = [self._cache(stage, *about) for about in asked]
         counts = [rows for _, _, rows, _ in asked]
@@ -133,7 +133,7 @@ class Owner:
         return [], []
 
     def _cache(self, stage: Stage, number: int, start: int, rows: int, slack: int) -> StageCache:
-        """A sequence's cache, rolled back to where its pass starts."""
+        """A sequence's cache, rolled back to the start of its pass."""
         cache = self.caches.get(number) or stage.new_cache(slack)
         if cache.offset < start:
             raise RankError(f"a sequence holds {cache.offset} of {start} positions")
@@ -154,7 +154,7 @@ class Owner:
         try:
             hidden = self._held(message)
         except RankError:
-            return  # whoever needs it will hear of it
+            return  # reported when it is needed
         self.given[name] = hidden.copy(0, len(hidden))
         mx.eval(self.given[name].arrays())
 
@@ -162,7 +162,7 @@ class Owner:
 def _answer(
     work: Callable[[Reader], tuple[list[int], list[mx.array]]], message: Reader
 ) -> mx.array:
-    """What `work` makes of a message, behind a status, or why it made nothing."""
+    """A status and the result of `work`, or the error it raised, as words."""
     try:
         numbers, arrays = work(message)
         words = encode([0, *numbers], arrays)
@@ -173,7 +173,7 @@ def _answer(
 
 
 def _in_order(hidden: Hidden, counts: Sequence[int], order: Sequence[int]) -> Hidden:
-    """The parts of `hidden`, of so many positions each, in another order."""
+    """The parts of `hidden`, of `counts` positions each, in the given order."""
     if list(order) == sorted(order):
         return hidden
     starts = [sum(counts[:i]) for i in range(len(counts))]

@@ -1,12 +1,12 @@
 """A stage on another machine, as rank 0's state and driver see it.
 
-- `RemoteStage` is a stage like any other: a pass for many sequences is one message to its owner
-- `RemoteCache` knows how far a sequence has come there, and how far back it can go: the same sums
-  as a cache that holds rows. The owner rolls its own back to where the next pass starts, so a
-  rollback needs no message
-- `Elsewhere` are the activations that the pass gave out. They stay with the owner until somebody
-  needs the arrays: the next stage there takes them up where they are, one on a third machine gets
-  them without rank 0, and most of a prompt's are never fetched at all
+- `RemoteStage` is used like any other stage; a pass for many sequences is one message to its owner
+- `RemoteCache` tracks how many positions a sequence has there and how far it can be rolled back,
+  with the same arithmetic as a cache that holds rows. The owner rolls its cache back to the start
+  of the next pass, so a rollback needs no message
+- `Elsewhere` is the output of a pass. It stays with the owner until the arrays are needed: the next
+  stage on the same rank uses it in place, a stage on a third rank gets it directly, and most of a
+  prompt's activations never reach rank 0
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ BODY, OWN, FROM = range(3)
 
 
 class RemoteStage(Stage):
-    """A stage that rank `rank` owns, which knows it as its `number`-th.
+    """A stage on rank `rank`, known there by `number`.
 
-    Where it `speaks`, its owner holds the heads, too, and predicts.
+    If it `speaks`, its owner also holds its heads and makes its predictions.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RemoteStage(Stage):
         return RemoteCache(self, slack)
 
     def __call__(self, hidden: Hidden, caches: Sequence[AttentionCache] | None = None) -> NoReturn:
-        """Only passes of sequences go there. Raises RequestError."""
+        """Raises RequestError: a remote stage runs only passes of sequences."""
         raise RequestError(
             f"stage {self.number} is on rank {self.rank}, which runs it for sequences only; "
             "this needs the whole model on one machine"
@@ -67,8 +67,8 @@ class RemoteStage(Stage):
     def run(
         self, hidden: Hidden, caches: Sequence[StageCache], counts: Sequence[int]
     ) -> tuple[Hidden, list[Done]]:
-        """A pass of the next positions of each of the caches, which are `hidden`'s, one after the
-        other: what it gives out, and what the caches hold then. Does not wait for it."""
+        """Run the next `counts` positions of each cache, which `hidden` holds one after the other.
+        Returns the output and what the caches hold afterwards, without waiting for the pass."""
         handle = Handle(self, len(hidden))
         numbers = [self.number, handle.number, len(caches)]
         for cache, rows in zip(caches, counts, strict=True):
@@ -84,8 +84,7 @@ class RemoteStage(Stage):
         if isinstance(hidden, Elsewhere) and hidden.rank == self.rank:
             link.post(self.rank, Kind.RUN, [*numbers, OWN, *hidden.named()], undo=undo)
         elif isinstance(hidden, Elsewhere) and not hidden.fetched and hidden.goes_to(self.rank):
-            # First who takes, then who gives: on the way by which it is told, what it is given may
-            # follow.
+            # The receiver is told first: the activations may come by the same way as the message.
             link.post(self.rank, Kind.RUN, [*numbers, FROM, hidden.rank], undo=undo)
             link.post(hidden.rank, Kind.PASS, [self.rank, *hidden.named()])
         else:
@@ -93,8 +92,9 @@ class RemoteStage(Stage):
             link.post(self.rank, Kind.RUN, [*numbers, BODY, *about], arrays, undo)
 
     def logits(self, hidden: Hidden, *, drafts: bool = False) -> Callable[[], mx.array]:
-        """Ask for what its owner predicts from `hidden` (1, T, D); returns what waits for it:
-        (1, T, V) float32. With `drafts` the activations are a base stage's, without backout."""
+        """Ask the owner for its prediction from `hidden` (1, T, D); returns a function that waits
+        for it, (1, T, V) float32. With `drafts` the activations are a base stage's, without
+        backout."""
         numbers = [self.number, int(drafts)]
         if isinstance(hidden, Elsewhere) and hidden.rank == self.rank:
             answer = self.link.ask(self.rank, Kind.SCORE, [*numbers, OWN, *hidden.named()])
@@ -111,8 +111,8 @@ class RemoteStage(Stage):
 
 
 def stage_left(model: PoEModel) -> int | None:
-    """The deepest stage that rank 0 can go on with where other ranks are lost; None where it is not
-    to go on."""
+    """The deepest stage that rank 0 can decode with once other ranks are lost; None if decoding is
+    to end then."""
     for k, stage in enumerate(model.stages):
         if isinstance(stage, RemoteStage):
             return k - 1 if stage.link.degrade else None
@@ -120,7 +120,7 @@ def stage_left(model: PoEModel) -> int | None:
 
 
 class Handle:
-    """Activations of `count` positions that a stage's owner holds; it lets them go with this."""
+    """Activations of `count` positions that a stage's owner holds, for as long as this lives."""
 
     def __init__(self, stage: RemoteStage, count: int):
         self.stage, self.count = stage, count
@@ -132,7 +132,7 @@ class Handle:
 
 @dataclass(frozen=True)
 class Piece:
-    """Positions start .. stop - 1 of what a handle stands for."""
+    """Positions start .. stop - 1 of a handle's activations."""
 
     handle: Handle
     start: int
@@ -140,7 +140,7 @@ class Piece:
 
 
 class Elsewhere(Hidden):
-    """Positions at a stage boundary whose arrays are with the stage's owner, until first used."""
+    """Positions at a stage boundary; the arrays are fetched from the stage's owner on first use."""
 
     def __init__(self, pieces: Sequence[Piece]):
         object.__setattr__(self, "pieces", tuple(pieces))
@@ -151,27 +151,27 @@ class Elsewhere(Hidden):
 
     @property
     def stage(self) -> RemoteStage:
-        """Whose they are."""
+        """The stage that they are the output of."""
         return self.pieces[0].handle.stage
 
     @property
     def rank(self) -> int:
-        """Where they are."""
+        """The rank that holds them."""
         return self.stage.rank
 
     @property
     def fetched(self) -> bool:
-        """Whether the arrays are here, too."""
+        """Whether the arrays have been fetched."""
         return self._arrays is not None
 
     def goes_to(self, rank: int) -> bool:
-        """Whether another rank can get them without this one. Ranks give to those behind them only:
-        so none ever waits for another in a circle."""
+        """Whether their rank can send them to `rank` directly. Ranks send only to higher ranks, so
+        they never wait for each other in a circle."""
         hops = self.stage.link.wire
         return self.rank < rank and hops.are_next(self.rank, rank)
 
     def named(self) -> list[int]:
-        """How a message says which they are."""
+        """How a message refers to them."""
         numbers = [len(self.pieces)]
         for piece in self.pieces:
             numbers += [piece.handle.number, piece.start, piece.stop]
@@ -222,20 +222,20 @@ class Elsewhere(Hidden):
         return Elsewhere([p for part in parts if isinstance(part, Elsewhere) for p in part.pieces])
 
     def copy(self, start: int, stop: int) -> Elsewhere:
-        """See `Hidden`; the copy is made where they are."""
+        """See `Hidden`; the owner makes the copy."""
         part = self[start:stop]
         handle = Handle(self.stage, stop - start)
         self.stage.link.post(self.rank, Kind.COPY, [handle.number, *part.named()])
         return Elsewhere([Piece(handle, 0, stop - start)])
 
     def arrays(self) -> list[mx.array]:
-        """Those that are here."""
+        """The fetched arrays, if any."""
         return self._arrays.arrays() if self._arrays else []
 
 
 class RemoteCache(StageCache):
-    """How far a sequence has come in a remote stage. Its owner holds no fewer rows than this says,
-    so what can be rolled back here can be there."""
+    """How many positions of a sequence a remote stage has run. Its owner holds at least as many
+    rows as this counts, so a rollback that is possible here is possible there."""
 
     def __init__(self, stage: RemoteStage, slack: int):
         super().__init__(stage.windows, slack)
@@ -245,7 +245,7 @@ class RemoteCache(StageCache):
         self._stage.link.tell(self._stage.rank, DROP, self.number, 0)
 
     def retreat(self, position: int) -> None:
-        """Go back to where a pass that has failed began."""
+        """Go back to the start of a failed pass."""
         if self.offset > position:
             self.content = _moved(self.content, position - self.offset, self.slack)
 
@@ -257,19 +257,19 @@ class RemoteCache(StageCache):
         return other
 
     def rows(self) -> NoReturn:
-        """Raises RequestError: they are on another machine."""
+        """Raises RequestError: the rows are on another machine."""
         raise RequestError(
             f"a sequence with stages on rank {self._stage.rank} cannot be written to a file"
         )
 
     def restore(self, rows: Sequence[tuple[mx.array, mx.array]], offset: int) -> None:
-        """Raises RequestError, unless there is nothing to restore."""
+        """Raises RequestError unless there is nothing to restore."""
         if offset:
             self.rows()
 
 
 class _Done:
-    """A pass of so many positions that a cache's owner was told to make."""
+    """A pass of `count` positions that a cache's owner has been asked for."""
 
     def __init__(self, cache: StageCache, count: int):
         self._cache, self._count = cache, count
@@ -280,8 +280,8 @@ class _Done:
 
 
 def _moved(content: Content, count: int, slack: int) -> Content:
-    """A content with so many more positions, or fewer. It holds what a `StageCache` holds at the
-    least, as an owner may have put its rows on a shelf."""
+    """A content with `count` positions more, or fewer. It assumes the fewest rows that a cache may
+    hold, because an owner may have put its rows on a shelf."""
     spans = {
         window: Span(max(min(span.rows + count, window + slack), 0))
         for window, span in content.spans.items()

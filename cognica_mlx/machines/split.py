@@ -1,11 +1,10 @@
-"""Which rank holds what: parsed from a flag, or balanced by what ranks have been measured to do.
+"""Which rank holds what: parsed from a flag, or balanced by how fast the ranks are.
 
-- stages go to ranks in order, rank 0 has the first: whoever passes activations on passes them to a
-  rank behind
-- rank 0 also has the embedding and the heads: predictions are V numbers a position, activations
-  only 3 D, so these travel and those are made where they are used
-- specialists beside each other have their heads with them: a head weighs as much as several of a
-  specialist's layers, so reading them side by side is half of what their machines save
+- stages go to ranks in order, starting with rank 0, so activations only ever move to higher ranks
+- rank 0 also holds the embedding and the heads: a prediction is V numbers a position, activations
+  are only 3 D, so activations travel and predictions are made on rank 0
+- a specialist on its own rank has its heads there: a head weighs as much as several of its layers,
+  and reading the heads in parallel is half of the gain
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 
 _NAME = re.compile(r"(h|lm_head_specialists)\.(\d+)\.|(wte|lm_head|lm_head_stages)\.")
-# Positions, and how often, in the product by which ranks are compared.
+# Rows of the matrix product that compares the speed of ranks, and how often it is timed.
 ROWS, TRIALS = 8, 16
 
 
 class Absent(nn.Module):
-    """Stands for a module that another rank holds."""
+    """A placeholder for a module that another rank holds."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What of a model a rank holds. What is small, lambdas and gates, everybody has."""
+    """The part of a model that a rank holds. Every rank also has the lambdas and gates, which are
+    small."""
 
     layers: frozenset[int]
     embedding: bool
@@ -41,7 +41,7 @@ class Part:
     specialist_heads: frozenset[int]
 
     def holds(self, name: str) -> bool:
-        """Whether a parameter of this name is in it."""
+        """Whether the parameter called `name` belongs to it."""
         if not (match := _NAME.match(name)):
             return True
         if match[3]:
@@ -50,7 +50,7 @@ class Part:
         return int(match[2]) in held
 
     def strip(self, model: PoEModel) -> None:
-        """Take from a model that has no weights yet the modules that are not in it."""
+        """Remove the modules that do not belong to it from a model that has no weights yet."""
         for name in ("h", "lm_head_stages", "lm_head_specialists"):
             if name in model:
                 parts = enumerate(model[name])
@@ -60,24 +60,24 @@ class Part:
                 model[name] = Absent()
 
 
-# Of a specialist that another rank holds.
+# This rank's part of a specialist that another rank holds.
 NOTHING = Part(frozenset(), False, False, frozenset())
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rank of each stage; those after the model's own are the specialists', in the order in
-    which they are attached."""
+    """The rank of each stage: the base's, then one for each specialist in the order in which they
+    are attached."""
 
     ranks: tuple[int, ...]
 
     def stages(self, rank: int) -> list[int]:
-        """What a rank owns."""
+        """The stages that a rank owns."""
         return [stage for stage, owner in enumerate(self.ranks) if owner == rank]
 
     def part(self, config: PoEConfig, rank: int, *, speaks: bool = False) -> Part:
-        """What a rank holds of a model of this configuration; with `speaks` also the base's head,
-        for specialists of its own."""
+        """The part of a base of this configuration that a rank holds; with `speaks` it includes the
+        base's head, which the rank's own specialists need."""
         own = [k for k in self.stages(rank) if k < config.poe_n_stages]
         layers = frozenset(i for k in own for i in config.stage_range(k))
         heads = range(len(config.specialist_layers)) if not rank else ()
@@ -90,29 +90,30 @@ def parse(text: str, size: int, base: int, specialists: Sequence[str] = ()) -> S
     try:
         groups = [[int(stage) for stage in part.split(",")] for part in text.split("|")]
     except ValueError:
-        raise RequestError(f"--split {text}: write stages as 0|1,2,3, or say stages") from None
+        raise RequestError(f"--split {text}: write it as 0|1,2,3, or the word stages") from None
     total = base + len(specialists)
     if [stage for group in groups for stage in group] != list(range(total)):
-        named = f"0 to {total - 1}" + (", the specialists' being the last" if specialists else "")
-        raise RequestError(f"--split {text}: each of the stages {named}, once and in order")
+        named = f"0 to {total - 1}" + (", specialists last" if specialists else "")
+        raise RequestError(f"--split {text}: give each of the stages {named} once, in order")
     if len(groups) != size:
         raise RequestError(
-            f"--split {text} is for {len(groups)} machines, and {size} have been started"
+            f"--split {text} is for {len(groups)} machines, but {size} have been started"
         )
     return Split(tuple(rank for rank, group in enumerate(groups) for _ in group))
 
 
 def balanced(config: PoEConfig, seconds: Sequence[float], specialists: Sequence[str] = ()) -> Split:
-    """A split by the `seconds` in which each rank does the same work.
+    """A split by the `seconds` that each rank needs for the same work.
 
-    Specialists have machines of their own as far as there are any; otherwise stages go where the
-    slowest rank has least to do. RequestError where there are more ranks than stages.
+    Each specialist gets its own rank while there are ranks left, the other specialists stay on
+    rank 0. Without specialists the stages are divided so that the slowest rank takes least time.
+    RequestError if there are more ranks than stages.
     """
     size, stages = len(seconds), config.poe_n_stages
     if size > stages + len(specialists):
         raise RequestError(
             f"{size} machines have been started for {stages + len(specialists)} stages: "
-            "start one for each at the most"
+            "start at most one for each"
         )
     if specialists:
         others = min(len(specialists), size - 1)
@@ -120,7 +121,7 @@ def balanced(config: PoEConfig, seconds: Sequence[float], specialists: Sequence[
         if size - 1 > others:
             raise RequestError(
                 f"{size} machines have been started for a base and {len(specialists)} "
-                "specialists: start one for each at the most, or give --split"
+                "specialists: start at most one for each, or give --split"
             )
         return Split((*[0] * (stages + here), *range(1, others + 1)))
     layers = [*config.stage_layers, *config.specialist_layers]
@@ -146,7 +147,7 @@ def balanced(config: PoEConfig, seconds: Sequence[float], specialists: Sequence[
 
 
 def _cuts(stages: int, size: int, start: int = 0) -> list[tuple[int, ...]]:
-    """All ways to end `size` runs of stages, none of them empty."""
+    """All ways to cut the stages into `size` runs, none of them empty, by the ends of the runs."""
     if size == 1:
         return [(stages,)]
     return [
@@ -157,7 +158,7 @@ def _cuts(stages: int, size: int, start: int = 0) -> list[tuple[int, ...]]:
 
 
 def seconds_here(config: PoEConfig, dtype: mx.Dtype) -> float:
-    """How long a layer's largest product takes on this machine."""
+    """Seconds that a layer's largest matrix product takes on this machine."""
     weight = mx.zeros((config.intermediate_size, config.n_embd), dtype)
     x = mx.zeros((ROWS, config.n_embd), dtype)
     mx.eval(weight, x)

@@ -1,4 +1,4 @@
-"""mlx_poe.bench --split: the section that takes several machines."""
+"""mlx_poe.bench --split: the section that runs on several machines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MACHINES = "machines"
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """--split and what belongs to it."""
+    """--split and the flags that go with it."""
     add_split_flags(parser)
     parser.add_argument(
         "--siblings",
@@ -53,7 +53,7 @@ def check_machines(args: argparse.Namespace) -> None:
     """RequestError for flags that make no sense together."""
     check_split(args)
     if args.siblings and not args.split:
-        raise RequestError("--siblings belongs to --split")
+        raise RequestError("--siblings needs --split")
     if args.siblings < 0:
         raise RequestError(f"--siblings {args.siblings} is below 0")
     if args.siblings and args.agreement is not None:
@@ -63,7 +63,7 @@ def check_machines(args: argparse.Namespace) -> None:
         return
     if not (args.split and args.shape and args.only == [MACHINES]):
         raise RequestError(
-            f"the section {MACHINES} takes --split, --shape and --only {MACHINES} together"
+            f"the section {MACHINES} needs --split, --shape and --only {MACHINES} together"
         )
     if args.quantize or args.degrade:
         raise RequestError(
@@ -74,11 +74,11 @@ def check_machines(args: argparse.Namespace) -> None:
 def measure_machines(
     args: argparse.Namespace, dtype: str, progress: Progress
 ) -> tuple[str, list[Figure]] | None:
-    """What is measured, and the section's figures; None on ranks other than 0, which take part."""
+    """A name for the model, and the section's figures; None on ranks other than 0."""
     config, kind = shape_config(args.shape), DTYPES[dtype]
     name, planted = f"{args.shape}, random weights", None
     if args.agreement is not None:
-        # Every rank plants the same text, as it takes the whole model to do so.
+        # On every rank: planting a text takes the whole model.
         progress("planting a text", 0, 1)
         planted = synthetic_model(config, kind, args.agreement, margins())
         name = f"{name}, planted text: stage 0 agrees on {planted.agreement:.1%} of it"
@@ -110,8 +110,8 @@ def _shared_out(
     timeout: float,
     planted: Synthetic | None,
 ) -> Iterator[tuple[Loaded, Specialists] | None]:
-    """A random model, or one with a planted text, on all ranks, with so many specialists over it,
-    and on rank 0 the same as a whole; None on other ranks, at the end."""
+    """A random model, or the one with a planted text, split over all ranks, with `siblings` random
+    specialists; and the whole of it on rank 0. None on other ranks, when rank 0 has ended."""
     whole: list[Specialists] = []
 
     def base(choose: Choose) -> tuple[PoEModel, None]:

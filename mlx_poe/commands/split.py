@@ -21,26 +21,26 @@ def add_split_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--split",
         metavar="STAGES",
-        help=f"{STAGES}: share the stages out, or specialists beside each other; 0|1,2,3: rank 0 "
-        "has stage 0. Start with mlx.launch --hosts a,b -- … or mpirun -n 2 …",
+        help=f"{STAGES}: balance the stages, or give each specialist a machine; 0|1,2,3: stage 0 "
+        "on rank 0, the others on rank 1. Start with mlx.launch --hosts a,b -- … or mpirun -n 2 …",
     )
     group.add_argument(
         "--degrade",
         action="store_true",
-        help="go on with rank 0's own stages if another rank is lost",
+        help="if another rank is lost, go on with the stages that rank 0 holds",
     )
     group.add_argument(
         "--rank-timeout",
         type=float,
         metavar="SECONDS",
-        help=f"give up a rank that has not done a pass after so long (default: {TIMEOUT:g})",
+        help=f"a rank that takes longer for a pass counts as lost (default: {TIMEOUT:g})",
     )
 
 
 def check_split(args: argparse.Namespace) -> None:
-    """RequestError for flags that belong to --split without it."""
+    """RequestError for flags that need --split if it is missing."""
     if args.split is None and (args.degrade or args.rank_timeout is not None):
-        raise RequestError("--degrade and --rank-timeout belong to --split")
+        raise RequestError("--degrade and --rank-timeout need --split")
     if args.rank_timeout is not None and not args.rank_timeout > 0:
         raise RequestError(f"--rank-timeout {args.rank_timeout} is not above 0")
 
@@ -49,7 +49,7 @@ def check_split(args: argparse.Namespace) -> None:
 def split_over_machines(
     args: argparse.Namespace, specialists: Sequence[tuple[str, str]] = ()
 ) -> Iterator[tuple[Tokenizer, Specialists] | None]:
-    """What `args` name, loaded on all machines: see `on_machines`."""
+    """The model and specialists that `args` name, on all machines: see `on_machines`."""
     options = {name: getattr(args, name) for name in ("revision", "dtype", "quantize")}
     attached = [
         (name, partial(Specialists.attach, name=name, path_or_hf_repo=path, quantize=args.quantize))
