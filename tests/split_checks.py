@@ -199,6 +199,8 @@ def siblings(split: str) -> None:
         whole = Specialists(fixture("poe-tiny")[0])
         for name in names:
             whole.attach(name, name)
+        owners = [found.specialists.use(name).stages[-1].rank for name in names]
+        check("each has a rank of its own", owners, [1, 2, 3])
         prompt = tokenizer.encode("What is 3 + 4?")
         for chosen in (names[:1], names):
             weights = [1.0, 0.5, 0.25][: len(chosen)]

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
+import mlx.core as mx
 import pytest
 from conftest import fixture
 from hypothesis import given, settings
@@ -140,9 +141,40 @@ def test_drafts_made_meanwhile_are_used_if_all_before_them_is_kept(there, rounds
 )
 def test_what_cannot_be_guessed_is_waited_for(there, rounds, mode, options, sampling):
     model, tokenizer = there
-    chosen = make_mode(model, mode, ModeOptions(**options), model.calibration)
+    calibration = model.calibration if mode == "certified" else None
+    chosen = make_mode(model, mode, ModeOptions(**options), calibration)
     decode(model, tokenizer.encode(PROMPTS[0]), chosen, 24, sampling=SamplingOptions(**sampling))
-    assert all(one.made == 0 for one in rounds)
+    assert rounds and all(one.made == 0 for one in rounds)
+
+
+def test_a_guess_is_worth_nothing_behind_a_refused_draft(there, monkeypatch):
+    model, tokenizer = there
+    prompt, go_on, tried = tokenizer.encode(PROMPTS[0]), StageDrafter.go_on, []
+    expected = [token for token, _ in decode(model, prompt, make_mode(model), 32)]
+
+    def lucky(drafter, sequence, before, count):
+        """Guesses the token that the full model will choose in the place of the refused draft."""
+        ahead = yield from go_on(drafter, sequence, before, count)
+        written = len(sequence.text) - len(prompt)
+        wrong = [i for i, t in enumerate(before.joined().tolist()) if t != expected[written + i]]
+        if ahead and wrong:
+            ahead.after = mx.array([[expected[written + wrong[0]]]])
+            tried.append(wrong[0])
+        return ahead
+
+    monkeypatch.setattr(StageDrafter, "go_on", lucky)
+    mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=4))
+    assert [token for token, _ in decode(model, prompt, mode, 32)] == expected
+    assert tried
+
+
+def test_what_is_drafted_meanwhile_can_be_rolled_back_past_every_window(there):
+    model, tokenizer = there
+    prompt = (tokenizer.encode(PROMPTS[0]) * 80)[:400]
+    mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=5))
+    state = DecodingState(model, slack=7)
+    expected = decode(model, prompt, make_mode(model), 24)
+    assert decode(model, prompt, mode, 24, state) == expected
 
 
 def test_on_one_machine_nothing_is_drafted_meanwhile(rounds):

@@ -101,7 +101,7 @@ def test_two_machines_decode_in_every_mode_as_one_does(tmp_path):
 def test_activations_go_from_machine_to_machine_and_specialists_work_side_by_side(tmp_path):
     cases = "chain-on-stage:0|1|2,3|4,5", "siblings:stages", "passing:0|1|2|3"
     done = by_mpi(4, *cases, folder=tmp_path)
-    assert len(done) == 9 + 5 + 2 + 3 * 3
+    assert len(done) == 9 + 6 + 2 + 3 * 3
 
 
 def test_a_ring_passes_messages_on(tmp_path):

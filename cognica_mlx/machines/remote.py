@@ -165,10 +165,9 @@ class Elsewhere(Hidden):
         return self._arrays is not None
 
     def goes_to(self, rank: int) -> bool:
-        """Whether their rank can send them to `rank` directly. Ranks send only to higher ranks, so
-        they never wait for each other in a circle."""
-        hops = self.stage.link.wire
-        return self.rank < rank and hops.are_next(self.rank, rank)
+        """Whether their rank can send them to `rank` directly. Stages are in order of ranks, so
+        ranks send only to higher ones and never wait for each other in a circle."""
+        return self.stage.link.wire.are_next(self.rank, rank)
 
     def named(self) -> list[int]:
         """How a message refers to them."""
