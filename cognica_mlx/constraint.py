@@ -181,7 +181,7 @@ def read_schema(schema: Mapping[str, Any] | str) -> dict[str, Any]:
 
 
 def json_layout(schema: Mapping[str, Any]) -> str:
-    """A schema's text to put after `%json` in a Lark grammar: JSON laid out as by `json_grammar`."""
+    """A schema as text to put after `%json` in a Lark grammar, with `json_grammar`'s layout."""
     return json.dumps({**schema, "x-guidance": _LAYOUT})
 
 
