@@ -360,7 +360,7 @@ def test_changed_data_or_a_changed_base_is_not_gone_on_with(tmp_path):
         with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
             small_run(tmp_path, "mine", resume=True)
     checkpoint_file(tmp_path / "mine").unlink()
-    with pytest.raises(CheckpointError, match="nothing to go on from"):
+    with pytest.raises(CheckpointError, match="nothing to resume from"):
         small_run(tmp_path, "mine", resume=True)
 
 
