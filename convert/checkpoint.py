@@ -126,9 +126,9 @@ def _read_config(source: Source, step: int | None) -> dict[str, Any]:
     if meta is None:
         # nanochat keeps one folder for each model under base_checkpoints.
         tags = sorted({f.parent.name for f in source.folder.glob("*/meta_*.json")})
-        instead = f"; it contains {', '.join(tags[:9])}: name one of them" if tags else ""
+        instead = f"; it holds {', '.join(tags[:9])}: name one of them" if tags else ""
         raise CheckpointError(
-            f"{source.name} contains no config.json{instead or ': is it a model folder?'}"
+            f"{source.name} holds no config.json{instead or ': is it a model folder?'}"
         )
     return dict(flatten(read_json(meta)))
 
@@ -206,7 +206,7 @@ def _stack(
         layer = _LAYER.match(name)
         known = name in expected or name.rpartition(".")[0] in plan
         if not known and not (layer and int(layer[1]) >= base.config.n_layer):
-            raise CheckpointError(f"{source.name}: a delta may not contain {name}")
+            raise CheckpointError(f"{source.name}: a delta may not hold {name}")
     for name in sorted(expected - delta.keys()):
         raise CheckpointError(
             f"{source.name}: the delta lacks {name.replace(head, 'lm_head_stage')}"
@@ -298,7 +298,7 @@ def check_weights(
         raise CheckpointError(f"{name} has an invalid quantization: {error}") from None
     expected = dict(tree_flatten(model.parameters()))
     problems = [f"lacks the tensor {k}" for k in expected if k not in weights]
-    problems += [f"contains an unknown tensor {k}" for k in weights if k not in expected]
+    problems += [f"holds an unknown tensor {k}" for k in weights if k not in expected]
     for key in [k for k in expected if k in weights]:
         shape, wanted = weights[key].shape, expected[key].shape
         dtype, kind = weights[key].dtype, expected[key].dtype

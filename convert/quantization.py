@@ -208,7 +208,7 @@ def from_fields(fields: Mapping[str, Any], tensors: Iterable[str]) -> Plan:
         return {}
     entry = fields.get("quantization")
     if not isinstance(entry, Mapping):
-        raise CheckpointError("contains quantized tensors, but its config.json has no quantization")
+        raise CheckpointError("holds quantized tensors, but its config.json has no quantization")
     plan: Plan = {}
     for path in paths:
         own = entry[path] if isinstance(entry.get(path), Mapping) else entry

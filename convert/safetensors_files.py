@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
+        raise CheckpointError(f"{path} does not hold a JSON object")
     return content
 
 
@@ -60,7 +60,7 @@ def read_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
     if (folder / f"{stem}.safetensors").is_file():
         return _read_file(folder / f"{stem}.safetensors")
     if not index.is_file():
-        raise CheckpointError(f"{folder} contains no {stem}.safetensors and no {index.name}")
+        raise CheckpointError(f"{folder} holds no {stem}.safetensors and no {index.name}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
@@ -74,7 +74,7 @@ def read_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
         tensors |= {name: held[name] for name in held if weight_map.get(name, shard) == shard}
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise CheckpointError(f"{index} lists {name} in {shard}, which does not contain it")
+            raise CheckpointError(f"{index} lists {name} in {shard}, which does not hold it")
     return tensors
 
 
@@ -96,7 +96,7 @@ class _SafetensorsFile:
                 f"{path} is damaged or incomplete ({reason}): download it again"
             ) from None
         if not self._unread:
-            raise CheckpointError(f"{path} contains no tensors")
+            raise CheckpointError(f"{path} holds no tensors")
 
     def _load(self) -> dict[str, mx.array]:
         arrays = mx.load(str(self._path), format="safetensors")

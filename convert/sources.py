@@ -41,7 +41,7 @@ def locate(name: str | Path, revision: str | None = None) -> Source:
     if folder is None:
         return _fetch(str(name), revision)
     if not folder.is_dir():
-        raise CheckpointError(f"{name} is a file: give the folder that contains config.json")
+        raise CheckpointError(f"{name} is a file: give the folder that holds config.json")
     if revision:
         raise CheckpointError(f"{name} is a local folder, which has no revision {revision}")
     return Source(folder, str(folder), from_hub=False)

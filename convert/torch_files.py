@@ -115,7 +115,7 @@ class TorchFile:
         Raises CheckpointError if the file has no tensor of that name.
         """
         if name not in self._tensors:
-            raise CheckpointError(f"{self.path} contains no tensor {_shown(name)}")
+            raise CheckpointError(f"{self.path} holds no tensor {_shown(name)}")
         (start, _, dtype), offset, shape, strides = self._tensors[name]
         if 0 in shape:
             return mx.zeros(shape, dtype)
@@ -155,14 +155,14 @@ class _Archive:
                 raise CheckpointError(f"{what} ({error}): download it again") from error
         roots = [e.filename[:-9] for e in entries if e.filename.partition("/")[2] == "data.pkl"]
         if len(roots) != 1 or not roots[0]:
-            raise CheckpointError("does not contain one data.pkl, so torch.save did not write it")
+            raise CheckpointError("does not hold one data.pkl, so torch.save did not write it")
         self._entries: dict[str, zipfile.ZipInfo] = {}
         for entry in entries:
             root, *inner = entry.filename.split("/")
             if root != roots[0] or ".." in (root, *inner) or "\\" in entry.filename:
-                raise CheckpointError(f"contains {_shown(entry.filename)} outside its root folder")
+                raise CheckpointError(f"holds {_shown(entry.filename)}, which is outside its root")
             if "/".join(inner) in self._entries:
-                raise CheckpointError(f"contains {_shown(entry.filename)} twice")
+                raise CheckpointError(f"holds {_shown(entry.filename)} twice")
             self._entries["/".join(inner)] = entry
         if "byteorder" in self._entries:  # absent before PyTorch 2.1
             start, size = self.record("byteorder", 16)
@@ -172,7 +172,7 @@ class _Archive:
     def record(self, name: str, most: int) -> tuple[int, int]:
         """The first byte and the size of an uncompressed record that is whole and within `most`."""
         if name not in self._entries:
-            raise CheckpointError(f"lacks the record {_shown(name)}")
+            raise CheckpointError(f"lacks its record {_shown(name)}")
         entry = self._entries[name]
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise CheckpointError(
@@ -248,7 +248,7 @@ def _rebuild(function: object, args: object) -> object:
     if function.name == _TENSOR and len(args) == 6:
         return _Tensor(*args[:4])
     if function.name == _TENSOR and len(args) == 7:  # of a negation not yet carried out, say
-        raise CheckpointError("contains a tensor with extra metadata: save its clone() instead")
+        raise CheckpointError("holds a tensor with extra metadata: save its clone() instead")
     if function.name == _PARAMETER and len(args) == 3 and type(args[0]) is _Tensor:
         return args[0]
     raise CheckpointError(f"calls {function.name} in an unknown way: refused, nothing was run")
@@ -257,16 +257,16 @@ def _rebuild(function: object, args: object) -> object:
 def _select(content: object, length: int) -> dict[str, _Tensor]:
     """The tensors of the dictionary `content`, checked; `length` is the file's."""
     if not isinstance(content, dict):
-        raise CheckpointError("is not a dictionary of tensors")
+        raise CheckpointError("does not hold a dictionary of tensors")
     tensors: dict[str, _Tensor] = {}
     for name, value in content.items():
         if type(value) is _Tensor:
             tensors[name] = _check(value, f"has a tensor {_shown(name)}")
         elif not isinstance(value, str | int | float | None):
             kind = type(value).__name__.lstrip("_")
-            raise CheckpointError(f"contains {_shown(name)}, a {kind} and not a tensor")
+            raise CheckpointError(f"holds {_shown(name)}, a {kind} and not a tensor")
     if not tensors:
-        raise CheckpointError("contains no tensors")
+        raise CheckpointError("holds no tensors")
     total = sum(prod(t.shape) * t.storage.dtype.size for t in tensors.values())
     if total > MOST_GROWTH * length + GROWTH_ROOM:
         raise CheckpointError(f"would expand its {length} bytes into far larger tensors: refused")

@@ -46,7 +46,7 @@ def check_target(target: Path, overwrite: bool, sources: Sequence[Path] = ()) ->
         if _same(target, source):
             raise RequestError(f"{target} is what is being converted: choose another folder")
         if any(_same(target, parent) for parent in _resolved(source).parents):
-            raise RequestError(f"{target} contains {source}, which is being converted")
+            raise RequestError(f"{target} holds {source}, which is being converted")
     if not overwrite:
         raise RequestError(f"{target} exists: choose another folder, or replace it (--overwrite)")
     if "config.json" not in names:
@@ -54,8 +54,7 @@ def check_target(target: Path, overwrite: bool, sources: Sequence[Path] = ()) ->
     for name in names:
         known = any(fnmatch(name, pattern) for pattern in _REPLACEABLE)
         if not known or not (target / name).is_file():
-            problem = f"{target} contains {name}, which is not a model file"
-            raise RequestError(f"{problem}: not overwritten")
+            raise RequestError(f"{target} holds {name}, which is not a model file: not overwritten")
 
 
 @contextmanager
