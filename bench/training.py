@@ -77,7 +77,7 @@ def training(setup: Setup) -> list[Figure]:
     found.append(figure("training", "an update", "s", Samples((update,))))
     held = stage.nbytes + sum(a.nbytes for part in (parameters, state) for a in part.values())
     sizes = {
-        "memory of an iteration with a store: weights and optimiser": held,
+        "memory of an iteration with a store: weights and optimizer": held,
         "the same: gradients and activations": peak,
         "the base's weights, which are not in it": _base_bytes(setup, stage),
     }

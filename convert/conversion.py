@@ -210,7 +210,7 @@ class Conversion:
             dtype = next(name for name, kind in DTYPES.items() if kind == self.dtype)
         schemes = list(self.plan.values())
         counts = {s: schemes.count(s) for s in dict.fromkeys(schemes)}
-        quantised = [
+        quantized = [
             f"{s.bits} bits, groups of {s.group_size}, {s.mode}"
             f" ({count} {'matrix' if count == 1 else 'matrices'})"
             for s, count in sorted(counts.items(), key=lambda item: -item[1])
@@ -218,7 +218,7 @@ class Conversion:
         return {
             "result": f"delta on {self.base.name}" if self.base else "whole model",
             "dtype": dtype,
-            "quantised": "; ".join(quantised) or "no",
+            "quantized": "; ".join(quantized) or "no",
             "bits per weight": f"{self.bits_per_weight:.3f}",
             **({"rounded drafter": self.draft_bits} if self.draft_bits else {}),
         }

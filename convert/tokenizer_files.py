@@ -99,7 +99,7 @@ def _replay(data: bytes) -> object:
     )
     made = replay(data, dialect)
     if len(made) != 1 or not isinstance(made[0], _Built):
-        raise TokenizerError("is not exactly one tiktoken Encoding")
+        raise TokenizerError("does not hold a tiktoken Encoding and nothing else")
     return made[0].fields
 
 

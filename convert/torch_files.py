@@ -181,7 +181,7 @@ class _Archive:
             )
         start, size = entry.header_offset, entry.file_size
         if size > most or size != entry.compress_size:
-            raise CheckpointError(f"claims an impossible {size} bytes for {_shown(name)}")
+            raise CheckpointError(f"claims {size} bytes for {_shown(name)}, which is impossible")
         if 0 <= start <= len(self.data) - _LOCAL_HEADER.size:
             # Only the entry's own header says where its data starts, because torch.save pads it.
             signature, *lengths = _LOCAL_HEADER.unpack_from(self.data, start)

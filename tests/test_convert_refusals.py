@@ -44,7 +44,7 @@ def merged(tmp_path: Path) -> Path:
         (
             lambda p: convert(write_base(p / "stage", vocab_size=333), p / "b"),
             "stage",
-            "a base itself",
+            "itself a base",
         ),
     ],
 )

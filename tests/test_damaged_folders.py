@@ -420,7 +420,9 @@ def test_an_empty_name_is_not_the_default_model(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["poe-tiny", str(FIXTURES / "flat-d8")])
 def test_only_hub_repositories_have_revisions(name):
-    assert_refused(name, CheckpointError, "a revision (v2) has no meaning", revision="v2")
+    assert_refused(
+        name, CheckpointError, "is a local folder, which has no revision v2", revision="v2"
+    )
 
 
 @pytest.mark.parametrize(

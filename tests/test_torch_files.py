@@ -185,7 +185,7 @@ def test_records_with_strange_names(tmp_path: Path, name: str, complaint: str) -
 
 def test_byte_order(tmp_path: Path) -> None:
     path = repack(tmp_path / "model.pt", lambda name: name * ("byteorder" not in name))
-    for order, complaint in ((b"big", "another byte order"), (b"x" * 17, "claims 17 bytes")):
+    for order, complaint in ((b"big", "little-endian byte order"), (b"x" * 17, "claims 17 bytes")):
         changed = tmp_path / "changed.pt"
         changed.write_bytes(path.read_bytes())
         with zipfile.ZipFile(changed, "a") as archive:
@@ -212,8 +212,8 @@ def test_sizes_and_places_that_the_directory_makes_up(tmp_path: Path) -> None:
     whole = repack(path).read_bytes()
     entry = whole.index(b"PK\1\2")  # of data.pkl, the first
     for at, value, complaint in (
-        (20, 9, "claims an impossible"),  # compressed size alone
-        (24, 2**31, "claims an impossible"),
+        (20, 9, "which is impossible"),  # compressed size alone
+        (24, 2**31, "which is impossible"),
         (42, 2**31, "no complete record"),
         (42, 1, "no complete record"),  # no local header there
         (42, len(whole) - 10, "no complete record"),
@@ -270,7 +270,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\n", "is not a checkpoint"),
         (b"<!DOCTYPE html>", "is not a checkpoint"),
         (b"PK\5\6" + b"\0" * 18, "does not hold one data.pkl"),
-        (b"PK\5\6" + b"\xff" * 18, "cut short or damaged"),
+        (b"PK\5\6" + b"\xff" * 18, "truncated or damaged"),
         (b"\x80\x02.", "is a bare pickle"),
     ):
         path.write_bytes(data)
