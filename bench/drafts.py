@@ -1,4 +1,4 @@
-"""What each drafter is worth: how often its tokens are accepted, and the speed-up that promises.
+"""What each drafter is worth: how often its tokens are accepted, and the speed-up to expect.
 
 - in: a model and prompts that suit it; or only a model's shape and an assumed acceptance
 - out: a figure for each drafter: acceptance, tokens per round, its memory, and the speed-up by

@@ -121,7 +121,7 @@ class PoEConfig:
             raise ConfigError(f"n_embd: {self.n_embd} is below the smear's {SMEAR_CHANNELS}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ConfigError(
-                f"window_pattern: {self.window_pattern!r} may only hold the letters S and L"
+                f"window_pattern: {self.window_pattern!r} may only contain the letters S and L"
             )
         if self.base_n_layer < 1 or sum(self.stage_layers) != self.base_n_layer:
             raise ConfigError(

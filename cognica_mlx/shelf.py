@@ -31,8 +31,8 @@ SLOTS = 16
 # A cache joins after more than STEADY passes in a row of one position. Each time it has to leave,
 # that number doubles, up to PATIENCE.
 STEADY, PATIENCE = 1, 64
-# Slot sizes are multiples of STEP rows. A shelf may hold WASTE times the rows that its caches would
-# by themselves; it is checked every IDLE / 2 passes, and repacked after two checks that find more.
+# Slots are rounded up to STEP rows. A shelf may hold WASTE times the rows that its caches would by
+# themselves; it is checked every IDLE / 2 passes, and repacked after two checks that find more.
 STEP, WASTE, IDLE = 64, 1.1, 8
 
 

@@ -54,8 +54,8 @@ def turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
         due = _TURNS[position % 2]
         if role != due:
             raise RequestError(
-                f"message {position + 1 + has_system} is the {role}'s where the {due}'s is due:"
-                " at most one system message, then user and assistant in turns"
+                f"message {position + 1 + has_system} has the role {role} where {due} is expected:"
+                " send at most one system message, then user and assistant in turn"
             )
     if has_system:
         found[0] = ("user", with_system(pairs[0][1], found[0][1]))
@@ -76,7 +76,7 @@ def _turn(number: int, message: Mapping[str, str]) -> tuple[str, str]:
 
 
 # `turns` in Jinja, with the special tokens around each turn. Python's and Jinja's string literals
-# look the same; `$start` and `$end` put the role that is due into the token's text.
+# look the same; `$start` and `$end` put the expected role into the token's text.
 TEMPLATE = Template("""\
 {%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else none -%}
 {%- set turns = messages if system is none else messages[1:] -%}
@@ -91,7 +91,7 @@ TEMPLATE = Template("""\
 {%- for message in turns -%}
 {%- set due = $first if loop.index0 % 2 == 0 else $second -%}
 {%- if message['role'] != due -%}
-{{- raise_exception("a message is the " ~ message['role'] ~ "'s where the " ~ due ~ "'s is due") -}}
+{{- raise_exception("a message has role " ~ message['role'] ~ " where " ~ due ~ " is expected") -}}
 {%- endif -%}
 {{- '$start' -}}
 {%- if loop.first and system is not none -%}{{- system ~ $after_system -}}{%- endif -%}

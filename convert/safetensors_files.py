@@ -175,7 +175,7 @@ class TensorWriter:
         """Evaluate `array` and append it; it must be the next in the layout."""
         due = self._due.pop()
         if due != (name, array.shape, array.dtype):
-            raise ValueError(f"{name} {array.shape} {array.dtype} written where {due} is due")
+            raise ValueError(f"{name} {array.shape} {array.dtype} was written, but {due} is next")
         # As bits, because numpy has no bfloat16.
         bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]
         self._file.write(np.ascontiguousarray(np.array(array.view(bits), copy=False)).data)

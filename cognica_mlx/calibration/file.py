@@ -41,7 +41,7 @@ class Calibration:
     drafts accepted with 1, 2, ... drafts per round, on the model's own greedy continuations.
     options: for each mode, the options that its replay found best. speedups: the expected gain over
     full depth if decoding costs the bytes it reads. recommended: the mode with the largest gain.
-    text: how much text was measured.
+    text: the amount of text measured.
     """
 
     stage_layers: tuple[int, ...]
