@@ -164,7 +164,7 @@ def compare(report: Report, old: dict[str, Any], console: Console) -> None:
     before = {(f["section"], f["name"]): f for f in old["figures"]}
     if old["machine"]["processor"] != report.machine.processor:
         console.print(
-            f"the other run was on a different machine, {old['machine']['processor']}: "
+            f"the other run was on another machine, {old['machine']['processor']}: "
             "compare speed-ups rather than times",
             highlight=False,
         )

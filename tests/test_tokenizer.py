@@ -186,7 +186,7 @@ USER, ASSISTANT, SYSTEM = (
         ([USER, USER], "message 2 has the role user where assistant is expected"),
         ([SYSTEM, ASSISTANT], "message 2 has the role assistant where user is expected"),
         ([SYSTEM, SYSTEM, USER], "message 2 has the role system where user is expected"),
-        ([USER, SYSTEM], "message 2 is the system's"),
+        ([USER, SYSTEM], "message 2 has the role system"),
         ([USER, ASSISTANT], "end with a user message"),
         ([{"role": "tool", "content": "x"}], "message 1: its role is 'tool', not one of system"),
         ([{"role": ["user"], "content": "x"}], r"its role is \['user'\]"),
