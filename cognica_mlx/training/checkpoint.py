@@ -71,7 +71,7 @@ def read_training(path: Path) -> tuple[Training, dict[str, Any]]:
     except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is damaged or not a training checkpoint ({one_line(error)}): delete it and "
-            "train anew"
+            "train again"
         ) from None
 
 
