@@ -1,8 +1,8 @@
 """Many sequences at once: against one, against mlx-lm's batch, in mixed modes, beside a prompt.
 
 - in: a setup; the options that a calibration gives the modes
-- out: tokens a second, each figure with a ratio taken in the same trials, beside the ceiling that
-  the cost of a batch of rows sets
+- out: tokens per second, each with a ratio from the same trials and the ceiling that the cost of a
+  batch of rows sets
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from cognica_mlx.mlx_lm_model import Model
 
 COUNTS = (1, 4, 8, 16)
 MIXED = 8
-# Prompts of different lengths: the text, cut off after so many tokens more each time.
+# How much longer each prompt is than the one before.
 STEP = 5
 
 
 def prompts(setup: Setup, count: int) -> list[list[int]]:
-    """`count` prompts of different lengths, the longest of the setup's context."""
+    """`count` prompts of different lengths, the longest as long as the setup's context."""
     texts = [list(text) for text in setup.texts]
     cut = [texts[i % len(texts)] for i in range(count)]
     return [text[: max(len(text) - STEP * i, 4)] for i, text in enumerate(cut)]
 
 
 def batches(setup: Setup, calibration: Calibration | None, *, peer: bool = False) -> list[Figure]:
-    """All figures of the section; with `peer` mlx-lm's batch over the same weights, too."""
+    """All figures of the section; with `peer` also mlx-lm's batch over the same weights."""
     found = [*_counts(setup), *_mixed(setup, calibration), *_beside_a_prompt(setup)]
     found += _memory(setup)
     if peer:
@@ -47,7 +47,7 @@ def batches(setup: Setup, calibration: Calibration | None, *, peer: bool = False
 
 
 def _run(setup: Setup, texts: Sequence[Sequence[int]], modes: Sequence[Mode]) -> float:
-    """Tokens a second once all sequences have their first; each its mode, at full depth if none."""
+    """Tokens per second after each sequence's first; every sequence has its mode, default full."""
     batch = Batch()
     for i, text in enumerate(texts):
         sequence = DecodingSequence(
@@ -74,7 +74,7 @@ def _rate(batch: Batch, count: int) -> float:
 
 
 def _counts(setup: Setup) -> list[Figure]:
-    """So many sequences at full depth, against one; and what the rows alone would allow."""
+    """Several sequences at full depth, against one, and the ceiling from the cost of rows."""
     full = [make_mode(setup.model)]
     ceilings: dict[int, list[float]] = {count: [] for count in COUNTS}
 
@@ -106,7 +106,7 @@ def _counts(setup: Setup) -> list[Figure]:
 
 
 def _mixed(setup: Setup, calibration: Calibration | None) -> list[Figure]:
-    """As many sequences in different modes, by costs known, against all of them at full depth."""
+    """Sequences in different modes, paced by measured costs, against all at full depth."""
     model = setup.model
     names = ["full", "speculative", "stage", *(["wand", "certified"] if calibration else [])]
     texts = prompts(setup, MIXED)
@@ -139,8 +139,8 @@ def _mixed(setup: Setup, calibration: Calibration | None) -> list[Figure]:
 
 
 def _beside_a_prompt(setup: Setup) -> list[Figure]:
-    """How many chunks of a long prompt pass until a short request that comes meanwhile has its
-    first token."""
+    """How many chunks of a long prompt are read before a short request that arrives meanwhile gets
+    its first token."""
     chunk = prefill_step_size_here()
     long, mode = setup.text(max(8 * chunk, 1024)), make_mode(setup.model)
     waited = []
@@ -171,8 +171,7 @@ def _beside_a_prompt(setup: Setup) -> list[Figure]:
 
 
 def _memory(setup: Setup) -> list[Figure]:
-    """What the states of a batch hold, and the most that is held while it decodes, beside the
-    weights."""
+    """Memory held by the states of a batch, and the peak while it decodes, without the weights."""
     model, texts = setup.model, prompts(setup, MIXED)
     mode = make_mode(model)
     mx.clear_cache()
@@ -195,8 +194,8 @@ def _memory(setup: Setup) -> list[Figure]:
 
 
 def _peer(setup: Setup) -> list[Figure]:
-    """16 prompts of different lengths: ours, one after the other and together, and mlx-lm's batch
-    over the same weights."""
+    """16 prompts of different lengths: ours, one by one and together, and mlx-lm's batch over the
+    same weights."""
     texts = prompts(setup, COUNTS[-1])
     theirs = Model(setup.model.config)
     theirs.update(setup.model.parameters())

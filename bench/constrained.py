@@ -1,9 +1,9 @@
-"""What constrained output costs and gains: masks beside a token's time, stretches that are certain.
+"""What constrained output costs and gains: the time for masks, and forced stretches in one pass.
 
 - in: a setup
-- out: the mask's share of a token; tokens a second with certain stretches in one pass, against one
-  token after the other under the same grammar
-- over a vocabulary made up to the model's size, so that random weights in a real shape do
+- out: the mask's share of a token's time; tokens per second with forced stretches in one pass,
+  against one token at a time under the same grammar
+- with a made-up vocabulary of the model's size, so that random weights in a real shape will do
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import drive
 from cognica_mlx.sampling import masked
 
-# Mostly keys: what forms of this kind are in practice.
+# Mostly keys, like forms in practice.
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -48,11 +48,11 @@ SCHEMA = {
     "required": ["customer_identifier", "shipping_address", "payment_received"],
     "additionalProperties": False,
 }
-# Enough for such a form, in tokens.
+# Tokens enough for such a form.
 FORM_TOKENS = 160
-# How often a mask is applied to time that.
+# How many times a mask is applied to time it.
 ROUNDS = 50
-# Free text in a string: the masks that allow most.
+# Free text in a string, which has the masks that allow the most.
 OPEN = {"type": "string", "minLength": 200}
 
 
@@ -63,7 +63,7 @@ def constrained(setup: Setup) -> list[Figure]:
 
 
 def made_up(size: int) -> LLTokenizer:
-    """A byte-level vocabulary of `size` tokens: bytes, then short words, some behind a space."""
+    """A byte-level vocabulary of `size` tokens: bytes, then short words, some after a space."""
     ranks = {bytes([i]): i for i in range(256)}
     letters = string.ascii_lowercase
     words = (
@@ -91,7 +91,7 @@ def _sequence(setup: Setup, constraint: Constraint, tokens: int) -> DecodingSequ
 
 
 class _Timed:
-    """A constraint, and the seconds and masks that it has taken."""
+    """A constraint that counts its masks and the seconds that they take."""
 
     def __init__(self, constraint: Constraint):
         self._constraint = constraint
@@ -129,16 +129,16 @@ class _Timed:
 
 
 class _OneByOne(_Timed):
-    """Lets the model choose where there is no choice, too."""
+    """Asks the model for every token, even forced ones."""
 
     def forced(self) -> list[int]:
-        """Only the end."""
+        """Only the end token."""
         tokens = super().forced()
         return tokens if self.ends.issuperset(tokens) else []
 
 
 def _masks(setup: Setup, vocabulary: LLTokenizer) -> list[Figure]:
-    """The part of a token's time, at full depth, that goes into masks: in a string, in a form."""
+    """The share of a token's time at full depth spent on masks: in a string, in a form."""
     found = []
     for name, schema in (("a string", OPEN), ("a form", SCHEMA)):
         grammar = Grammar(vocabulary, json_grammar(schema))
@@ -158,7 +158,7 @@ def _share(setup: Setup, grammar: Grammar) -> float:
         pass
     whole = time.perf_counter() - started
     host, masks = constraint.seconds - before, constraint.masks - masks
-    # On the device: by themselves, as they cannot be told apart in a token's graph.
+    # On the device, masks are timed separately: they cannot be told apart in a token's graph.
     scores, words = mx.zeros((1, setup.model.config.vocab_size)), grammar.start().mask()[None]
     mx.eval(scores, words)
     started = time.perf_counter()
@@ -169,7 +169,7 @@ def _share(setup: Setup, grammar: Grammar) -> float:
 
 
 def _stretches(setup: Setup, vocabulary: LLTokenizer) -> list[Figure]:
-    """The same form with what is certain in one pass, and token by token."""
+    """The same form with forced stretches in one pass, and token by token."""
     grammar = Grammar(vocabulary, json_grammar(SCHEMA))
     starts: dict[str, Callable[[], Constraint]] = {
         "a form, token by token": lambda: _OneByOne(grammar.start()),

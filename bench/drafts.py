@@ -1,8 +1,8 @@
-"""What each drafter is worth: how often its tokens are kept, and what that buys by bytes.
+"""What each drafter is worth: how often its tokens are accepted, and the speed-up to expect.
 
-- in: a model and prompts of its own kind; or only a model's shape, and an acceptance to assume
-- out: a figure for each drafter: acceptance, tokens a round, its memory, and the speed-up that the
-  bytes of weights read promise at this acceptance, with the number of drafts that is best there
+- in: a model and prompts that suit it; or only a model's shape and an assumed acceptance
+- out: a figure for each drafter: acceptance, tokens per round, its memory, and the speed-up by
+  bytes of weights read at this acceptance, with the best number of drafts
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import DRAFT_BITS
 
-# Beginnings in the kinds of text that poe-tiny has learnt, which other models can go on from too.
+# Beginnings of the kinds of text that poe-tiny has learned; other models can continue them too.
 BEGINNINGS = (
     "Once upon a time",
     "The capital of France is",
@@ -33,7 +33,7 @@ BEGINNINGS = (
     "Kenya is a country in",
     "A long time ago",
 )
-# What specialists are asked.
+# Questions for specialists.
 QUESTIONS = (
     "Tell me a story about a cat.",
     "What is the capital of France?",
@@ -42,17 +42,17 @@ QUESTIONS = (
     "Tom has 3 apples and buys 4 more. How many does he have?",
     "What is the weather in Paris?",
 )
-# Of stage 0 with the full model, where only a shape is known: what the reference measured.
+# Assumed acceptance of stage 0's drafts if only a shape is known: the reference's measurement.
 ASSUMED = 0.88
-# Drafts of a round in which acceptance is measured; the most that are considered by bytes.
+# Drafts per round when measuring acceptance, and the most when pricing by bytes.
 DRAFTS, MOST = 4, 8
 
 
 def drafts(
     setup: Setup, prompts: Sequence[Sequence[int]], assumed: float | None = None
 ) -> list[Figure]:
-    """Acceptance of every drafter along greedy replies to `prompts`; without prompts `assumed`.
-    Of what is looked up it is the share of all tokens offered."""
+    """Acceptance of every drafter along greedy replies to `prompts`; without prompts, `assumed`.
+    For looked-up tokens it is the share of all tokens offered."""
     cases: dict[str, dict[str, Any]] = {"the stages as they are": {}}
     cases.update({f"a copy of {_name(bits)}": {"draft_bits": bits} for bits in DRAFT_BITS})
     if prompts:
@@ -85,14 +85,14 @@ def _name(bits: str) -> str:
 def _acceptance(
     setup: Setup, mode: Speculative, prompts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
-    """The chance of a draft to be kept if those before it were, and the tokens of a round."""
+    """The probability that a draft is accepted if those before it were, and tokens per round."""
     kept = refused = tokens = rounds = drafted = 0
     for prompt in prompts:
         sequence = DecodingSequence(setup.model, prompt, mode, max_tokens=setup.tokens)
         made = list(drive(sequence.steps()))
         row = [one.from_draft for one in made]
         kept += sum(row)
-        # A round ends with a token of the full model's own, behind the first refusal or all drafts.
+        # A round ends with the full model's own token, after the first rejection or all drafts.
         rounds += len(row) - sum(row)
         tokens += len(row)
         refused += _refusals(row, mode.num_draft_tokens)
@@ -102,7 +102,7 @@ def _acceptance(
 
 
 def _refusals(row: Sequence[bool], count: int) -> int:
-    """Rounds that ended with a refusal, and not because `count` drafts were all kept."""
+    """Rounds that ended with a rejection, not because all `count` drafts were accepted."""
     refusals = run = 0
     for drafted in row:
         if drafted:
@@ -114,8 +114,8 @@ def _refusals(row: Sequence[bool], count: int) -> int:
 
 
 def by_bytes(model: PoEModel, mode: Speculative, rate: float) -> tuple[float, int]:
-    """The speed-up over plain decoding if it costs the bytes of weights read, at this acceptance,
-    and the number of drafts that gives it."""
+    """The best speed-up over plain decoding at this acceptance, with bytes of weights read as the
+    cost, and the number of drafts that gives it."""
     drafter = mode.drafters[0]
     costs = bytes_read(model)
     if drafter.prefix:

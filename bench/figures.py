@@ -1,8 +1,8 @@
-"""What is measured, section by section: each gives a list of `Figure`.
+"""The measurements, section by section; each section returns a list of `Figure`.
 
 - in: a model, texts, the machine
-- out: figures with their spread, the limit that memory bandwidth sets, and what the measured parts
-  of a mode predict for it
+- out: figures with their spread, the limit set by memory bandwidth, and the prediction from a
+  mode's measured parts
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ ROWS = (1, 2, 3, 4, 5, 6, 8, 16)
 class Figure:
     """One measured number.
 
-    value: the median, between the quartiles low and high. speedup: how many times as fast as the
-    section's baseline, trial by trial. limit: the best that the machine's memory bandwidth allows,
-    in the same unit. predicted: the speedup that the parts measured in the same trials add up to.
+    value: the median, between the quartiles low and high. speedup: speed relative to the section's
+    baseline, trial by trial. limit: the best that the machine's memory bandwidth allows, in the
+    same unit. predicted: the speedup predicted from parts measured in the same trials.
     """
 
     section: str
@@ -51,7 +51,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all sections need. texts: token ids to start from, each of `context` tokens."""
+    """The inputs that all sections need. texts: token ids to start from, `context` tokens each."""
 
     model: PoEModel
     machine: Machine
@@ -61,12 +61,12 @@ class Setup:
     progress: Progress | None = None
 
     def text(self, count: int) -> list[int]:
-        """The first text over and over, to a length of `count` tokens."""
+        """The first text, repeated to a length of `count` tokens."""
         text = list(self.texts[0])
         return (text * (count // len(text) + 1))[:count]
 
     def state(self, depth: int, text: Sequence[int]) -> DecodingState:
-        """A state that holds all of `text` but its last token, up to stage `depth`."""
+        """A state that holds `text` without its last token, up to stage `depth`."""
         state = DecodingState(self.model)
         set_depth(state, depth)
         prefill(state, text[:-1], depth)
@@ -74,7 +74,7 @@ class Setup:
 
 
 def stage_name(stage: int) -> str:
-    """The stage as we and as the paper count it."""
+    """The stage's name, with our number and the paper's."""
     return f"stage {stage} (paper: Stage {stage + 1})"
 
 
@@ -87,7 +87,7 @@ def stages(setup: Setup) -> list[Figure]:
     }
     cuts["full stack"] = ("full", {})
     depths = dict(zip(cuts, range(last + 1), strict=True))
-    # Every state is this text at its own depth, kept for all trials.
+    # A state of the text for each depth, kept for all trials.
     held = {name: setup.state(depths[name], text) for name in cuts}
     taken = interleaved(
         {
@@ -112,7 +112,7 @@ def stages(setup: Setup) -> list[Figure]:
 
 
 def lengths(setup: Setup, counts: Sequence[int]) -> list[Figure]:
-    """A token's latency at full depth and at stage 0 behind texts of so many tokens."""
+    """A token's latency at full depth and at stage 0, after texts of `counts` tokens."""
     model, longest = setup.model, setup.text(max(counts))
     last = model.poe_n_stages - 1
     state, cases, sizes = DecodingState(model), {}, {}
@@ -143,7 +143,7 @@ def lengths(setup: Setup, counts: Sequence[int]) -> list[Figure]:
 
 
 def rows(setup: Setup) -> list[Figure]:
-    """What a batch of rows costs: the full stack, and what verifies drafts of stage 0."""
+    """The cost of a batch of rows: through the full stack, and to verify drafts of stage 0."""
     model, text = setup.model, setup.texts[0]
     state = setup.state(model.poe_n_stages - 1, text)
     found: list[Costs] = []
@@ -169,7 +169,7 @@ def rows(setup: Setup) -> list[Figure]:
 
 
 def prompts(setup: Setup, count: int) -> list[Figure]:
-    """Reading a prompt of `count` tokens: tokens a second, and the time to the first token."""
+    """Reading a prompt of `count` tokens: tokens per second, and the time to the first token."""
     model, text = setup.model, setup.text(count)
     cases = {"full stack": ("full", {}), stage_name(0): ("stage", {"stage": 0})}
     taken = interleaved(
@@ -196,7 +196,7 @@ def prompts(setup: Setup, count: int) -> list[Figure]:
 
 
 def quantised(setup: Setup, bits: Sequence[int]) -> list[Figure]:
-    """A token's latency at full depth and stage 0 with matrices of so many bits."""
+    """A token's latency at full depth and stage 0, with matrices of `bits` bits each."""
     model, text, last = setup.model, setup.texts[0], setup.model.poe_n_stages - 1
     setups = {"as it is": setup}
     setups.update({f"{n} bits": replace(setup, model=rounded(model, n)) for n in bits})
@@ -227,7 +227,7 @@ def quantised(setup: Setup, bits: Sequence[int]) -> list[Figure]:
 
 
 def memory(setup: Setup, count: int) -> list[Figure]:
-    """What the weights, the decoding state and a whole run hold at most, in GB."""
+    """Memory of the weights, the decoding state and a whole run at its peak, in GB."""
     model = setup.model
     weights = nbytes(model)
     mx.clear_cache()
@@ -254,7 +254,7 @@ def memory(setup: Setup, count: int) -> list[Figure]:
 
 
 def read_per_token(model: PoEModel, stage: int, context: int, *, full: bool) -> int:
-    """Bytes of weights, keys and values read for one token at `stage` behind `context` tokens."""
+    """Bytes of weights, keys and values read for one token at `stage` after `context` tokens."""
     config, costs = model.config, bytes_read(model)
     weights = costs.lower(stage) + (costs.full_head() if full else costs.head(stage))
     seen = sum(min(context, w + 1) for w in config.windows[: config.stage_range(stage)[-1] + 1])
@@ -265,7 +265,7 @@ def read_per_token(model: PoEModel, stage: int, context: int, *, full: bool) -> 
 def timed_decode(
     sequence: DecodingSequence, driver: Driver | None = None
 ) -> tuple[float, list[DecodedToken]]:
-    """The tokens of a sequence, and the seconds that they took."""
+    """The seconds that a sequence took, and its tokens."""
     started = time.perf_counter()
     decoded = list(drive(sequence.steps(), driver))
     return time.perf_counter() - started, decoded

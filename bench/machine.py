@@ -1,4 +1,4 @@
-"""The machine that figures come from: its name, its versions, how fast it reads memory."""
+"""The machine that figures come from: its name, its software versions, its memory bandwidth."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-# Far beyond any cache; a GPU needs more to be kept busy.
+# Far larger than any cache; a GPU needs more to stay busy.
 READ_BYTES = {mx.cpu: 2**29, mx.gpu: 2**31}
 TRIALS = 7
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a result file says of where it was made. bandwidth: bytes a second read from memory."""
+    """The machine as recorded in a result file. bandwidth: bytes read from memory per second."""
 
     processor: str
     cores: int
@@ -33,7 +33,7 @@ class Machine:
     bandwidth: float
 
     def line(self) -> str:
-        """All of it in one line."""
+        """A one-line description."""
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         return (
             f"{self.processor}, {self.cores} cores, {self.memory_gb:.0f} GB, {self.system}; "
@@ -43,7 +43,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Look, and measure the bandwidth."""
+    """This machine, with its bandwidth measured."""
     info = mx.device_info()
     on_cpu = mx.default_device() == mx.cpu
     return Machine(
@@ -59,9 +59,9 @@ def this_machine() -> Machine:
 
 
 def bandwidth() -> float:
-    """Bytes a second: the best of several ways to read a large array once.
+    """Bytes per second, from the fastest of several ways to read a large array once.
 
-    On the CPU NumPy's matrix-vector product is one of them, whose BLAS is its own.
+    On the CPU one of them is NumPy's matrix-vector product, because NumPy has its own BLAS.
     """
     count = READ_BYTES[mx.cpu if mx.default_device() == mx.cpu else mx.gpu] // 4
     matrix = mx.ones((count // 4096, 4096))
@@ -78,7 +78,8 @@ def bandwidth() -> float:
 
 
 def slow_blas() -> bool:
-    """Whether eight rows through a matrix cost about as much as one by one, as reference BLAS's."""
+    """Whether a matrix product of eight rows costs about as much as eight of one row, which points
+    to reference BLAS."""
     matrix = mx.random.uniform(shape=(4096, 1024))
     one, eight = mx.ones((1, 1024)), mx.ones((8, 1024))
     mx.eval(matrix, one, eight)

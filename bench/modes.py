@@ -1,7 +1,8 @@
-"""Every decoding mode on the same texts, against the full stack and against its own parts.
+"""Every decoding mode on the same texts, compared with the full stack and with its own parts.
 
-- in: a setup, what the mode's options are calibrated by, or a recording that decides its drafts
-- out: a figure for each mode: its speed, its agreement with the full model, what its parts predict
+- in: a setup, a calibration for the modes' options, or a recording that decides the drafts
+- out: a figure for each mode: its speed, its agreement with the full model, the speed predicted
+  from its parts
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from cognica_mlx.model import PoEModel
 
 @dataclass(frozen=True)
 class Recording:
-    """How a small trained model drafts: `traces` along its own texts, and its p99 bounds."""
+    """A small trained model's drafts: `traces` along its own texts, and its p99 bounds."""
 
     traces: Sequence[Trace]
     p99_bounds: Sequence[float]
@@ -42,9 +43,9 @@ class Recording:
 def modes(
     setup: Setup, calibration: Calibration | None, recording: Recording | None = None
 ) -> list[Figure]:
-    """Every decoding mode on the same texts: speed, agreement with the full model, and what the
-    parts measured in the same trials predict. With a `recording` drafts are decided as it has it,
-    and agreement is the recording's."""
+    """Every decoding mode on the same texts: speed, agreement with the full model, and the speed
+    predicted from parts measured in the same trials. With a `recording`, it decides which drafts
+    are accepted, and agreement is the recording's."""
     model = setup.model
     cases = _plain_cases()
     if recording:
@@ -149,7 +150,7 @@ def _plain_cases() -> dict[str, tuple[str, dict]]:
 def _drafting_cases(
     model: PoEModel, calibration: Calibration | None
 ) -> dict[str, tuple[str, dict]]:
-    """Those that leave early need a calibration."""
+    """Modes that draft or exit early; exiting early needs a calibration."""
     plain = {"draft_stage": 0, "num_draft_tokens": 3}
     cases: dict[str, tuple[str, dict]] = {"speculative, 3 drafts": ("speculative", plain)}
     draft: dict[str, Any] = plain
@@ -196,7 +197,7 @@ def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, tuple[str, 
 def _agreement(
     model: PoEModel, texts: Sequence[Sequence[int]], made: Sequence[Sequence[DecodedToken]]
 ) -> float:
-    """How many of the tokens the full model would have chosen there too."""
+    """The share of tokens that the full model would have chosen too."""
     agreeing = total = 0
     for text, decoded in zip(texts, made, strict=True):
         tokens = [one.token for one in decoded]

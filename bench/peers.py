@@ -1,10 +1,10 @@
 """mlx-lm's own engine on its own model of equal size, measured in the same trials as ours.
 
-The peer is mlx-lm's Llama with our width, depth, heads and vocabulary, and with an MLP as heavy as
-ours (Llama's has three matrices, so each is two thirds as wide). Weights are random. For its
-draft-model speculation the draft is the big one's first layers, as many as stage 0 has, and its
-other layers add nothing: so every draft is accepted, which is the best that its speculation can do.
-The big model's work is the same.
+The peer is mlx-lm's Llama with our width, depth, heads and vocabulary, and with an MLP of the same
+size (Llama's has three matrices, so each is two thirds as wide). Weights are random. For its
+draft-model speculation, the draft model is the big model's first layers, as many as stage 0 has,
+and the big model's other layers add nothing. So every draft is accepted, the best case for its
+speculation, while the big model's work is unchanged.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def peer_model(config: PoEConfig, n_layer: int, dtype: mx.Dtype) -> llama.Model:
 
 
 def peers(setup: Setup, prompt_tokens: int) -> list[Figure]:
-    """Our full depth and stage 0, and mlx-lm's engine plain and with its draft-model speculation:
-    a token's latency, and tokens a second of a prompt of `prompt_tokens`."""
+    """Our full depth and stage 0, and mlx-lm's engine, plain and with its draft-model speculation:
+    a token's latency, and tokens per second when reading a prompt of `prompt_tokens`."""
     config, model, prompt = setup.model.config, setup.model, setup.text(prompt_tokens)
     big = peer_model(config, config.n_layer, model.resid_lambdas.dtype)
     depth = len(config.stage_range(0))
@@ -113,7 +113,7 @@ def peers(setup: Setup, prompt_tokens: int) -> list[Figure]:
 
 
 def _beginning(big: llama.Model, depth: int) -> llama.Model:
-    """A draft model made of the big one's first layers, its embedding and its head."""
+    """A draft model made of the big model's embedding, first `depth` layers and head."""
     draft = llama.Model(replace(big.args, num_hidden_layers=depth))
     draft.model.embed_tokens, draft.model.norm = big.model.embed_tokens, big.model.norm
     draft.model.layers, draft.lm_head = big.model.layers[:depth], big.lm_head

@@ -1,4 +1,4 @@
-"""A picture of a run: latency by stage against the byte ceiling, speed-up by mode."""
+"""A plot of a run: latency by stage against the bandwidth limit, speed-up by mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INK, BAR, LIMIT, PREDICTED = "#333333", "#4c78a8", "#bbbbbb", "#e45756"
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw what the run has of stages and modes. Needs matplotlib (the extra `plot`)."""
+    """Plot the run's figures for stages and modes. Needs matplotlib (the extra `plot`)."""
     import matplotlib
 
     matplotlib.use("Agg")

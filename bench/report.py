@@ -1,4 +1,4 @@
-"""Figures to a terminal, to JSON and CSV, and the comparison of two result files."""
+"""Writes figures to a terminal, to JSON and CSV, and compares two result files."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ FORMAT = 1
 TITLES = {
     "stages": "Latency by stage cut-off",
     "batch": "Many sequences at once; the ceiling is what batches of rows alone would allow",
-    "constrained": "Output that must fit: what masks cost, what certain stretches gain",
+    "constrained": "Constrained output: what masks cost, what forced stretches gain",
     "machines": "Several machines; the prediction is what the parts' own times allow",
     "serving": "Servers under load, beside mlx-lm's; a second specialist's turn",
-    "lengths": "Latency by length of the text",
+    "lengths": "Latency by text length",
     "rows": "A batch of rows",
     "prompt": "Reading a prompt",
     "modes": "Decoding modes, greedy",
-    "drafts": "Drafters: how often a draft is kept; predicted by the bytes of weights read",
-    "quantised": "Quantised",
+    "drafts": "Drafters: how often a draft is accepted; predicted from bytes of weights read",
+    "quantised": "Quantized",
     "memory": "Memory",
     "peers": "mlx-lm in the same run",
     "training": "Training a stage: an iteration of forward, loss and backward",
@@ -40,7 +40,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Report:
-    """One run: what was measured, on what, where, and the command that repeats it."""
+    """One run: the figures, the model, the machine, and the command that repeats it."""
 
     model: str
     dtype: str
@@ -51,7 +51,7 @@ class Report:
     remarks: Sequence[str] = ()
 
     def to_json(self) -> str:
-        """The result file: one line for each figure, without empty fields."""
+        """The result file: one line per figure, without empty fields."""
         fields = {"format": FORMAT, **asdict(self)}
         figures = [
             strict_json.dumps({k: v for k, v in one.items() if v is not None}, ensure_ascii=False)
@@ -61,7 +61,7 @@ class Report:
         return f'{head},\n "figures": [\n  ' + ",\n  ".join(figures) + "\n ]\n}\n"
 
     def to_csv(self) -> str:
-        """The figures as a table, a line each, with a column for each note."""
+        """The figures as CSV, one line each, with a column for each note."""
         names = sorted({k for f in self.figures for k, v in f.notes.items() if v != ""})
         columns = [name for name in Figure.__dataclass_fields__ if name != "notes"]
         out = io.StringIO()
@@ -75,7 +75,7 @@ class Report:
 
 
 def show(report: Report, console: Console) -> None:
-    """Print a table for each section, below a line that names the machine."""
+    """Print a table for each section, under a line that names the machine."""
     console.print(f"{report.model}, {report.dtype}", style="bold", highlight=False)
     console.print(report.machine.line(), highlight=False)
     for remark in report.remarks:
@@ -86,7 +86,7 @@ def show(report: Report, console: Console) -> None:
             console.print(_table(title, figures))
 
 
-# Columns that a section has if any of its figures does.
+# Columns of a section's table; one is shown if any of the figures has a value for it.
 _COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "speed": lambda f: _with("{:.2f}x", f.speedup),
     "mlx_lm.server": lambda f: _with("{:.4g}", f.notes.get("peer")),
@@ -134,7 +134,7 @@ def _with(form: str, value: float | str | None) -> str | None:
 
 
 def read(text: str, name: str) -> dict[str, Any]:
-    """The content of a result file, as far as `compare` uses it; RequestError if it is not one."""
+    """The parts of a result file that `compare` uses; RequestError if it is not a result file."""
     try:
         fields = json.loads(text, parse_constant=lambda _: None)
         if fields["format"] != FORMAT:
@@ -144,7 +144,7 @@ def read(text: str, name: str) -> dict[str, Any]:
         for figure in fields["figures"]:
             _expect_text(section=figure["section"], name=figure["name"], unit=figure["unit"])
             for number in (figure["value"], figure.get("speedup")):
-                # null stands for one that was not finite
+                # null means that it was not finite
                 if number is not None and not abs(number) < sys.float_info.max:
                     raise ValueError(f"{number} is not a usable number")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -160,7 +160,7 @@ def _expect_text(**values: Any) -> None:
 
 
 def compare(report: Report, old: dict[str, Any], console: Console) -> None:
-    """Print how each figure that both runs have has changed; above 1 is better now."""
+    """Print how each figure that both runs have has changed; above 1 is an improvement."""
     before = {(f["section"], f["name"]): f for f in old["figures"]}
     if old["machine"]["processor"] != report.machine.processor:
         console.print(
@@ -176,7 +176,7 @@ def compare(report: Report, old: dict[str, Any], console: Console) -> None:
         if then is None or not then.get("value") or not now.value:
             continue
         gain = then["value"] / now.value
-        if now.unit == "tokens/s":  # for all other units less is better
+        if now.unit == "tokens/s":  # for all other units lower is better
             gain = now.value / then["value"]
         table.add_row(
             now.name,

@@ -1,9 +1,9 @@
-"""Servers as child processes, and clients that note when text comes.
+"""Servers as child processes, and clients that record when text arrives.
 
 - in: a command line; requests as bytes
 - out: replies with their times, from one client or from many in a closed loop
-- the standard library's HTTP client only, for every server alike
-- no server can hold a client for longer than `patience` seconds, and none outlives its block
+- every server gets the same client, the standard library's HTTP client
+- no server can block a client for longer than `patience` seconds, and none outlives its block
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ HOST = "127.0.0.1"
 START_SECONDS = 600.0  # to load a model
 STOP_SECONDS = 5.0
 DONE = b"data: [DONE]\n\n"
-# A server whose backlog is full resets a connection. OpenAI's client tries two more times, too.
+# A server with a full backlog resets connections. Like OpenAI's client, retry twice.
 RETRIES = (0.1, 0.5)
 
 
 class ServerFailed(Exception):
-    """A server died, hung, or did not give a whole reply."""
+    """A server died, hung, or did not send a complete reply."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A streamed reply: seconds until its first text and until its end, all that came, and how
-    often its connection was reset before there was an answer."""
+    """A streamed reply: seconds until its first text and until its end, everything received, and
+    how often the connection was reset before an answer."""
 
     first: float
     seconds: float
@@ -47,7 +47,7 @@ class Reply:
 
     @cached_property
     def text(self) -> str:
-        """The whole of it."""
+        """The whole text."""
         return "".join(map(_text, _events(self.received)))
 
     @cached_property
@@ -56,7 +56,7 @@ class Reply:
         for event in reversed(_events(self.received)):
             if event.get("usage"):
                 return event["usage"]
-        raise ServerFailed("gave a reply without its count of tokens")
+        raise ServerFailed("sent a reply without token counts")
 
     @property
     def tokens(self) -> int:
@@ -70,27 +70,27 @@ class Reply:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that were not read again."""
+        """Prompt tokens that came from the server's cache."""
         return self.usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a closed loop gave: the replies, in the order of the requests, and how long it took."""
+    """A closed loop's replies, in the order of the requests, and how long it took."""
 
     replies: list[Reply]
     seconds: float
 
     @property
     def rate(self) -> float:
-        """Tokens a second over all clients."""
+        """Tokens per second over all clients."""
         return sum(reply.tokens for reply in self.replies) / self.seconds
 
 
 class ServerProcess:
-    """A server from `start` to `stop`, which as a context manager it calls itself.
+    """A server process; as a context manager it calls `start` and `stop` itself.
 
-    `command` is a command line to which `--host` and `--port` are added.
+    `--host` and `--port` are added to the command line `command`.
     """
 
     def __init__(self, name: str, command: Sequence[str]):
@@ -108,13 +108,13 @@ class ServerProcess:
 
     @property
     def running(self) -> bool:
-        """Whether it was started, and neither stopped nor found to have failed."""
+        """Whether it was started and has been neither stopped nor seen to fail."""
         return self._process is not None
 
     def start(self) -> None:
         """Start it and wait until it answers; ServerFailed if it does not."""
         self._port, self._log = _free_port(), TemporaryFile()  # noqa: SIM115
-        # A key of the user's is for a server of the user's.
+        # The user's key is meant for the user's own server.
         environment = {k: v for k, v in os.environ.items() if k != "MLX_POE_API_KEY"}
         self._process = subprocess.Popen(
             [*self._command, "--host", HOST, "--port", str(self._port)],
@@ -147,7 +147,7 @@ class ServerProcess:
         return lines[-1].strip() if lines else "it printed nothing"
 
     def stop(self) -> None:
-        """End it, if it runs."""
+        """Stop it, if it is running."""
         process, self._process = self._process, None
         if process:
             process.terminate()
@@ -161,14 +161,14 @@ class ServerProcess:
             self._log = None
 
     def get(self, path: str, body: Any = None, patience: float = 10.0) -> Any:
-        """The JSON at `path`; with a `body`, the answer to it."""
+        """The JSON at `path`; with a `body`, the JSON answer to a POST."""
         with closing(HTTPConnection(HOST, self._port, timeout=patience)) as connection:
             sent = None if body is None else json.dumps(body)
             connection.request("GET" if sent is None else "POST", path, sent, _HEADERS)
             return json.loads(self._checked(connection).read())
 
     def ask(self, path: str, body: bytes, patience: float) -> Reply:
-        """The reply to a request that streams; ServerFailed where there is no whole one."""
+        """The reply to a streaming request; ServerFailed unless it is complete."""
         started = time.perf_counter()
         try:
             for resets, wait in enumerate((*RETRIES, None)):
@@ -185,21 +185,21 @@ class ServerProcess:
         except TimeoutError:
             raise ServerFailed(f"hung: nothing for {patience:.0f} s") from None
         except (OSError, HTTPException, ValueError) as error:
-            raise ServerFailed(f"broke off: {type(error).__name__}") from None
+            raise ServerFailed(f"broke the connection: {type(error).__name__}") from None
         raise AssertionError("the last try returns or raises")
 
     def _read(self, response: HTTPResponse, started: float, patience: float, resets: int) -> Reply:
         first, received = None, b""
-        # Not until the connection closes: one server does so later than another.
+        # Do not wait for the connection to close: servers differ in when they do that.
         while not received.endswith(DONE):
             part = response.read1(65536)
             now = time.perf_counter() - started
             received += part
             if not part:
-                raise ServerFailed("broke off in mid-reply")
-            # Comments that keep a connection alive are no progress.
+                raise ServerFailed("broke the connection in mid-reply")
+            # Keep-alive comments do not count as progress.
             if now > patience:
-                raise ServerFailed(f"hung: no whole reply in {patience:.0f} s")
+                raise ServerFailed(f"hung: no complete reply in {patience:.0f} s")
             if first is None and any(map(_text, _events(received))):
                 first = now
         return Reply(now if first is None else first, now, received, resets)
@@ -218,14 +218,14 @@ _HEADERS = {"Content-Type": "application/json"}
 def closed_loop(
     server: ServerProcess, path: str, requests: Sequence[bytes], clients: int, patience: float
 ) -> Outcome:
-    """Send the requests from so many clients, each of which waits for a reply before it sends the
-    next; ServerFailed, with the server stopped, if any fails."""
+    """Send the requests from `clients` clients; each waits for a reply before it sends its next
+    request. If any fails, the server is stopped and ServerFailed raised."""
     waiting = deque(enumerate(requests))
     replies: dict[int, Reply] = {}
     failures: list[ServerFailed] = []
 
     def client() -> None:
-        with suppress(IndexError):  # none is waiting
+        with suppress(IndexError):  # no requests left
             while not failures:
                 i, request = waiting.popleft()
                 try:
@@ -233,7 +233,7 @@ def closed_loop(
                 except ServerFailed as failure:
                     failures.append(failure)
 
-    # Daemons: an interrupted benchmark does not wait for them.
+    # Daemon threads, so that an interrupted benchmark does not wait for them.
     threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
     started = time.perf_counter()
     for thread in threads:
@@ -242,18 +242,18 @@ def closed_loop(
         while thread.is_alive():
             thread.join(0.1)
             if failures:
-                server.stop()  # which ends all other requests too
+                server.stop()  # ends all other requests too
     seconds = time.perf_counter() - started
     if failures:
         raise failures[0]
     outcome = Outcome([replies[i] for i in range(len(requests))], seconds)
     for reply in outcome.replies:
-        _ = reply.usage  # read now that the clock has stopped; a reply without fails here
+        _ = reply.usage  # parsed after the clock has stopped; fails for a reply without usage
     return outcome
 
 
 def _events(received: bytes) -> list[dict[str, Any]]:
-    """All whole events but the last, which holds no JSON."""
+    """All complete events but the last, which is not JSON."""
     whole = received[: received.rfind(b"\n\n") + 1]
     lines = [line[6:] for line in whole.split(b"\n") if line.startswith(b"data: {")]
     return [json.loads(line) for line in lines]

@@ -1,10 +1,10 @@
 """Our server and mlx-lm's under the same load, and what a second specialist's turn costs.
 
 - in: a model and its specialists by name; trials, tokens and lengths of a setup
-- out: tokens a second and time to first token at 1 to 16 clients, with and without a shared system
-  prompt, each with its ratio to mlx-lm's server in the same trials
-- both serve one converted folder and get the same requests, greedy and without penalties. Each
-  server counts its own tokens (`usage`); `agreement` is the share of replies that are the same text
+- out: tokens per second and time to first token at 1 to 16 clients, with and without a shared
+  system prompt, each with its ratio to mlx-lm's server in the same trials
+- both serve the same converted folder and get the same requests, greedy and without penalties. Each
+  server counts its own tokens (`usage`); `agreement` is the share of replies with identical text
 - mlx-lm's server may die or hang: such trials are counted, not waited for
 """
 
@@ -35,11 +35,11 @@ from cognica_mlx.convert.sources import Source
 from cognica_mlx.errors import RequestError
 
 CLIENTS = (1, 4, 8, 16)
-# Requests of each client in a trial, and the fewest in all.
+# Requests per client in a trial, and the fewest in all.
 ROUNDS, LEAST = 2, 4
-# How long a reply may take: so many times the longest of ours under the heaviest load.
+# How long a reply may take: a multiple of our longest under the heaviest load, at least 30 s.
 PATIENCE, LEAST_PATIENCE = 10, 30.0
-# After so many failures under a load the peer is not tried under it again.
+# After this many failures under a load, the peer is not tried under it again.
 GIVE_UP = 2
 FIRST_PATIENCE = 600.0  # a server may load its model at the first request
 
@@ -50,9 +50,9 @@ REQUEST = "Tell me a story."
 
 @dataclass(frozen=True)
 class Served:
-    """What is served. `load` is what both servers run, as a whole model.
+    """What is served. `load` is the model that both servers run under load, as a whole model.
 
-    `model` and `flags` are mlx_poe.server's own; of `specialists`, by name, the second takes over
+    `model` and `flags` are mlx_poe.server's arguments; of `specialists`, by name, the second reuses
     what the first has read.
     """
 
@@ -66,20 +66,20 @@ class Served:
 
 @dataclass(frozen=True)
 class Load:
-    """So many clients, whose prompts begin with a long system prompt if it is `shared`."""
+    """A number of clients; if `shared`, their prompts begin with the same long system prompt."""
 
     clients: int
     shared: bool
 
     @property
     def name(self) -> str:
-        """As figures call it."""
+        """The load's name in figures."""
         clients = f"{self.clients} client{'s' * (self.clients > 1)}"
         return f"{clients}, system prompt" if self.shared else clients
 
 
 def check_installed() -> None:
-    """RequestError where a server is not installed."""
+    """Raise RequestError if a server is not installed."""
     missing = [m for m in ("starlette", "uvicorn", "prometheus_client") if find_spec(m) is None]
     if missing:
         raise RequestError(
@@ -98,20 +98,20 @@ def serving(setup: Setup, served: Served, prompt_tokens: int) -> list[Figure]:
 
 
 def our_command(model: str, *flags: str) -> list[str]:
-    """The command line of ours. As many sequences at once as there are clients at most: mlx-lm's
-    takes in 32."""
+    """Our server's command line. It runs as many sequences at once as there are clients at most;
+    mlx-lm's server runs up to 32."""
     command = [sys.executable, "-m", "mlx_poe", "server", "--model", model]
     return [*command, "--max-sequences", str(max(CLIENTS)), *flags]
 
 
 def their_command(folder: str) -> list[str]:
-    """The command line of mlx-lm's, told not to log every request."""
+    """The command line of mlx-lm's server, without a log line for every request."""
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", folder]
     return [*command, "--trust-remote-code", "--log-level", "WARNING"]
 
 
 class _Client:
-    """What is asked of one server, of the model `model` if one has to be named."""
+    """Makes requests to one server; `fields` are added to every request."""
 
     def __init__(self, server: ServerProcess, tokens: int, chat: bool, **fields: Any):
         self.server, self._chat = server, chat
@@ -120,7 +120,7 @@ class _Client:
         self.path = "/v1/chat/completions" if chat else "/v1/completions"
 
     def request(self, prompt: str, system: str | None = None) -> bytes:
-        """A prompt behind what is common to several, as this model takes it."""
+        """A request for `prompt`, after the shared `system` text if there is one."""
         if self._chat:
             turns = [{"role": "system", "content": system}] if system else []
             asked: Any = {"messages": [*turns, {"role": "user", "content": prompt}]}
@@ -129,7 +129,7 @@ class _Client:
         return json.dumps({**self._fields, **asked}).encode()
 
     def ask(self, prompt: str) -> Reply:
-        """One reply, from a server that has loaded; RequestError where it fails."""
+        """One reply from a server that has loaded its model; RequestError if it fails."""
         try:
             reply = self.server.ask(self.path, self.request(prompt), FIRST_PATIENCE)
             _ = reply.usage
@@ -139,25 +139,25 @@ class _Client:
 
 
 class _Texts:
-    """Prompts of about so many tokens, no two of which begin alike."""
+    """Prompts of a given length in tokens, no two with the same beginning."""
 
     def __init__(self, server: ServerProcess):
         count = server.get("/tokenize", {"content": SENTENCE * 10})["count"]
         self._sentence_tokens, self._number = count / 10, 0
 
     def long(self, tokens: int) -> str:
-        """A text of about `tokens`."""
+        """A text of about `tokens` tokens."""
         return SENTENCE * max(round(tokens / self._sentence_tokens), 1)
 
     def next(self, tokens: int) -> str:
-        """A request behind about `tokens` of text, which begins with a number of its own."""
+        """A request after about `tokens` tokens of text, starting with a number of its own."""
         self._number += 1
         return f"{self._number}. {self.long(tokens)}{REQUEST}"
 
 
 @dataclass
 class _Trials:
-    """One load's outcomes, trial by trial; None where the peer failed, and why it did."""
+    """One load's outcomes, trial by trial, None if the peer failed; and the peer's failures."""
 
     ours: list[Outcome] = field(default_factory=list)
     theirs: list[Outcome | None] = field(default_factory=list)
@@ -165,7 +165,7 @@ class _Trials:
 
 
 def _loads(setup: Setup, served: Served, prompt_tokens: int) -> list[Figure]:
-    """Both servers on one folder under every load, by turns."""
+    """Both servers on one folder under every load, alternating."""
     with TemporaryDirectory() as folder, ExitStack() as stack:
         target = Path(folder) / "model"
         bits = scheme(served.bits) if served.bits else None
@@ -174,7 +174,7 @@ def _loads(setup: Setup, served: Served, prompt_tokens: int) -> list[Figure]:
         theirs = _start(stack, THEIRS, their_command(str(target)))
         about = _models(ours)[0]
         chat = about["poe"]["chat"]
-        # 1 is no penalty: replies of specialists have one unless told otherwise.
+        # 1 turns the penalty off, which specialists' replies have by default.
         own = {"model": about["id"], "repetition_penalty": 1}
         clients = {
             OURS: _Client(ours, setup.tokens, chat, **own),
@@ -244,7 +244,7 @@ def _compare(
 
 
 def _figures(load: Load, trials: _Trials) -> list[Figure]:
-    # The first round has warmed up both.
+    # The first round was a warm-up for both.
     ours, theirs = trials.ours[1:], trials.theirs[1:]
     notes: dict[str, float | str] = {"prompt_tokens": ours[0].replies[0].prompt_tokens}
     same = [
@@ -276,7 +276,7 @@ def _figures(load: Load, trials: _Trials) -> list[Figure]:
 def _peer_notes(
     failures: Sequence[str], outcomes: Sequence[Outcome | None], same: Sequence[bool]
 ) -> dict[str, float | str]:
-    """What else is to be told of the peer under a load."""
+    """Further notes on the peer under a load."""
     notes: dict[str, float | str] = {}
     if same:
         notes["agreement"] = sum(same) / len(same)
@@ -293,9 +293,9 @@ def _firsts(outcome: Outcome) -> list[float]:
 
 
 def _second_turn(setup: Setup, served: Served, prompt_tokens: int) -> list[Figure]:
-    """Time to the first token of a long prompt: when nobody has read it, when another specialist
-    over the same base has, when the same one has. The ceiling of the second is what running the
-    specialist's own layers alone would allow."""
+    """Time to the first token after a long prompt that is new, that another specialist over the
+    same base has read, or that the same specialist has read. The second's ceiling is the time for
+    the specialist's own layers alone."""
     first, second = (name for name, _ in served.specialists[:2])
     config = read_checkpoint(served.specialists[1][1]).config
     share = sum(config.specialist_layers) / config.n_layer

@@ -1,4 +1,4 @@
-"""The released models' shapes, and models of random weights in them: nobody needs a download."""
+"""The released models' shapes, and models with random weights in them: no download needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _1_3B = {
     "poe_every": 6,
 }
 
-# Configurations as the checkpoints have them; a specialist is a base and what stands on it.
+# Configurations as in the checkpoints; a specialist's includes its base.
 SHAPES: dict[str, dict[str, Any]] = {
     "1.3b": _1_3B,
     "1.3b-stage": {
@@ -51,8 +51,8 @@ def shape_config(shape: str) -> PoEConfig:
 def random_model(
     config: PoEConfig, dtype: mx.Dtype, seed: int = 0, part: Part | None = None
 ) -> PoEModel:
-    """A model of this shape with small random weights of `dtype`, drawn from `seed`; or a `part` of
-    the same model."""
+    """A model of this shape with small random weights of `dtype`, drawn from `seed`, or a `part` of
+    it."""
     model = PoEModel(config)
     keys = iter(mx.random.split(mx.random.key(seed), 10_000))
     weights = []
@@ -63,10 +63,10 @@ def random_model(
         key = next(keys)
         if part and not part.holds(name):
             continue
-        if parameter.ndim < 2:  # the lambdas: as a plain transformer's
+        if parameter.ndim < 2:  # the lambdas: as in a plain transformer
             weights.append((name, parameter.astype(dtype)))
             continue
-        # Rows of unit length times a little, so that nothing grows with depth.
+        # Rows of unit length times a small factor, so that nothing grows with depth.
         bound = (3 / parameter.shape[-1]) ** 0.5
         weights.append((name, mx.random.uniform(-bound, bound, parameter.shape, dtype, key)))
         mx.eval(weights[-1][1])
@@ -76,7 +76,7 @@ def random_model(
 
 
 def rounded(model: PoEModel, bits: int) -> PoEModel:
-    """The same model with its matrices rounded to so many bits, as `load(quantize=)` makes it."""
+    """The same model with its matrices rounded to `bits` bits, as by `load(quantize=)`."""
     config = model.config
     plan, other = make_plan(config, scheme(bits)), PoEModel(config)
     given: dict[str, mx.array] = dict(tree_flatten(model.parameters()))

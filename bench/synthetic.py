@@ -1,16 +1,16 @@
-"""A model of random weights in a real shape whose stages agree as often as one asks.
+"""A model with random weights in a real shape, whose stages agree at a chosen rate.
 
-Random weights predict noise: stages that never agree, margins that say nothing. Here the text that
-the model writes is planted, and how sure each of its tokens is:
+Purely random weights predict noise: stages never agree, and margins mean nothing. Here the text
+that the model generates is planted, and so is the margin of each token:
 
-- every token t has a successor and a rival. Its embedding points to both their rows in the head,
-  so that stage 0 prefers the successor by a margin drawn for t from the margins that poe-tiny's
+- every token t has a successor and a rival. Its embedding points to the head's rows of both, so
+  that stage 0 prefers the successor by a margin drawn for t from the margins that poe-tiny's
   stage 0 has along its own text
-- successors form one long cycle, as much of it through the first half of the ids as
-  poe-tiny's text has there; so a text does not repeat itself
-- the blocks behind stage 0 have random weights: each adds its own random change to the stream, and
-  so overturns a token the likelier, the smaller its margin. How strong they are is solved for, so
-  that stage 0 agrees with the full model at the rate asked for
+- successors form one long cycle, so a text does not repeat itself. The share of the cycle in the
+  first half of the ids is that of poe-tiny's text
+- the blocks after stage 0 have random weights: each adds its own random change to the stream, which
+  overturns a token more often the smaller its margin is. Their strength is chosen so that stage 0
+  agrees with the full model at the requested rate
 
 Compute and memory are exactly those of the real model.
 """
@@ -30,11 +30,11 @@ from cognica_mlx.hidden import Hidden
 from cognica_mlx.model import PoEModel
 from cognica_mlx.stages import Block
 
-# So much of poe-tiny's own text (64 tokens after each of the benchmark's beginnings) is in the
-# first half of the ids.
+# The share of poe-tiny's own text (64 tokens after each of the benchmark's beginnings) with ids in
+# the first half.
 FREQUENT_SHARE = 0.83
-# The cosine between a token's stream and its successor's row; and how much of it a margin of one
-# logit of poe-tiny's takes.
+# The cosine between a token's stream and its successor's row, and by how much the rival's is lower
+# for each logit of poe-tiny's margin.
 CERTAINTY, MARGIN_UNIT = 0.7, 0.02
 HEAD_LOGIT = 16.0
 FAINT = 0.05
@@ -43,15 +43,15 @@ PROBE = 384
 
 @dataclass(frozen=True)
 class Synthetic:
-    """The model, the successor of every token (V,), and the agreement that stage 0 was tuned to,
-    as measured on planted text."""
+    """The model, the successor of every token (V,), and stage 0's agreement with the full model as
+    measured on planted text."""
 
     model: PoEModel
     successor: np.ndarray
     agreement: float
 
     def text(self, length: int, start: int) -> list[int]:
-        """A planted text, from the `start`-th token on that lies on the cycle."""
+        """A planted text, starting from the `start`-th token that is on the cycle."""
         cycle = np.flatnonzero(self.successor >= 0)
         token, tokens = int(cycle[start % len(cycle)]), []
         for _ in range(length):
@@ -67,10 +67,10 @@ def synthetic_model(
     margins: Sequence[float],
     seed: int = 0,
 ) -> Synthetic:
-    """Build one; `agreement` is that of stage 0 with the full model, `margins` poe-tiny's.
+    """Build a synthetic model in which stage 0 has this `agreement` with the full model; `margins`
+    are poe-tiny's.
 
-    Raises RequestError for an agreement that no strength of the deeper stages gives, or a model
-    with a single stage.
+    Raises RequestError for an agreement outside 0.5 to 1, or a model with a single stage.
     """
     if not 0.5 <= agreement < 1:
         raise RequestError(f"agreement {agreement} is not between 0.5 and 1")
@@ -82,7 +82,7 @@ def synthetic_model(
     _plant(model, successor, rival, rng.choice(np.asarray(margins), config.vocab_size))
     _calm(model)
     built = Synthetic(model, successor, 0.0)
-    # Two rounds: the deeper stages feel each other's changes, which the first does not foresee.
+    # Two rounds, because the deeper stages also react to each other's changes.
     for _ in range(2):
         strength = _strength_for(built, agreement)
         _scale_deeper(model, strength)
@@ -90,8 +90,8 @@ def synthetic_model(
 
 
 def _cycle(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A successor for every token, all of them in one cycle with `FREQUENT_SHARE` of its tokens in
-    the first half of the ids, or -1 for tokens outside of it; and a rival drawn alike."""
+    """Each token's successor, or -1 for tokens that are not on the cycle, and a rival drawn from
+    the cycle. `FREQUENT_SHARE` of the cycle's tokens are in the first half of the ids."""
     frequent = rng.permutation(size // 2)
     count = round(len(frequent) * (1 / FREQUENT_SHARE - 1))
     rare = size // 2 + rng.permutation(size - size // 2)[:count]
@@ -116,15 +116,15 @@ def _plant(model: PoEModel, successor: np.ndarray, rival: np.ndarray, margins: n
     model.wte.weight[:size] = (rows * (width / HEAD_LOGIT)).astype(dtype)
     mx.eval(model.parameters())
     for extra in [*model.get("lm_head_stages", []), *model.get("lm_head_specialists", [])]:
-        # A second head says a little and decides nothing.
+        # Further heads add a little and decide nothing.
         extra.weight = extra.weight * mx.array(0.05 * HEAD_LOGIT / width**0.5, dtype)
         mx.eval(extra.weight)
 
 
 def _calm(model: PoEModel) -> None:
-    """Make what blocks add depend on the token before them. The mean of the squared ReLU would
-    favour the same tokens everywhere, and attention over few positions adds more than over many.
-    Stage 0's blocks are kept faint."""
+    """Make the blocks' output depend on the token. The mean of the squared ReLU would favor the
+    same tokens everywhere, and attention over few positions adds more than over many. Stage 0's
+    blocks are made weak."""
     faint = FAINT / len(model.config.stage_range(0)) ** 0.5
     for i, block in enumerate(model.h):
         weight = block.mlp.c_proj.weight
@@ -156,7 +156,7 @@ def _agreement(built: Synthetic) -> float:
 
 
 def _strength_for(built: Synthetic, agreement: float) -> float:
-    """The factor on what the deeper stages add by which stage 0 should agree so often."""
+    """The factor on the deeper stages' output with which stage 0 should have this `agreement`."""
     model = built.model
     boundaries = model.boundaries(_probe(built))
     first = boundaries[0]
@@ -172,7 +172,7 @@ def _strength_for(built: Synthetic, agreement: float) -> float:
 
 
 def _bent(first: Hidden, hidden: Hidden, strength: float) -> Hidden:
-    """`hidden` as if all that was added since `first` had been so many times as much."""
+    """`hidden` with everything added since `first` multiplied by `strength`."""
     x = first.x + strength * (hidden.x - first.x)
     backout = hidden.backout
     if backout is not None:

@@ -1,4 +1,4 @@
-"""Repeated trials, taken in turns: a machine that speeds up or slows down does so for all."""
+"""Repeated trials, interleaved, so that changes in the machine's speed affect all cases alike."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from cognica_mlx.calibration.measuring import Progress
 
 @dataclass(frozen=True)
 class Samples:
-    """One measurement's trials, in the order taken."""
+    """One measurement's trials, in order."""
 
     values: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median trial."""
         return float(np.median(self.values))
 
     @property
     def spread(self) -> tuple[float, float]:
-        """First and third quartile."""
+        """The first and third quartiles."""
         low, high = np.percentile(self.values, (25, 75))
         return float(low), float(high)
 
     def over(self, other: Samples) -> float:
-        """Median of this one's share of the other's, trial by trial: what slowed both cancels."""
+        """Median ratio of this to the other, trial by trial: what slowed both cancels out."""
         return float(np.median(np.divide(self.values, other.values)))
 
 
@@ -39,9 +39,9 @@ def interleaved(
     label: str = "",
     before_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Samples]:
-    """Run every case once a round, for `trials` rounds after one that warms up and is not kept.
+    """Run every case once per round, for `trials` rounds after a warm-up round that is not kept.
 
-    A case returns what it measured. The order turns round from one trial to the next;
+    A case returns its measurement. The order is reversed from one round to the next;
     `before_round` is called at the beginning of each.
     """
     taken: dict[str, list[float]] = {name: [] for name in cases}

@@ -1,8 +1,8 @@
 """Training a stage: an iteration over stored activations against one that runs the base.
 
-- in: a setup whose model is a specialist; its last stage is trained as a new one
-- out: seconds of an iteration either way, of an update, and the memory that an iteration needs
-- the two take turns; an update (Muon and AdamW) is the same for both, and is timed by itself
+- in: a setup with a specialist as its model, whose last stage is trained as a new one
+- out: seconds of an iteration either way and of an update, and the memory that an iteration needs
+- the two alternate; an update (Muon and AdamW) is the same for both and is timed separately
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from cognica_mlx.training.stage import NewStage, Parameters
 from cognica_mlx.training.store import Activations, LiveBase, StoredActivations, write_store
 from cognica_mlx.training.texts import Batches, Text
 
-# Short conversations, of which the later half is the reply.
+# Short conversations; the second half of each is the reply.
 TEXTS, LENGTH = 8, 65
-# Of the released recipe: 65 to 131 thousand tokens an update.
+# The released recipe has 65 to 131 thousand tokens per update.
 UPDATE_TOKENS = 65536
 
 
 def training(setup: Setup) -> list[Figure]:
-    """All figures of the section. RequestError for a model without a specialist's stage."""
+    """All figures of the section. RequestError for a model without a specialist stage."""
     model = setup.model
     if not model.config.specialist_layers:
         raise RequestError("--only training needs a specialist: --shape 1.3b-stage, or --model")
@@ -54,7 +54,7 @@ def training(setup: Setup) -> list[Figure]:
         taken = interleaved(cases, setup.trials, setup.progress, "training")
         peak = _peak(lambda: _iteration(stage, parameters, batches, stored))
     update = _update(stage, parameters, state, optimizer)
-    # An update's share of an iteration, at as many tokens as the released models were given.
+    # An update's share of an iteration, with as many tokens per update as the released models had.
     share = update * tokens / UPDATE_TOKENS
     whole = {
         name: Samples(tuple(value + share for value in samples.values))
@@ -77,7 +77,7 @@ def training(setup: Setup) -> list[Figure]:
     found.append(figure("training", "an update", "s", Samples((update,))))
     held = stage.nbytes + sum(a.nbytes for part in (parameters, state) for a in part.values())
     sizes = {
-        "memory of an iteration with a store: weights and optimiser": held,
+        "memory of an iteration with a store: weights and optimizer": held,
         "the same: gradients and activations": peak,
         "the base's weights, which are not in it": _base_bytes(setup, stage),
     }
@@ -99,7 +99,7 @@ def _texts(vocab_size: int) -> list[Text]:
 def _iteration(
     stage: NewStage, parameters: Parameters, batches: Batches, activations: Activations
 ) -> float:
-    """Seconds that activations, loss and gradient take."""
+    """Seconds for activations, loss and gradient."""
     started = time.perf_counter()
     batch = batches[0]
     arrays = (mx.array(part) for part in (batch.rows, batch.targets, batch.weights))
@@ -118,7 +118,7 @@ def _update(
 
 
 def _peak(work: Callable[[], float]) -> int:
-    """The most memory that `work` takes beyond what is held already."""
+    """The peak memory of `work`, in addition to what is held already."""
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -127,7 +127,7 @@ def _peak(work: Callable[[], float]) -> int:
 
 
 def _base_bytes(setup: Setup, stage: NewStage) -> int:
-    """Bytes of the model without the stage that is trained and without its heads."""
+    """Bytes of the model without the trained stage and without the heads."""
     parameters: Parameters = dict(tree_flatten(setup.model.parameters()))
     own = tuple(f"h.{i}." for i in stage.layers)
     last = f"lm_head_specialists.{len(setup.model.config.specialist_layers) - 1}."

@@ -1,8 +1,7 @@
-"""What a layer's queries see: by way of a cache, or of a whole text at once.
+"""Attention of a layer's queries, through a cache or over a whole text at once.
 
-- `AttentionCache` is all that a layer asks for: where keys lie and which are visible is not its
-  business
-- a window of w shows a position itself and the w before it
+- a layer needs only an `AttentionCache`, which decides where keys are stored and which are visible
+- with a window of w, a position sees itself and the w positions before it
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ import mlx.core as mx
 
 
 class AttentionCache(Protocol):
-    """What a layer asks of the cache, ours or another library's, for the positions of one pass."""
+    """What a layer needs from a cache, ours or another library's, for the positions of one pass."""
 
     @property
     def offset(self) -> int | mx.array:
-        """The first position; an array where it differs: (B,), or (T,) for rows packed into one."""
+        """The first position, or an array if positions differ: (B,), or (T,) for packed rows."""
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """Take in keys and values (B, KV, T, head_dim); what queries (B, H, T, head_dim) see."""
+        """Add keys and values (B, KV, T, head_dim); attention of queries (B, H, T, head_dim)."""
 
 
 class WholeText:
-    """Attention without a cache, over a text that begins with these positions."""
+    """Attention without a cache, for the positions at the start of a text."""
 
     offset = 0
 
@@ -43,10 +42,10 @@ def in_two_parts(
     scale: float,
     mask: mx.array | str | None,
 ) -> mx.array:
-    """Attention of q (1, H, T, head_dim) over two lots of keys and values (1, KV, n, head_dim)."""
+    """Attention of q (1, H, T, head_dim) over two sets of keys and values (1, KV, n, head_dim)."""
     _, heads, length, dim = q.shape
     kv_heads, count = old[0].shape[1], old[0].shape[2]
-    # Queries of one key head side by side: (1, KV, H / KV * T, head_dim).
+    # Queries grouped by key head: (1, KV, H / KV * T, head_dim).
     grouped = (q * scale).reshape(1, kv_heads, -1, dim)
     scores = mx.concatenate(
         [grouped @ old[0].swapaxes(-1, -2), grouped @ new[0].swapaxes(-1, -2)], axis=-1
@@ -66,8 +65,8 @@ def in_two_parts(
 def window_mask(window: int, offset: int, length: int) -> mx.array | str | None:
     """The mask for queries at positions offset .. offset + length - 1.
 
-    The keys are those of the `min(offset, window)` positions before them, then their own. None
-    where all is visible, "causal" where the window hides nothing, else (length, keys) bool.
+    The keys are those of the `min(offset, window)` positions before them, then their own. Returns
+    None if everything is visible, "causal" if the window hides nothing, else (length, keys) bool.
     """
     if length == 1:
         return None

@@ -1,13 +1,13 @@
 """The keys and values of one stage of one sequence: bounded, and always able to roll back.
 
-Rows lie in order in one buffer per layer, longer than the window. New rows go behind the last;
-when the buffer is full, the part still needed moves to the front. So one new token needs no mask,
-and a rollback is a subtraction, also long after old rows have been dropped.
+Rows lie in order in one buffer per layer, longer than the window. New rows go after the last; when
+the buffer is full, the part still needed moves to the front. So one new token needs no mask, and a
+rollback is a subtraction, even long after old rows have been dropped.
 
-MLX copies a whole buffer where it is written while earlier work that reads it is not done. So
-between two waits of the driver (`next_round`) a buffer is written once. What comes after that in
-the same round, drafts above all, goes to a short tail beside the buffer, attention covers both,
-and the next round's first write takes the tail in.
+Writing to a buffer that unfinished work still reads makes MLX copy all of it. So a large buffer is
+written only once between two waits of the driver (`next_round`). Rows that come later in the same
+round, mostly drafts, go to a short tail beside the buffer; attention covers both, and the first
+write of the next round moves the tail into the buffer.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from cognica_mlx.errors import RollbackError
 if TYPE_CHECKING:
     from cognica_mlx.shelf import Place
 
-# Buffers grow by so many rows.
+# Buffers grow by this many rows.
 GROWTH = 256
-# The most rows beside the buffer; and the size in bytes from which a buffer is not worth copying
-# (attention in two parts is a few small operations more).
+# The most rows in a tail; and the size in bytes from which a buffer costs more to copy than
+# attention in two parts, which takes a few small operations more.
 TAIL, LARGE = 64, 1 << 20
 
 
@@ -45,8 +45,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's arrays (1, KV, rows, head_dim): buffers, of which `Span.rows` are in use, and
-    tails."""
+    """One layer's arrays (1, KV, rows, head_dim): buffers, with `Span.rows` rows in use, and tails
+    (see `Span.tail`)."""
 
     keys: mx.array | None = None
     values: mx.array | None = None
@@ -60,10 +60,10 @@ class Layer:
 
 
 class Content(NamedTuple):
-    """All that a `StageCache` holds: replaced as a whole, so that it is never half changed.
+    """Everything that a `StageCache` holds; replaced as a whole, so that it is never half changed.
 
     offset: the position of the next key. spans: by window. written: the round of the last write to
-    the buffers. place: where the rows are instead of in `layers`, while they stand on a shelf.
+    the buffers. place: where the rows are while they are on a shelf, instead of in `layers`.
     """
 
     offset: int
@@ -74,25 +74,25 @@ class Content(NamedTuple):
 
 
 class Done(Protocol):
-    """A pass that has been made."""
+    """One cache's part of a finished pass."""
 
     def result(self) -> Content:
-        """What its cache holds from then on."""
+        """The cache's content after the pass."""
 
 
 class StageCache:
     """Keys and values of the latest positions, for the layers of one stage.
 
-    `windows` has one for each layer. `offset` is the position of the next key. The last
+    `windows` has one entry for each layer. `offset` is the position of the next key. The last
     `window + slack` rows are always kept, so any rollback of up to `slack` positions from the
-    furthest one succeeds. No buffer exceeds `window + 2 * slack` rows.
+    furthest position reached succeeds. No buffer exceeds `window + 2 * slack` rows.
     """
 
     def __init__(self, windows: Sequence[int], slack: int):
         self.windows, self.slack = tuple(windows), slack
         self.content = Content(0, dict.fromkeys(windows, Span()), (Layer(),) * len(windows))
         self.round = 0
-        # How many passes of single positions came last; see `shelf.arrange`.
+        # How many passes in a row had a single position; see `shelf.arrange`.
         self.steady, self.patience = 0, 0
 
     @property
@@ -101,28 +101,29 @@ class StageCache:
         return self.content.offset
 
     def limit(self, window: int) -> int:
-        """The most rows that a buffer ever has."""
+        """The most rows that a buffer can have."""
         return window + 2 * self.slack
 
     def kept(self, window: int) -> int:
-        """The rows that go along when all move: what a rollback may need. Others have served."""
+        """How many rows to keep when they are moved: those that a rollback may need."""
         return min(self.content.spans[window].held, window + self.slack)
 
     def is_large(self, window: int) -> bool:
-        """Whether the buffers of this window take longer to copy than to work around."""
+        """Whether the buffers of this window are too large to be worth copying."""
         keys = self.content.layers[self.windows.index(window)].keys
         return keys is not None and keys.nbytes >= LARGE
 
     def next_round(self) -> None:
-        """All that has been computed from the buffers is done: they may be written again."""
+        """Note that all work that reads the buffers is done: they may be written again."""
         self.round += 1
 
     def begin(self, length: int) -> StagePass:
-        """A pass of the next `length` positions, off any shelf. Nothing changes before `commit`."""
+        """A pass of the next `length` positions, for a cache not on a shelf. Changes nothing until
+        `commit`."""
         return StagePass(self, length)
 
     def commit(self, done: Done) -> None:
-        """Take in what the pass has computed."""
+        """Replace the content with the pass's result."""
         self.content = done.result()
 
     @property
@@ -134,11 +135,11 @@ class StageCache:
         )
 
     def rollback(self, position: int) -> None:
-        """Forget the keys at `position` and after it. Raises RollbackError beyond `earliest`."""
+        """Drop the keys from `position` on. Raises RollbackError before `earliest`."""
         if not self.earliest <= position <= self.offset:
             raise RollbackError(
                 f"cannot return to position {position}: "
-                f"the cache reaches from {self.earliest} to {self.offset}"
+                f"the cache holds positions {self.earliest} to {self.offset}"
             )
         gone = self.offset - position
         spans = {
@@ -154,27 +155,27 @@ class StageCache:
         return other
 
     def leave(self) -> None:
-        """Hold the rows in buffers of its own, if they stand on a shelf. Waits for them."""
+        """Move the rows from a shelf, if they are on one, to own buffers. Waits for the copies."""
         self.content = self._off_shelf()
 
     def _off_shelf(self) -> Content:
-        """All that it holds, copied from the shelf if it stands on one."""
+        """The content, copied to own buffers if it is on a shelf."""
         if not self.content.place:
             return self.content
-        # With a row more, for the next position: so they are copies, however few rows there are.
+        # One more row, for the next position, makes sure that these are copies and not views.
         room = [(0, 0), (0, 0), (0, 1), (0, 0)]
         kept = {window: self.kept(window) for window in self.windows}
         layers = tuple(
             Layer(*(mx.pad(a[..., -kept[window] :, :], room) for a in pair))
             for window, pair in zip(self.windows, self.rows(), strict=True)
         )
-        # Until they are copied the shelf would be in use, and be copied where it is written.
+        # Wait: a write to the shelf while these copies still read it would copy the whole shelf.
         mx.eval([layer.arrays() for layer in layers])
         spans = {window: Span(rows) for window, rows in kept.items()}
         return self.content._replace(layers=layers, place=None, spans=spans)
 
     def rows(self) -> list[tuple[mx.array, mx.array]]:
-        """Each layer's keys and values (1, KV, rows, head_dim); empty before the first."""
+        """Each layer's keys and values (1, KV, rows, head_dim); empty before the first pass."""
         if place := self.content.place:
             return place.rows(self.content)
         found = []
@@ -190,7 +191,7 @@ class StageCache:
         return found
 
     def restore(self, rows: Sequence[tuple[mx.array, mx.array]], offset: int) -> None:
-        """Hold what another cache of these windows and this slack gave out as its `rows`."""
+        """Restore the `rows` of another cache with the same windows and slack."""
         spans = {
             window: Span(keys.shape[2])
             for window, (keys, _) in zip(self.windows, rows, strict=bool(rows))
@@ -200,15 +201,14 @@ class StageCache:
         self.content = Content(offset, spans, layers) if rows else empty
 
     def arrays(self) -> list[mx.array]:
-        """The buffers and tails, for evaluation and for counting bytes; views of a shelf's."""
+        """The buffers and tails, or views of the shelf's slot, to evaluate or count bytes."""
         place = self.content.place
         layers = place.views() if place else self.content.layers
         return [array for layer in layers for array in layer.arrays()]
 
 
 class StagePass:
-    """The positions that one sequence runs through a stage: in turn, each layer's
-    `AttentionCache`."""
+    """One sequence's pass through a stage; serves as the `AttentionCache` of each layer in turn."""
 
     def __init__(self, cache: StageCache, length: int):
         self.length = length
@@ -221,7 +221,7 @@ class StagePass:
         self._layers: list[Layer] = []
 
     def positions(self) -> range:
-        """Which they are."""
+        """The positions in this pass."""
         return range(self.offset, self.offset + self.length)
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
@@ -233,7 +233,7 @@ class StagePass:
         return out
 
     def result(self) -> Content:
-        """What the cache holds after this pass, whose layers must all have attended."""
+        """The cache's content after this pass; all layers must have attended."""
         wrote = any(not view.beside for view in self._views.values())
         return Content(
             self.offset + self.length,
@@ -249,7 +249,7 @@ class _View:
     def __init__(self, span: Span, offset: int, length: int, window: int, cache: StageCache):
         self.span, self.length = span, length
         self.limit, self.slack, self.window = cache.limit(window), cache.slack, window
-        # What these queries see besides their own rows.
+        # How many earlier rows these queries see.
         self.before = min(offset, window)
         self.mask = window_mask(window, offset, length)
         self.beside = (
@@ -260,7 +260,7 @@ class _View:
         if self.beside:
             self.after = Span(span.rows, span.tail + length)
         else:
-            # Rows kept where they do not all fit: then the oldest make room.
+            # Rows to keep: if they do not all fit, the oldest are dropped.
             self.kept = span.held
             if span.held + length > self.limit:
                 self.kept = min(span.held, window + cache.slack)
@@ -271,7 +271,7 @@ class _View:
     def attend(
         self, layer: Layer, q: mx.array, k: mx.array, v: mx.array, scale: float
     ) -> tuple[Layer, mx.array]:
-        """The layer afterwards, and what the queries see."""
+        """The layer with the new rows, and the queries' attention output."""
         if layer.keys is None or layer.values is None:
             layer = Layer(k[..., :0, :], v[..., :0, :])
         assert layer.keys is not None and layer.values is not None
@@ -283,7 +283,8 @@ class _View:
             seen = self.before + self.length
             views = [keys[..., -seen:, :], values[..., -seen:, :]]
             kept = [mx.contiguous(part[..., -self.after.rows :, :]) for part in (keys, values)]
-            # The tail is copied before the layer goes on, or all layers' rows would wait for that.
+            # Copy the rows to keep before attention goes on; otherwise every layer's full arrays
+            # would stay in memory until the copies are made.
             keys, values = mx.depends(views, kept)
             return Layer(*kept), self._see(q, keys, values, scale)
         keys = self._write(layer.keys, layer.tail_keys, k)
@@ -297,11 +298,11 @@ class _View:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self.mask)
 
     def _held(self, buffer: mx.array, tail: mx.array | None) -> mx.array:
-        """The rows kept, in order."""
+        """The rows to keep, in order."""
         return _joined(buffer, tail, self.span, self.kept)
 
     def _write(self, buffer: mx.array, tail: mx.array | None, new: mx.array) -> mx.array:
-        """The buffer with the tail and the new rows behind the old ones."""
+        """The buffer with the tail and the new rows after the old ones."""
         end = self.after.rows
         size = buffer.shape[2]
         if self.kept < self.span.held or end > size:
@@ -311,7 +312,7 @@ class _View:
             return mx.pad(rows, [(0, 0), (0, 0), (0, size - end), (0, 0)])
         if self.span.tail and tail is not None:
             new = mx.concatenate([tail[..., : self.span.tail, :], new], axis=2)
-        # An array object of its own: item assignment changes the one that it is given.
+        # A new array object, because item assignment changes the object in place.
         written = buffer[:]
         written[..., self.span.rows : end, :] = new
         return written
@@ -319,13 +320,13 @@ class _View:
     def _attend_beside(
         self, layer: Layer, q: mx.array, k: mx.array, v: mx.array, scale: float
     ) -> tuple[Layer, mx.array]:
-        """Attention over the buffer as it is and the tail with the new rows, in two parts."""
+        """Attention in two parts: over the unchanged buffer, and over the tail and new rows."""
         tail = self.span.tail
         if tail and layer.tail_keys is not None and layer.tail_values is not None:
             k = mx.concatenate([layer.tail_keys[..., :tail, :], k], axis=2)
             v = mx.concatenate([layer.tail_values[..., :tail, :], v], axis=2)
         assert layer.keys is not None and layer.values is not None
-        # The oldest rows that any of the queries sees; a short window may end within the tail.
+        # Start at the oldest row that any query sees; with a short window that may be in the tail.
         count = max(self.before - tail, 0)
         first = self.span.rows - count
         old_k = layer.keys[..., first : self.span.rows, :]

@@ -14,20 +14,20 @@ from typing import Any
 
 from cognica_mlx.errors import ConfigError
 
-# Beyond any meaningful setting, and within what every float type can hold.
+# Beyond any meaningful setting, but within the range of every float type.
 MAX_NUMBER = 1e30
 MAX_LAYERS = 10_000
 
-# The pool is divided by n_stages ** (1 - poe_alpha): 0 is the mean, 1 the sum. A little beyond
-# both still makes sense.
+# The pool is divided by n_stages ** (1 - poe_alpha): 0 is the mean, 1 the sum. Values slightly
+# outside that range still make sense.
 MIN_ALPHA, MAX_ALPHA = -1, 2
 
-# What a specialist predicts through: the base's head and its own, or one of them alone.
+# The heads that a specialist predicts through: the base's and its own, or one of them alone.
 HEAD_MODES = ("dual", "base", "specialist")
-# As "dual", where merging has already added the heads up: each specialist's holds the sum.
+# Like "dual", but merging has already added the heads: each specialist's head holds the sum.
 SUMMED = "summed"
 
-# Other spellings of the same field, as Hugging Face models use them.
+# Hugging Face names for the same fields.
 _ALIASES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -43,10 +43,10 @@ class PoEConfig:
     """Everything that defines a model's shape; validates itself on construction.
 
     `stage_layers` counts the blocks of each stage of the base, `specialist_layers` those of each
-    specialist stage stacked on it (nearest to the base first). Zeros and `None` are replaced by the
-    usual value: `n_kv_head` = n_head, `head_dim` = n_embd / n_head,
+    specialist stage stacked on it (nearest to the base first). Zeros, empty tuples and `None` are
+    replaced by defaults: `n_kv_head` = n_head, `head_dim` = n_embd / n_head,
     `intermediate_size` = 4 * n_embd, `stage_layers` = one stage, `value_embed_layers` = every
-    second base layer, the last one included.
+    second base layer, ending with the last.
 
     Raises ConfigError naming the field that is missing, wrong or contradictory.
     """
@@ -121,7 +121,7 @@ class PoEConfig:
             raise ConfigError(f"n_embd: {self.n_embd} is below the smear's {SMEAR_CHANNELS}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ConfigError(
-                f"window_pattern: {self.window_pattern!r} may only hold the letters S and L"
+                f"window_pattern: {self.window_pattern!r} may only contain the letters S and L"
             )
         if self.base_n_layer < 1 or sum(self.stage_layers) != self.base_n_layer:
             raise ConfigError(
@@ -146,12 +146,12 @@ class PoEConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], base: PoEConfig | None = None) -> PoEConfig:
-        """Read any of the configuration forms in use.
+        """Read any supported form of configuration.
 
         `fields` is a Hugging Face `config.json`, a nanochat `model_config`, a whole nanochat meta
-        file, or the output of `to_dict`; unknown keys are ignored. `base` is the
-        configuration that a specialist's blocks stack on; without it, one that has
-        `frozen_layers` is taken to sit directly on a base of that many layers.
+        file, or the output of `to_dict`; unknown keys are ignored. `base` is the configuration that
+        a specialist's blocks stack on; without it, a specialist with `frozen_layers` is assumed to
+        sit directly on a base of that many layers.
 
         Raises ConfigError naming the field that is missing, wrong or contradictory.
         """
@@ -207,17 +207,17 @@ class PoEConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form that `from_dict` reads back to an equal configuration."""
+        """A JSON-ready dictionary that `from_dict` turns back into an equal configuration."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @property
     def base_n_layer(self) -> int:
-        """Blocks of the root base, specialist stages left out."""
+        """Blocks of the root base, without specialist stages."""
         return self.n_layer - sum(self.specialist_layers)
 
     @property
     def backout_layer(self) -> int:
-        """After this block the residual stream is kept, to be subtracted before the final head."""
+        """The block after which the residual stream is saved, to subtract before the final head."""
         return self.base_n_layer // 2
 
     @property
@@ -227,7 +227,7 @@ class PoEConfig:
 
     @property
     def poe_n_stages(self) -> int:
-        """Predictors in a row: the base's stages, then one for each specialist."""
+        """Number of predictors: the base's stages, then one for each specialist."""
         return len(self.stage_layers) + len(self.specialist_layers)
 
     @property
@@ -242,7 +242,7 @@ class PoEConfig:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """How far back each layer sees: a key at j is visible at i when 0 <= i - j <= window."""
+        """Each layer's attention window: a key at j is visible at i when 0 <= i - j <= window."""
         long = self.sequence_len
         short = -(-self.sequence_len // 4 // 128) * 128
         pattern = self.window_pattern
@@ -256,10 +256,10 @@ VALUE_GATE_CHANNELS = 12
 
 
 def flatten(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A nanochat meta file's entries on one level; any other form as it is."""
+    """A nanochat meta file's entries on one level; any other form unchanged."""
     if not isinstance(fields.get("model_config"), Mapping):
         return fields
-    # The stages may stand only among the training options.
+    # The stages may appear only among the training options.
     options = fields.get("user_config")
     if not isinstance(options, Mapping):
         options = {}
@@ -268,7 +268,7 @@ def flatten(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of any configuration form, under the dataclass's own names."""
+    """The entries of any form of configuration, under the dataclass's field names."""
     fields = flatten(fields)
     names = {*PoEConfig.__dataclass_fields__, "poe_every"}
     known: dict[str, Any] = {}

@@ -1,10 +1,10 @@
-"""What may come next where output has to fit a grammar, and what must.
+"""Grammar-constrained output: which tokens may come next, and which must.
 
 - in: a grammar (JSON schema, regular expression, Lark), compiled once; tokens as they are chosen
-- out: for each position the tokens that may follow, and stretches that are certain
-- judged by masks alone: the grammar might take a text in many spellings, as different tokens, but
-  the mask of a forced stretch allows one of them. So drafts and plain decoding face one choice.
-- grammars are llguidance's; whoever decodes knows the protocol `Constraint` only
+- out: for each position the allowed tokens, and stretches of forced tokens
+- masks alone decide: a grammar may accept the same text as different tokens, but the mask of a
+  forced stretch allows only one tokenization, so drafting and plain decoding get the same tokens
+- llguidance does the parsing; decoding knows only the protocol `Constraint`
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from cognica_mlx.errors import RequestError
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-# Bytes of a grammar's text; tokens that it may force before anything is read; both are to keep
-# compiling within a second or two. llguidance limits the rest by work done, not by the clock.
+# Limits on a grammar's text in bytes and on the tokens forced at its start, so that compiling takes
+# a second or two at most. llguidance limits the rest by work done, not by the clock.
 MAX_TEXT, MAX_FORCED = 256 * 1024, 4096
-# How JSON is laid out: Python's way, with no other white space. Given the choice, a small model
-# fills the text with line breaks.
+# JSON is laid out as Python does, with no other white space. Given the choice, a small model fills
+# the text with line breaks.
 _LAYOUT: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -35,11 +35,11 @@ _LAYOUT: JsonCompileOptions = {
 
 
 class Constraint(Protocol):
-    """One text's way through a grammar."""
+    """One text's progress through a grammar."""
 
     @property
     def ended(self) -> bool:
-        """Whether a token that ends the text has been committed: nothing may follow."""
+        """Whether a token that ends the text has been committed; nothing may follow."""
 
     @property
     def length(self) -> int:
@@ -47,30 +47,30 @@ class Constraint(Protocol):
 
     @property
     def ends(self) -> frozenset[int]:
-        """The tokens that end the text, where the grammar lets it end."""
+        """The tokens that end the text where the grammar allows it to end."""
 
     def mask(self) -> mx.array:
         """Which tokens may come next: (ceil(V / 32),) uint32, the lowest bit for the first.
 
-        Raises RequestError where nothing can, or where the grammar has become too complex.
+        Raises RequestError if no token may, or if the grammar has become too complex.
         """
 
     def forced(self) -> list[int]:
-        """Tokens that must come next, as many as are certain; none where there is a choice."""
+        """The tokens that must come next, as many as are certain; empty if there is a choice."""
 
     def commit(self, tokens: Sequence[int]) -> None:
-        """Go on by tokens, each of which must be in the mask at its place."""
+        """Append tokens; each must be allowed by the mask at its position."""
 
     def rollback(self, count: int) -> None:
         """Take back the last `count` tokens."""
 
 
 class Grammar:
-    """A compiled grammar. Raises RequestError for one that cannot be compiled, that no text fits,
-    or that is too large."""
+    """A compiled grammar. Raises RequestError if it cannot be compiled, matches no text, or is too
+    large."""
 
     def __init__(self, vocabulary: LLTokenizer, source: str):
-        """`source` is what `json_grammar`, `regex_grammar` or `lark_grammar` returns."""
+        """`source` is the result of `json_grammar`, `regex_grammar` or `lark_grammar`."""
         limits = LLParserLimits(verbose_errors=False)
         self._vocabulary = vocabulary
         self._matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits)
@@ -79,12 +79,12 @@ class Grammar:
         first.mask()
         if len(first.forced()) > MAX_FORCED:
             raise RequestError(
-                f"the grammar begins with more than {MAX_FORCED} tokens that never vary;"
-                " a rule that needs itself has no end"
+                f"the grammar begins with more than {MAX_FORCED} fixed tokens;"
+                " a rule that requires itself never ends"
             )
 
     def start(self) -> GrammarConstraint:
-        """The beginning of a text."""
+        """A constraint at the beginning of a text."""
         return GrammarConstraint(self._vocabulary, self._matcher.deep_copy())
 
 
@@ -96,7 +96,7 @@ class GrammarConstraint:
         self.ends = frozenset(vocabulary.eos_tokens)
         self._end = vocabulary.eos_token
         self._size = vocabulary.vocab_size
-        # The mask, and what it allows if that is little, until the next step.
+        # The current mask, and the tokens that it allows if they are few.
         self._words: np.ndarray | None = None
         self._few: list[int] = []
         self._tokens: list[int] = []
@@ -118,14 +118,14 @@ class GrammarConstraint:
     def _mask(self) -> np.ndarray:
         if self._words is None:
             words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-            # In a dead end the mask ends the text, as if that were allowed.
+            # In a dead end llguidance's mask allows the end token, so check for an error first.
             _raise_for(self._matcher)
             bits = np.unpackbits(words.view(np.uint8), count=self._size, bitorder="little")
-            # More could only be a choice.
+            # More tokens than this are always a choice.
             few = max(len(self.ends), 1)
             self._few = bits.nonzero()[0].tolist() if np.count_nonzero(bits) <= few else []
             if self._few and self.ends.issuperset(self._few):
-                # Where nothing else may follow, one way to end is as good as another.
+                # If the text can only end here, any end token will do.
                 self._few = [self._end]
                 words = np.zeros_like(words)
                 words[self._end // 32] = 1 << self._end % 32
@@ -144,7 +144,7 @@ class GrammarConstraint:
     def commit(self, tokens: Sequence[int]) -> None:
         """See `Constraint`."""
         self._words = None
-        # A matcher that knows that nothing can follow takes no end any more.
+        # A matcher that knows that nothing can follow does not accept an end token.
         self._matcher.consume_tokens([token for token in tokens if token not in self.ends])
         _raise_for(self._matcher)
         self._tokens += tokens
@@ -160,7 +160,7 @@ class GrammarConstraint:
 
 
 def json_grammar(schema: Mapping[str, Any] | str) -> str:
-    """The grammar of JSON that fits a schema, given as such or as its text; {} is any object."""
+    """The grammar for JSON that fits a schema, given as a mapping or as text; {} is any object."""
     schema = read_schema(schema) or {"type": "object"}
     try:
         text = json.dumps(schema, allow_nan=False)
@@ -170,7 +170,7 @@ def json_grammar(schema: Mapping[str, Any] | str) -> str:
 
 
 def read_schema(schema: Mapping[str, Any] | str) -> dict[str, Any]:
-    """A JSON schema, given as such or as its text. RequestError for what is no JSON object."""
+    """A JSON schema, given as a mapping or as text. RequestError unless it is a JSON object."""
     try:
         read = json.loads(_sized(schema)) if isinstance(schema, str) else schema
     except (ValueError, RecursionError) as error:
@@ -181,13 +181,12 @@ def read_schema(schema: Mapping[str, Any] | str) -> dict[str, Any]:
 
 
 def json_layout(schema: Mapping[str, Any]) -> str:
-    """A schema's text for use within a Lark grammar, behind `%json`: JSON laid out as in
-    `json_grammar`."""
+    """A schema as text to put after `%json` in a Lark grammar, with `json_grammar`'s layout."""
     return json.dumps({**schema, "x-guidance": _LAYOUT})
 
 
 def regex_grammar(expression: str) -> str:
-    """The grammar of text that fits a regular expression, of the syntax of Rust's `regex`."""
+    """The grammar for text that matches a regular expression, in the syntax of Rust's `regex`."""
     return LLMatcher.grammar_from_regex(_sized(expression))
 
 
@@ -205,7 +204,7 @@ def _sized(text: str) -> str:
 
 
 def _raise_for(matcher: LLMatcher) -> None:
-    """RequestError, in one line, if the matcher has failed."""
+    """Raise a one-line RequestError if the matcher has failed."""
     if matcher.is_error():
         if matcher.get_error().startswith("NoExtension"):
             raise RequestError("no text fits the grammar")

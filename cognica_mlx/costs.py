@@ -1,8 +1,8 @@
-"""What the parts of a decoding step cost: through each stage and each head, by number of rows.
+"""The cost of each part of a decoding step: each stage and each head, by number of rows.
 
-- in bytes of weights read: what decoding is bound by, the same for a batch of rows as for one
-- or in seconds on this machine: how much dearer a batch is differs between chips, and whether
-  drafting or leaving early pays depends on it
+- in bytes of weights read, which bound decoding; the same for a batch of rows as for one row
+- or in seconds on this machine: how much more a batch costs than one row differs between chips,
+  and decides whether drafting or exiting early pays
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ TRIALS = 3
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of a batch of `rows[i]` positions: stages[k][i] through stage k's layers, heads[k][i]
-    for what stage k predicts. Between the rows given they follow straight lines.
+    """Costs of a batch of `rows[i]` positions: stages[k][i] for stage k's layers, heads[k][i] for
+    stage k's prediction. Costs for other numbers of rows are interpolated linearly.
 
-    `full_boundaries` are the stages whose predictions make up the full model's; `shortlists` what
-    one prediction costs from a shortlist, by its rank. `rounded` are a rounded drafter's: of its
-    own stages, and as its one head of what it predicts.
+    `full_boundaries` are the stages that the full model's prediction reads. `shortlists` has the
+    cost of one prediction from a shortlist, by rank. `rounded` has a rounded drafter's costs: its
+    own stages, and its prediction as a single head.
     """
 
     rows: tuple[int, ...]
@@ -51,42 +51,42 @@ class Costs:
     rounded: Costs | None = None
 
     def stage(self, stage: int, rows: int = 1) -> float:
-        """A batch through the layers of `stage`."""
+        """Cost of a batch through the layers of `stage`."""
         return self._at(self.stages[stage], rows)
 
     def head(self, stage: int, rows: int = 1) -> float:
-        """What `stage` predicts for a batch."""
+        """Cost of the prediction of `stage` for a batch."""
         return self._at(self.heads[stage], rows)
 
     def full_head(self, rows: int = 1) -> float:
-        """What the full model predicts for a batch."""
+        """Cost of the full model's prediction for a batch, without its layers."""
         return sum(self.head(k, rows) for k in self.full_boundaries)
 
     def upper(self, stage: int, rows: int = 1) -> float:
-        """A batch through all layers behind `stage` and the full model's head."""
+        """Cost of a batch through all layers after `stage` and the full model's head."""
         return self.between(stage, rows) + self.full_head(rows)
 
     def between(self, stage: int, rows: int = 1) -> float:
-        """A batch through all layers behind `stage`."""
+        """Cost of a batch through all layers after `stage`."""
         return sum(self.stage(k, rows) for k in range(stage + 1, len(self.stages)))
 
     def lower(self, stage: int, rows: int = 1) -> float:
-        """A batch through all layers up to `stage`."""
+        """Cost of a batch through all layers up to `stage`."""
         return sum(self.stage(k, rows) for k in range(stage + 1))
 
     def target(self, target: Target, rows: int = 1) -> float:
-        """What a target predicts for a batch."""
+        """Cost of a target's prediction for a batch."""
         if target.rank is not None and target.rank in self.shortlists:
             return self.shortlists[target.rank]
         return target.share * sum(self.head(k, rows) for k in target.heads)
 
     def full_pass(self, rows: int = 1) -> float:
-        """A batch at full depth."""
+        """Cost of a batch at full depth."""
         return self.lower(len(self.stages) - 1, rows) + self.full_head(rows)
 
     @property
     def full_token(self) -> float:
-        """One token at full depth."""
+        """Cost of one token at full depth."""
         return self.full_pass()
 
     def _at(self, costs: Sequence[float], rows: int) -> float:
@@ -97,7 +97,7 @@ class Costs:
 
 
 def bytes_read(model: PoEModel) -> Costs:
-    """In bytes of weights, from the model's own arrays."""
+    """Costs in bytes of weights, from the model's own arrays."""
     stages, heads = [], []
     for stage in range(model.poe_n_stages):
         stages.append(sum(map(_streamed, model.stages[stage].blocks)))
@@ -106,8 +106,8 @@ def bytes_read(model: PoEModel) -> Costs:
 
 
 def with_bytes_of(costs: Costs, prefix: RoundedPrefix) -> Costs:
-    """`costs` with those of a rounded drafter, if each of its parts costs as much less than the
-    model's as it has fewer bytes: what nobody has measured."""
+    """`costs` with an estimate for a rounded drafter that was not measured: each part's cost is the
+    model's, scaled by its share of the bytes."""
 
     def share(copies: Sequence[nn.Module], originals: Sequence[nn.Module]) -> float:
         return sum(map(_streamed, copies)) / sum(map(_streamed, originals))
@@ -130,7 +130,7 @@ def measure_drafter(
     trials: int = TRIALS,
     state: DecodingState | None = None,
 ) -> Costs:
-    """What a rounded drafter costs, in seconds, as `measure` takes them."""
+    """A rounded drafter's costs in seconds, measured as in `measure`."""
     if state is None:
         state = DecodingState(prefix.model)
         prefill(state, text, state.depth)
@@ -160,12 +160,12 @@ def measure(
     state: DecodingState | None = None,
     ranks: Sequence[int] = (),
 ) -> Costs:
-    """In seconds, behind the tokens of `text`: medians of up to `trials` rounds (after one that
-    warms up; one at least, as many as `seconds` allow).
+    """Costs in seconds after the tokens of `text`: medians of up to `trials` rounds, after one
+    warm-up round. At least one round is kept; `seconds` limits the others.
 
-    A `state` that holds the text saves reading it, and comes back as it was. A prediction's time is
-    that of its logits and of choosing a token from them; shortlists of `ranks` are timed for one
-    row. Every part is waited for, which small models feel: in a row theirs are cheaper.
+    A `state` that already holds the text saves reading it, and is restored. A prediction's time
+    covers its logits and choosing a token from them; shortlists of `ranks` are timed for one row.
+    The host waits after every part, which overstates the costs of small models.
     """
     started = time.perf_counter()
     if state is None:
@@ -210,7 +210,7 @@ def _advance(state: DecodingState, stage: int) -> list[mx.array]:
     carry_out(advance(state, stage))
     state.next_round()
     hidden = state.boundary(stage, start, state.filled[stage])
-    # Asked for by name: on another machine it would not be waited for otherwise.
+    # Reading `x` explicitly: otherwise a stage on another machine would not be waited for.
     return [hidden.x, *hidden.arrays()]
 
 
@@ -225,7 +225,7 @@ def _chosen(predict: Callable[[Any], mx.array], hidden: Any) -> list[mx.array]:
 
 
 def _streamed(module: nn.Module) -> int:
-    """Bytes that a pass reads of a module: of a table of embeddings only the token's own row."""
+    """Bytes of a module that a pass reads; embedding tables, read one row a token, are left out."""
     table = (
         module.attn.value_embed
         if isinstance(module, Block) and "value_embed" in module.attn

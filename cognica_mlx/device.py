@@ -1,4 +1,4 @@
-"""What MLX must be told about a device before the first product, and the layout that suits it."""
+"""MLX settings for a device, to make before the first matrix product, and its weight layout."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from cognica_mlx.model import PoEModel
 
 
 def prepare(dtype: mx.Dtype) -> None:
-    """Set what MLX reads from the environment, unless the user has set it.
+    """Set MLX's environment variables, unless the user has set them.
 
-    - float32 products are rounded to TF32 on an M5 (macOS 26.2) and on CUDA, so drafts and their
-      verification would differ: a float32 model asks for float32
-    - cuDNN's attention takes a view of some cache buffers for the whole buffer, and sees wrong rows
+    - on an M5 (macOS 26.2) and on CUDA, MLX rounds float32 products to TF32, so drafts and their
+      verification would differ: turned off for a float32 model
+    - cuDNN's attention mistakes views of some cache buffers for the whole buffer and reads wrong
+      rows: turned off
     """
     if mx.default_device() == mx.cpu:
         return
@@ -25,6 +26,6 @@ def prepare(dtype: mx.Dtype) -> None:
 
 
 def lay_out(model: PoEModel) -> None:
-    """Join a model's matrices where that saves kernels: on a GPU."""
+    """On a GPU, join a model's matrices, which saves kernels."""
     if mx.default_device() == mx.gpu:
         model.stack()

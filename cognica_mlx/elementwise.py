@@ -1,7 +1,7 @@
 """Chains of element-wise operations: one kernel each on a GPU instead of two to four.
 
-The CPU back end's compiled kernels are slower than its own operations (16 times in
-`relu_squared` of 128 rows), so there the operations stay as they are.
+On the CPU back end compiled kernels are slower than separate operations (16 times for
+`relu_squared` of 128 rows), so there nothing is compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SOFTCAP = 15.0
 
 
 def compiles() -> bool:
-    """Whether compiled kernels are the quicker ones here."""
+    """Whether compiled kernels are faster on this device."""
     return mx.default_device() == mx.gpu
 
 
@@ -44,12 +44,12 @@ def relu_squared(x: mx.array) -> mx.array:
 
 @_chain
 def gated(values: mx.array, gate: mx.array, embedded: mx.array) -> mx.array:
-    """Values (B, H, T, head_dim) and what is embedded for them by up to three times, the sigmoid of
-    `gate` (B, H, T, 1)."""
+    """values + 3 sigmoid(gate) embedded: values and embedded (B, H, T, head_dim), gate
+    (B, H, T, 1)."""
     return values + 3 * mx.sigmoid(gate) * embedded
 
 
 @_chain
 def softcap(logits: mx.array) -> mx.array:
-    """Logits bent to stay within +-15."""
+    """Logits soft-capped to stay within +-15."""
     return SOFTCAP * mx.tanh(logits / SOFTCAP)

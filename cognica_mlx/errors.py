@@ -2,7 +2,7 @@
 
 
 class PoEError(Exception):
-    """Anything that went wrong in a way we can name; the message says what to do."""
+    """Base class for every error below; the message says what went wrong and what to do."""
 
 
 class ConfigError(PoEError, ValueError):
@@ -10,11 +10,11 @@ class ConfigError(PoEError, ValueError):
 
 
 class CheckpointError(PoEError):
-    """A checkpoint's files are missing, damaged or do not fit; names the file or tensor."""
+    """A checkpoint's files are missing, damaged or mismatched; names the file or tensor."""
 
 
 class TokenizerError(PoEError):
-    """A tokenizer file cannot be read safely, or a text or token id cannot be translated."""
+    """A tokenizer file cannot be read safely, or text or a token id cannot be converted."""
 
 
 class RequestError(PoEError, ValueError):
@@ -22,17 +22,17 @@ class RequestError(PoEError, ValueError):
 
 
 class RankError(PoEError):
-    """Another machine that holds a part of the model failed at a pass; names its rank."""
+    """A pass failed on another machine that holds part of the model; names its rank."""
 
 
 class RankLostError(RankError):
-    """Another machine has died or does not answer, and will not be asked again; names its rank."""
+    """Another machine died or stopped answering, and is given up on; names its rank."""
 
 
 class RollbackError(PoEError):
-    """The decoding state no longer holds what a rollback would need."""
+    """The decoding state no longer holds what the rollback needs."""
 
 
 def one_line(error: BaseException) -> str:
-    """What another library's error says, in one line that is not too long."""
+    """Another library's error message as one line of at most 160 characters."""
     return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,8 +1,8 @@
-"""How much memory a decoding state can come to need, known before it is made.
+"""An upper bound on the memory that a decoding state will need, before it is created.
 
 - in: a model, how long the text may become, a state's options
 - out: bytes, never less than `DecodingState.nbytes` will be
-- by shapes alone: nothing is computed or allocated
+- from shapes alone: nothing is computed or allocated
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def state_bytes(
 ) -> int:
     """The most bytes that a state holds after any text of up to `positions` tokens.
 
-    Drafts count as positions. `slack` and `keep_trunk` are those of the state; `pending` says how
-    many positions may wait before a stage, `spare` how many that are not the state's own its
-    activations may keep in memory (see `DecodingState.compact`), `chunk` how many run at once, as
-    activations are dropped in the pieces in which they came. `room` is what `made_for` says of a
-    state that the text goes on from. Of the stages `aside` a drafter may hold copies besides.
+    Drafts count as positions. `slack` and `keep_trunk` are the state's own options. `pending` is
+    how many positions may wait before a stage, `spare` how many foreign positions its activations
+    may keep in memory (see `DecodingState.compact`), `chunk` how many run at once (activations are
+    dropped in the pieces in which they were computed). `room` is `made_for` of the state that the
+    text continues. A drafter may hold a second copy of the caches of the stages in `aside`.
     """
     config, itemsize = model.config, model.resid_lambdas.dtype.size
     row = config.n_kv_head * config.head_dim * itemsize
@@ -55,7 +55,6 @@ def state_bytes(
 
 
 def made_for(state: DecodingState) -> int:
-    """How long a text the state's buffers are made for: they do not shrink when it is rolled
-    back."""
+    """How many rows the state's buffers have room for; they do not shrink on a rollback."""
     rows = (array.shape[2] for cache in state.caches for array in cache.arrays())
     return max(rows, default=0)

@@ -1,9 +1,9 @@
-"""What passes from stage to stage: activations of consecutive positions, and views of them.
+"""Activations passed from stage to stage: arrays of consecutive positions, and views of them.
 
 - `Hidden` holds the arrays; `Rows` names a part of one without slicing it
-- a pass that packs several sequences gives each its `Rows` of the result, and `pack` joins them
-  again for the next pass: for the same sequences in the same order, without touching an array
-- `Boundary` keeps what one stage gave out for one sequence, as far back as it is needed
+- a pass that packs several sequences gives each its `Rows` of the result; `pack` joins them again
+  for the next pass, without touching an array if sequences and order are the same
+- `Boundary` keeps one stage's output for one sequence, as far back as it is needed
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# A view is copied if it is this much smaller than what it keeps in memory, and that is more rows
-# than many sequences decode at once: then a prompt rode along.
+# A view is copied if the pass that it keeps in memory has SPARSE times its rows or more, and at
+# least MANY: more than sequences decode at once, so a prompt was in the same pass.
 SPARSE, MANY = 8, 64
-# `Boundary.compact` makes runs of so many positions, and leaves alone those of a quarter.
+# `Boundary.compact` makes runs of up to this many positions, and leaves whole runs of a quarter.
 RUN = 64
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Positions at a stage boundary: all that the next stage needs of them.
+    """Positions at a stage boundary, with everything that the next stage needs.
 
     tokens (B, T) int; x and x0 (B, T, D), the residual stream and the smeared embedding;
-    backout (B, T, D) from the boundary after the backout layer on, before it None.
+    backout (B, T, D), or None at boundaries before the backout layer.
     """
 
     tokens: mx.array
@@ -45,7 +45,7 @@ class Hidden:
         return self._each(lambda array: mx.contiguous(array[:, start:stop]))
 
     def _each(self, part) -> Hidden:  # type: ignore[no-untyped-def]
-        # x0 is x in an embedded text: one array stays one.
+        # In an embedded text x0 is x: keep them one array.
         x = part(self.x)
         x0 = x if self.x0 is self.x else part(self.x0)
         backout = None if self.backout is None else part(self.backout)
@@ -57,7 +57,7 @@ class Hidden:
         return parts[0] if len(parts) == 1 else parts[0].joined(parts)
 
     def joined(self, parts: Sequence[Hidden]) -> Hidden:
-        """The positions of `parts`, of which this is the first, in a row."""
+        """The positions of all `parts`, starting with this one, joined along T."""
 
         def joined(arrays: list[mx.array]) -> mx.array:
             return mx.concatenate(arrays, axis=1)
@@ -73,7 +73,7 @@ class Hidden:
         )
 
     def arrays(self) -> list[mx.array]:
-        """Its distinct arrays, for evaluation and for counting bytes."""
+        """The distinct arrays, to evaluate or count bytes."""
         found = [self.tokens, self.x, self.backout]
         if self.x0 is not self.x:
             found.append(self.x0)
@@ -90,7 +90,7 @@ class Rows:
 
     @staticmethod
     def of(hidden: Hidden) -> Rows:
-        """All of its positions."""
+        """A view of all positions."""
         return Rows(hidden, 0, len(hidden))
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ class Rows:
         return self.source[self.start : self.stop]
 
     def compact(self) -> Rows:
-        """The same positions, in arrays of their own if they keep much more in memory."""
+        """The same positions, copied if the view keeps much more than itself in memory."""
         total = len(self.source)
         if total < MANY or total < SPARSE * len(self):
             return self
@@ -115,7 +115,7 @@ class Rows:
 
 
 def pack(pieces: Sequence[Rows]) -> Hidden:
-    """The positions of all pieces in a row, (1, total, D)."""
+    """The positions of all pieces joined, (1, total, D)."""
     parts: list[Hidden] = []
     source, start, stop = pieces[0].source, pieces[0].start, pieces[0].start
     for piece in pieces:
@@ -133,13 +133,12 @@ class Boundary:
     def __init__(self) -> None:
         self._runs: deque[tuple[int, Rows]] = deque()
         self.stop = 0
-        # Positions of other sequences, and refused ones, that have come into memory with these
-        # since `compact`.
+        # Foreign positions kept in memory by views since `compact`: other sequences' and rejected.
         self.excess = 0
 
     @property
     def start(self) -> int:
-        """The first position held; equals `stop` when none is."""
+        """The first position held, or `stop` if none is."""
         return self._runs[0][0] if self._runs else self.stop
 
     def append(self, rows: Rows) -> None:
@@ -150,9 +149,9 @@ class Boundary:
         self.excess += len(rows.source) - count
 
     def read(self, start: int, stop: int) -> list[Rows]:
-        """The positions start .. stop - 1, which must be held, in pieces."""
+        """Positions start .. stop - 1, which must be held, in pieces."""
         parts: list[Rows] = []
-        # From the end: what is asked for is recent, and old runs may be many.
+        # From the end: requests are for recent positions, and there may be many old runs.
         for first, rows in reversed(self._runs):
             count = len(rows)
             if start <= first and first + count <= stop:
@@ -169,7 +168,7 @@ class Boundary:
             self._runs.popleft()
 
     def truncate(self, position: int) -> None:
-        """Drop `position` and all after it."""
+        """Drop the positions from `position` on."""
         if position >= self.stop:
             return
         while self._runs and self._runs[-1][0] >= position:
@@ -182,9 +181,9 @@ class Boundary:
         self.stop = position
 
     def compact(self) -> list[mx.array]:
-        """Hold short runs, and views of passes shared with other sequences, in arrays of their own.
+        """Copy short runs, and views of passes shared with other sequences, to arrays of their own.
 
-        Returns the new arrays, unevaluated: until they are computed the old ones stay in memory.
+        Returns the new arrays, unevaluated; the old ones stay in memory until they are computed.
         """
         made: list[mx.array] = []
         runs: deque[tuple[int, Rows]] = deque()
@@ -217,5 +216,5 @@ class Boundary:
         return other
 
     def sources(self) -> list[Hidden]:
-        """What its runs are views of, each once."""
+        """The `Hidden` objects that its runs are views of, each once."""
         return list({id(rows.source): rows.source for _, rows in self._runs}.values())

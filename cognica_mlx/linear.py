@@ -1,4 +1,4 @@
-"""Matrices: quick for a few rows at once on the CPU, and added to the residual stream on a GPU."""
+"""Linear layers: fast for a few rows on the CPU, fused with the residual addition on a GPU."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import ctypes
 import mlx.core as mx
 import mlx.nn as nn
 
-# How OpenBLAS is best given a few rows, where MLX's CPU back end runs on it: see `Linear`.
+# How to pass a few rows to OpenBLAS, if MLX's CPU back end uses it: see `Linear`.
 ON_OPENBLAS = hasattr(ctypes.CDLL(None), "openblas_get_config")
 COLUMNS, FULL_ROWS, BLOCK = 3, 16, 4096
 
 
 class Linear(nn.Linear):
-    """A matrix; on the CPU back end with OpenBLAS, one that is quicker for a few rows at once.
+    """A linear layer that is faster for a few rows on the CPU back end with OpenBLAS.
 
-    Two or three go as columns on the right of the weights, a block of them at a time; from there
-    to 15, sixteen cost less than they do.
+    2 or 3 rows: multiplied as columns from the right, one block of the weights at a time.
+    4 to 15 rows: padded to 16, which is faster.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -34,7 +34,7 @@ class Linear(nn.Linear):
 
 
 def added(x: mx.array, linear: nn.Module, h: mx.array) -> mx.array:
-    """x (B, T, n_out) + linear(h (B, T, n_in)): on a GPU in one kernel."""
+    """x (B, T, n_out) + linear(h (B, T, n_in)), in one kernel on a GPU."""
     if isinstance(linear, nn.Linear) and mx.default_device() == mx.gpu:
         return mx.addmm(x, h, linear.weight.T)
     return x + linear(h)

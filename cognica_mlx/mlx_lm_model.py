@@ -1,8 +1,8 @@
-"""The model as mlx-lm runs it: `mlx_lm.generate`, `mlx_lm.perplexity`, `mlx_lm.server`.
+"""The model for mlx-lm's commands: `mlx_lm.generate`, `mlx_lm.perplexity`, `mlx_lm.server`.
 
-- in: a converted model folder; its `model_file` leads mlx-lm here, given `--trust-remote-code`
-- full depth only: stages, WAND and self-speculation are this package's own commands
-- mlx-lm's caches, so that its server can join, split, extend and store them
+- in: a converted model folder; with `--trust-remote-code`, its `model_file` points mlx-lm here
+- full depth only: stages, WAND and self-speculation need this package's own commands
+- it uses mlx-lm's caches, so that its server can merge, split, extend and store them
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ModelArgs = PoEConfig
 
 
 class RotatingCache:
-    """A layer's mlx-lm cache, for one sequence or a batch of them, as our blocks ask for it."""
+    """A layer's mlx-lm cache, for one sequence or a batch, with the interface our blocks expect."""
 
     def __init__(self, cache: Any, length: int):
         self._cache = cache
@@ -29,7 +29,7 @@ class RotatingCache:
         self._mask = cache.make_mask(length)
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """Take in keys and values (B, KV, T, head_dim); what queries (B, H, T, head_dim) see."""
+        """Add keys and values (B, KV, T, head_dim); attention of queries (B, H, T, head_dim)."""
         k, v = self._cache.update_and_fetch(k, v)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self._mask)
 
@@ -51,8 +51,8 @@ class Model(PoEModel):
     def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Full-depth logits (flat) or Log-OP scores of tokens (B, T): (B, T, V) float32.
 
-        `cache`, from `make_cache` or what mlx-lm made of several, holds the positions before them
-        and takes these in.
+        `cache`, from `make_cache` or merged from several by mlx-lm, holds the earlier positions and
+        is extended by these.
         """
         if cache is None:
             return super().__call__(tokens)
@@ -66,8 +66,8 @@ class Model(PoEModel):
     def _embed_after(self, tokens: mx.array, state: ArraysCache) -> Hidden:
         """Embed and smear tokens (B, T); `state` keeps each row's last embedding (B, 1, D).
 
-        Zeros, with which mlx-lm also fills a row that joins a batch, open a text: they smear
-        nothing into the first position.
+        At the start of a text it is zeros, which smear nothing into the first position; mlx-lm
+        fills rows that join a batch with zeros too.
         """
         length = tokens.shape[1]
         x = self.embeddings(tokens)

@@ -1,4 +1,4 @@
-"""The Cognica-PoE network in MLX: embedding, stages, heads, and what they predict.
+"""The Cognica-PoE network in MLX: embedding, stages, heads and their predictions.
 
 - in: token ids (B, T) or boundary activations (`Hidden`)
 - out: boundary activations, and float32 logits or Log-OP scores (B, T, V)
@@ -27,14 +27,15 @@ from cognica_mlx.stages import Block, Stage, alike, norm
 
 
 def log_softmax(logits: mx.array) -> mx.array:
-    """Normalised log-probabilities over the last axis."""
+    """Normalized log-probabilities over the last axis."""
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def log_op(logits: Sequence[mx.array], weights: Sequence[float]) -> mx.array:
     """Logarithmic opinion pool: the weighted sum of the predictors' log-probabilities.
 
-    `logits` are (..., V) each. The result is a score; probabilities need another logsumexp.
+    `logits` are (..., V) each. The result is an unnormalized score: subtract its logsumexp to get
+    log-probabilities.
     """
     return sum(
         (w * log_softmax(z) for z, w in zip(logits[1:], weights[1:], strict=True)),
@@ -45,28 +46,29 @@ def log_op(logits: Sequence[mx.array], weights: Sequence[float]) -> mx.array:
 class PoEModel(nn.Module):
     """A Cognica Product-of-Experts language model, base or specialist.
 
-    Parameters carry the released checkpoints' names without `transformer.`, but for two: value
-    embeddings are `h.{i}.attn.value_embed`, and specialists' heads `lm_head_specialists.{i}` in
-    the order in which they stack. Building one evaluates nothing: no weight takes memory before
-    it is used or loaded.
+    Parameters have the released checkpoints' names without `transformer.`, with two exceptions:
+    value embeddings are `h.{i}.attn.value_embed`, and specialists' heads are
+    `lm_head_specialists.{i}`, in stacking order. Building a model evaluates nothing: a weight takes
+    no memory until it is used or loaded.
     """
 
     def __init__(self, config: PoEConfig):
         super().__init__()
         self.config = config
         self.calibration: Calibration | None = None
-        # Why there is none, where a file lies beside the model.
+        # Why the calibration file beside the model cannot be used.
         self.calibration_problem: str | None = None
         self._shortlists: dict[int, ShortlistHead] = {}
-        # The model over whose stages this one stands in memory: see `shared_base.share_base`.
+        # The model in memory that this one shares its lower stages with: see `share_base`.
         self._base: PoEModel | None
         object.__setattr__(self, "_base", None)  # its parameters are not this model's
-        # Rounded copies that lie beside the model, and what takes each up: see `round_prefix`.
+        # Rounded copies stored beside the model, each with the function that loads it: see
+        # `round_prefix`.
         self.stored_copies: dict[Scheme, Callable[[], None]]
         object.__setattr__(self, "stored_copies", {})
         self._variants: WeakSet[Stage] = WeakSet()
         self._stages: tuple[tuple[mx.array, ...], tuple[Stage, ...]] | None = None
-        # Stages that other machines hold.
+        # Stages held by other machines.
         self._elsewhere: dict[int, RemoteStage] = {}
         rows, width = config.padded_vocab_size, config.n_embd
         self.wte: nn.Module = nn.Embedding(rows, width)
@@ -86,7 +88,7 @@ class PoEModel(nn.Module):
 
     @property
     def poe_n_stages(self) -> int:
-        """Predictors in a row; a specialist is one more."""
+        """Number of predictors: the base's stages, then one for each specialist."""
         return self.config.poe_n_stages
 
     @property
@@ -96,8 +98,8 @@ class PoEModel(nn.Module):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages, in the order in which they run. One that computes just as a stage of the base
-        in memory does is that stage."""
+        """The stages, in the order in which they run. A stage that computes the same as one of the
+        base in memory is the base's own object."""
         made_of = (self.resid_lambdas, self.x0_lambdas)
         if self._stages is None or any(
             a is not b for a, b in zip(self._stages[0], made_of, strict=True)
@@ -112,7 +114,7 @@ class PoEModel(nn.Module):
         ]
         if self._base is None:
             return tuple(own)
-        # Specialists may share a stage that differs from the base's in its lambdas.
+        # Specialists may share a stage that has other lambdas than the base's.
         known = [*self._base.stages, *self._base._variants]
         for k, stage in enumerate(own):
             own[k] = next((other for other in known if alike(stage, other)), stage)
@@ -126,20 +128,20 @@ class PoEModel(nn.Module):
 
     @property
     def full_boundaries(self) -> tuple[int, ...]:
-        """The stages whose boundary activations the full-depth prediction reads."""
+        """The stages that the full-depth prediction reads boundary activations of."""
         last = self.poe_n_stages - 1
         return tuple(range(last + 1)) if self.pools_stages else (last,)
 
     @property
     def pools_stages(self) -> bool:
-        """Whether the full-depth prediction is the Log-OP of all stages, or the last one's own."""
+        """Whether the full-depth prediction is the Log-OP of all stages rather than the last's."""
         return self.config.per_stage_head and not self.config.specialist_layers
 
     def embed(self, tokens: mx.array, previous: mx.array | None = None) -> Hidden:
-        """Embed and smear tokens (B, T): what the first stage takes in.
+        """Embed and smear tokens (B, T): the first stage's input.
 
-        `previous` (B, 1) is the token before them, None where they open the text: the smear
-        mixes into each position the embedding of the one before it.
+        `previous` (B, 1) is the token before them, or None at the start of the text: the smear
+        mixes the previous position's embedding into each position.
         """
         ids = tokens if previous is None else mx.concatenate([previous, tokens], axis=1)
         x = self.embeddings(ids)
@@ -149,11 +151,11 @@ class PoEModel(nn.Module):
         return Hidden(tokens, smeared, smeared)
 
     def embeddings(self, tokens: mx.array) -> mx.array:
-        """The normalised embeddings of tokens (B, T), before the smear: (B, T, D)."""
+        """The normalized embeddings of tokens (B, T), before the smear: (B, T, D)."""
         return norm(self.wte(tokens).astype(self.resid_lambdas.dtype))
 
     def smear(self, x: mx.array) -> mx.array:
-        """Mix into each embedding the one before it: (B, T + 1, D) in, the last T of them out."""
+        """Mix the previous embedding into each: (B, T + 1, D) in, the last T of them out."""
         after = x[:, 1:]
         gate = self.smear_lambda * mx.sigmoid(self.smear_gate(after[..., :SMEAR_CHANNELS]))
         return after + gate * x[:, :-1]
@@ -161,15 +163,16 @@ class PoEModel(nn.Module):
     def stage_logits(self, stage: int, hidden: Hidden) -> mx.array:
         """The prediction at the boundary of `stage`, (B, T, V) float32.
 
-        A base stage speaks without backout through the shared head and its own, if it has one; a
-        specialist stage with backout, through the shared head and those of the specialists up to
-        it (`head_mode` picks "dual", or "base" or "specialist", its nearest one alone; in a merged
-        folder that one is the sum already).
+        A base stage predicts without backout, through the shared head and its own if it has one. A
+        specialist stage predicts with backout; with `head_mode` "dual" through the shared head and
+        the heads of all specialists up to it, with "base" without its own head, with "specialist"
+        through its own head alone (which in a merged folder is already the sum).
         """
         return self.ask_logits(stage, hidden)()
 
     def ask_logits(self, stage: int, hidden: Hidden) -> Callable[[], mx.array]:
-        """`stage_logits`, begun where another machine makes them, which is then not waited for."""
+        """A function that returns `stage_logits`. If another machine computes them, it starts now,
+        and only the function waits."""
         remote = self.stages[stage]
         if isinstance(remote, RemoteStage) and remote.speaks:
             return remote.logits(hidden)
@@ -189,7 +192,7 @@ class PoEModel(nn.Module):
         return self._head_logits(h, heads)
 
     def heads(self, stage: int) -> list[nn.Module]:
-        """The heads that `stage` speaks through; their logits add up."""
+        """The heads that `stage` predicts through; their logits are summed."""
         specialist = stage - len(self.config.stage_layers)
         if specialist >= 0:
             return self._final_heads(specialist)
@@ -198,12 +201,13 @@ class PoEModel(nn.Module):
     def draft_logits(self, stage: int, hidden: Hidden) -> mx.array:
         """A base stage's activations, without backout, through the heads of the final prediction.
 
-        (B, T, V) float32. Of no meaning to the base, but a specialist's drafts come out better.
+        (B, T, V) float32. Meaningless for a base model; improves a specialist's drafts.
         """
         return self.ask_draft_logits(hidden)()
 
     def ask_draft_logits(self, hidden: Hidden) -> Callable[[], mx.array]:
-        """`draft_logits`, begun where another machine makes them, which is then not waited for."""
+        """A function that returns `draft_logits`. If another machine computes them, it starts now,
+        and only the function waits."""
         remote = self.stages[-1]
         if isinstance(remote, RemoteStage) and remote.speaks:
             return remote.logits(hidden, drafts=True)
@@ -211,8 +215,8 @@ class PoEModel(nn.Module):
         return lambda: self._head_logits(norm(hidden.x), self._final_heads(last))
 
     def shallow_scores(self, hidden: Sequence[Hidden]) -> mx.array:
-        """What specialists predict whose stages were fed by an early stage of the base, `hidden`
-        being what each of them gave out: (B, T, V) float32. To draft with."""
+        """Draft scores (B, T, V) float32 of specialists that run on an early stage of the base;
+        `hidden` holds the output of each specialist stage."""
         return self._shallow_logits(hidden[-1], self._final_heads(len(hidden) - 1))
 
     def _shallow_logits(self, hidden: Hidden, heads: Sequence[nn.Module]) -> mx.array:
@@ -223,8 +227,8 @@ class PoEModel(nn.Module):
     def with_shortlist(self, rank: int) -> PoEModel:
         """This model with a head that is cheaper to draft with: see `ShortlistHead`.
 
-        Made once for each rank, as that takes seconds. Raises RequestError where the model speaks
-        through several heads, or a quantised one, or the rank is none of such a matrix.
+        Built once for each rank, because that takes seconds. Raises RequestError if the model has
+        several heads or a quantized one, or if the rank is out of range.
         """
         width = self.config.n_embd
         if not 1 <= rank < width:
@@ -232,7 +236,7 @@ class PoEModel(nn.Module):
         if "lm_head_stages" in self or "lm_head_specialists" in self:
             raise RequestError("draft_rank needs a model with one head; this one has several")
         if not isinstance(self.lm_head, nn.Linear):
-            raise RequestError("draft_rank: this model's head is quantised, and cheap already")
+            raise RequestError("draft_rank: this model's head is quantized, so already cheap")
         if rank not in self._shortlists:
             self._shortlists[rank] = ShortlistHead(self.lm_head.weight, rank)
         short = copy.copy(self)
@@ -240,7 +244,7 @@ class PoEModel(nn.Module):
         return short
 
     def with_rounded_heads(self, scheme: Scheme) -> PoEModel:
-        """This model with rounded copies of its heads; made once."""
+        """This model with rounded copies of its heads; made once for each scheme."""
         kept = copies_of(self)
         if scheme not in kept:
             kept[scheme] = self._round_heads(scheme)
@@ -256,7 +260,7 @@ class PoEModel(nn.Module):
         return other
 
     def _final_heads(self, specialist: int) -> list[nn.Module]:
-        """The heads that a specialist stage speaks through; their logits add up."""
+        """The heads that a specialist stage predicts through; their logits are summed."""
         heads: list[nn.Module] = [self.lm_head]
         if self.config.head_mode in ("specialist", SUMMED):
             heads = [self.lm_head_specialists[specialist]]
@@ -271,9 +275,9 @@ class PoEModel(nn.Module):
     ) -> mx.array:
         """The full-depth prediction, (B, T, V) float32, from the boundaries in `full_boundaries`.
 
-        Flat bases: backout, then the shared head. Per-stage heads: the Log-OP of all stages, whose
-        sum is divided by `n_stages ** (1 - poe_alpha)`. Specialists: the last stage's logits.
-        Logits of stages that are `known` already are not computed again.
+        Flat bases: backout, then the shared head. Per-stage heads: the Log-OP of all stages, their
+        sum divided by `n_stages ** (1 - poe_alpha)`. Specialists: the last stage's logits. Logits
+        in `known`, by stage, are not computed again.
         """
         last = self.poe_n_stages - 1
         if self.pools_stages:
@@ -285,7 +289,7 @@ class PoEModel(nn.Module):
     def _logits(
         self, hidden: Mapping[int, Hidden], known: Mapping[int, mx.array] | None
     ) -> list[mx.array]:
-        """The logits of the stages in `full_boundaries`, as far as they are not `known`."""
+        """The logits of the stages in `full_boundaries`, taken from `known` where possible."""
         known = known or {}
         return [
             known[k] if k in known else self.stage_logits(k, hidden[k])
@@ -293,7 +297,7 @@ class PoEModel(nn.Module):
         ]
 
     def pool(self, logits: Sequence[mx.array]) -> mx.array:
-        """The Log-OP of the first stages' logits (B, T, V), as the full model pools all."""
+        """The Log-OP of the first stages' logits (B, T, V), pooled as the full model pools all."""
         weight = len(logits) ** (self.config.poe_alpha - 1)
         return log_op(logits, [weight] * len(logits))
 
@@ -309,7 +313,7 @@ class PoEModel(nn.Module):
     def forward_stage(self, tokens: mx.array, stage: int) -> mx.array:
         """Logits at the boundary of `stage` alone, (B, T, V) float32.
 
-        Raises RequestError where the model has no such stage.
+        Raises RequestError if the model has no such stage.
         """
         self.check_stage(stage)
         return self.stage_logits(stage, self.boundaries(tokens, stage)[-1])
@@ -326,7 +330,7 @@ class PoEModel(nn.Module):
             )
 
     def boundaries(self, tokens: mx.array, last_stage: int | None = None) -> list[Hidden]:
-        """What every stage up to `last_stage` (all of them) gives out for tokens (B, T)."""
+        """The output of every stage up to `last_stage` (default: the last) for tokens (B, T)."""
         last_stage = self.poe_n_stages - 1 if last_stage is None else last_stage
         given = [self.embed(tokens)]
         for stage in self.stages[: last_stage + 1]:
@@ -334,14 +338,14 @@ class PoEModel(nn.Module):
         return given[1:]
 
     def predictions(self, tokens: mx.array) -> list[mx.array]:
-        """What each stage and, last, the full model predict for tokens (B, T), from one forward:
-        `poe_n_stages` + 1 of (B, T, V) float32."""
+        """The predictions of each stage and then of the full model for tokens (B, T), from one
+        forward pass: `poe_n_stages` + 1 arrays (B, T, V) float32."""
         hidden = dict(enumerate(self.boundaries(tokens)))
         stages = {k: self.stage_logits(k, h) for k, h in hidden.items()}
         return [*stages.values(), self.full_scores(hidden, stages)]
 
     def stack(self) -> None:
-        """Lay the matrices out as suits a GPU: see `Attention.stack`."""
+        """Lay the matrices out for a GPU: see `Attention.stack`."""
         for block in self.h:
-            if isinstance(block, Block):  # and here, not on another machine
+            if isinstance(block, Block):  # held here, not on another machine
                 block.attn.stack()

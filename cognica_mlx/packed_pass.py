@@ -1,6 +1,6 @@
-"""One pass through a stage for many sequences: whose rows follow each other, and what each sees.
+"""One pass through a stage for many sequences, with their rows packed one after another.
 
-- caches that stand on one shelf write their rows together and are attended together
+- caches on the same shelf write their rows together and attend in one operation
 - the others attend one by one, each over its own buffers
 """
 
@@ -19,7 +19,7 @@ from cognica_mlx.shelf import Shelf
 
 
 class ShelfPass:
-    """A position each of several caches on one shelf, in the order of their slots: their part of
+    """One position from each of several caches on a shelf, in the order of their slots; serves as
     each layer's `AttentionCache`."""
 
     def __init__(self, caches: Sequence[StageCache]):
@@ -30,7 +30,7 @@ class ShelfPass:
         slots = tuple([place.slot for place in places])  # type: ignore[union-attr]
         offsets = tuple(self.positions())
         self.offset = _as_array(offsets)
-        # A window that is longer than all texts hides nothing: one answer for all such.
+        # Windows longer than every text hide nothing: clip them, so that they share a cache entry.
         longest = max(offsets)
         self._rows = {}
         for window in self._shelf.lengths:
@@ -43,7 +43,7 @@ class ShelfPass:
         return [content.offset for content in self._contents]
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `AttentionCache`: here T counts the caches, a position each."""
+        """See `AttentionCache`: here T is the number of caches, one position each."""
         i = len(self._layers)
         rows = self._rows[self._shelf.windows[i]]
         old_keys, old_values = self._shelf.layers[i]
@@ -66,8 +66,8 @@ class ShelfPass:
 
     @cached_property
     def contents(self) -> list[Content]:
-        """What each of the caches holds after this pass. Before any does, the shelf has the new
-        rows: what is beyond a cache's own counts for nothing."""
+        """Each cache's content after this pass. The shelf gets the new rows first, which is safe: a
+        cache ignores rows beyond its own."""
         self._shelf.layers = tuple(self._layers)
         found = []
         for old, written in zip(self._contents, self._rounds, strict=True):
@@ -89,8 +89,8 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Run:
-    """Members in neighbouring slots, the rows that any of them sees, and a mask (T, 1, 1, rows)
-    where some see fewer."""
+    """Members in adjacent slots, the rows that any of them sees, and a mask (T, 1, 1, rows) if some
+    see fewer."""
 
     members: slice
     slots: slice
@@ -100,9 +100,9 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where a pass writes in the layers of one window, and what each run of neighbours sees.
+    """Where a pass writes in the layers of one window, and what each run of adjacent slots sees.
 
-    slots, rows: (T,) arrays. `same` is the row if it is one for all, and the slots are neighbours.
+    slots, rows: (T,) arrays. `same` is the row if all share it and the slots are adjacent.
     """
 
     slots: mx.array
@@ -111,8 +111,8 @@ class _Rows:
     runs: tuple[_Run, ...]
 
     def write(self, array: mx.array, new: mx.array) -> mx.array:
-        """The shelf's array with new rows (T, KV, 1, head_dim) in T of its slots."""
-        # An array object of its own: item assignment changes the one that it is given.
+        """The shelf's array with new rows (T, KV, 1, head_dim) written to T of its slots."""
+        # A new array object, because item assignment changes the object in place.
         written = array[:]
         if self.same is not None:
             written[self.runs[0].slots, :, self.same : self.same + 1] = new
@@ -121,7 +121,7 @@ class _Rows:
         return written
 
 
-# Mostly all stages ask for the same.
+# Usually all stages ask for the same positions.
 @lru_cache(maxsize=16)
 def _as_array(positions: tuple[int, ...]) -> mx.array:
     return mx.array(positions)
@@ -131,7 +131,8 @@ def _as_array(positions: tuple[int, ...]) -> mx.array:
 def _rows(
     slots: tuple[int, ...], offsets: tuple[int, ...], shifts: tuple[int, ...], window: int
 ) -> _Rows:
-    """For members in these slots whose next positions are `offsets`, in rows by so much later."""
+    """The `_Rows` of members in `slots`: member i writes position offsets[i] to row offsets[i] +
+    shifts[i]."""
     rows = np.array(offsets) + shifts
     # The first row that each sees.
     first = rows - np.minimum(offsets, window)
@@ -149,7 +150,7 @@ def _rows(
 
 
 class PackedPass:
-    """The passes of several caches as one: rows (1, total, …) follow each other."""
+    """The passes of several caches as one, with their rows concatenated: (1, total, …)."""
 
     def __init__(self, passes: Sequence[ShelfPass | StagePass]):
         self._parts: list[tuple[slice, ShelfPass | StagePass]] = []
@@ -170,7 +171,7 @@ class PackedPass:
 
 
 def in_order(caches: Sequence[StageCache]) -> list[int]:
-    """The order in which caches share a pass: each shelf's by their slots, then the others."""
+    """The order in which caches share a pass: each shelf's caches by slot, then the others."""
     rank: dict[Shelf, int] = {}
     keys = [
         (rank.setdefault(place.shelf, len(rank)), place.slot)
@@ -184,8 +185,8 @@ def in_order(caches: Sequence[StageCache]) -> list[int]:
 def begin(
     caches: Sequence[StageCache], counts: Sequence[int]
 ) -> tuple[StagePass | ShelfPass | PackedPass, list[Done]]:
-    """A pass of so many positions for each of the caches, which are in the order of `in_order`:
-    what the layers attend with, and each cache's part, to be committed."""
+    """A pass of `counts` positions for the caches, which must be in the order of `in_order`: what
+    the layers attend with, and each cache's part to commit."""
     shelves: dict[Shelf, list[StageCache]] = {}
     own: list[StagePass] = []
     for cache, count in zip(caches, counts, strict=True):
@@ -194,7 +195,7 @@ def begin(
         else:
             own.append(cache.begin(count))
     together = [ShelfPass(members) for members in shelves.values()]
-    # Not kept by the pass itself: in a cycle its arrays would outlive it, and be copied.
+    # The pass must not refer to these: a cycle would keep its arrays alive, so MLX would copy them.
     parts: list[Done] = [
         _Member(shared, i) for shared in together for i in range(len(shared.positions()))
     ]

@@ -1,9 +1,9 @@
-"""Rounded copies of matrices, stages and heads: a quarter of the bytes to read, to draft with.
+"""Rounded copies of matrices, stages and heads to draft with, which have fewer bytes to read.
 
 - `Scheme` says how a matrix is rounded; MLX does the rounding
-- every copy is made once and kept with what it was made from, so that all specialists over one base
-  draft from the same rounded stages
-- nothing of the model changes: a copy stands beside it, and its memory is what `nbytes` says
+- every copy is made once and kept with its original, so that all specialists over one base draft
+  from the same rounded stages
+- the model itself does not change; `own_arrays` lists what the copies add in memory
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cognica_mlx.stages import Block, Stage
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-# The modes of mx.quantize: group size and bits where none are given, or the only ones there are.
+# The modes of mx.quantize with their default group size and bits; only affine has other choices.
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
-# What a drafter may be rounded to.
+# The choices for rounding a drafter.
 DRAFT_BITS = (*map(str, BITS), "mxfp4", "nvfp4")
 
 SUFFIXES = ("weight", "scales", "biases")
@@ -32,7 +32,7 @@ SUFFIXES = ("weight", "scales", "biases")
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a matrix is rounded: `bits` a weight, in groups of `group_size` along a row, `mode`."""
+    """How a matrix is rounded: `bits` per weight, in groups of `group_size` along a row, `mode`."""
 
     bits: int
     group_size: int
@@ -45,7 +45,7 @@ class Scheme:
 
 
 def draft_scheme(bits: int | str) -> Scheme:
-    """The scheme of a drafter: a number of bits in groups of 64, or "mxfp4" or "nvfp4".
+    """A drafter's scheme: a number of bits in groups of 64, or "mxfp4" or "nvfp4".
 
     Raises RequestError for anything else.
     """
@@ -59,10 +59,10 @@ def draft_scheme(bits: int | str) -> Scheme:
 
 
 def rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
-    """A matrix as `scheme` rounds it, made once; the matrix itself where that would save nothing:
-    where it has no more bits already, or its rows are no multiple of the group size.
+    """A copy of a matrix rounded by `scheme`, made once. Returns the matrix itself if it has no
+    more bits already, or if its rows are not a multiple of the group size.
 
-    In affine mode rows that are too short for the scheme's groups get groups of 32.
+    In affine mode, rows that are not a multiple of the scheme's group size get groups of 32.
     """
     kept = copies_of(module)
     if scheme not in kept:
@@ -71,7 +71,7 @@ def rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
 
 
 def copies_of(thing: object) -> dict[Any, Any]:
-    """The rounded copies of a module, a stage or a model that have been made, which it keeps."""
+    """The rounded copies made so far of a module, stage or model, which keeps them."""
     return thing.__dict__.setdefault("_rounded", {})
 
 
@@ -98,8 +98,8 @@ def _rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
 
 
 def rounded_stage(stage: Stage, scheme: Scheme, source: int) -> Stage:
-    """A stage that runs as this one does, but through rounded matrices and from boundary `source`;
-    made once. Tables of embeddings, of which a token reads one row, stay the model's own."""
+    """A copy of a stage with rounded matrices that reads boundary `source`; made once. Embedding
+    tables, which a token reads one row of, stay the model's own."""
     kept = copies_of(stage)
     key = scheme, source
     if key not in kept:
@@ -125,7 +125,7 @@ def _rounded_block(block: Block, scheme: Scheme) -> Block:
 
 
 def own_arrays(copies: Iterable[nn.Module], originals: Iterable[nn.Module]) -> list[mx.array]:
-    """The arrays that rounded modules hold beyond those that they were made from."""
+    """The arrays that rounded copies hold in addition to the originals' arrays."""
     shared = {id(array) for module in originals for array in _arrays(module)}
     found = {id(array): array for module in copies for array in _arrays(module)}
     return [array for key, array in found.items() if key not in shared]

@@ -1,7 +1,7 @@
-"""From scores to tokens: biases, penalties, filters, temperature, and a seeded source of chance.
+"""From scores to tokens: biases, penalties, filters, temperature, and a seeded random source.
 
-- in: `Scores` of consecutive positions, the tokens before each, masks of what a constraint allows
-- out: chosen tokens, the best alternatives to them, or the whole distribution that they are from
+- in: `Scores` of consecutive positions, the tokens before each, a constraint's masks
+- out: chosen tokens, the best alternatives, or the whole distribution to draw from
 - order as in mlx-lm: bias, repetition penalty, presence and frequency penalties, mask, top-p,
   min-p, top-k, temperature
 """
@@ -20,20 +20,19 @@ import mlx.core as mx
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import log_softmax
 
-# Scores divided by less overflow; by more, they are all the same to a float32.
+# Scores divided by less than this overflow; divided by more, they are all equal in float32.
 MIN_TEMP, MAX_TEMP = 1e-6, 1e6
 MAX_TOP_LOGPROBS = 100
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose a token, and what to tell about the choice; temp 0 is greedy.
+    """How to choose a token, and what to report about the choice; temp 0 is greedy.
 
-    `logit_bias` is added to tokens' scores, by id. `frequency_penalty` is taken from the score of a
-    token as often as the reply has it already, `presence_penalty` once if it has it at all: what
-    OpenAI's API means by these. `repetition_penalty` divides the scores of the last
-    `repetition_context_size` tokens, the prompt's too. Of `top_logprobs` best tokens the
-    log-probabilities are reported.
+    `logit_bias` is added to tokens' scores, by id. As in OpenAI's API, `frequency_penalty` is
+    subtracted from a token's score for each time it occurs in the reply, `presence_penalty` once if
+    it occurs at all. `repetition_penalty` lowers the scores of the last `repetition_context_size`
+    tokens, prompt included. The log-probabilities of the `top_logprobs` best tokens are reported.
 
     Raises RequestError for a value out of range.
     """
@@ -69,7 +68,7 @@ class SamplingOptions:
                 raise RequestError(f"{name} {getattr(self, name)} is not a finite number")
         for token, bias in (self.logit_bias or {}).items():
             if not isinstance(token, int):
-                raise RequestError(f"logit_bias: {token!r:.20} is no token id")
+                raise RequestError(f"logit_bias: {token!r:.20} is not a token id")
             if not isfinite(bias):
                 raise RequestError(f"logit_bias of token {token}: {bias} is not a finite number")
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
@@ -81,9 +80,9 @@ class SamplingOptions:
 
 
 class Scores:
-    """Scores (n, V) of n positions, a part of what one pass has given for many.
+    """Scores (n, V) of n positions, which may be part of a larger pass's scores.
 
-    What greedy decoding asks about them is computed for all the rows together, once.
+    What greedy decoding needs is computed once, for all rows of the pass together.
     """
 
     def __init__(self, array: mx.array):
@@ -114,29 +113,29 @@ class Scores:
 
     @property
     def best(self) -> mx.array:
-        """The token (n,) int32 with the highest score."""
+        """The tokens (n,) int32 with the highest scores."""
         return self._rows("best")
 
     @property
     def best_logprobs(self) -> mx.array:
-        """Its log-probability (n,)."""
+        """The log-probabilities (n,) of the best tokens."""
         return self._rows("best_logprobs")
 
     @property
     def margins(self) -> mx.array:
-        """How far it lies above the second best, (n,)."""
+        """How far the best score lies above the second best, (n,)."""
         return self._rows("margins")
 
 
 class _Whole:
-    """What `Scores` are parts of."""
+    """The scores of a whole pass, which several `Scores` share."""
 
     def __init__(self, array: mx.array):
         self.array = array
         self._split: dict[str, list[mx.array]] = {}
 
     def row(self, name: str, i: int) -> mx.array:
-        """Row i of what is called so. All rows come of one operation: a batch asks for each."""
+        """Row i of the attribute `name`. One operation splits all rows: a batch asks for each."""
         if name not in self._split:
             array = getattr(self, name)
             self._split[name] = list(mx.split(array, len(array)))
@@ -156,15 +155,15 @@ class _Whole:
 
 
 class Context(NamedTuple):
-    """What penalties look back on: the last tokens (c,) of the text for one, the reply's own (g,)
-    for the others; None where there is no such penalty."""
+    """The tokens that penalties look back on: the text's last (c,) for the repetition penalty, the
+    reply's (g,) for the others; None if the penalty is off."""
 
     recent: mx.array | None
     reply: mx.array | None
 
 
 class Sampler:
-    """Chooses tokens by `options`; carries the random key from draw to draw."""
+    """Chooses tokens by `options`; keeps the random key from draw to draw."""
 
     def __init__(self, options: SamplingOptions | None = None):
         self.options = options or SamplingOptions()
@@ -179,7 +178,7 @@ class Sampler:
         self._bias = (mx.array([*bias], mx.int32), mx.array([*bias.values()])) if bias else None
 
     def context(self, tokens: Sequence[int], prompt_length: int) -> Context | None:
-        """What the penalties look back on in a text; None without any."""
+        """The tokens of a text that the penalties look back on; None without penalties."""
         recent = reply = None
         if self._penalty is not None:
             last = tokens[-self.options.repetition_context_size :]
@@ -189,7 +188,7 @@ class Sampler:
         return None if recent is None and reply is None else Context(recent, reply)
 
     def extend(self, context: Context | None, tokens: mx.array) -> Context | None:
-        """`context` with the tokens (any shape) that came after it."""
+        """`context` followed by `tokens` (any shape)."""
         if context is None:
             return None
         new = tokens.reshape(-1)
@@ -199,9 +198,9 @@ class Sampler:
         self, scores: Scores, context: Context | None, masks: mx.array | None = None
     ) -> Scores:
         """Scores of n positions with bias and penalties applied, and minus infinity where `masks`
-        (n, W) uint32 have no bit.
+        (n, W) uint32 have a zero bit.
 
-        `context` ends with the token before the last row's prediction, so row i sees it without the
+        `context` ends with the token before the last row's prediction, so row i uses all but its
         last n - 1 - i tokens.
         """
         if self._bias:
@@ -209,13 +208,13 @@ class Sampler:
             scores = Scores(scores.array.at[:, tokens].add(values))
         recent, reply = context or (None, None)
         if recent is not None and self._penalty is not None:
-            scores = Scores(self._penalised(scores.array, recent, self._penalty))
+            scores = Scores(self._penalized(scores.array, recent, self._penalty))
         if reply is not None:
             scores = Scores(self._counted(scores.array, reply))
         return scores if masks is None else Scores(masked(scores.array, masks))
 
     def _counted(self, array: mx.array, reply: mx.array) -> mx.array:
-        """With presence and frequency penalties, as OpenAI's API defines them."""
+        """Scores with presence and frequency penalties, as OpenAI's API defines them."""
         rows, size = array.shape[0], reply.size
         ends = mx.arange(size - rows + 1, size + 1)[:, None]
         before = (mx.arange(size)[None] < ends).astype(array.dtype)  # (n, g)
@@ -224,21 +223,21 @@ class Sampler:
         present = (counts > 0) * options.presence_penalty
         return array - present - counts * options.frequency_penalty
 
-    def _penalised(self, array: mx.array, context: mx.array, penalty: float) -> mx.array:
-        """With the repetition penalty of Keskar et al. (2019)."""
+    def _penalized(self, array: mx.array, context: mx.array, penalty: float) -> mx.array:
+        """Scores with the repetition penalty of Keskar et al. (2019)."""
         rows = len(array)
         size = min(self.options.repetition_context_size, context.size)
         ends = mx.arange(context.size - rows, context.size)[:, None]
-        # Where the text is still short the first token stands in for what is not there; a token
-        # seen twice is penalised once.
+        # While the text is short, the first token fills the missing places; a token seen twice is
+        # penalized once.
         seen = context[mx.maximum(ends - mx.arange(size)[None], 0)]  # (n, size)
         chosen = mx.take_along_axis(array, seen, axis=-1)
         chosen = mx.where(chosen < 0, chosen * penalty, chosen / penalty)
         return mx.put_along_axis(array, seen, chosen, axis=-1)
 
     def log_probs(self, scores: Scores) -> mx.array:
-        """The distribution (n, V) that a token is drawn from at a temperature above 0."""
-        # mlx-lm's own filters; importing them takes a second, which greedy decoding need not pay.
+        """Log-probabilities (n, V) of the distribution to draw from at a temperature above 0."""
+        # mlx-lm's filters; importing them takes a second, which greedy decoding does not pay.
         from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
         options = self.options
@@ -256,7 +255,7 @@ class Sampler:
         return mx.random.categorical(log_probs, key=self._next_key())
 
     def uniform(self, count: int) -> mx.array:
-        """Numbers (count,) in [0, 1)."""
+        """Random numbers (count,) in [0, 1)."""
         return mx.random.uniform(shape=(count,), key=self._next_key())
 
     def _next_key(self) -> mx.array:
@@ -272,7 +271,7 @@ class Sampler:
 
     def alternatives(self, scores: Scores) -> tuple[mx.array, ...]:
         """The `top_logprobs` best tokens (n, k) of each row of processed scores, best first, and
-        their log-probabilities (n, k); nothing where none are to be reported."""
+        their log-probabilities (n, k); empty if `top_logprobs` is 0."""
         count = min(self.options.top_logprobs, scores.array.shape[-1])
         if not count:
             return ()
@@ -284,7 +283,7 @@ class Sampler:
 
 
 def masked(scores: mx.array, masks: mx.array) -> mx.array:
-    """Scores (n, V), minus infinity where masks (n, ceil(V / 32)) uint32 have no bit."""
+    """Scores (n, V), with minus infinity where masks (n, ceil(V / 32)) uint32 have a zero bit."""
     rows, size = scores.shape
     bits = (masks[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
     return mx.where(bits.reshape(rows, -1)[:, :size], scores, -mx.inf)

@@ -1,6 +1,6 @@
-"""A decoding state as arrays and plain numbers, to be written to a file and read again.
+"""A decoding state as arrays and plain numbers, for writing to a file and reading back.
 
-What is read is checked against the model before it is used: shapes, types, ranges, lengths.
+Everything read is checked against the model before use: shapes, types, ranges, lengths.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARTS = ("x", "x0", "backout")
 
 
 def to_arrays(state: DecodingState) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """All that `from_arrays` needs to go on from here: arrays, and what JSON can hold."""
+    """Everything that `from_arrays` needs to continue from here: arrays and JSON-ready fields."""
     arrays: dict[str, mx.array] = {}
     for k, (cache, given) in enumerate(zip(state.caches, state.given, strict=True)):
         for i, (keys, values) in enumerate(cache.rows()):
@@ -46,9 +46,9 @@ def to_arrays(state: DecodingState) -> tuple[dict[str, mx.array], dict[str, Any]
 def from_arrays(
     model: PoEModel, arrays: Mapping[str, mx.array], fields: Mapping[str, Any]
 ) -> DecodingState:
-    """The state that `to_arrays` gave out, under the same model.
+    """The state that `to_arrays` saved, for the same model.
 
-    Raises RequestError where they do not fit the model or each other.
+    Raises RequestError if arrays and fields do not fit the model or each other.
     """
     numbers = [fields.get(name) for name in OPTIONS]
     for name in LISTS:

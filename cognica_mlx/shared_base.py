@@ -1,10 +1,10 @@
 """Specialists over one base in memory: models that share its modules and differ above it.
 
-- in: a base model, a deeper configuration, the arrays that the specialist brings
-- out: a model whose lower blocks and heads are the base's own, the very same arrays
-- `Siblings`: several specialists side by side, their predictions pooled, the base run once
-- `shared_stages` says how far two such models compute the same for a text, so that a decoding
-  state can pass from one to the other
+- in: a base model and a specialist's model, and the embeddings that the specialist changes
+- out: the specialist's model, with the base's own arrays in its lower blocks and heads
+- `Siblings`: several specialists side by side, with their predictions pooled and the base run once
+- `shared_stages` counts the stages that two such models share for a text, so that a decoding state
+  can move from one to the other
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from cognica_mlx.stages import Stage
 
 
 class PatchedEmbedding(nn.Module):
-    """A shared table of embeddings with a few rows of its own."""
+    """A shared embedding table with a few rows replaced."""
 
     def __init__(self, table: nn.Module, rows: list[int], values: mx.array, n_rows: int):
         super().__init__()
         self.rows = rows
         self.own = values
-        # Private, because the table's parameters are not this module's.
+        # Private, because the table's parameters do not belong to this module.
         self._table = table
-        # For each token 1 + its place among the values, or 0.
+        # For each token 1 + its index in `values`, or 0.
         slots = mx.zeros((n_rows,), mx.int32)
         slots[mx.array(rows)] = mx.arange(1, len(rows) + 1, dtype=mx.int32)
-        mx.eval(slots)  # private, so that evaluating the parameters would leave it out
+        mx.eval(slots)  # private, so evaluating the parameters would miss it
         self._slots = slots
 
     def __call__(self, tokens: mx.array) -> mx.array:
@@ -44,10 +44,10 @@ class PatchedEmbedding(nn.Module):
 
 
 def share_base(model: PoEModel, base: PoEModel, rows: list[int], values: mx.array) -> None:
-    """Give `model`, whose lower layers are `base`'s, the modules and arrays of `base` itself.
+    """Make `model`, a specialist over `base`, use the base's own modules for its lower layers.
 
-    `rows` are the tokens whose embeddings differ, `values` (n, D) theirs. What `model` has beyond
-    the base, its lambdas among it, stays its own.
+    `rows` are the tokens with embeddings of their own, `values` (n, D). Everything that `model` has
+    beyond the base stays its own, as do its lambdas.
     """
     config = base.config
     object.__setattr__(model, "_base", base)
@@ -66,9 +66,9 @@ def share_base(model: PoEModel, base: PoEModel, rows: list[int], values: mx.arra
 class Siblings(PoEModel):
     """Specialists of one base side by side; the full prediction is their weighted Log-OP.
 
-    `models` are what `share_base` made over the same base, with one specialist each; `weights`
-    are scaled to add up to one. Stage `len(stage_layers) + i` is the i-th specialist. Raises
-    RequestError for specialists that do not agree about the base's part.
+    `models` share a base through `share_base` and have one specialist stage each; `weights` are
+    scaled to add up to one. Stage `len(stage_layers) + i` is the i-th specialist. Raises
+    RequestError for specialists that change the base's part in different ways.
     """
 
     def __init__(self, models: Sequence[PoEModel], weights: Sequence[float]):
@@ -82,11 +82,11 @@ class Siblings(PoEModel):
             )
         for model in models:
             if len(model.config.specialist_layers) != 1 or model.config.head_mode == SUMMED:
-                raise RequestError("only specialists that stand right on the base can be composed")
+                raise RequestError("only specialists directly on the base can be composed")
             if shared_stages(first, model, range(first.config.vocab_size)) < stages:
                 raise RequestError(
-                    "these specialists change the base's embeddings or lambdas each in its own "
-                    "way, so that they cannot share its work"
+                    "these specialists change the base's embeddings or lambdas in different ways, "
+                    "so they cannot share its work"
                 )
         own = tuple(model.config.specialist_layers[0] for model in models)
         fields = {**first.config.to_dict(), "n_layer": depth + sum(own), "specialist_layers": own}
@@ -105,7 +105,7 @@ class Siblings(PoEModel):
             mx.eval(self[name])
 
     def _make_stages(self) -> tuple[Stage, ...]:
-        """The base's stages, then each specialist's own, which take in what the base gives out."""
+        """The base's stages, then each specialist's own stage, all fed by the base's output."""
         trunk = len(self.config.stage_layers)
         return (*self._models[0].stages[:trunk], *(model.stages[trunk] for model in self._models))
 
@@ -120,17 +120,17 @@ class Siblings(PoEModel):
         """The weighted Log-OP of the specialists, (B, T, V) float32."""
         if known:
             return log_op(self._logits(hidden, known), self._shares)
-        # Machines that hold a specialist each work side by side.
+        # Ask all before waiting for any, so that several machines work in parallel.
         asked = [self.ask_logits(k, hidden[k]) for k in self.full_boundaries]
         return log_op([answer() for answer in asked], self._shares)
 
     def draft_logits(self, stage: int, hidden: Hidden) -> mx.array:
-        """A base stage's activations through each specialist's heads, pooled as the specialists."""
+        """A base stage's activations through each specialist's heads, pooled as `full_scores`."""
         asked = [model.ask_draft_logits(hidden) for model in self._models]
         return log_op([answer() for answer in asked], self._shares)
 
     def shallow_scores(self, hidden: Sequence[Hidden]) -> mx.array:
-        """See `PoEModel`: pooled as the specialists are."""
+        """See `PoEModel`: pooled as in `full_scores`."""
         logits = [self._shallow_logits(h, self._final_heads(i)) for i, h in enumerate(hidden)]
         return log_op(logits, self._shares)
 
@@ -141,14 +141,14 @@ class Siblings(PoEModel):
         return other
 
     def _final_heads(self, specialist: int) -> list[nn.Module]:
-        """The heads that the i-th specialist speaks through."""
+        """The heads that the i-th specialist predicts through."""
         return self._models[specialist].heads(len(self.config.stage_layers))
 
 
 def shared_stages(a: PoEModel, b: PoEModel, tokens: Iterable[int]) -> int:
-    """How many leading stages compute just the same in both models for a text of `tokens`.
+    """How many leading stages give identical results in both models for a text of `tokens`.
 
-    They do where they are the same objects, and the text's tokens have the same embeddings.
+    That holds for stages that are the same objects, if the text's tokens have the same embeddings.
     """
     if a is b:
         return a.poe_n_stages

@@ -1,19 +1,19 @@
 """Caches side by side: several sequences' keys and values in one array, attended in one operation.
 
-Sequences that run a position each through a stage, pass after pass, would need a dozen small
-operations each and layer: that, not arithmetic, is what a batch of a small model spends its time
-on. A *shelf* holds their rows in slots of equal size. A pass writes one row into each slot and
-attends over all slots at once, behind a mask where they are filled to different rows.
+Sequences that each run one position per pass would need a dozen small operations per sequence and
+layer; a batch of a small model spends its time on those, not on arithmetic. A *shelf* holds the
+sequences' rows in slots of equal size. A pass writes one row into each slot and attends over all
+slots at once, with a mask if they are filled to different rows.
 
-- rows lie in order, and when caches are put on a shelf all their latest rows lie side by side: so
-  as long as they step together, what they see is one stretch of a window's length
-- where a slot is full, all caches move to a new shelf with what they still need in front
-- `arrange`, before a pass, decides which caches stand on a shelf: those that have run single
-  positions for some time, beside others that need about as many rows, so that a shelf holds little
-  more than their buffers would
-- whatever a slot cannot do (several positions at once, growing, a fork) its cache does by itself,
-  once it has left with a copy of its rows
-- a cache moves by one assignment, after the rows are in place: an interruption loses nothing
+- rows lie in order, and caches put on a shelf have their latest rows aligned: as long as they step
+  together, they all see the same range of rows
+- when a slot is full, all caches move to a new shelf, with the rows they still need at its front
+- `arrange`, before a pass, decides which caches go on a shelf: those that have run single positions
+  for a while, together with others that need about as many rows, so that a shelf takes little more
+  memory than their buffers would
+- what a slot cannot do (several positions at once, growing, a fork), its cache does in buffers of
+  its own, after leaving with a copy of its rows
+- a cache moves by one assignment, after its rows are in place: an interruption loses nothing
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ import mlx.core as mx
 
 from cognica_mlx.cache import GROWTH, LARGE, Content, Layer, Span, StageCache
 
-# The most slots of a shelf.
+# The most slots on a shelf.
 SLOTS = 16
-# A cache joins after so many passes of one position. Each time it has to leave doubles that.
+# A cache joins after more than STEADY passes in a row of one position. Each time it has to leave,
+# that number doubles, up to PATIENCE.
 STEADY, PATIENCE = 1, 64
-# Slots are longer than what stands in them by less than this. A shelf may hold this much more than
-# the caches would by themselves, and more for so many passes; it is looked at twice in these.
+# Slots are rounded up to STEP rows. A shelf may hold WASTE times the rows that its caches would by
+# themselves; it is checked every IDLE / 2 passes, and repacked after two checks that find more.
 STEP, WASTE, IDLE = 64, 1.1, 8
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a cache's rows stand: in layers of a window, that of position p is p + shifts[window].
-    Position `full` and those after it have no room."""
+    """A cache's place on a shelf: in layers of a given window, position p is in row
+    p + shifts[window]. There is no room for position `full` and later ones."""
 
     shelf: Shelf
     slot: int
@@ -51,7 +52,7 @@ class Place:
         return tuple(Layer(keys[one], values[one]) for keys, values in self.shelf.layers)
 
     def rows(self, content: Content) -> list[tuple[mx.array, mx.array]]:
-        """Each layer's keys and values (1, KV, rows, head_dim), from the oldest on: views."""
+        """Views of each layer's keys and values (1, KV, rows, head_dim), oldest first."""
         found = []
         one = slice(self.slot, self.slot + 1)
         for window, (keys, values) in zip(self.shelf.windows, self.shelf.layers, strict=True):
@@ -62,8 +63,8 @@ class Place:
 
 
 class Shelf:
-    """Slots of `size` rows, fewer in layers whose windows need no more: arrays
-    (slots, KV, rows, head_dim), a pair for each layer."""
+    """Slots of `size` rows, or fewer in layers with short windows: a pair of arrays
+    (slots, KV, rows, head_dim) for each layer."""
 
     def __init__(self, like: StageCache, size: int, layers: Sequence[tuple[mx.array, mx.array]]):
         self.windows, self.slack, self.size = like.windows, like.slack, size
@@ -74,7 +75,7 @@ class Shelf:
 
     @staticmethod
     def gather(caches: Sequence[StageCache]) -> None:
-        """Put caches, wherever their rows are, side by side on a new shelf."""
+        """Put caches side by side on a new shelf, whether or not they are on one already."""
         size = _size(caches)
         lengths = _lengths(caches[0], size)
         ends = {window: max(cache.kept(window) for cache in caches) for window in lengths}
@@ -86,7 +87,7 @@ class Shelf:
                 for part in zip(*rows, strict=True)
             ]
             if pair[0].nbytes >= LARGE:
-                # One layer after the other: little is held twice.
+                # Layer by layer, so that little is held twice.
                 mx.eval(pair)
             layers.append((pair[0], pair[1]))
         shelf = Shelf(caches[0], size, layers)
@@ -97,7 +98,7 @@ class Shelf:
         """Put a cache into a free slot."""
         slots = self._slots()
         slot = slots.index(None)
-        # Beside the others' latest rows, if it has no more than they.
+        # Aligned with the others' latest rows, if it has no more rows than they.
         ends = {window: cache.kept(window) for window in self.lengths}
         for other in slots:
             if other and (place := other.content.place):
@@ -107,7 +108,7 @@ class Shelf:
         layers = []
         rows = cache.rows()
         for window, old, new in zip(self.windows, self.layers, rows, strict=True):
-            # The whole slot: nothing of who stood there before may stay.
+            # Overwrite the whole slot: nothing of its previous cache may remain.
             shown = [_shown(a, ends[window], self.lengths[window]) for a in new]
             keys, values = (_written(a, slot, part) for a, part in zip(old, shown, strict=True))
             layers.append((keys, values))
@@ -115,7 +116,7 @@ class Shelf:
         self._place(cache, slot, ends)
 
     def _place(self, cache: StageCache, slot: int, ends: dict[int, int]) -> None:
-        """A cache stands here now: its latest row in a window's layers before `ends[window]`."""
+        """Record that a cache is in `slot`, its latest row at `ends[window]` - 1 by window."""
         self._caches[slot] = weakref.ref(cache)
         shifts = {window: end - cache.offset for window, end in ends.items()}
         full = min(length - shifts[window] for window, length in self.lengths.items())
@@ -124,7 +125,7 @@ class Shelf:
         cache.content = cache.content._replace(layers=(), place=place, spans=spans)
 
     def _slots(self) -> list[StageCache | None]:
-        """Who stands in each slot."""
+        """The cache in each slot, or None."""
         found = [ref() if ref else None for ref in self._caches]
         places = [cache.content.place if cache else None for cache in found]
         return [
@@ -133,17 +134,17 @@ class Shelf:
         ]
 
     def caches(self) -> list[StageCache]:
-        """Those that stand here."""
+        """The caches on this shelf."""
         return [cache for cache in self._slots() if cache]
 
     def takes(self, cache: StageCache) -> bool:
-        """Whether there is a slot for a cache as it is."""
+        """Whether there is a free slot large enough for a cache."""
         return cache.slack == self.slack and _need(cache) <= self.size and None in self._slots()
 
     def count_pass(self) -> bool:
-        """Note a pass; whether more than `WASTE` has been held for a while.
+        """Count a pass; True if the shelf has been wasting more than `WASTE` allows for a while.
 
-        To ask every cache is a good part of a small model's pass: it is done from time to time.
+        Asking every cache takes a good part of a small model's pass, so most passes do not.
         """
         self._passes += 1
         if self._passes % (IDLE // 2):
@@ -154,14 +155,14 @@ class Shelf:
 
 
 def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
-    """Before a pass of so many positions each: caches leave their shelf, or join one.
+    """Before a pass of `counts` positions, let caches leave their shelf or join one.
 
     All must be of the same stage.
     """
     if len(caches) == 1 and not caches[0].content.place:
         return
     joining: list[StageCache] = []
-    # Whose caches step together, and those for which one of them has become too long.
+    # How many of each shelf's caches take part, and the shelves that one of them has outgrown.
     steps: dict[Shelf, int] = {}
     outgrown: set[Shelf] = set()
     for cache, count in zip(caches, counts, strict=True):
@@ -188,7 +189,7 @@ def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
         if shelf.count_pass() or shelf in outgrown or (count == 1 and len(shelf.caches()) == 1)
     ]
     if changing:
-        # With those that are not full: what once had to be apart may go together by now.
+        # Include shelves with free slots: caches that had to be apart may fit together by now.
         changing += [s for s in steps if s not in changing and len(s.caches()) < SLOTS]
         joining += [cache for shelf in changing for cache in shelf.caches()]
     if joining:
@@ -196,7 +197,7 @@ def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
 
 
 def _join(caches: Sequence[StageCache], shelves: Sequence[Shelf]) -> None:
-    """Give caches a place, those aside for which there is no company."""
+    """Give caches a place on a shelf, except those that fit with no others."""
     left: list[StageCache] = []
     for cache in caches:
         shelf = next((shelf for shelf in shelves if shelf.takes(cache)), None)
@@ -217,7 +218,7 @@ def _join(caches: Sequence[StageCache], shelves: Sequence[Shelf]) -> None:
 
 
 def _regroup(caches: Sequence[StageCache]) -> None:
-    """Put caches on new shelves, those that need about as many rows together."""
+    """Put caches on new shelves, grouped by how many rows they need."""
     left = sorted(caches, key=_need, reverse=True)
     while left:
         count = 1
@@ -231,25 +232,25 @@ def _regroup(caches: Sequence[StageCache]) -> None:
 
 
 def _go_together(caches: Sequence[StageCache]) -> bool:
-    """Whether one shelf of these holds little more than each by itself."""
+    """Whether one shelf for these takes little more memory than their own buffers would."""
     held = len(caches) * _size(caches)
     return len(caches) <= SLOTS and held <= WASTE * sum(map(_alone, caches))
 
 
 def _need(cache: StageCache) -> int:
-    """The rows that a slot must have for one more position."""
+    """The rows that a slot needs for one more position of this cache."""
     return max(
         min(span.held + 1, cache.limit(window)) for window, span in cache.content.spans.items()
     )
 
 
 def _alone(cache: StageCache) -> int:
-    """The rows of its longest buffers when it stands by itself."""
+    """The rows of a cache's longest buffers when it is not on a shelf."""
     return _rounded(cache, GROWTH)
 
 
 def _size(caches: Sequence[StageCache]) -> int:
-    """The rows of slots for these."""
+    """The rows of a slot on a shelf for these caches."""
     return max(_rounded(cache, STEP) for cache in caches)
 
 
@@ -262,14 +263,14 @@ def _is_large(shelf: Shelf) -> bool:
 
 
 def _lengths(cache: StageCache, size: int) -> dict[int, int]:
-    """The rows of a slot of `size`, by the layer's window."""
+    """The rows of a slot of `size`, by window."""
     return {window: min(size, cache.limit(window)) for window in cache.windows}
 
 
 def _side_by_side(caches: Sequence[StageCache], i: int) -> Iterator[tuple[mx.array, mx.array]]:
-    """The rows of the caches' i-th layers (n, KV, rows, head_dim), in which the last row is each
-    cache's latest: one part for those that are so on a shelf already. Rows before a cache's own
-    count for nothing."""
+    """The rows (n, KV, rows, head_dim) of the caches' i-th layers, ending with each cache's latest.
+    Adjacent caches that are aligned on a shelf already come as one part. Rows before a cache's own
+    are meaningless."""
     window = caches[0].windows[i]
     start = 0
     while start < len(caches):
@@ -288,7 +289,7 @@ def _side_by_side(caches: Sequence[StageCache], i: int) -> Iterator[tuple[mx.arr
 
 
 def _is_next(cache: StageCache, first: Place, steps: int, window: int, end: int) -> bool:
-    """Whether a cache stands so many slots after the first, and ends at the same row."""
+    """Whether a cache is `steps` slots after the first on its shelf, and ends at the same row."""
     place = cache.content.place
     return (
         place is not None
@@ -299,15 +300,15 @@ def _is_next(cache: StageCache, first: Place, steps: int, window: int, end: int)
 
 
 def _shown(rows: mx.array, end: int, length: int) -> mx.array:
-    """Slots of so many rows, of which the last of `rows` is the one before `end`. What is in the
-    rest of a slot counts for nothing, but must be numbers."""
+    """Slots of `length` rows with the last of `rows` just before `end`. The other rows are never
+    seen, but must be finite, so they are zero."""
     rows = rows[:, :, -end:]
     return mx.pad(rows, [(0, 0), (0, 0), (end - rows.shape[2], length - end), (0, 0)])
 
 
 def _written(array: mx.array, slot: int, rows: mx.array) -> mx.array:
     """The array with a slot replaced."""
-    # An array object of its own: item assignment changes the one that it is given.
+    # A new array object, because item assignment changes the object in place.
     written = array[:]
     written[slot : slot + 1] = rows
     return written

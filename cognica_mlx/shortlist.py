@@ -1,9 +1,9 @@
-"""A cheaper head for drafting: candidates from a few directions, then their exact logits.
+"""A cheaper head for drafting: candidates by a low-rank search, then their exact logits.
 
-A head of V rows is read whole for every draft, a fifth of what a draft of a quarter of the layers
-costs. Here it is first read along the directions in which its rows differ most (the leading
-eigenvectors of W^T W, a share rank / D of its bytes); the exact logits are computed for the best
-candidates only. Verification keeps the output what it is.
+A draft through a quarter of the layers spends a fifth of its cost on reading the head's V rows.
+This head is first read along its leading directions only (the leading eigenvectors of W^T W, a
+share rank / D of its bytes); exact logits are computed for the best candidates alone. Verification
+keeps the output unchanged.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import mlx.nn as nn
 import numpy as np
 
 CANDIDATES = 64
-# Rows of a head are searched in blocks of so many.
+# Rows of a head are searched in blocks of this size.
 BLOCK = 64
 
 
 class ShortlistHead(nn.Module):
-    """A head (V, D) that gives logits of the likeliest tokens, of all others minus infinity."""
+    """A head (V, D) with exact logits for the likeliest tokens and minus infinity for the rest."""
 
     def __init__(self, weight: mx.array, rank: int):
         super().__init__()
         gram = np.array((weight.T @ weight).astype(mx.float32))
-        # In ascending order: the last ones lead.
+        # eigh sorts eigenvalues in ascending order, so the leading directions are the last.
         basis = mx.array(np.linalg.eigh(gram)[1][:, -rank:]).astype(weight.dtype)
         self.weight = weight
         self.basis = basis  # (D, rank)
@@ -40,10 +40,10 @@ class ShortlistHead(nn.Module):
 
 
 def largest(scores: mx.array, count: int) -> mx.array:
-    """Where the `count` largest of scores (..., V) are, in any order: (..., count).
+    """Indices (..., count) of the `count` largest of scores (..., V), in any order.
 
-    MLX sorts a whole row for that. The largest lie in the `count` blocks with the largest maxima,
-    so a row is first cut down to those.
+    MLX's argpartition sorts the whole row. The largest scores lie in the `count` blocks with the
+    largest maxima, so a row is first cut down to those.
     """
     size = scores.shape[-1]
     if size % BLOCK or size // BLOCK <= 2 * count:

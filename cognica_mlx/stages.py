@@ -1,8 +1,8 @@
-"""Blocks, and the stages that they make up: what runs, and what requests name.
+"""Blocks, and the stages that they make up.
 
-- a stage takes in activations at one boundary and gives out those at the next, (B, T, D)
+- a stage maps activations at one boundary to those at the next, (B, T, D)
 - every path (prefill, one token, a batch of drafts, a catch-up) runs through a `Stage`
-- keys and values are the cache's business: `AttentionCache`
+- keys and values are the cache's job: `AttentionCache`
 """
 
 from __future__ import annotations
@@ -51,20 +51,21 @@ class Attention(nn.Module):
         if layer in (config.value_embed_layers or ()):
             self.value_embed = nn.Embedding(config.padded_vocab_size, kv_width)
             self.ve_gate = Linear(VALUE_GATE_CHANNELS, self.n_kv_head, bias=False)
-        # Rotation is by minus theta: mx.fast.rope divides positions by these. Made by NumPy, so
-        # that nothing of them is left to evaluate in whatever thread generates.
+        # Negative, because rotation is by minus theta: mx.fast.rope divides positions by these.
+        # Made by NumPy, so that the thread that generates has nothing to evaluate.
         halves = np.arange(0, self.head_dim, 2, dtype=np.float32) / self.head_dim
         self._freqs = mx.array(-(np.float32(config.rope_theta) ** halves))
-        # Not a parameter, as its arrays are those of the three: `object` keeps it out of them.
+        # Not a parameter, because it shares the arrays of c_q, c_k and c_v: `object.__setattr__`
+        # hides it from nn.Module.
         object.__setattr__(self, "_qkv", None)
-        # The scale of 1.2 on queries and on keys is folded into attention's own.
+        # The factor 1.2 on queries and on keys is folded into attention's scale.
         self._scale = QK_SCALE**2 * self.head_dim**-0.5
 
     def stack(self) -> None:
-        """Make one matrix of those for queries, keys and values, of which they become views.
+        """Join the query, key and value matrices into one, and make them views of it.
 
-        On a GPU one product replaces three, and two copies go. On the CPU three are quicker.
-        Matrices that are rounded in different ways stay apart.
+        On a GPU one product replaces three and saves two copies; on the CPU three are faster.
+        Matrices that are quantized differently stay separate.
         """
         parts = [self.c_q, self.c_k, self.c_v]
         first = parts[0]
@@ -96,7 +97,7 @@ class Attention(nn.Module):
     def _rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """Rotary embedding of (B, T, H * head_dim) -> (B, H, T, head_dim).
 
-        `offset` is the first position, or (B,) of them, or for B = 1 the position of each row.
+        `offset` is the first position, or (B,) first positions, or for B = 1 (T,) each row's own.
         """
         batch, length, _ = x.shape
         by_row = batch == 1 and isinstance(offset, mx.array) and offset.size == length > 1
@@ -120,13 +121,13 @@ class Attention(nn.Module):
             qk, v = joined[..., : width + kv_width], joined[..., width + kv_width :]
         else:
             qk, v = mx.concatenate([self.c_q(u), self.c_k(u)], axis=-1), self.c_v(u)
-        # Queries and keys are rotated and normalised together: half as many kernels.
+        # Queries and keys are rotated and normalized together: half as many kernels.
         qk = norm(self._rotate(qk, cache.offset))
         q, k = qk[:, : self.n_head], qk[:, self.n_head :]
         v = self._heads(v)
         if "value_embed" in self:
             gate = self.ve_gate(u[..., :VALUE_GATE_CHANNELS])  # (B, T, n_kv_head)
-            # Tables in MLX's floating-point modes give bfloat16 whatever the model runs in.
+            # Tables in MLX's floating-point modes return bfloat16 whatever the model's dtype.
             embedded = self._heads(self.value_embed(tokens)).astype(v.dtype)
             v = gated(v, gate.transpose(0, 2, 1)[..., None], embedded)
         out = cache.attend(q, k, v, self._scale)
@@ -142,12 +143,12 @@ class MLP(nn.Module):
         self.c_proj = Linear(config.intermediate_size, config.n_embd, bias=False)
 
     def __call__(self, u: mx.array) -> mx.array:
-        """What goes into `c_proj`."""
+        """The input of `c_proj`."""
         return relu_squared(self.c_fc(u))
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each on the normalised residual stream."""
+    """One layer: attention and MLP, each on the normalized residual stream."""
 
     def __init__(self, config: PoEConfig, layer: int):
         super().__init__()
@@ -160,11 +161,11 @@ class Block(nn.Module):
 
 
 class Stage:
-    """Consecutive blocks that run as one, from boundary to boundary: what a request names.
+    """Consecutive blocks that run together, from one boundary to another; requests name a stage.
 
-    `source` is the boundary that it takes in: 0 is the embedded text, k + 1 what the k-th stage
-    gives out. Models over one base share its stages, the very same objects, so that positions of
-    all of them can run through one in the same pass. `rank` is the machine that it is on.
+    `source` is the boundary that it reads: 0 is the embedded text, k + 1 the output of stage k.
+    Models over one base share its stage objects, so that positions of all of them can go through a
+    stage in one pass. `rank` is the machine that holds it.
     """
 
     rank = 0
@@ -173,7 +174,7 @@ class Stage:
         self.layers, self.source = layers, source
         self.blocks = [model.h[i] for i in layers]
         self.windows = model.config.windows[layers[0] : layers[-1] + 1]
-        # How its matrices are rounded, in a copy to draft with: see `rounding.rounded_stages`.
+        # How its matrices are rounded, in a copy to draft with: see `rounding.rounded_stage`.
         self.scheme: Scheme | None = None
         self._backout_layer = model.config.backout_layer
         self._model = model
@@ -181,11 +182,11 @@ class Stage:
         self._split_from: tuple[mx.array, ...] = ()
 
     def new_cache(self, slack: int) -> StageCache:
-        """What holds a sequence's keys and values in this stage: see `StageCache`."""
+        """An empty cache for one sequence's keys and values in this stage."""
         return StageCache(self.windows, slack)
 
     def lambdas(self) -> list[tuple[mx.array, mx.array]]:
-        """Each layer's factors of the residual stream and of the embedded text, (1,) each."""
+        """Each layer's factors for the residual stream and the embedded text, (1,) each."""
         arrays = self._model.resid_lambdas, self._model.x0_lambdas
         if not self._split_from or any(
             a is not b for a, b in zip(self._split_from, arrays, strict=True)
@@ -198,8 +199,8 @@ class Stage:
     def __call__(self, hidden: Hidden, caches: Sequence[AttentionCache] | None = None) -> Hidden:
         """Run positions (B, T) through the blocks.
 
-        `caches`, one for each block, hold what these positions see of those before them; without
-        them the positions are the beginning of a text.
+        `caches`, one for each block, hold the keys and values of earlier positions; without them
+        these positions start the text.
         """
         tokens, x, x0, backout = hidden.tokens, hidden.x, hidden.x0, hidden.backout
         if caches is None:

@@ -4,19 +4,19 @@
     stage 1  ■■■■■■■■■■■··         filled to 11, 5 pending
     stage 2  ■■■■■■■■              filled to 8
 
-- it holds the text, the caches and the activations that wait between the stages; it runs nothing:
-  a driver takes what is pending before a stage, runs it, and puts the result back
-- bounded: each layer keeps its window and a slack, each boundary what is pending and a slack
+- it holds the tokens, the caches and the activations pending between stages; it runs nothing: a
+  driver takes what is pending before a stage, runs it, and puts the result back
+- bounded: each layer keeps its window plus a slack, each boundary its pending rows plus a slack
 - `rollback` returns every stage to a position, in full or not at all
 - it knows nothing about sampling, modes or text; one sequence (B = 1)
 
-A state can pass to another model over the same base (`switch`): what both compute alike is kept.
-For that the activations where the base ends are held back as far as `keep_trunk` says.
+A state can move to another model over the same base (`switch`): stages that both share keep what
+they computed. For this, the base's last `keep_trunk` output activations are kept.
 
 Stages deeper than `depth` are not kept ready: when more than `max_pending` positions wait before
-such a stage, the oldest are forgotten, and the stage has to be filled from the text again. Up to
-`max_pending` positions a deeper stage catches up in one pass. Stages within `depth` must catch up
-at that limit: `overdue` names them.
+such a stage, the oldest are dropped, and the stage must be filled from the text again. With up to
+`max_pending` pending positions, a deeper stage catches up in one pass. Stages within `depth` must
+catch up at that limit: `overdue` names the first that must.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from cognica_mlx.stages import Stage
 
 SLACK = 128
 MAX_PENDING = 256
-# Activations that nobody needs any more are dropped so many positions at a time, or more.
+# Activations that are no longer needed are dropped at least this many positions at a time.
 FORGET = 16
-# Token arrays that may wait to be read by the host.
+# When twice this many token arrays are unread, the host reads this many.
 UNREAD = 128
 
 Progress = Callable[[int, int], None]
@@ -45,7 +45,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens (1, T) to be embedded, and the one before them (1, 1), None where they open a text."""
+    """Tokens (1, T) to embed, and the one before them (1, 1), or None at the start of a text."""
 
     tokens: mx.array
     previous: mx.array | None
@@ -54,11 +54,11 @@ class Text:
 class DecodingState:
     """Keys, values, pending activations and tokens of one sequence under one model.
 
-    `slack` positions can always be rolled back, counted from the furthest one reached;
-    `max_pending` positions may wait before a stage. What the base gives out for the last
-    `keep_trunk` positions stays at hand, for other specialists than this model's. `depth` is the
-    deepest stage that is kept ready. `positions_run[k]` counts the positions that have gone through
-    stage k, those later rolled back included.
+    `slack` positions can always be rolled back, counted from the furthest position reached; up to
+    `max_pending` positions may wait before a stage. The base's output for the last `keep_trunk`
+    positions is kept for specialists other than this model's. `depth` is the deepest stage that is
+    kept ready. `positions_run[k]` counts the positions that have gone through stage k, including
+    those rolled back later.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class DecodingState:
         keep_trunk: int = 0,
         stages: Sequence[Stage] | None = None,
     ):
-        """`stages` run instead of the model's own first ones; there are no others then."""
+        """`stages` replace all of the model's own stages."""
         if slack < 1 or max_pending < 1:
             raise RequestError(f"slack {slack} and max_pending {max_pending} must be at least 1")
         self.model, self.stages = model, tuple(stages or model.stages)
         self.slack, self.max_pending, self.keep_trunk = slack, max_pending, keep_trunk
         self.depth = len(self.stages) - 1
-        # The stages that take in what each gives out.
+        # For each stage, the stages that read its output.
         self._readers = [
             [k for k, other in enumerate(self.stages) if other.source == stage + 1]
             for stage in range(len(self.stages))
         ]
-        # Of what each gives out, the positions that stay at hand whoever needs them.
+        # How many positions of each stage's output are always kept.
         trunk = len(model.config.stage_layers) - 1
         self._kept = [
             max(slack, keep_trunk) if stage == trunk else slack for stage in range(len(self.stages))
@@ -90,11 +90,11 @@ class DecodingState:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the text and all that was computed from it."""
+        """Drop the text and everything computed from it."""
         self.caches = [stage.new_cache(self.slack) for stage in self.stages]
-        # What each stage has given out.
+        # Each stage's output.
         self.given = [Boundary() for _ in self.stages]
-        # The text: ids on the host, then arrays that it has not read yet.
+        # The text: ids on the host, then arrays that the host has not read yet.
         self._ids: list[int] = []
         self._late: list[mx.array] = []
         self._late_count = 0
@@ -108,12 +108,12 @@ class DecodingState:
 
     @property
     def tokens(self) -> list[int]:
-        """The token ids appended so far. Waits for those still being computed."""
+        """The token ids appended so far. Waits for any that are still being computed."""
         self._read(len(self._late))
         return self._ids
 
     def _read(self, count: int) -> None:
-        """Turn the oldest `count` arrays of token ids into numbers; waits for them."""
+        """Read the oldest `count` arrays of token ids as numbers; waits for them."""
         if count:
             late = self._late[:count]
             ids: list[int] = [i for tokens in late for i in tokens.reshape(-1).tolist()]  # type: ignore
@@ -136,7 +136,7 @@ class DecodingState:
             rest, count = [*self._late, tokens], self._late_count + tokens.shape[1]
             self._late, self._late_count = rest, count
         if len(self._late) > 2 * UNREAD:
-            # Long since computed: without this a long text would keep an array for every token.
+            # Computed long ago; otherwise a long text would keep an array for every token.
             self._read(UNREAD)
 
     def check_ids(self, tokens: Sequence[int]) -> None:
@@ -151,7 +151,7 @@ class DecodingState:
         """The tokens at positions start .. stop - 1 as an array (1, T)."""
         known = len(self._ids)
         parts, last = [], self.length
-        # From the end: what is asked for is recent.
+        # From the end: requests are for recent positions.
         for tokens in reversed(self._late):
             first = last - tokens.shape[1]
             if last <= start:
@@ -178,30 +178,28 @@ class DecodingState:
         return reached - self.caches[stage].content.offset
 
     def take(self, stage: int, count: int) -> Text | list[Rows]:
-        """The next `count` positions that wait before `stage`: text, or activations in pieces.
+        """The next `count` positions pending before `stage`: text, or activations in pieces.
 
-        Raises RequestError for a stage that is not kept ready, or that lacks some of them.
+        Raises RequestError for a stage that is not kept ready, or if some were dropped.
         """
         if stage > self.depth:
             raise RequestError(
-                f"stage {stage} is beyond the depth kept ready; call set_depth first"
+                f"stage {stage} is deeper than the stages kept ready; call set_depth first"
             )
         start = self.caches[stage].offset
         source = self.stages[stage].source
         if source:
             given = self.given[source - 1]
             if count and given.start > start:
-                raise RequestError(
-                    f"what waits before stage {stage} is no longer held; call set_depth"
-                )
+                raise RequestError(f"the input of stage {stage} has been dropped; call set_depth")
             return given.read(start, start + count)
         previous = self._span(start - 1, start) if start else None
         return Text(self._span(start, start + count), previous)
 
     def put(self, stage: int, rows: Rows, done: Done) -> None:
-        """Take in what `stage` has made of the positions that `take` gave.
+        """Store the output of `stage` for the positions that `take` returned.
 
-        Until the last line they count as not run, so that an interruption loses nothing.
+        They count as not run until the cache commits, so an interruption loses nothing.
         """
         given, cache = self.given[stage], self.caches[stage]
         given.truncate(cache.offset)
@@ -213,8 +211,8 @@ class DecodingState:
             self._forget(stage, kept)
 
     def _forget(self, stage: int, kept: int) -> None:
-        """Drop from what `stage` has given out all but the last `kept` positions, and those that
-        other stages need."""
+        """Drop the output of `stage`, except the last `kept` positions and those that other stages
+        still need."""
         needed = self.caches[stage].offset
         for reader in self._readers[stage]:
             if reader <= self.depth or self.pending(reader) <= self.max_pending:
@@ -222,54 +220,54 @@ class DecodingState:
         self.given[stage].forget_before(min(needed, self.length - kept))
 
     def overdue(self) -> int | None:
-        """A stage within `depth` before which more than `max_pending` positions wait."""
+        """The first stage within `depth` that has more than `max_pending` positions pending."""
         for stage in range(1, self.depth + 1):
             if self.pending(stage) > self.max_pending:
                 return stage
         return None
 
     def lacks(self, stage: int) -> bool:
-        """Whether positions that `stage` has not run are no longer held before it."""
+        """Whether any of the positions pending before `stage` have been dropped."""
         source = self.stages[stage].source
         if not source or not self.pending(stage):
             return False
         return self.given[source - 1].start > self.caches[stage].offset
 
     def next_round(self) -> None:
-        """All passes so far have been computed, or will be before the next ones start."""
+        """Note that all passes so far have been computed, or will be before the next ones start."""
         for cache in self.caches:
             cache.next_round()
 
     def rows(self, stage: int, start: int, stop: int) -> list[Rows]:
-        """What `stage` gave out for positions start .. stop - 1, in pieces.
+        """The output of `stage` for positions start .. stop - 1, in pieces.
 
-        Held are those that the next stage still needs and the last `slack` positions.
+        Only the last `slack` positions and those that the next stage still needs are held.
         Raises RequestError for others.
         """
         given, end = self.given[stage], self.caches[stage].offset
         if not given.start <= start < stop <= end:
             raise RequestError(
                 f"positions {start} to {stop - 1} at stage {stage}: "
-                f"held are {given.start} to {end - 1}"
+                f"only {given.start} to {end - 1} are held"
             )
         return given.read(start, stop)
 
     def boundary(self, stage: int, start: int, stop: int) -> Hidden:
-        """As `rows`, in one piece: (1, T, D) each."""
+        """Like `rows`, in one piece: arrays (1, T, D)."""
         return pack(self.rows(stage, start, stop))
 
-    # Going back, and passing on
+    # Rollback, switching and copies
 
     @property
     def earliest_rollback(self) -> int:
-        """The earliest position, 0 aside, that `rollback` can return to."""
+        """The earliest position other than 0 that `rollback` can return to."""
         return max(cache.earliest for cache in self.caches)
 
     def rollback(self, position: int) -> None:
         """Return to the state after the first `position` tokens, in every stage and in full.
 
-        Raises RollbackError, changing nothing, where a layer no longer holds what that needs;
-        position 0 is always possible.
+        Raises RollbackError, changing nothing, if a layer no longer holds enough keys; position 0
+        is always possible.
         """
         if not 0 <= position <= self.length:
             raise RollbackError(f"cannot return to position {position} of {self.length}")
@@ -279,10 +277,10 @@ class DecodingState:
         if position < self.earliest_rollback:
             raise RollbackError(
                 f"cannot return to position {position} of {self.length}: "
-                f"the windows have slid on, {self.earliest_rollback} is the earliest"
+                f"the windows have moved on; {self.earliest_rollback} is the earliest"
             )
-        # From the deepest stage up, the text last: wherever this is interrupted, no stage is ahead
-        # of what it takes in.
+        # From the deepest stage up, the text last: if this is interrupted, no stage is ahead of its
+        # input.
         for cache, given in reversed([*zip(self.caches, self.given, strict=True)]):
             cache.rollback(min(position, cache.offset))
             given.truncate(position)
@@ -294,12 +292,11 @@ class DecodingState:
             self._ids = self.tokens[:position]
 
     def switch(self, model: PoEModel) -> DecodingState:
-        """The same text under another model over the same base; this state stays as it is.
+        """A state of the same text under another model over the same base; this one is unchanged.
 
-        The stages that compute alike in both (`shared_stages`) keep what they have. The next one
-        takes up what they have given out, as far as `keep_trunk` has held it back; beyond that,
-        `lacks` says that the text must be run again. Where no stage is alike, the new state is
-        empty.
+        Shared stages (`shared_stages`) keep what they computed. The next stage continues from their
+        output, as far back as `keep_trunk` has kept it; if that is not enough, `lacks` is true and
+        the text must be run again. If no stage is shared, the new state is empty.
         """
         count = shared_stages(self.model, model, self.tokens)
         other = DecodingState(
@@ -313,11 +310,11 @@ class DecodingState:
         return other
 
     def aside(self, stages: Sequence[Stage], of: Sequence[int]) -> DecodingState:
-        """The same text for other versions of this state's stages `of`, to try positions out with.
+        """A scratch state of the same text, in which `stages` replace this state's stages `of`.
 
-        They see the keys and values that this state's own stages have made of the text, all of
-        which must have gone through these. This state notices nothing of what is run there; it
-        should not run anything itself before the other is let go.
+        They see the keys and values that the stages `of` computed; all of the text must have gone
+        through those. Nothing run in the scratch state changes this one, which should not run
+        anything until the scratch state is dropped.
         """
         other = DecodingState(
             self.model, slack=self.slack, max_pending=self.max_pending, stages=stages
@@ -326,8 +323,8 @@ class DecodingState:
         assert all(cache.offset == self.length for cache in caches), "positions are pending"
         other._ids = list(self.tokens)
         for cache in caches:
-            # Until the next round both write beside large buffers, as if they had been written
-            # already: so neither has to copy one because of the other.
+            # Mark the buffers as written in this round: both states then write beside large
+            # buffers, and neither has to copy one because of the other.
             cache.content = cache.content._replace(written=cache.round)
         other.caches = [cache.fork() for cache in caches]
         for given in other.given:
@@ -335,33 +332,32 @@ class DecodingState:
         return other
 
     def fork(self) -> DecodingState:
-        """An independent copy: either may go on without the other noticing. Shares arrays."""
+        """An independent copy that shares the arrays."""
         other = self.switch(self.model)
         other.depth = self.depth
         other.positions_run = list(self.positions_run)
         return other
 
     def compact(self, excess: int = 0) -> None:
-        """Hold activations in arrays of their own, at boundaries where they keep more than `excess`
-        positions in memory that are not theirs: refused drafts, and rows of other sequences that
-        were run together with these. Waits for nothing."""
+        """Copy activations at boundaries where they keep more than `excess` foreign positions in
+        memory: rejected drafts, and rows of other sequences from the same passes. Does not wait."""
         over = [given for given in self.given if given.excess > excess]
         if over:
             mx.async_eval([array for given in over for array in given.compact()])
 
     def leave_shelves(self) -> None:
-        """Hold keys and values in buffers of its own, as for a state that does not go on for now.
-        Waits for them."""
+        """Copy keys and values from shared shelves into the state's own buffers, for a state that
+        pauses. Waits for the copies."""
         for cache in self.caches:
             cache.leave()
 
     def arrays(self) -> list[mx.array]:
-        """All arrays that are held, each once, for evaluation."""
+        """All arrays held, each once, for evaluation."""
         found = [array for cache in self.caches for array in cache.arrays()]
         found += [a for given in self.given for hidden in given.sources() for a in hidden.arrays()]
         return list({id(array): array for array in found}.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys, values and activations held. Token ids, on the host, not counted."""
+        """Bytes of the keys, values and activations held, without token ids on the host."""
         return sum(array.nbytes for array in self.arrays())

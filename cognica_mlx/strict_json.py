@@ -1,4 +1,4 @@
-"""JSON that every reader takes: a NaN or an infinity becomes null."""
+"""JSON that every reader accepts: NaN and infinity become null."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """`json.dumps` with null for each float that JSON cannot hold."""
+    """`json.dumps` with null for each float that JSON cannot represent."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 

@@ -1,8 +1,8 @@
 """Writing a file whole or not at all.
 
-- in: where the file should be
-- out: a path to write to; what is there afterwards is moved into place only if nothing failed
-- it knows nothing about what the file holds
+- in: the path where the file should end up
+- out: a temporary path to write to, moved into place only if nothing fails
+- it knows nothing about the file's contents
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
-    """A temporary path ending in `suffix`, whose file becomes `path` when the block ends well.
+    """A temporary path ending in `suffix`; its file becomes `path` if the block succeeds.
 
     Symbolic links are followed, so a link keeps pointing where it did. A device, a pipe or
     anything else that is not a regular file is written to, never replaced. An existing file keeps
-    its permissions; a new one gets those that the umask allows. Where the block raises, the
-    temporary file is removed and `path` is as it was. Raises OSError where it cannot be written.
+    its permissions; a new one gets those that the umask allows. If the block raises, the temporary
+    file is removed and `path` is unchanged. Raises OSError if the file cannot be written.
     """
     exists = path.exists()
     in_place = exists and not path.is_file()
@@ -50,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _umask() -> int:
-    # There is no way to ask for it without setting it.
+    # The umask cannot be read without setting it.
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

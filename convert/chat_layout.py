@@ -1,8 +1,8 @@
-"""The chat layout that the specialists were trained on, in the one place that knows it.
+"""The chat layout that the specialists were trained on, defined in this one place.
 
-- `<|bos|>`, then user and assistant in turns, each turn between two special tokens of its role
-- the system text has no turn of its own: it begins the first user's, before a blank line
-- `turns` says which lists of messages are a chat, and `TEMPLATE` says the same in Jinja, for
+- `<|bos|>`, then user and assistant in turn, each turn between two special tokens of its role
+- the system text has no turn of its own: it starts the first user turn, followed by a blank line
+- `turns` checks a list of messages and splits it into turns; `TEMPLATE` does the same in Jinja, for
   Hugging Face's tokenizers; nothing here knows token ids
 """
 
@@ -20,7 +20,7 @@ _AFTER_SYSTEM = "\n\n"
 
 
 def start(role: str) -> str:
-    """The special token that begins a turn of `role`."""
+    """The special token that starts a turn of `role`."""
     return f"<|{role}_start|>"
 
 
@@ -33,15 +33,15 @@ REPLY_START, REPLY_END = start("assistant"), end("assistant")
 
 
 def with_system(system: str, text: str) -> str:
-    """The first user's turn with the system text in it."""
+    """The first user turn with the system text in front."""
     return f"{system}{_AFTER_SYSTEM}{text}"
 
 
 def turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """The (role, content) pairs of a chat that have tokens of their own.
+    """A chat's turns as (role, content) pairs.
 
-    Raises RequestError unless `messages` are perhaps one system message, then user and assistant
-    in turns.
+    Raises RequestError unless `messages` are at most one system message, then user and assistant
+    in turn.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(f"messages are a list of dictionaries, not {type(messages).__name__}")
@@ -54,8 +54,8 @@ def turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
         due = _TURNS[position % 2]
         if role != due:
             raise RequestError(
-                f"message {position + 1 + has_system} is the {role}'s where the {due}'s is due:"
-                " at most one system message, then user and assistant in turns"
+                f"message {position + 1 + has_system} has the role {role} where {due} is expected:"
+                " send at most one system message, then user and assistant in turn"
             )
     if has_system:
         found[0] = ("user", with_system(pairs[0][1], found[0][1]))
@@ -75,8 +75,8 @@ def _turn(number: int, message: Mapping[str, str]) -> tuple[str, str]:
     return role, content
 
 
-# `turns` in Jinja, with the special tokens around what it gives. Python's and Jinja's quoted texts
-# read alike; `$start` and `$end` join the role that is due into the token's text.
+# `turns` in Jinja, with the special tokens around each turn. Python's and Jinja's string literals
+# look the same; `$start` and `$end` put the expected role into the token's text.
 TEMPLATE = Template("""\
 {%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else none -%}
 {%- set turns = messages if system is none else messages[1:] -%}
@@ -91,7 +91,7 @@ TEMPLATE = Template("""\
 {%- for message in turns -%}
 {%- set due = $first if loop.index0 % 2 == 0 else $second -%}
 {%- if message['role'] != due -%}
-{{- raise_exception("a message is the " ~ message['role'] ~ "'s where the " ~ due ~ "'s is due") -}}
+{{- raise_exception("a message has role " ~ message['role'] ~ " where " ~ due ~ " is expected") -}}
 {%- endif -%}
 {{- '$start' -}}
 {%- if loop.first and system is not none -%}{{- system ~ $after_system -}}{%- endif -%}

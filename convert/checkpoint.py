@@ -1,9 +1,9 @@
-"""A checkpoint folder, base or specialist delta, as configuration and weights.
+"""Reads a checkpoint folder, base or specialist delta, as configuration and weights.
 
 - in: a `Source`: Hugging Face style (config.json and safetensors), nanochat's (meta_*.json and
   model_*.pt), or a converted folder, under any of the known name prefixes
-- out: `PoEConfig` and the model's own parameter names with unread tensors, shapes checked
-- deltas are followed to their root base and stacked, nearest wte and lambdas winning
+- out: `PoEConfig` and unread tensors under the model's own parameter names, shapes checked
+- deltas are followed to their root base and stacked; the topmost delta's wte and lambdas win
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from cognica_mlx.model import PoEModel
 _META = re.compile(r"meta_(\d{1,9})\.json")
 _LAYER = re.compile(r"h\.(\d{1,6})\.")
 _VALUE_EMBED = re.compile(r"h\.(\d{1,6})\.attn\.(value_embed|ve_gate)\.weight")
-# Sizes that some tensor must have room for, by all their names.
+# Sizes that cannot exceed the largest tensor dimension, under all their names.
 _SIZES: tuple[str, ...] = (
     *("n_layer", "num_hidden_layers", "new_layers", "frozen_layers"),
     *("n_head", "num_attention_heads", "n_kv_head", "num_key_value_heads", "head_dim"),
     *("n_embd", "hidden_size", "intermediate_size", "vocab_size"),
 )
 _PREFIXES = ("_orig_mod.", "gpt.", "model.")
-# Position tables that some exports carry along; they are computed here.
+# Position tables that some exports include; they are computed here instead.
 _BUFFERS = re.compile(r"(.*\.)?(cos|sin|inv_freq)")
-# Their rows are padded, to 64 or otherwise; the logits are cropped to vocab_size.
+# Tensors with padded rows, to a multiple of 64 or otherwise; logits are cropped to vocab_size.
 _VOCAB_ROWS = re.compile(r"wte\.|lm_head|.*\.value_embed\.")
-# Trained, small and never packed: these tell a base from another of the same shape.
+# Trained, small and never packed: these distinguish bases of the same shape.
 FINGERPRINT = ("smear_lambda", "backout_lambda", "smear_gate.weight")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as stored: its configuration and its weights by parameter name, not read yet.
+    """A stored model: its configuration and its weights by parameter name, not read yet.
 
-    `plan` says which of them are packed and how. `base` is what a delta stands on, whose weights
-    are among these unless the delta has its own.
+    `plan` says which weights are packed and how. `base` is the checkpoint under a delta; its
+    weights are included unless the delta has its own.
     """
 
     source: Source
@@ -63,12 +63,12 @@ class Checkpoint:
 
     @property
     def own_weights(self) -> dict[str, StoredTensor]:
-        """The weights that a delta brings, or all of a base."""
+        """A delta's own weights, or all weights of a base."""
         inherited = self.base.weights if self.base else {}
         return {k: v for k, v in self.weights.items() if inherited.get(k) is not v}
 
     def unpacked(self, name: str, dtype: mx.Dtype) -> mx.array:
-        """A weight as a model of `dtype` computes with it, whether it is packed or not."""
+        """A weight in `dtype`, dequantized if it is packed."""
 
         def read(name: str) -> mx.array:
             array = self.weights[name].read()
@@ -83,20 +83,20 @@ class Checkpoint:
 
 
 def read_checkpoint(source: Source, step: int | None = None) -> Checkpoint:
-    """Read a base, or a delta with all that it stands on.
+    """Read a base, or a delta with everything under it.
 
-    `step` chooses among a nanochat folder's steps, by default the latest.
+    `step` selects a step of a nanochat folder, by default the latest.
 
-    Raises CheckpointError for files or tensors that are missing, damaged, of a wrong shape or
-    unknown, and for a cascade that is broken or goes in a circle, with the chain walked so far;
-    ConfigError for a configuration that does not hold together.
+    Raises CheckpointError for files or tensors that are missing, damaged, unknown or of the wrong
+    shape, and for a chain of bases that is broken or circular, naming the chain so far; ConfigError
+    for an inconsistent configuration.
     """
     return _read(source, step, ())
 
 
 def _read(source: Source, step: int | None, chain: tuple[Source, ...]) -> Checkpoint:
     if source.folder.resolve() in [link.folder.resolve() for link in chain]:
-        raise CheckpointError(f"the chain of bases goes in a circle: {_walk(*chain, source)}")
+        raise CheckpointError(f"the chain of bases is circular: {_walk(*chain, source)}")
     chain = (*chain, source)
     fields = _read_config(source, step)
     reference = fields.get("base_model_name_or_path") or fields.get("base_model_dir")
@@ -106,7 +106,7 @@ def _read(source: Source, step: int | None, chain: tuple[Source, ...]) -> Checkp
         try:
             base_source = locate_base(str(reference), source)
         except CheckpointError as error:
-            raise CheckpointError(f"{error} (chain walked so far: {_walk(*chain)})") from None
+            raise CheckpointError(f"{error} (chain so far: {_walk(*chain)})") from None
         return _stack(source, step, fields, _read(base_source, None, chain))
     except ConfigError as error:
         raise ConfigError(f"{source.name}: {error}") from None
@@ -120,7 +120,7 @@ def _read_config(source: Source, step: int | None) -> dict[str, Any]:
     path = source.folder / "config.json"
     if path.is_file():
         if step is not None:
-            raise CheckpointError(f"{source.name} is no nanochat folder: it has no step {step}")
+            raise CheckpointError(f"{source.name} is not a nanochat folder: it has no step {step}")
         return read_json(path)
     meta = _meta(source, step)
     if meta is None:
@@ -134,7 +134,7 @@ def _read_config(source: Source, step: int | None) -> dict[str, Any]:
 
 
 def _meta(source: Source, step: int | None) -> Path | None:
-    """nanochat's description of `step` or of its latest; None in a folder of another kind."""
+    """nanochat's meta file of `step` or of the latest step; None in other folders."""
     steps = {int(m[1]): p for p in source.folder.iterdir() if (m := _META.fullmatch(p.name))}
     if step is not None and step not in steps:
         there = ", ".join(map(str, sorted(steps))) or "none"
@@ -156,7 +156,7 @@ def _tensors(source: Source, step: int | None, stem: str) -> dict[str, StoredTen
 
 
 def _tokenizer_folder(source: Source) -> Path | None:
-    """Where a checkpoint's tokenizer lies: beside it, or where nanochat keeps it for all."""
+    """The folder of a checkpoint's tokenizer: its own, or the one that nanochat shares."""
     own, shared = source.folder, source.folder.resolve().parent.parent / "tokenizer"
     if has_tokenizer(own):
         return own
@@ -168,7 +168,7 @@ def _read_base(source: Source, step: int | None, fields: Mapping[str, Any]) -> C
     weights = _named(_tensors(source, step, "model"), source)
     plan = _plan(fields, weights, source)
     config = PoEConfig.from_dict(_complete(fields, weights))
-    # Checkpoints of early nanochat lack these, and mean no scaling.
+    # Early nanochat checkpoints lack these, which means no scaling.
     weights.setdefault("resid_lambdas", _constant(mx.ones, config.n_layer))
     weights.setdefault("x0_lambdas", _constant(mx.zeros, config.n_layer))
     check_weights(config, weights, plan, source.name)
@@ -191,8 +191,8 @@ def _stack(
 ) -> Checkpoint:
     if base.config.head_mode == SUMMED:
         raise CheckpointError(
-            f"{source.name} stands on {base.source.name}, a merged specialist, whose heads are "
-            "summed and can take no further one: name the delta that it was made from"
+            f"{source.name} builds on {base.source.name}, a merged specialist, and another head "
+            "cannot be added to its sum: name the delta that it was made from"
         )
     delta = _named(_tensors(source, step, "delta"), source)
     head = f"lm_head_specialists.{len(base.config.specialist_layers)}"
@@ -211,7 +211,7 @@ def _stack(
         raise CheckpointError(
             f"{source.name}: the delta lacks {name.replace(head, 'lm_head_stage')}"
         )
-    # A module is replaced whole: its base's scales mean nothing to the delta's weight.
+    # A module is replaced as a whole: the base's scales do not apply to the delta's weight.
     kept = {k: v for k, v in base.weights.items() if k.rpartition(".")[0] not in modules - {""}}
     weights = {**kept, **delta}
     plan = {**{path: s for path, s in base.plan.items() if path not in modules}, **plan}
@@ -221,7 +221,7 @@ def _stack(
 
 
 def _renamed_head(fields: Mapping[str, Any], head: str) -> Mapping[str, Any]:
-    """A delta's configuration with its head's own quantization under the model's name for it."""
+    """A delta's configuration, with its head's quantization under the model's name for the head."""
     entry = fields.get("quantization")
     if not isinstance(entry, Mapping) or "lm_head_stage" not in entry:
         return fields
@@ -246,9 +246,9 @@ def _named(tensors: Mapping[str, StoredTensor], source: Source) -> dict[str, Sto
 
 
 def _complete(fields: Mapping[str, Any], weights: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """Add to a base's configuration what the tensors' own names and shapes tell."""
+    """Complete a base's configuration from the tensors' names and shapes."""
     config = _with_depth(fields, weights)
-    # Tensors of other ranks are named by check_weights.
+    # check_weights reports tensors of other ranks.
     shapes = {name: tensor.shape for name, tensor in weights.items() if len(tensor.shape) == 2}
     if "wte.weight" in shapes:
         rows, width = shapes["wte.weight"]
@@ -273,11 +273,12 @@ def _complete(fields: Mapping[str, Any], weights: Mapping[str, StoredTensor]) ->
 
 
 def _with_depth(fields: Mapping[str, Any], weights: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """Add where the layers end, unless `fields` say it. ConfigError for a size beyond reason."""
+    """Add the number of layers, unless `fields` has it. Raises ConfigError for a size that is too
+    large."""
     config = {k: v for k, v in fields.items() if v is not None}
     longest = max((size for tensor in weights.values() for size in tensor.shape), default=0)
     for key, value in config.items():
-        # Refused now: a model of such a size could not even be laid out to compare it.
+        # Refused now: a model of such a size could not even be laid out for comparison.
         if key in _SIZES and isinstance(value, int) and value > longest:
             raise ConfigError(f"{key}: {value}, but no tensor is larger than {longest}")
     layers = [int(m[1]) for name in weights if (m := _LAYER.match(name))]
@@ -289,12 +290,12 @@ def _with_depth(fields: Mapping[str, Any], weights: Mapping[str, StoredTensor]) 
 def check_weights(
     config: PoEConfig, weights: Mapping[str, StoredTensor], plan: Plan, name: str
 ) -> None:
-    """Raise CheckpointError unless `weights` are just what a model of `config` and `plan` takes."""
+    """Raise CheckpointError unless `weights` are exactly what `config` and `plan` require."""
     model = PoEModel(config)
     try:
         apply_plan(model, plan)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{name} has an impossible quantization: {error}") from None
+        raise CheckpointError(f"{name} has an invalid quantization: {error}") from None
     expected = dict(tree_flatten(model.parameters()))
     problems = [f"lacks the tensor {k}" for k in expected if k not in weights]
     problems += [f"holds an unknown tensor {k}" for k in weights if k not in expected]
@@ -306,14 +307,14 @@ def check_weights(
         if shape != wanted:
             problems.append(f"has {key} of shape {shape}, not {wanted}")
         elif dtype not in DTYPES.values() if kind in DTYPES.values() else dtype != kind:
-            problems.append(f"has {key} in {dtype}, which is no weight's type")
+            problems.append(f"has {key} in {dtype}, which is not a type for weights")
     if problems:
         more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
         raise CheckpointError(f"{name} {problems[0]}{more}")
 
 
 def eos_token_ids(source: Source) -> frozenset[int]:
-    """The ids that the model's own generation defaults stop at; CheckpointError for others."""
+    """The stop token ids in the model's generation defaults; CheckpointError if invalid."""
     path = source.folder / "generation_config.json"
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
     if ids is None:

@@ -1,9 +1,9 @@
-"""Checkpoints to MLX folders, tensor by tensor.
+"""Converts checkpoints to MLX folders, tensor by tensor.
 
-- in: a checkpoint, base or delta, and how its values are to be rounded
-- out: a folder that `load` and mlx-lm read: a whole model, or a delta beside its converted base
-- `prepare` lays everything out from names and shapes; `Conversion.write` reads, packs and writes
-  one tensor after the other, so that memory holds only a few
+- in: a checkpoint, base or delta, and how to round its values
+- out: a folder that `load` and mlx-lm read: a whole model, or a delta that refers to its base
+- `prepare` plans everything from names and shapes; `Conversion.write` reads, packs and writes one
+  tensor after another, so that memory holds only a few
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from cognica_mlx.errors import CheckpointError, RequestError, TokenizerError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import Scheme
 
-# What mlx-lm imports for the model's architecture, if it may (`--trust-remote-code`).
+# The file that mlx-lm imports for the model's architecture, given `--trust-remote-code`.
 SHIM_FILE = "cognica_poe.py"
 SHIM = """\
 # For mlx-lm with --trust-remote-code; the package cognica-mlx must be installed.
@@ -59,16 +59,16 @@ from cognica_mlx.mlx_lm_model import Model, ModelArgs
 """
 
 _HEADS = ("wte", "lm_head", "value_embed")
-_SMALL_FILES_BYTES = 32 * 2**20  # more than tokenizer, card and the rest take
+_SMALL_FILES_BYTES = 32 * 2**20  # more than the tokenizer, card and other small files take
 _FINGERPRINT_MATRICES = ("h.0.attn.c_q.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A folder laid out and not written yet.
+    """A planned folder, not written yet.
 
-    `weights` and `plan` go by the model's parameter names, `layout` by the names in the files.
-    `base` is the converted base that a delta folder refers to; without it the folder stands alone.
+    `weights` and `plan` use the model's parameter names, `layout` the names in the files. `base` is
+    the converted base that a delta folder refers to; without it the folder is a whole model.
     """
 
     checkpoint: Checkpoint
@@ -81,12 +81,12 @@ class Conversion:
 
     @property
     def stem(self) -> str:
-        """How the files with the weights begin."""
+        """The stem of the weight files' names."""
         return "delta" if self.base else "model"
 
     @cached_property
     def layout(self) -> dict[str, list[Spec]]:
-        """The files with the weights, and the tensors of each."""
+        """The weight files, and the tensors of each."""
         specs = []
         for name, tensor in self.weights.items():
             shapes = self._packed(name, mx.zeros(tensor.shape, tensor.dtype))
@@ -95,23 +95,23 @@ class Conversion:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the weights that are read."""
+        """Bytes of weights to read."""
         return sum(tensor.nbytes for tensor in self.weights.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights that are written."""
+        """Bytes of weights to write."""
         return sum(nbytes(spec) for specs in self.layout.values() for spec in specs)
 
     @cached_property
     def n_parameters(self) -> int:
-        """Parameters that are written, before packing."""
+        """Number of parameters to write, before packing."""
         parameters = dict(tree_flatten(PoEModel(self.config).parameters()))
         return sum(parameters[name].size for name in self.weights if name in parameters)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits a parameter takes in the files, scales and unpacked tensors included."""
+        """Bits per parameter in the files, including scales and unpacked tensors."""
         return 8 * self.nbytes / self.n_parameters
 
     def write(
@@ -119,8 +119,8 @@ class Conversion:
     ) -> None:
         """Write the folder `target`, whole or not at all.
 
-        `progress` is called with the bytes of every tensor written. Raises RequestError where
-        `target` must not be written, CheckpointError or OSError where it cannot be.
+        `progress` is called with the bytes of every tensor written. Raises RequestError if
+        `target` must not be written, CheckpointError or OSError if it cannot be.
         """
         remove_leftovers(target)
         check_target(target, overwrite, [*_folders(self.checkpoint), *self._base_folder()])
@@ -143,7 +143,7 @@ class Conversion:
         return [self.base.folder] if self.base else []
 
     def _packed(self, name: str, array: mx.array) -> dict[str, mx.array]:
-        """What a parameter becomes: its tensors by their names in the files."""
+        """A parameter's tensors by their names in the files, packed by the plan."""
         if any(part in name for part in _HEADS) and array.ndim == 2:
             array = _with_rows(array, self.config.padded_vocab_size)
         packed = pack(name, array, self.plan, self.dtype)
@@ -204,13 +204,13 @@ class Conversion:
         (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
     def settings(self) -> dict[str, str]:
-        """The settings in words, for the summary and the model card."""
+        """The settings as text, for the summary and the model card."""
         dtype = "as stored"
         if self.dtype is not None:
             dtype = next(name for name, kind in DTYPES.items() if kind == self.dtype)
         schemes = list(self.plan.values())
         counts = {s: schemes.count(s) for s in dict.fromkeys(schemes)}
-        quantised = [
+        quantized = [
             f"{s.bits} bits, groups of {s.group_size}, {s.mode}"
             f" ({count} {'matrix' if count == 1 else 'matrices'})"
             for s, count in sorted(counts.items(), key=lambda item: -item[1])
@@ -218,7 +218,7 @@ class Conversion:
         return {
             "result": f"delta on {self.base.name}" if self.base else "whole model",
             "dtype": dtype,
-            "quantised": "; ".join(quantised) or "no",
+            "quantized": "; ".join(quantized) or "no",
             "bits per weight": f"{self.bits_per_weight:.3f}",
             **({"rounded drafter": self.draft_bits} if self.draft_bits else {}),
         }
@@ -249,14 +249,14 @@ def prepare(
     base: Source | None = None,
     draft_bits: str | None = None,
 ) -> Conversion:
-    """Lay out the conversion of a checkpoint; reads configurations and headers only.
+    """Plan the conversion of a checkpoint; reads configurations and headers only.
 
-    A specialist is merged with its base into one model, whose final head is the sum of its heads,
-    taken in float32. With `base`, the converted folder of its base, only the specialist's own
+    A specialist is merged with its base into one model, whose final head is the sum of all heads,
+    computed in float32. With `base`, the converted folder of its base, only the specialist's own
     tensors are written, as a delta that refers to `base`. `dtype` is "float32", "bfloat16" or
-    "float16"; by default each tensor keeps its bits, and a summed head is float32. `quantization`
-    rounds the matrices, but for what a `recipe` of RECIPES and then `rules` say (see `make_plan`).
-    `step` is a nanochat step. With `draft_bits` a rounded copy to draft with is stored, too.
+    "float16"; by default each tensor keeps its type, and a summed head is float32. `quantization`
+    rounds the matrices, except as a `recipe` of RECIPES and then `rules` say (see `make_plan`).
+    `step` is a nanochat step. With `draft_bits` a rounded copy to draft with is stored as well.
 
     Raises CheckpointError or ConfigError for a checkpoint that is incomplete or does not fit
     `base`, RequestError for options that make no sense.
@@ -266,11 +266,11 @@ def prepare(
     checkpoint = read_checkpoint(source, step)
     if quantization and checkpoint.plan:
         raise RequestError(
-            f"{source.name} is already quantised: convert what it was made from instead"
+            f"{source.name} is already quantized: convert what it was made from instead"
         )
     config, weights = checkpoint.config, checkpoint.weights
     if draft_bits and (base is not None or checkpoint.plan):
-        what = "a delta has no stage of the base" if base else "its matrices are rounded already"
+        what = "a delta has no stage of the base" if base else "its matrices are already rounded"
         raise RequestError(f"draft-bits: {what}: store the copy with what it was made from")
     if base is not None:
         _check_base(checkpoint, base)
@@ -278,7 +278,7 @@ def prepare(
     elif config.specialist_layers and config.head_mode == "dual":
         if any(path.startswith("lm_head") for path in checkpoint.plan):
             raise RequestError(
-                f"{source.name} has quantised heads, which cannot be summed: "
+                f"{source.name} has quantized heads, which cannot be summed: "
                 "merge what it was made from instead"
             )
         weights = _with_summed_heads(checkpoint)
@@ -297,14 +297,14 @@ def prepare(
 
 
 def reference_to(base: Source, target: Path) -> str:
-    """How a delta in the folder `target` names its base: by hub id, or by the way to its folder."""
+    """How a delta in folder `target` names its base: by hub id, or by the path to its folder."""
     if base.from_hub:
         return base.name
     return os.path.relpath(base.folder.resolve(), target.resolve())
 
 
 def delta_fields(config: PoEConfig, reference: str) -> dict[str, Any]:
-    """The configuration of a delta whose last stage is its own, on a base that `reference` names.
+    """The configuration of a delta with one stage of its own, on the base named by `reference`.
 
     It describes the delta's own layers; its base describes the rest.
     """
@@ -319,9 +319,9 @@ def delta_fields(config: PoEConfig, reference: str) -> dict[str, Any]:
 
 
 def upload(folder: Path, repo_id: str) -> str:
-    """Put a converted folder on the Hugging Face hub, with the user's own token; its address.
+    """Upload a converted folder to the Hugging Face hub with the user's own token; returns its URL.
 
-    Raises CheckpointError where the hub does not take it; the folder stays as it is.
+    Raises CheckpointError if the upload fails; the folder is unchanged.
     """
     try:
         api = HfApi()
@@ -329,7 +329,7 @@ def upload(folder: Path, repo_id: str) -> str:
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
     except Exception as error:
         raise CheckpointError(
-            f"{folder} is written, but the hub did not take it as {repo_id} ({hub_reason(error)})"
+            f"{folder} is written, but the upload to {repo_id} failed ({hub_reason(error)})"
         ) from None
 
 
@@ -339,31 +339,31 @@ def _folders(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _check_base(checkpoint: Checkpoint, base: Source) -> None:
-    """Raise CheckpointError unless `base` is a conversion of what `checkpoint` stands on."""
+    """Raise CheckpointError unless `base` is a conversion of the base under `checkpoint`."""
     name, expected = checkpoint.source.name, checkpoint.base
     if expected is None:
-        raise RequestError(f"{name} is a base itself: it has no other to refer to")
+        raise RequestError(f"{name} is itself a base: it has no other to refer to")
     converted = read_checkpoint(base)
     if converted.config.head_mode == SUMMED:
         raise RequestError(
-            f"{base.name} is merged, with its heads summed: name a delta folder of it instead"
+            f"{base.name} is merged, with its heads summed: name its delta folder instead"
         )
     for field, value in expected.config.to_dict().items():
         other = converted.config.to_dict()[field]
         if value != other:
             raise CheckpointError(
-                f"{base.name} is not what {name} stands on: {field} is {other}, not {value}"
+                f"{base.name} is not the base of {name}: {field} is {other}, not {value}"
             )
     for tensor in (*FINGERPRINT, "resid_lambdas", *_FINGERPRINT_MATRICES):
         ours, theirs = (c.unpacked(tensor, mx.float32)[:64] for c in (expected, converted))
         rounding = mx.abs(ours - theirs).max() / mx.abs(ours).max()
-        # A matrix may have been rounded to few bits, the others at most to 16.
+        # Matrices may have been rounded to few bits; other tensors keep at least 16.
         if not rounding.item() < (0.5 if tensor in _FINGERPRINT_MATRICES else 0.01):  # type: ignore[operator]
-            raise CheckpointError(f"{base.name} is not what {name} stands on: its {tensor} differs")
+            raise CheckpointError(f"{base.name} is not the base of {name}: its {tensor} differs")
 
 
 def _with_summed_heads(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    """The weights, with each specialist's head replaced by the sum of the heads up to its own."""
+    """The weights, with each specialist's head replaced by the sum of all heads up to it."""
     weights = dict(checkpoint.weights)
     heads = [weights["lm_head.weight"]]
     for i in range(len(checkpoint.config.specialist_layers)):
@@ -384,7 +384,7 @@ def _sum(heads: Sequence[StoredTensor], rows: int) -> mx.array:
 
 
 def _place(name: str) -> list[tuple[int, str]]:
-    """Sorts names with their numbers as numbers: layer 2 before layer 10."""
+    """A sort key that compares numbers in names as numbers: layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 

@@ -1,8 +1,8 @@
-"""A rounded copy of the stages that draft, stored beside a model so that loading need not round.
+"""A rounded copy of the drafting stages, stored beside a model so that loading need not round.
 
-- in: a model's configuration and its tensors; or a folder that holds a copy
-- out: `draft.safetensors`; or the copy, in its place beside the model's own matrices
-- the copy is of stage 0, a merged specialist's own stage, and the heads that they draft through
+- in: a model's configuration and tensors; or a folder that contains a copy
+- out: `draft.safetensors`; or the copy, attached to the model's own matrices
+- the copy has stage 0, a merged specialist's own stage, and the heads that they draft through
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def write_copy(
     bits: str,
     dtype: mx.Dtype | None,
 ) -> None:
-    """Write the copy of a model with these tensors to `folder`.
+    """Write the rounded copy of a model with these tensors to `folder`.
 
-    Raises RequestError where rounding would change nothing.
+    Raises RequestError if rounding would change nothing.
     """
     arrays: dict[str, mx.array] = {}
     for path, module in _matrices(PoEModel(config), draft_scheme(bits)).items():
@@ -49,9 +49,9 @@ def write_copy(
 
 
 def offer_copy(model: PoEModel, folder: Path) -> None:
-    """Have `model` take up the copy in a folder, if there is one, when it is first drafted with.
+    """Make `model` load the copy in a folder, if there is one, when it first drafts.
 
-    Raises CheckpointError for a file that is no copy, then or now.
+    Raises CheckpointError, now or then, for a file that is not a copy.
     """
     path = folder / DRAFT_FILE
     if path.is_file():
@@ -66,7 +66,7 @@ def _take_up(model: PoEModel, path: Path) -> None:
     for place, expected in _matrices(PoEModel(model.config), scheme).items():
         own = modules[place]
         if not isinstance(own, nn.Linear):
-            continue  # loaded rounded already
+            continue  # the model itself was loaded rounded
         packed = nn.QuantizedLinear(
             own.weight.shape[1],
             own.weight.shape[0],

@@ -1,4 +1,4 @@
-"""The README.md of a converted folder: where it came from, what was done, how to run it."""
+"""The README.md of a converted folder: its source, the settings, and how to run it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def model_card(
     base: Source | None,
     calibrated: bool,
 ) -> str:
-    """The card as Markdown with the hub's metadata before it.
+    """The card as Markdown, with the hub's metadata in front.
 
-    `settings` is what was asked for, in words; `base` the converted folder that a delta refers to.
+    `settings` are the conversion's settings as text; `base` is the converted folder that a delta
+    refers to.
     """
     source = checkpoint.source
     license_name = license_of(checkpoint)
@@ -38,7 +39,7 @@ def model_card(
     )
     rows = {"source": " on ".join(_links(checkpoint)), "revision": source.revision or "local files"}
     rows |= settings
-    rows["licence"] = license_name or "the source names none: its own terms apply"
+    rows["license"] = license_name or "the source names none: its own terms apply"
     rows["made with"] = f"cognica-mlx {version('cognica-mlx')}, MLX {version('mlx')}"
     lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
     lines.append("A Cognica Product-of-Experts language model for MLX.")
@@ -54,22 +55,22 @@ def model_card(
         lines.append("cognica-mlx, which is all that the Python file in this folder does.")
     else:
         lines.append(f"This folder holds only what was trained on top of `{base.name}`, and needs")
-        lines.append("it where `base_model_name_or_path` in config.json says.")
+        lines.append("that model at the path `base_model_name_or_path` in config.json.")
     if calibrated:
         lines += ["", "`poe_calibration.json` was measured on the source. Rounding shifts margins:"]
-        lines.append("`mlx_poe.calibrate` measures anew what the adaptive modes promise.")
+        lines.append("run `mlx_poe.calibrate` to measure again what the adaptive modes promise.")
     return "\n".join(lines) + "\n"
 
 
 def _links(checkpoint: Checkpoint) -> list[str]:
-    """The names of a checkpoint and of all that it stands on; of local ones the folder's only."""
+    """Links to a checkpoint and to every base under it; for local ones, just the folder's name."""
     source = checkpoint.source
     name = source.name if source.from_hub else Path(source.folder).resolve().name
     return [f"`{name}`", *(_links(checkpoint.base) if checkpoint.base else [])]
 
 
 def license_of(checkpoint: Checkpoint) -> str | None:
-    """What the nearest model card in the chain names as its licence, if any.
+    """The license that the nearest model card in the chain names, if any.
 
     Raises CheckpointError for a card that cannot be read.
     """
@@ -80,8 +81,8 @@ def license_of(checkpoint: Checkpoint) -> str | None:
         except Exception as error:  # whatever its YAML reader raises
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
-                f"{card} is no model card ({reason}): mend what stands between its --- lines, "
-                "or take the file away"
+                f"{card} is not a valid model card ({reason}): fix the part between its --- lines, "
+                "or remove the file"
             ) from None
         license_name = named.data.get("license")
         if isinstance(license_name, str) and _LICENSE.fullmatch(license_name):

@@ -1,17 +1,17 @@
-"""Pickles read without unpickling: values that a file spells out, and nothing that it runs.
+"""Reads plain values from pickles without unpickling, so nothing in a file is ever executed.
 
-- In: a pickle's bytes, and a `Dialect` that lists what one kind of file is made of.
-- Out: what the pickle leaves on its stack, made of text, numbers, tuples and dictionaries; `Global`
-  for a class or function that the dialect knows; and what the dialect's own rules make of these.
-- No unpickler runs. pickletools takes the file apart, which never executes it, and `replay` carries
-  out the few instructions that the dialect lists. It imports nothing, sets no attribute, and calls
-  nothing but the dialect's rules, which the instruction picks and no value in the file can.
+- In: a pickle's bytes, and a `Dialect` that lists what one kind of file may contain.
+- Out: what the pickle leaves on its stack: text, numbers, tuples and dictionaries; a `Global` for
+  each class or function that the dialect allows; and the results of the dialect's own rules.
+- No unpickler runs. pickletools parses the file without executing it, and `replay` interprets the
+  few instructions that the dialect lists. It imports nothing, sets no attribute, and calls nothing
+  but the dialect's rules, which are chosen by the instruction, never by a value in the file.
   Any other instruction, and any other global, is refused by name.
-- Values are never hashed (but for text and bytes), compared or walked, so their depth needs no
+- Values are never hashed (except text and bytes), compared or traversed, so their depth needs no
   limit.
 
-A `pickle.Unpickler` with a strict `find_class` was not enough: extension codes that copyreg has
-cached bypass `find_class`, a large memo index allocates gigabytes, and hashing a deeply nested
+A `pickle.Unpickler` with a strict `find_class` would not be enough: extension codes cached by
+copyreg bypass `find_class`, a large memo index allocates gigabytes, and hashing a deeply nested
 tuple overflows the C stack.
 """
 
@@ -31,29 +31,29 @@ NUMBERS = INTEGERS | {"LONG1", "BINFLOAT"}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
-_SPELLED = TEXT | BYTES | NUMBERS  # whose argument is their value
-# Of every dialect: dictionaries, the memo, names, and what only frames the rest.
+_SPELLED = TEXT | BYTES | NUMBERS  # instructions that carry their value as an argument
+# Allowed in every dialect: dictionaries, the memo, names, and framing.
 _COMMON = frozenset(
     {"MARK", "EMPTY_DICT", "EMPTY_TUPLE", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL"}
     | {"MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "PROTO", "FRAME", "STOP"}
 )
-# The instructions that do something, if a dialect has a rule for them, and how much they take.
+# The instructions that a dialect may have a rule for, with their numbers of operands.
 _OPERANDS = {"REDUCE": 2, "NEWOBJ": 2, "BUILD": 2, "BINPERSID": 1}
 
 
 class Global(NamedTuple):
-    """Stands where unpickling would have imported something."""
+    """Placeholder for a class or function that unpickling would have imported."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """What one kind of file may hold; all else is refused.
+    """What one kind of file may contain; everything else is refused.
 
-    `kind` names it in messages, `error` is what a refusal raises. `values` are the instructions for
-    plain values beyond dictionaries and (), `names` the globals, as "module.name". `rules` say what
-    REDUCE, NEWOBJ, BUILD and BINPERSID make of their operands, which may be anything.
+    `kind` names it in messages; refusals raise `error`. `values` are the allowed instructions for
+    plain values beyond dictionaries and (), `names` the allowed globals, as "module.name". `rules`
+    compute the results of REDUCE, NEWOBJ, BUILD and BINPERSID; their operands may be anything.
     """
 
     kind: str
@@ -65,9 +65,9 @@ class Dialect:
 
 
 def replay(data: bytes, dialect: Dialect) -> list[object]:
-    """What the pickle in `data` leaves on its stack: one value, if it is a sound one.
+    """What the pickle in `data` leaves on its stack: one value, if the pickle is valid.
 
-    Raises the dialect's error for what is refused, and any Exception for what is damaged.
+    Raises the dialect's error for anything refused, and any Exception for a damaged pickle.
     """
     known = _COMMON | dialect.values | dialect.rules.keys()
     stack: list[Any] = []
@@ -76,7 +76,7 @@ def replay(data: bytes, dialect: Dialect) -> list[object]:
 
     def take(count: int) -> list[Any]:
         if not 0 <= count <= len(stack):
-            raise ValueError("the pickle takes more than it has made")
+            raise ValueError("the pickle pops more values than it has pushed")
         start = len(stack) - count
         items = stack[start:]
         del stack[start:]
@@ -123,7 +123,7 @@ def replay(data: bytes, dialect: Dialect) -> list[object]:
 
 
 def _global(dialect: Dialect, module: object, name: object = "") -> Global:
-    # Exact types: a text is all that may be looked for, or shown.
+    # Exact types: only a real str may be looked up or shown.
     if type(module) is not str or type(name) is not str:
         full_name = "a non-name"
     else:
@@ -136,7 +136,7 @@ def _global(dialect: Dialect, module: object, name: object = "") -> Global:
 def _set_items(target: object, items: list[Any], dialect: Dialect) -> None:
     keys, values = items[::2], items[1::2]
     if not isinstance(target, dict) or len(keys) != len(values):
-        raise ValueError("it sets items where there is no dictionary")
+        raise ValueError("it sets items of something that is not a dictionary")
     # Hashing a deep tuple overflows the C stack.
     if any(type(key) not in (str, bytes) for key in keys):
         kinds = "neither text nor bytes" if dialect.values & BYTES else "not text"

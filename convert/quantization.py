@@ -1,9 +1,9 @@
-"""Which matrices are rounded to how many bits, and how a checkpoint says so.
+"""Which matrices are rounded to how many bits, and how a checkpoint records that.
 
-- a `Plan` gives a `Scheme` to each module that is quantised; MLX does the rounding
-- made from the command's options, or read from a converted folder's `config.json`, where it stands
-  as mlx-lm writes and reads it
-- what is narrower than a group (the gates) and what is no matrix (the scalars) is never in a plan
+- a `Plan` gives a `Scheme` to each module that is quantized; MLX does the rounding
+- it is made from the command's options, or read from a converted folder's `config.json`, in
+  mlx-lm's format
+- scalars and gates are never quantized; gates are narrower than a group
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import BITS, GROUP_SIZES, MODES, Scheme
 
-# mlx-lm's mixed recipes: bits of most matrices, and of those that suffer most.
+# mlx-lm's mixed recipes: the bits of most matrices, and of those that rounding hurts most.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 UNQUANTIZED = 16
 
@@ -38,14 +38,14 @@ _KINDS = {
 
 
 Plan = dict[str, Scheme]
-# What is to get other bits than the rest, and how many.
+# Matrices that get other bits than the rest, and how many.
 Rule = tuple[str, int]
 
 
 def scheme(bits: int | None = None, group_size: int | None = None, mode: str = "affine") -> Scheme:
-    """The scheme of these options, with the mode's own values where they are None.
+    """The scheme of these options, with the mode's defaults for None.
 
-    Raises RequestError for a combination that MLX does not have.
+    Raises RequestError for a combination that MLX does not support.
     """
     if mode not in MODES:
         raise RequestError(f"q-mode {mode!r} is not one of {', '.join(MODES)}")
@@ -53,25 +53,26 @@ def scheme(bits: int | None = None, group_size: int | None = None, mode: str = "
     bits = default_bits if bits is None else bits
     group_size = default_group if group_size is None else group_size
     if type(bits) is not int or type(group_size) is not int:
-        raise RequestError(f"q-bits {bits!r} and q-group-size {group_size!r} are whole numbers")
+        raise RequestError(f"q-bits {bits!r} and q-group-size {group_size!r} must be whole numbers")
     if mode != "affine" and (group_size, bits) != (default_group, default_bits):
         raise RequestError(
             f"q-mode {mode} always has {default_bits} bits in groups of {default_group}: "
             "leave out q-bits and q-group-size, or choose affine"
         )
     if mode == "affine" and bits not in BITS:
-        raise RequestError(f"q-bits {bits}: can be {', '.join(map(str, BITS))}")
+        raise RequestError(f"q-bits {bits} is not one of {', '.join(map(str, BITS))}")
     if mode == "affine" and group_size not in GROUP_SIZES:
-        raise RequestError(f"q-group-size {group_size}: can be {', '.join(map(str, GROUP_SIZES))}")
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise RequestError(f"q-group-size {group_size} is not one of {sizes}")
     return Scheme(bits, group_size, mode)
 
 
 def make_plan(config: PoEConfig, default: Scheme, rules: Sequence[Rule] = ()) -> Plan:
-    """`default` for every matrix of a model of `config`, but what `rules` say; later ones win.
+    """`default` for every matrix of a model of `config`, except as `rules` say; later rules win.
 
     A rule names "head", "embed", "attn", "mlp", a stage ("stage0"), a layer ("layer3") or several
-    ("layers0-5"). Its bits are in `default`'s mode if that has them, else affine; 16 leaves alone.
-    Raises RequestError for a rule that names nothing in the model, or bits that do not exist.
+    ("layers0-5"). Its bits use `default`'s mode if that supports them, else affine; 16 bits means
+    not rounded. Raises RequestError for a rule that matches nothing in the model, or invalid bits.
     """
     matrices = _matrices(config)
     schemes = dict.fromkeys(matrices, default)
@@ -92,10 +93,11 @@ def make_plan(config: PoEConfig, default: Scheme, rules: Sequence[Rule] = ()) ->
 
 
 def mixed(config: PoEConfig, recipe: str, scheme: Scheme) -> tuple[Scheme, list[Rule]]:
-    """One of RECIPES as a default scheme, in `scheme`'s groups, and the rules that go with it.
+    """One of RECIPES as a default scheme, with the group size of `scheme`, and its rules.
 
-    More bits go to the head, and in the first and last eighth of the layers and every third
-    between to the values and the MLP's way back. Raises RequestError unless `scheme` is affine.
+    The head gets more bits. So do the value matrices and the MLP's output matrices in the first and
+    last eighth of the layers and in every third layer between. Raises RequestError unless `scheme`
+    is affine.
     """
     if scheme.mode != "affine":
         raise RequestError(f"quant-predicate {recipe} is for q-mode affine only")
@@ -111,7 +113,7 @@ def mixed(config: PoEConfig, recipe: str, scheme: Scheme) -> tuple[Scheme, list[
 
 
 def _matrices(config: PoEConfig) -> dict[str, int]:
-    """The modules that MLX can quantise, and the length of their rows."""
+    """The modules that MLX can quantize, and the length of their rows."""
     return {
         path: module.weight.shape[-1]
         for path, module in PoEModel(config).named_modules()
@@ -143,9 +145,9 @@ def _selected(config: PoEConfig, matrices: Iterable[str], what: str) -> list[str
 def pack(
     name: str, array: mx.array, plan: Plan, dtype: mx.Dtype | None = None
 ) -> dict[str, mx.array]:
-    """A parameter by its name, in `dtype`, and rounded if it is the weight of a module in `plan`.
+    """A parameter's tensors by name, in `dtype`, rounded if it is the weight of a module in `plan`.
 
-    What is packed already, in integers, stays as it is.
+    Integer tensors, which are packed already, are unchanged.
     """
     if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
         array = array.astype(dtype)
@@ -156,7 +158,7 @@ def pack(
 
 
 def apply_plan(model: PoEModel, plan: Plan) -> None:
-    """Replace the modules in `plan` by quantised ones, their weights unevaluated."""
+    """Replace the modules in `plan` with quantized ones, their weights unevaluated."""
     if plan:
         nn.quantize(
             model, class_predicate=lambda path, _: asdict(plan[path]) if path in plan else False
@@ -171,9 +173,9 @@ def fill(
     *,
     lazy: bool = False,
 ) -> None:
-    """Give `model` its parameters, in `dtype` and rounded as `plan` says; others stay as they are.
+    """Set the parameters of `model`, in `dtype` and rounded as `plan` says; others do not change.
 
-    `arrays` makes them as they are asked for. Unless `lazy` each is evaluated before the next, so
+    `arrays` yields them one by one. Unless `lazy`, each is evaluated before the next is read, so
     that memory never holds two copies of the model.
     """
     apply_plan(model, plan)
@@ -189,7 +191,7 @@ def fill(
 
 
 def to_fields(plan: Plan) -> dict[str, Any]:
-    """The entry `quantization` of a `config.json`: the commonest scheme, and all others by path."""
+    """The `quantization` entry of a `config.json`: the most common scheme, and others by path."""
     schemes = list(plan.values())
     common = max(dict.fromkeys(schemes), key=schemes.count)
     others = {path: asdict(scheme) for path, scheme in plan.items() if scheme != common}
@@ -197,22 +199,22 @@ def to_fields(plan: Plan) -> dict[str, Any]:
 
 
 def from_fields(fields: Mapping[str, Any], tensors: Iterable[str]) -> Plan:
-    """The plan by which a checkpoint's `tensors` were packed, from its `config.json`.
+    """The plan that a checkpoint's `tensors` were packed by, from its `config.json`.
 
-    Raises CheckpointError where packed tensors are there and their scheme is not, or is none.
+    Raises CheckpointError if packed tensors have no scheme there, or an invalid one.
     """
     paths = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
     if not paths:
         return {}
     entry = fields.get("quantization")
     if not isinstance(entry, Mapping):
-        raise CheckpointError("holds quantised tensors, but its config.json has no quantization")
+        raise CheckpointError("holds quantized tensors, but its config.json has no quantization")
     plan: Plan = {}
     for path in paths:
         own = entry[path] if isinstance(entry.get(path), Mapping) else entry
         try:
             if None in (own["bits"], own["group_size"]):
-                raise RequestError("nothing stands for a default here")
+                raise RequestError("both must be given here")
             plan[path] = scheme(own["bits"], own["group_size"], own.get("mode", "affine"))
         except (KeyError, TypeError, RequestError):
             raise CheckpointError(

@@ -1,10 +1,10 @@
-"""Safetensors in and out: a folder's tensors by name, one at a time.
+"""Reads and writes safetensors files: a folder's tensors by name, one at a time.
 
-- in: files proved whole before any is used; an index names plain files inside its folder, never
-  paths, so it cannot lead out of it
-- out: files laid out first and then written tensor by tensor, so that a model larger than memory
-  passes through; an index lists them
-- nothing here knows what the tensors mean
+- in: files are checked to be complete before any is used; an index may only name plain files, no
+  paths, so it cannot point outside its folder
+- out: files are laid out first and then written tensor by tensor, so that a model may be larger
+  than memory; an index lists them
+- it knows nothing about what the tensors mean
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from cognica_mlx.convert.stored import StoredTensor
 from cognica_mlx.errors import CheckpointError
 
-SHARD_BYTES = 5 * 10**9  # as mlx-lm's and the hub's
+SHARD_BYTES = 5 * 10**9  # as in mlx-lm and on the hub
 
 _TYPE_NAMES = {
     mx.float32: "F32",
@@ -33,12 +33,12 @@ _TYPE_NAMES = {
     mx.uint8: "U8",
 }
 
-# A tensor to be written: its name, shape and type.
+# A tensor to write: its name, shape and type.
 Spec = tuple[str, tuple[int, ...], mx.Dtype]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError where it is missing or is none."""
+    """A JSON object from a file; CheckpointError if the file is missing or not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -53,8 +53,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
     """The tensors of `<stem>.safetensors`, or of its shards, unread.
 
-    Raises CheckpointError naming the file that is missing, truncated or damaged, and a tensor
-    that its index promises and no shard holds.
+    Raises CheckpointError naming the file that is missing, truncated or damaged, or a tensor that
+    the index lists but no shard contains.
     """
     index = folder / f"{stem}.safetensors.index.json"
     if (folder / f"{stem}.safetensors").is_file():
@@ -74,26 +74,26 @@ def read_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
         tensors |= {name: held[name] for name in held if weight_map.get(name, shard) == shard}
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise CheckpointError(f"{index} promises {name} in {shard}, which does not hold it")
+            raise CheckpointError(f"{index} lists {name} in {shard}, which does not hold it")
     return tensors
 
 
 class _SafetensorsFile:
-    """A whole file, and arrays that it hands out one by one and does not keep."""
+    """A checked file, whose arrays are returned one by one and not kept."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing")
-            # Checks the header against the file's true length, which mx.load does only when read.
+            # Checks the header against the file's true length; mx.load does so only on reading.
             with safe_open(path, framework="np"):
                 pass
             self._unread = self._load()
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
-                f"{path} is damaged or not whole ({reason}); fetch it again"
+                f"{path} is damaged or incomplete ({reason}): download it again"
             ) from None
         if not self._unread:
             raise CheckpointError(f"{path} holds no tensors")
@@ -110,7 +110,7 @@ class _SafetensorsFile:
         }
 
     def _read(self, name: str) -> mx.array:
-        # An array that stayed in the dictionary would keep its values once they are read.
+        # An array left in the dictionary would keep its values in memory once they are read.
         if name not in self._unread:
             self._unread = self._load()
         return self._unread.pop(name)
@@ -121,7 +121,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def lay_out(specs: Iterable[Spec], stem: str, most: int = SHARD_BYTES) -> dict[str, list[Spec]]:
-    """Tensors by the file they go to, in their order; none of over `most` bytes unless of one."""
+    """Tensors by file, in order; a file exceeds `most` bytes only if it has a single tensor."""
     shards: list[list[Spec]] = [[]]
     room = most
     for spec in specs:
@@ -143,7 +143,7 @@ def nbytes(spec: Spec) -> int:
 
 
 def write_index(folder: Path, stem: str, layout: Mapping[str, Sequence[Spec]]) -> None:
-    """Write `<stem>.safetensors.index.json`, which says where each tensor lies."""
+    """Write `<stem>.safetensors.index.json`, which maps tensors to files."""
     total = sum(nbytes(spec) for specs in layout.values() for spec in specs)
     weight_map = {name: file for file, specs in layout.items() for name, _, _ in specs}
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -151,7 +151,7 @@ def write_index(folder: Path, stem: str, layout: Mapping[str, Sequence[Spec]]) -
 
 
 class TensorWriter:
-    """A safetensors file that takes its tensors one at a time, in the order laid out."""
+    """Writes a safetensors file one tensor at a time, in the order laid out."""
 
     def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
@@ -172,16 +172,16 @@ class TensorWriter:
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
 
     def write(self, name: str, array: mx.array) -> None:
-        """Evaluate `array` and append it; it must be the next of the layout."""
+        """Evaluate `array` and append it; it must be the next in the layout."""
         due = self._due.pop()
         if due != (name, array.shape, array.dtype):
-            raise ValueError(f"{name} {array.shape} {array.dtype} is written where {due} is due")
+            raise ValueError(f"{name} {array.shape} {array.dtype} was written, but {due} is next")
         # As bits, because numpy has no bfloat16.
         bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]
         self._file.write(np.ascontiguousarray(np.array(array.view(bits), copy=False)).data)
 
     def close(self) -> None:
-        """Close the file, which is whole if every tensor has been written."""
+        """Close the file. Raises ValueError if a tensor has not been written."""
         self._file.close()
         if self._due:
             raise ValueError(f"{self._file.name} was closed before {self._due[-1][0]} was written")

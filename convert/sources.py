@@ -1,7 +1,7 @@
-"""Where a checkpoint lies: a local folder, or a repository of the Hugging Face hub.
+"""Finds checkpoints: in a local folder, or in a repository on the Hugging Face hub.
 
-Only the files that a PoE model needs are fetched, never code. A delta's base is looked up from
-here too: beside a local delta, but only on the hub for a delta that came from there.
+Only the files that a PoE model needs are downloaded, never code. A delta's base is found here too:
+relative to a local delta's folder, but only on the hub for a delta that came from there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class Source:
     """A checkpoint's folder on this machine, and whether it came from the hub.
 
-    `revision` is the commit that was fetched from there.
+    `revision` is the commit that was downloaded.
     """
 
     folder: Path
@@ -35,15 +35,15 @@ def locate(name: str | Path, revision: str | None = None) -> Source:
     """Find a checkpoint by its folder or its hub id, downloading it if need be.
 
     `revision` is a branch, tag or commit of the hub repository. huggingface_hub's own variables
-    (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) apply. Raises CheckpointError where there is no such thing.
+    (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) apply. Raises CheckpointError if there is none.
     """
     folder = _existing(name)
     if folder is None:
         return _fetch(str(name), revision)
     if not folder.is_dir():
-        raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
+        raise CheckpointError(f"{name} is a file: give the folder that holds config.json")
     if revision:
-        raise CheckpointError(f"{name} is a local folder: a revision ({revision}) has no meaning")
+        raise CheckpointError(f"{name} is a local folder, which has no revision {revision}")
     return Source(folder, str(folder), from_hub=False)
 
 
@@ -54,7 +54,7 @@ def locate_base(reference: str, delta: Source) -> Source:
         if beside and beside.is_dir():
             beside = beside.resolve()
             return Source(beside, str(beside), from_hub=False)
-        # Not relative to the current folder: what stands there is nobody's base.
+        # Never relative to the current folder, whatever is there.
         return _fetch(reference, None)
     if not _is_hub_id(reference):
         raise CheckpointError(
@@ -65,12 +65,12 @@ def locate_base(reference: str, delta: Source) -> Source:
 
 
 def _existing(name: str | Path, beside: Path = Path()) -> Path | None:
-    """The file or folder of that name, relative to `beside`; None where there is none."""
+    """The file or folder of that name, relative to `beside`; None if there is none."""
     try:
         path = beside / Path(name).expanduser()
         return path if path.exists() else None
     except (OSError, RuntimeError, ValueError):
-        # No name that could be one: too long, a NUL within, the ~ of a user that does not exist.
+        # Not a possible path: too long, contains a NUL, or has the ~ of an unknown user.
         return None
 
 
@@ -82,13 +82,13 @@ def _fetch(hub_id: str, revision: str | None) -> Source:
     if not _is_hub_id(hub_id):
         raise CheckpointError(f"{hub_id}: no such folder, and not a hub id of the form owner/name")
     try:
-        # A pattern's * reaches into subfolders too, and nothing there is ours.
+        # A pattern's * matches subfolders too, which we do not need.
         snapshot = snapshot_download(
             hub_id, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"]
         )
     except Exception as error:
         raise CheckpointError(
-            f"{hub_id}: no such folder here, and the hub did not give it ({hub_reason(error)})"
+            f"{hub_id}: no such folder here, and the download failed ({hub_reason(error)})"
         ) from None
     return Source(Path(snapshot), hub_id, from_hub=True, revision=Path(snapshot).name)
 
@@ -96,6 +96,6 @@ def _fetch(hub_id: str, revision: str | None) -> Source:
 def hub_reason(error: Exception) -> str:
     """What went wrong with the hub, in one line.
 
-    Errors of its HTTP library come through too, and which one that is changes.
+    The error may come from the hub client's HTTP library, which differs between versions.
     """
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]

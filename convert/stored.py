@@ -1,4 +1,4 @@
-"""A tensor that lies in a file: what it is at once, its values only when asked for; its types."""
+"""A tensor in a file: its shape and type are known at once, its values are read on demand."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# By the names that flags and configurations have for them.
+# MLX types by their names in flags and configurations.
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape and type of a tensor, and how to get it.
+    """A tensor's shape and type, and how to read it.
 
-    `read` gives an array of this shape and type that nothing else holds, so that its memory is
-    free again once the caller lets go of it. It may be called again.
+    `read` returns an array of this shape and type that nothing else refers to, so that dropping it
+    frees its memory. It may be called again.
     """
 
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that its values take."""
+        """Bytes of its values."""
         size = self.dtype.size
         for length in self.shape:
             size *= length

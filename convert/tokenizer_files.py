@@ -1,11 +1,11 @@
-"""The tokenizer's file, read without trusting it.
+"""Reads a tokenizer file without trusting it.
 
 - In: a folder with a `tokenizer.pkl`, a pickled `tiktoken.Encoding` (pickle protocol 3 to 5), or
-  with the `tokenizer.json` that converted models have.
-- Out: a `tiktoken.Encoding` that we build from the file's four plain fields, once checked.
-- No unpickler runs: `plain_pickle` replays the few instructions that such a file is made of. Any
+  with the `tokenizer.json` of a converted model.
+- Out: a `tiktoken.Encoding` built from the file's four plain fields after checking them.
+- No unpickler runs: `plain_pickle` interprets the few instructions that such a file needs. Any
   other instruction, and any global but tiktoken's Encoding, is refused.
-- Whatever is wrong with the file is one TokenizerError that names it.
+- Anything wrong with the file raises one TokenizerError that names it.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ _PROBE = "Hello,  world! 12'll\r\n\n\té\u4e16\U0001f600 \n"
 
 
 class _Built(NamedTuple):
-    """Stands where unpickling would have made an Encoding: the fields it would have been given."""
+    """Placeholder for the Encoding that unpickling would have made, with its fields."""
 
     fields: object
 
@@ -43,7 +43,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_encoding(folder: Path) -> tiktoken.Encoding:
-    """The tiktoken encoding of a model's folder, or a TokenizerError; runs nothing of it."""
+    """The tiktoken encoding of a model's folder; runs no code from it. Raises TokenizerError."""
     path, converted = folder / FILE_NAME, folder / tokenizer_json.FILE_NAME
     if not has_tokenizer(folder):
         raise TokenizerError(
@@ -68,27 +68,27 @@ def _unpickled(data: bytes) -> object:
 
 
 def _checked(path: Path, read: Callable[[], object]) -> tiktoken.Encoding:
-    """The encoding of the fields that `read` gives; whatever is wrong with them names `path`."""
+    """The encoding with the fields that `read` returns; any error names `path`."""
     try:
         return _build(read())
     except TokenizerError as error:
         raise TokenizerError(f"{path} {error}") from error.__cause__
-    except Exception as error:  # what pickletools and bad stack contents can raise is no fixed list
+    except Exception as error:  # pickletools and bad stack contents can raise anything
         raise TokenizerError(
             f"{path} is damaged or not a tokenizer ({one_line(error)}): download it again"
         ) from error
 
 
 def encode_text(encoding: tiktoken.Encoding, text: str, allow_special: bool = False) -> list[int]:
-    """Token ids of `text`; lone surrogates become U+FFFD, as tiktoken does it."""
-    with _tiktoken_errors("tiktoken cannot split this text, for one long run of spaces perhaps"):
+    """Token ids of `text`; lone surrogates become U+FFFD, as in tiktoken."""
+    with _tiktoken_errors("tiktoken cannot split this text; does it have a long run of spaces?"):
         if allow_special:
             return encoding.encode(text, allowed_special="all")
         return encoding.encode_ordinary(text)
 
 
 def _replay(data: bytes) -> object:
-    """What the one pickled Encoding in `data` would have been given as its fields."""
+    """The fields of the one pickled Encoding in `data`."""
     dialect = Dialect(
         kind="tokenizer",
         error=TokenizerError,
@@ -105,21 +105,21 @@ def _replay(data: bytes) -> object:
 
 def _make(what: object, args: object) -> object:
     if type(what) is not Global or args != ():
-        raise ValueError("it makes something else than an Encoding")
+        raise ValueError("it makes something other than an Encoding")
     return _BLANK
 
 
 def _fill(target: object, fields: object) -> _Built:
     if target is not _BLANK:
-        raise ValueError("it sets the fields of something else than an Encoding")
+        raise ValueError("it sets the fields of something other than an Encoding")
     return _Built(fields)
 
 
 def _build(fields: object) -> tiktoken.Encoding:
-    """Checks the four fields and builds the encoding from them."""
+    """Check the four fields and build the encoding from them."""
     if type(fields) is str:
         raise TokenizerError(
-            f"only names the public encoding {ascii(fields)[:60]}: save a tokenizer that holds one"
+            f"only names the public encoding {ascii(fields)[:60]}: save a tokenizer with its data"
         )
     if type(fields) is not dict or set(fields) != set(_FIELDS):
         raise TokenizerError(f"does not have exactly the fields {', '.join(_FIELDS)}")
@@ -159,7 +159,7 @@ def _build(fields: object) -> tiktoken.Encoding:
 
 @contextmanager
 def _tiktoken_errors(what: str) -> Iterator[None]:
-    """Turns what tiktoken raises into ours; its Rust core panics with a bare BaseException."""
+    """Convert tiktoken's errors to ours; its Rust core panics with a bare BaseException."""
     try:
         yield
     except BaseException as error:

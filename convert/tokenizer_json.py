@@ -1,13 +1,13 @@
-"""The tokenizer without a pickle: Hugging Face's tokenizer.json, out and in.
+"""The tokenizer without a pickle: writes and reads Hugging Face's tokenizer.json.
 
-- out: what `tokenizers`, transformers and so mlx-lm load: byte-level BPE with tiktoken's own
-  splitting pattern, the chat layout as a template, `<|bos|>` put first
+- out: files for `tokenizers`, transformers and so mlx-lm: byte-level BPE with tiktoken's own
+  splitting pattern, the chat layout as a template, `<|bos|>` added at the start
 - in: the four fields of a `tiktoken.Encoding`, the same as were written; ranks are the ids, so the
-  merges, which follow from them, are not read
-- tiktoken joins whichever neighbours make a token, lowest rank first: so every split of a token
-  into two tokens is listed as a merge, in the order of the ranks
-- where Hugging Face's side differs: text that looks like a special token is one there, inside a
-  chat message too, while our `Tokenizer` keeps it plain; lone surrogates are refused, not replaced;
+  merges follow from them and are not read
+- tiktoken joins any two neighbors that make a token, lowest rank first, so every split of a token
+  into two tokens is listed as a merge, in order of rank
+- differences on Hugging Face's side: text that looks like a special token becomes one, even inside
+  a chat message, while our `Tokenizer` keeps it as text; lone surrogates are refused, not replaced;
   and mlx-lm's streaming drops one space from the very start of an answer
 """
 
@@ -31,7 +31,7 @@ MOST_BYTES = 32 * 2**20  # 48000 tokens with their merges take 8 million
 def _byte_characters() -> dict[int, str]:
     """The visible character that stands for each byte in byte-level BPE files (as GPT-2's).
 
-    Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 and what follows.
+    Printable Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 on.
     """
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in plain]
@@ -40,7 +40,7 @@ def _byte_characters() -> dict[int, str]:
     }
 
 
-# what changes tokens and tiktoken does not know
+# BPE options that change tokens and that tiktoken does not have
 _OTHER_BPE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 _ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _CHARACTERS = _byte_characters()
@@ -48,18 +48,18 @@ _BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 
 
 def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, *, chat: bool) -> None:
-    """Write an encoding as tokenizer.json and tokenizer_config.json; with `chat` the chat template.
+    """Write an encoding as tokenizer.json and tokenizer_config.json, with `chat` a chat template.
 
-    Text ends at `<|assistant_end|>` in a chat, else where the next document's `<|bos|>` begins.
-    Raises TokenizerError where a special token's text is an ordinary token too: the file's one
-    vocabulary cannot hold both.
+    Text ends at `<|assistant_end|>` in a chat, else at the next document's `<|bos|>`. Raises
+    TokenizerError if a special token's text is also an ordinary token: the file's single vocabulary
+    cannot hold both.
     """
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
     _write(folder / FILE_NAME, _tokenizer_json(encoding._pat_str, ranks, special))
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**9,  # the windows slide: there is no longest text
+        "model_max_length": 10**9,  # windows slide, so there is no limit
     }
     end = REPLY_END if chat else BOS
     config |= {k: v for k, v in (("bos_token", BOS), ("eos_token", end)) if v in special}
@@ -76,7 +76,7 @@ def _tokenizer_json(
     pat_str: str, ranks: Mapping[bytes, int], special: Mapping[str, int]
 ) -> dict[str, Any]:
     if sum(len(token) ** 2 for token in ranks) > MOST_SPLITS:
-        raise TokenizerError("has tokens far too long to be listed with all their parts")
+        raise TokenizerError("has tokens far too long to list with all their splits")
     tokens = sorted(ranks, key=lambda token: ranks[token])
     names = {token: "".join(_CHARACTERS[byte] for byte in token) for token in tokens}
     for text in special.keys() & set(names.values()):
@@ -115,7 +115,7 @@ def _tokenizer_json(
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,  # tiktoken looks for the whole piece first
-            # the special tokens too, or `tokenizers` numbers them on from the vocabulary's size
+            # with the special tokens, or `tokenizers` would number them from the vocabulary's size
             "vocab": {**{names[token]: ranks[token] for token in tokens}, **special},
             "merges": merges,
         },
@@ -138,8 +138,8 @@ def _bos_first(special: Mapping[str, int]) -> dict[str, Any] | None:
 def read_fields(path: Path) -> dict[str, Any]:
     """The fields of a `tiktoken.Encoding` from a tokenizer.json that `write_tokenizer` wrote.
 
-    They are plain and of the right kinds, and no more has been checked. Raises TokenizerError,
-    naming the file, where it is damaged or describes another kind of tokenizer.
+    Only their types have been checked. Raises TokenizerError, naming the file, if it is damaged or
+    describes another kind of tokenizer.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -162,7 +162,7 @@ def read_fields(path: Path) -> dict[str, Any]:
             and not byte_level["add_prefix_space"]
         )
         if not known:
-            raise TokenizerError(f"{path} is not the byte-level BPE that converted models have")
+            raise TokenizerError(f"{path} is not byte-level BPE as in converted models")
         special = {token["content"]: token["id"] for token in added}
         if len(special) != len(added):
             raise TokenizerError(f"{path} has a special token twice")

@@ -1,14 +1,14 @@
-"""PyTorch checkpoints in: a `.pt` file's tensors by name, without PyTorch and without trust.
+"""Reads PyTorch checkpoints: a `.pt` file's tensors by name, without PyTorch or trust in the file.
 
-- In: what `torch.save` writes for a state dict, a zip of one pickle and the raw storages of
-  float32, bfloat16 or float16 tensors, plain or as Parameters.
-- Out: names and shapes at once; each tensor when asked for, copied from the mapped file. The file
-  must stay as it is while a `TorchFile` is in use.
-- No unpickler runs: `plain_pickle` replays the few instructions that a state dict is made of. Any
+- In: a state dict as written by `torch.save`: a zip of one pickle and the raw storages of float32,
+  bfloat16 or float16 tensors, plain or as Parameters.
+- Out: names and shapes at once; each tensor on demand, copied from the mapped file. The file must
+  not change while a `TorchFile` is in use.
+- No unpickler runs: `plain_pickle` interprets the few instructions that a state dict needs. Any
   other instruction, and any other global, is refused by name.
-- Nothing is inflated, extracted or believed: sizes, offsets and strides are checked against the
-  file before a tensor is touched.
-- Whatever is wrong with a file is one CheckpointError that names it.
+- Nothing is decompressed, extracted or trusted: sizes, offsets and strides are checked against the
+  file before a tensor is read.
+- Anything wrong with a file raises one CheckpointError that names it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MOST_DIRECTORY_BYTES = 4 * 2**20  # 300 storages take 30 thousand bytes
 MOST_PICKLE_BYTES = 16 * 2**20  # and 30 thousand in the pickle
 MOST_STEPS = 1_000_000  # a tensor takes 40 pickle instructions
 MOST_AXES = 32  # numpy's limit before 2.0
-# Shared and expanded tensors may outgrow the file, but not without end.
+# Shared and expanded tensors may be larger than the file, within these limits.
 MOST_GROWTH, GROWTH_ROOM = 4, 64 * 2**20
 
 _STORAGES = {
@@ -67,7 +67,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A tensor's view of its storage, in elements; any values until `_check` has seen them."""
+    """A tensor's view of its storage, in elements; arbitrary values until `_check` has run."""
 
     storage: Any
     offset: Any
@@ -76,10 +76,10 @@ class _Tensor(NamedTuple):
 
 
 class TorchFile:
-    """A `.pt` file's tensors by name, mapped and not held.
+    """A `.pt` file's tensors by name, memory-mapped.
 
-    Raises CheckpointError, naming the file, for whatever is missing, damaged, unreadable or
-    refused; after this only `read` of an unknown name can fail.
+    Raises CheckpointError, naming the file, if anything is missing, damaged, unreadable or refused;
+    after that only `read` of an unknown name can fail.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,11 +94,10 @@ class TorchFile:
             raise CheckpointError(f"{path} {error}") from error.__cause__
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-        except (
-            Exception
-        ) as error:  # what zipfile, pickletools and bad stacks raise is no fixed list
+        except Exception as error:  # zipfile, pickletools and bad stacks can raise anything
             raise CheckpointError(
-                f"{path} is damaged or no PyTorch checkpoint ({one_line(error)}): fetch it again"
+                f"{path} is damaged or not a PyTorch checkpoint ({one_line(error)}): "
+                "download it again"
             ) from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -106,14 +105,14 @@ class TorchFile:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def dtype(self, name: str) -> mx.Dtype:
-        """The type that the tensor `name` is stored in."""
+        """The stored type of the tensor `name`."""
         dtype: mx.Dtype = self._tensors[name].storage.dtype
         return dtype
 
     def read(self, name: str) -> mx.array:
-        """A copy of the tensor `name`, of shape `shapes()[name]`, in the type that it is stored in.
+        """A copy of the tensor `name`, of shape `shapes()[name]`, in its stored type.
 
-        Raises CheckpointError where the file holds no tensor of that name.
+        Raises CheckpointError if the file has no tensor of that name.
         """
         if name not in self._tensors:
             raise CheckpointError(f"{self.path} holds no tensor {_shown(name)}")
@@ -122,20 +121,20 @@ class TorchFile:
             return mx.zeros(shape, dtype)
         width = dtype.size
         steps = tuple(stride * width for stride in strides)
-        # As bits: numpy has no bfloat16, and a NaN keeps its own.
+        # As raw bits: numpy has no bfloat16, and NaNs keep their payload.
         bits: np.ndarray[Any, Any] = np.ndarray(
             shape, f"<u{width}", self._data, start + offset * width, steps
         )
-        # Most are aligned and contiguous: then `require` copies nothing, and mx.array once.
+        # Most tensors are aligned and contiguous: then `require` copies nothing, mx.array once.
         array = mx.array(np.require(bits, requirements=["C", "A"])).view(dtype)
         if hasattr(mmap, "MADV_DONTNEED"):
-            # The file's pages would count as this process's memory as long as it is mapped.
+            # Otherwise the pages read count as this process's memory while the file is mapped.
             self._data.madvise(mmap.MADV_DONTNEED)
         return array
 
 
 class _Archive:
-    """A zip that torch.save wrote: the mapped file, and where each record lies in it."""
+    """A zip written by torch.save: the mapped file, and where each record is in it."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file() or not path.stat().st_size:
@@ -144,15 +143,16 @@ class _Archive:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if self.data[:1] == b"\x80":
                 raise CheckpointError(
-                    "is a bare pickle, PyTorch's format before 1.6, which is not read:"
-                    " load it where you trust it and save it again with a recent PyTorch"
+                    "is a bare pickle, PyTorch's format before 1.6, which is not supported:"
+                    " if you trust it, load and save it again with a recent PyTorch"
                 )
             try:
                 with zipfile.ZipFile(file) as archive:
                     entries = archive.infolist()
             except zipfile.BadZipFile as error:
-                what = "is cut short or damaged" if self.data[:2] == b"PK" else "is no checkpoint"
-                raise CheckpointError(f"{what} ({error}): fetch it again") from error
+                zipped = self.data[:2] == b"PK"
+                what = "is truncated or damaged" if zipped else "is not a checkpoint"
+                raise CheckpointError(f"{what} ({error}): download it again") from error
         roots = [e.filename[:-9] for e in entries if e.filename.partition("/")[2] == "data.pkl"]
         if len(roots) != 1 or not roots[0]:
             raise CheckpointError("does not hold one data.pkl, so torch.save did not write it")
@@ -167,7 +167,7 @@ class _Archive:
         if "byteorder" in self._entries:  # absent before PyTorch 2.1
             start, size = self.record("byteorder", 16)
             if self.data[start : start + size] != b"little":
-                raise CheckpointError("was written in another byte order than little-endian")
+                raise CheckpointError("is not in little-endian byte order")
 
     def record(self, name: str, most: int) -> tuple[int, int]:
         """The first byte and the size of an uncompressed record that is whole and within `most`."""
@@ -181,17 +181,17 @@ class _Archive:
             )
         start, size = entry.header_offset, entry.file_size
         if size > most or size != entry.compress_size:
-            raise CheckpointError(f"claims {size} bytes for {_shown(name)}, which cannot be")
+            raise CheckpointError(f"claims {size} bytes for {_shown(name)}, which is impossible")
         if 0 <= start <= len(self.data) - _LOCAL_HEADER.size:
-            # Only the entry's own header knows where its data starts: torch.save pads it there.
+            # Only the entry's own header says where its data starts, because torch.save pads it.
             signature, *lengths = _LOCAL_HEADER.unpack_from(self.data, start)
             start += _LOCAL_HEADER.size + sum(lengths)
             if signature == b"PK\x03\x04" and start + size <= len(self.data):
                 return start, size
-        raise CheckpointError(f"has no whole record {_shown(name)} where its directory says")
+        raise CheckpointError(f"has no complete record {_shown(name)} where its directory says")
 
     def storage(self, key: object) -> _Storage:
-        """The storage of a persistent id: ("storage", its class, its record, a device, numel)."""
+        """The storage of a persistent id: ("storage", class, record, device, numel)."""
         if type(key) is not tuple or [type(k) for k in key] != [str, Global, str, str, int]:
             raise ValueError("a persistent id is not a storage's")
         kind, (cls,), number, _, numel = key
@@ -207,17 +207,17 @@ class _Archive:
 
 
 class _CarefulFile(io.FileIO):
-    """For zipfile, which would read a directory of any size and make much more of it."""
+    """Limits zipfile, which would read a directory of any size and take far more memory for it."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As FileIO, up to MOST_DIRECTORY_BYTES; without a size zipfile reads only the end."""
+        """As FileIO, up to MOST_DIRECTORY_BYTES; zipfile omits the size only to read the end."""
         if size is not None and size > MOST_DIRECTORY_BYTES:
             raise CheckpointError("has a zip directory far larger than a checkpoint needs")
         return super().read(size) or b""
 
 
 def _replay(data: bytes, storage: Callable[[object], _Storage]) -> object:
-    """What the pickle in `data` stands for, made of plain values, Globals and _Tensors."""
+    """The pickle in `data` as plain values, Globals and _Tensors."""
     dialect = Dialect(
         kind="state dict",
         error=CheckpointError,
@@ -228,21 +228,21 @@ def _replay(data: bytes, storage: Callable[[object], _Storage]) -> object:
     )
     made = replay(data, dialect)
     if len(made) != 1:
-        raise ValueError("the pickle does not end in one value")
+        raise ValueError("the pickle does not leave exactly one value")
     return made[0]
 
 
 def _keep(target: object, state: object) -> object:
-    """A Module's state_dict() has its parts' versions set as an attribute: dropped here."""
+    """Drop the attribute that a Module's state_dict() sets, its parts' versions."""
     if type(target) is not OrderedDict or type(state) is not dict:
         raise CheckpointError("sets an object's attributes: refused, nothing was run")
     return target
 
 
 def _rebuild(function: object, args: object) -> object:
-    """What a call stands for: an empty OrderedDict, or a tensor."""
+    """The result of a call: an empty OrderedDict, or a tensor."""
     if type(function) is not Global or type(args) is not tuple:
-        raise ValueError("it calls what is no function")
+        raise ValueError("it calls something that is not a function")
     if function.name == _ORDERED_DICT and not args:
         return OrderedDict()
     if function.name == _TENSOR and len(args) == 6:
@@ -251,7 +251,7 @@ def _rebuild(function: object, args: object) -> object:
         raise CheckpointError("holds a tensor with extra metadata: save its clone() instead")
     if function.name == _PARAMETER and len(args) == 3 and type(args[0]) is _Tensor:
         return args[0]
-    raise CheckpointError(f"calls {function.name} in no known way: refused, nothing was run")
+    raise CheckpointError(f"calls {function.name} in an unknown way: refused, nothing was run")
 
 
 def _select(content: object, length: int) -> dict[str, _Tensor]:
@@ -269,26 +269,26 @@ def _select(content: object, length: int) -> dict[str, _Tensor]:
         raise CheckpointError("holds no tensors")
     total = sum(prod(t.shape) * t.storage.dtype.size for t in tensors.values())
     if total > MOST_GROWTH * length + GROWTH_ROOM:
-        raise CheckpointError(f"would unfold its {length} bytes into far larger tensors: refused")
+        raise CheckpointError(f"would expand its {length} bytes into far larger tensors: refused")
     return tensors
 
 
 def _check(tensor: _Tensor, what: str) -> _Tensor:
-    """`tensor`, proved to lie within its storage; `what` begins the errors."""
+    """`tensor`, checked to lie within its storage; `what` begins the error messages."""
     storage, offset, shape, strides = tensor
     if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
-        raise CheckpointError(f"{what} that is none")
+        raise CheckpointError(f"{what} that is malformed")
     if len(shape) != len(strides) or len(shape) > MOST_AXES:
         raise CheckpointError(f"{what} with damaged axes")
     if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
-        raise CheckpointError(f"{what} with a size or stride that is no whole number >= 0")
+        raise CheckpointError(f"{what} with a size or stride that is not a whole number >= 0")
     if any(n >= 2**31 for n in shape):
-        raise CheckpointError(f"{what} with an axis longer than MLX can have")
-    # The stride of an axis of one element means nothing and may be anything.
+        raise CheckpointError(f"{what} with an axis longer than MLX allows")
+    # The stride of an axis of one element has no meaning and may be anything.
     strides = tuple(s if n > 1 else 0 for n, s in zip(shape, strides, strict=True))
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if 0 not in shape and last >= storage.numel:
-        raise CheckpointError(f"{what} that leaves its storage of {storage.numel} elements")
+        raise CheckpointError(f"{what} that exceeds its storage of {storage.numel} elements")
     return _Tensor(storage, offset, shape, strides)
 
 

@@ -1,7 +1,7 @@
-"""A folder that appears whole or not at all.
+"""Writes a folder whole or not at all.
 
-It is filled under another name beside its place and renamed at the end. The process that fills it
-holds a lock on it, so that a later run can tell what a dead one has left behind, and remove it.
+It is filled under a hidden name beside the target and renamed at the end. The process that fills it
+holds a lock on it, so that a later run can recognize and remove what a dead process left behind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cognica_mlx.errors import CheckpointError, RequestError
 
-# What a model folder may hold and still be replaced: nothing that a person keeps only there.
+# What a replaceable model folder may contain: only files that are not a user's only copy.
 _REPLACEABLE = (
     *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"),
     *("*.safetensors", "*.safetensors.index.json", "poe_calibration.json", "cognica_poe.py"),
@@ -31,7 +31,7 @@ _REPLACEABLE = (
 def check_target(target: Path, overwrite: bool, sources: Sequence[Path] = ()) -> None:
     """Raise RequestError unless `target` is free, or is a model folder that may be replaced.
 
-    A folder in `sources`, which the new one is made from, must not be.
+    The folders in `sources`, which the new one is made from, may not be replaced.
     """
     if _same(target, Path.cwd()):
         raise RequestError(f"{target} is the current folder: name a new one")
@@ -59,11 +59,11 @@ def check_target(target: Path, overwrite: bool, sources: Sequence[Path] = ()) ->
 
 @contextmanager
 def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill with about `nbytes`, which becomes `target` if the block ends well.
+    """A folder to fill with about `nbytes`, which becomes `target` if the block succeeds.
 
-    If it does not, the folder vanishes and what was at `target` stays; after a kill, the next call
-    for `target` sees to that. Raises CheckpointError where the disk has no room or cannot be
-    written, RequestError where something else has appeared at `target` in the meantime.
+    If the block fails, the folder is removed and `target` stays as it was; after a kill, the next
+    call for `target` does that. Raises CheckpointError if the disk is full or cannot be written,
+    RequestError if something else has appeared at `target` in the meantime.
     """
     target = _resolved(target)
     existing = next(folder for folder in target.parents if folder.exists())
@@ -73,7 +73,7 @@ def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
         free = shutil.disk_usage(existing).free
         if nbytes > free:
             raise CheckpointError(
-                f"{existing} has {free / 1e9:.2f} GB free, and {nbytes / 1e9:.2f} GB are needed: "
+                f"{existing} has {free / 1e9:.2f} GB free, but {nbytes / 1e9:.2f} GB are needed: "
                 "make room, or choose another place"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,9 +100,9 @@ def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what killed runs have left beside `target`, and put back what they had moved away.
+    """Remove what killed runs left beside `target`, and restore what they had moved away.
 
-    Folders of a run that is alive, or may be, are left alone.
+    Folders of a run that may still be alive are left alone.
     """
     target = _resolved(target)
     if not target.parent.is_dir():
@@ -122,7 +122,7 @@ _PARTIAL, _OLD = ".partial", ".old"
 
 
 def _prefix(target: Path) -> str:
-    """How the hidden folders for `target` begin; a hash stands in for a very long name."""
+    """The prefix of hidden folders for `target`; a hash replaces a very long name."""
     name = target.name
     if len(os.fsencode(name)) > 200:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -136,7 +136,7 @@ def _locked_folder(target: Path) -> Iterator[Path]:
         partial = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}{_PARTIAL}")
         partial.mkdir()
         with _lock(partial, wait=True):
-            # Another run's cleaning may have come before the lock.
+            # Another run may have cleaned it up before it was locked.
             if partial.exists():
                 yield partial
                 return
@@ -144,10 +144,10 @@ def _locked_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _lock(folder: Path, wait: bool) -> Iterator[None]:
-    """Hold the lock on a folder for the block, at most as long as the process lives.
+    """Hold the lock on a folder for the block; it ends with the process at the latest.
 
-    With `wait`, wait for it, and go on without one where the file system has none. Otherwise raise
-    OSError unless the lock is free. A folder that does not exist needs none.
+    With `wait`, wait for the lock, and go on without it if the file system does not support locks.
+    Otherwise raise OSError unless the lock is free. A folder that does not exist needs no lock.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -166,12 +166,12 @@ def _lock(folder: Path, wait: bool) -> Iterator[None]:
 
 
 def _resolved(path: Path) -> Path:
-    # Path.resolve raises RuntimeError for a loop of links.
+    # Path.resolve raises RuntimeError for circular links.
     return Path(os.path.realpath(path))
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one folder, in spellings that a disk may hold to be equal, too."""
+    """Whether two paths are the same folder, even if spelled differently (as a disk may allow)."""
     try:
         return one.samefile(other)
     except OSError:

@@ -41,7 +41,12 @@ def test_replies_are_counted_and_timed():
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("hangs", "hung"), ("trickles", "hung"), ("dies", "broke off"), ("stumbles", "broke off")],
+    [
+        ("hangs", "hung"),
+        ("trickles", "hung"),
+        ("dies", "broke the connection"),
+        ("stumbles", "broke the connection"),
+    ],
 )
 def test_a_server_that_fails_is_stopped_and_holds_nobody(kind, reason):
     started = time.monotonic()

@@ -316,7 +316,7 @@ def booby_trap(folder: Path) -> None:
     ("damage", "named"),
     [
         (shutil.rmtree, "no such folder"),
-        (truncate, "model.safetensors is damaged or not whole"),
+        (truncate, "model.safetensors is damaged or incomplete"),
         (booby_trap, "system': refused, nothing was run"),
     ],
 )

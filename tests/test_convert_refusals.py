@@ -39,12 +39,12 @@ def merged(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "source", "named"),
     [
-        (other_seed, "stage", "is not what .* stands on: its"),
+        (other_seed, "stage", "is not the base of .*: its"),
         (merged, "chain", "merged"),
         (
             lambda p: convert(write_base(p / "stage", vocab_size=333), p / "b"),
             "stage",
-            "a base itself",
+            "itself a base",
         ),
     ],
 )
@@ -185,7 +185,7 @@ def test_what_would_not_load_is_not_written(tmp_path, capsys):
     (bomb / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
     for source, named in (
         (small, "vocab_size is 300"),
-        (card, "is no model card"),
+        (card, "is not a valid model card"),
         (bomb, "vocab_size is 300"),
     ):
         assert main(["--hf-path", str(source), "--mlx-path", str(tmp_path / "out")]) == 1
@@ -203,7 +203,7 @@ def test_a_base_is_looked_for_beside_its_delta_only(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "stage", tmp_path / "elsewhere" / "stage")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="chain walked so far"):
+    with pytest.raises(CheckpointError, match="chain so far"):
         load("elsewhere/stage")
 
 

@@ -431,7 +431,7 @@ def test_shallow_modes_leave_the_deeper_stages_empty(name):
 @pytest.mark.parametrize(
     ("mode", "options", "message"),
     [
-        ("fast", {}, "mode 'fast' is none of full"),
+        ("fast", {}, "mode 'fast' is not one of full"),
         ("full", {"stage": 1}, "stage belongs to mode stage, not to full"),
         ("stage", {"stage": 7}, "stage 7: this model has stages 0 to 3"),
         ("stage", {"stage": -1}, "stage -1"),

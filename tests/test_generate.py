@@ -337,7 +337,7 @@ def test_prompts_of_no_known_kind(prompt):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"mode": "deep"}, "mode 'deep' is none of full, stage"),
+        ({"mode": "deep"}, "mode 'deep' is not one of full, stage"),
         ({"temperature": 1.0}, "no option temperature"),
         ({"draft_model": "x"}, "no option draft_model"),
         ({"mode": "stage", "stage": 4}, "stage 4: this model has stages 0 to 3"),

@@ -109,8 +109,8 @@ def test_a_delta_from_the_hub_stands_on_the_hub_alone(hub):
         [{"name": f"org/{name}"} for name in ("stage", "orphan", "escape", "absolute", "base")],
     )
     assert found[0] == last_logits(hub / "stage")
-    assert found[1].startswith("CheckpointError: org/gone: no such folder here, and the hub did")
-    assert found[1].endswith("(chain walked so far: org/orphan)")
+    assert found[1].startswith("CheckpointError: org/gone: no such folder here, and the download")
+    assert found[1].endswith("(chain so far: org/orphan)")
     for name, message in zip(("escape", "absolute"), found[2:4], strict=True):
         assert message.startswith(f"CheckpointError: org/{name} comes from the hub and names '")
         assert "as its base, which is not a hub id" in message
@@ -126,7 +126,7 @@ def test_what_the_hub_cannot_give_is_one_clear_line(hub):
         {"name": "org/" + "n" * 100},
     ]
     for call, message in zip(wanted, load_offline(hub / "hub", wanted), strict=True):
-        start = f"CheckpointError: {call['name']}: no such folder here, and the hub did not give"
+        start = f"CheckpointError: {call['name']}: no such folder here, and the download failed"
         assert message.startswith(start)
         assert "\n" not in message
 
@@ -146,7 +146,7 @@ def test_only_a_models_own_files_are_fetched(monkeypatch, tmp_path):
     from huggingface_hub.utils import filter_repo_objects
 
     stored = ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.pkl"]
-    stored += ["README.md"]  # for its licence
+    stored += ["README.md"]  # for its license
     others = ["modeling_cognica_poe.py", "token_bytes.pt", "old/model.safetensors"]
     fetched: list[str] = []
 

@@ -62,7 +62,7 @@ def test_old_checkpoints_have_one_kind_of_window(copied):
             ),
             "model_000010.pt",
         ),
-        (STAGE, lambda d: shutil.rmtree(d.parent.parent / BASE), "chain walked so far"),
+        (STAGE, lambda d: shutil.rmtree(d.parent.parent / BASE), "chain so far"),
         (BASE, lambda d: shutil.rmtree(d), "no such folder"),
     ],
 )

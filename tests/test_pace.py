@@ -242,7 +242,7 @@ def test_where_a_shortlist_cannot_be():
     for name in ("gqa-logop-d8", "stage-on-flat"):
         with pytest.raises(RequestError, match="several"):
             fixture(name)[0].with_shortlist(16)
-    with pytest.raises(RequestError, match="quantised"):
+    with pytest.raises(RequestError, match="quantized"):
         rounded(model, 8).with_shortlist(16)
 
 

@@ -214,7 +214,7 @@ def test_a_stage_that_lacks_positions_is_not_run():
     state = DecodingState(specialists.use("chat"), keep_trunk=300)
     prefill(state, tokens, 4)
     other = state.switch(specialists.use("tool"))
-    with pytest.raises(RequestError, match="stage 4 is no longer held; call set_depth"):
+    with pytest.raises(RequestError, match="input of stage 4 has been dropped; call set_depth"):
         advance_through(other, 4)
     prefill(other, [2040], 4)
     states_agree(other, [*tokens, 2040])

@@ -84,7 +84,7 @@ def test_cache_refuses_a_rollback_it_cannot_do_and_stays_as_it_was():
     for p in range(40):
         shown.add([float(p)])
     earliest = shown.cache.earliest
-    with pytest.raises(RollbackError, match=f"reaches from {earliest} to 40"):
+    with pytest.raises(RollbackError, match=f"holds positions {earliest} to 40"):
         shown.cache.rollback(earliest - 1)
     with pytest.raises(RollbackError):
         shown.cache.rollback(41)

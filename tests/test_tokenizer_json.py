@@ -127,7 +127,7 @@ def test_the_chat_template_is_the_tokenizers_own(written, talk):
     expected = ours.apply_chat_template(messages, add_generation_prompt=prompted)
     got = theirs.apply_chat_template(messages, add_generation_prompt=prompted, return_dict=False)
     assert got == expected
-    with pytest.raises(TemplateError, match="is due"):
+    with pytest.raises(TemplateError, match="is expected"):
         theirs.apply_chat_template([messages[-1], messages[-1]])
 
 

@@ -185,7 +185,7 @@ def test_records_with_strange_names(tmp_path: Path, name: str, complaint: str) -
 
 def test_byte_order(tmp_path: Path) -> None:
     path = repack(tmp_path / "model.pt", lambda name: name * ("byteorder" not in name))
-    for order, complaint in ((b"big", "another byte order"), (b"x" * 17, "claims 17 bytes")):
+    for order, complaint in ((b"big", "little-endian byte order"), (b"x" * 17, "claims 17 bytes")):
         changed = tmp_path / "changed.pt"
         changed.write_bytes(path.read_bytes())
         with zipfile.ZipFile(changed, "a") as archive:
@@ -212,11 +212,11 @@ def test_sizes_and_places_that_the_directory_makes_up(tmp_path: Path) -> None:
     whole = repack(path).read_bytes()
     entry = whole.index(b"PK\1\2")  # of data.pkl, the first
     for at, value, complaint in (
-        (20, 9, "which cannot be"),  # compressed size alone
-        (24, 2**31, "which cannot be"),
-        (42, 2**31, "no whole record"),
-        (42, 1, "no whole record"),  # no local header there
-        (42, len(whole) - 10, "no whole record"),
+        (20, 9, "which is impossible"),  # compressed size alone
+        (24, 2**31, "which is impossible"),
+        (42, 2**31, "no complete record"),
+        (42, 1, "no complete record"),  # no local header there
+        (42, len(whole) - 10, "no complete record"),
     ):
         data = bytearray(whole)
         data[entry + at : entry + at + 4] = value.to_bytes(4, "little")
@@ -225,7 +225,7 @@ def test_sizes_and_places_that_the_directory_makes_up(tmp_path: Path) -> None:
     data = bytearray(whole)
     data[entry + 20 : entry + 28] = (len(whole) - 30).to_bytes(4, "little") * 2
     path.write_bytes(data)
-    assert "no whole record 'data.pkl'" in refusal(path)
+    assert "no complete record 'data.pkl'" in refusal(path)
     data[entry + 20 : entry + 28] = (2**31).to_bytes(4, "little") * 2
     path.write_bytes(data)
     assert "claims 2147483648 bytes for 'data.pkl'" in refusal(path)
@@ -248,7 +248,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
     whole = VIEWS.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        expected = "is cut short or damaged (" if length > 1 else "is "
+        expected = "is truncated or damaged (" if length > 1 else "is "
         assert refusal(path).startswith(expected)
     large = (NANOCHAT / "base_checkpoints" / "d" / "model_000010.pt").read_bytes()
     for length in range(0, len(large), 100_003):
@@ -267,10 +267,10 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     path.unlink()
     for data, complaint in (
         (b"", "is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is no checkpoint"),
-        (b"<!DOCTYPE html>", "is no checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is not a checkpoint"),
+        (b"<!DOCTYPE html>", "is not a checkpoint"),
         (b"PK\5\6" + b"\0" * 18, "does not hold one data.pkl"),
-        (b"PK\5\6" + b"\xff" * 18, "cut short or damaged"),
+        (b"PK\5\6" + b"\xff" * 18, "truncated or damaged"),
         (b"\x80\x02.", "is a bare pickle"),
     ):
         path.write_bytes(data)

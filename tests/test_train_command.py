@@ -357,10 +357,10 @@ def test_changed_data_or_a_changed_base_is_not_gone_on_with(tmp_path):
     assert checkpoint_file(tmp_path / "mine").read_bytes() == saved
     for damaged in (saved[:1000], b"", saved[:-5]):
         checkpoint_file(tmp_path / "mine").write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
+        with pytest.raises(CheckpointError, match="damaged or not a training checkpoint"):
             small_run(tmp_path, "mine", resume=True)
     checkpoint_file(tmp_path / "mine").unlink()
-    with pytest.raises(CheckpointError, match="nothing to go on from"):
+    with pytest.raises(CheckpointError, match="nothing to resume from"):
         small_run(tmp_path, "mine", resume=True)
 
 

@@ -478,5 +478,5 @@ def test_another_texts_store_is_refused(tmp_path: Path):
 def test_a_base_that_gives_no_numbers_makes_no_store(tmp_path):
     _, model = tiny_stage()
     model.h[0].mlp.c_fc.weight = mx.full(model.h[0].mlp.c_fc.weight.shape, mx.nan)
-    with pytest.raises(CheckpointError, match="not a finite number"):
+    with pytest.raises(CheckpointError, match="not finite"):
         write_store(tmp_path, model, some_texts(3), 16)

@@ -97,7 +97,7 @@ def test_packed_rows_follow_each_other(tmp_path):
         ('{"messages": "hello"}', "list of dictionaries"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no message is the assistant's"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "its role is 'robot'"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "the user's is due"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "where user is expected"),
         ('{"prompt": "a", "completion": 7}', "its content is int"),
         ('{"text": ""}', "its text is empty"),
         ('{"text": 7}', "its text is empty, or not text"),

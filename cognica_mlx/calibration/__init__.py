@@ -1,4 +1,4 @@
-"""What a model's stages are worth: the file that says so, measuring it, replaying modes over it."""
+"""Calibration of a model's stages: the file, the measurements, and replaying modes over them."""
 
 from cognica_mlx.calibration.file import (
     CALIBRATION_FILE,

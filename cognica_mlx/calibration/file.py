@@ -1,7 +1,7 @@
-"""What was measured about a model's stages, and the small file beside the model that keeps it.
+"""Measurements of a model's stages, and the small file beside the model that stores them.
 
-A calibration only helps: a model loads without one, and a file that cannot be used is reported
-where it is needed. Everything in a file is checked before any of it is used.
+A calibration is optional: a model loads without one, and an unusable file is reported only when it
+is needed. Everything in a file is checked before any of it is used.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from cognica_mlx.rounding import draft_scheme
 
 CALIBRATION_FILE = "poe_calibration.json"
 
-# Published for Cognica-PoE-v1.0-1.3B-base: 99th percentiles of what each step moves a logit.
+# Published for Cognica-PoE-v1.0-1.3B-base: 99th percentiles of how far each step moves a logit.
 PUBLISHED_BOUNDS = (7.09, 3.03, 2.15)
 _PUBLISHED_SHAPE = (24, 1536, 32768, (6, 6, 6, 6), (), False)
 
 
 class CalibrationWarning(UserWarning):
-    """A model's calibration file cannot be used, so the modes run with their own defaults."""
+    """A model's calibration file cannot be used, so modes run with their defaults."""
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Measurements on a text, and the options that follow from them.
 
-    stage_layers: blocks of each stage, the specialists' included; a file fits only a model with
-    the same ones. p99_bounds: for each step between stages, the 99th percentile of what it takes
-    from the margin of the best token, in logits; the last step leads to the full model.
-    margin_loss: the 50th, 90th and 99th percentiles. top1_agreement: of each stage with the full
-    model, on the text. bits_per_byte: of each stage, then of the full model. acceptance: by draft
-    stage, the share of drafts kept for 1, 2, ... drafts a round, on the model's own greedy
-    continuations. options: for each mode, the options that its replay found best. speedups: the
-    expected gain over full depth if decoding costs the bytes it reads. recommended: the mode with
-    the largest one. text: how much text was measured.
+    stage_layers: blocks of each stage, including specialists; a file fits only a model with the
+    same stages. p99_bounds: for each step between stages, the 99th percentile of what it takes from
+    the best token's margin, in logits; the last step leads to the full model. margin_loss: the
+    50th, 90th and 99th percentiles. top1_agreement: of each stage with the full model, on the text.
+    bits_per_byte: of each stage, then of the full model. acceptance: by draft stage, the share of
+    drafts accepted with 1, 2, ... drafts per round, on the model's own greedy continuations.
+    options: for each mode, the options that its replay found best. speedups: the expected gain over
+    full depth if decoding costs the bytes it reads. recommended: the mode with the largest gain.
+    text: the amount of text measured.
     """
 
     stage_layers: tuple[int, ...]
@@ -59,8 +59,8 @@ class Calibration:
     def load(cls, path: Path, config: PoEConfig) -> Calibration:
         """Read a file for a model of `config`.
 
-        Raises CheckpointError if the file is damaged, holds anything that the modes cannot use, or
-        belongs to another model.
+        Raises CheckpointError if the file is damaged, contains anything that the modes cannot use,
+        or belongs to another model.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -68,18 +68,18 @@ class Calibration:
         except (OSError, ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
             raise CheckpointError(
-                f"{path} is not a usable calibration ({reason}); delete it, or make a new one "
+                f"{path} is not a usable calibration ({reason}): delete it, or make a new one "
                 "with mlx_poe.calibrate"
             ) from None
         return cls(**{field.name: _tuples(content[field.name]) for field in fields(cls)})
 
     def to_json(self) -> str:
-        """The content of its file. RequestError where a measurement is not a finite number."""
+        """The file's content. Raises RequestError if a measurement is not finite."""
         try:
             return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
         except ValueError:
             raise RequestError(
-                "a measurement is not a finite number: are the model's weights damaged?"
+                "a measurement is not finite: are the model's weights damaged?"
             ) from None
 
     def save(self, path: Path) -> None:
@@ -88,7 +88,7 @@ class Calibration:
 
 
 def read_calibration(folder: Path, config: PoEConfig) -> tuple[Calibration | None, str | None]:
-    """The calibration in a model's folder if there is one; else why the one there is unusable."""
+    """The calibration in a model's folder, if there is one, or else why it cannot be used."""
     path = folder / CALIBRATION_FILE
     if not path.is_file():
         return None, None
@@ -99,7 +99,7 @@ def read_calibration(folder: Path, config: PoEConfig) -> tuple[Calibration | Non
 
 
 def published_bounds(config: PoEConfig) -> Sequence[float] | None:
-    """The published WAND bounds, for the one model that they were measured on."""
+    """The published WAND bounds, for the one model that they were measured on; else None."""
     shape = (
         config.n_layer,
         config.n_embd,
@@ -122,7 +122,7 @@ _Check = Callable[[Any, str], None]
 
 def _check(content: Any, config: PoEConfig) -> None:
     if not isinstance(content, dict):
-        raise ValueError("it does not hold a JSON object")
+        raise ValueError("it is not a JSON object")
     steps, layers = config.poe_n_stages - 1, list(config.stage_layers + config.specialist_layers)
     share: _Check = partial(_number, least=0, most=1)
     modes = _option_checks(config)

@@ -1,4 +1,4 @@
-"""Measuring a model's stages on a text: what WAND needs, and which mode should pay.
+"""Measures a model's stages on a text: WAND's bounds, and which modes should pay.
 
 - in: a model, token sequences, the byte length of every token
 - out: a `Calibration`; nothing is written
@@ -40,9 +40,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class _Predictions:
-    """What the stages predict at T positions; K stages, of which the last stands for the full
-    model. best (K, T) token ids, margins (K, T), margin_loss (K - 1, T); nll (K + 1, T - 1), in
-    nats, of the token that came, for each stage boundary and then the full model."""
+    """The stages' predictions at T positions, for K stages; the last is the full model. best (K, T)
+    token ids, margins (K, T), margin_loss (K - 1, T); nll (K + 1, T - 1), in nats, of the actual
+    next token, for each stage boundary and then the full model."""
 
     best: np.ndarray
     margins: np.ndarray
@@ -61,15 +61,15 @@ def calibrate(
     costs: Costs | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Measure `model` on token sequences, each starting as the model's texts do (BOS first).
+    """Measure `model` on token sequences, each starting as in training (BOS first).
 
     `token_bytes` holds the UTF-8 length of every token, 0 for special ones. Margins, agreement and
-    bits per byte are taken on the texts as they are; acceptance and the modes' promises on
-    `continuations` greedy continuations of the texts' beginnings. `counted` says of which tokens
-    bits per byte are taken, by default of all but each text's first. What a mode promises, and the
-    options it does so with, goes by `costs`, by default the bytes of weights read.
+    bits per byte are measured on the texts themselves; acceptance and the modes' expected gains on
+    `continuations` greedy continuations of the texts' beginnings. `counted` selects the tokens for
+    bits per byte; by default all but each text's first. The expected gains, and the options that
+    give them, depend on `costs`, by default the bytes of weights read.
 
-    Raises RequestError for a text too short to say anything.
+    Raises RequestError if the text is too short to measure.
     """
     marks = (
         [np.array(m, bool) for m in counted] if counted else [np.ones(len(t), bool) for t in texts]
@@ -144,7 +144,7 @@ def _predict(model: PoEModel, text: Sequence[int]) -> _Predictions:
     scores = [*logits[:-1], full]
     best = mx.stack([mx.argmax(z, axis=-1) for z in scores])
     margins = mx.stack([margin(z) for z in scores])
-    # What the lead of stage k's best token has become one step on: negative once overtaken.
+    # The lead of stage k's best token one stage later: negative if it was overtaken.
     leads = mx.stack([_lead(z, best[k]) for k, z in enumerate(scores[1:])])
     mx.eval(best, margins, leads, nll)
     return _Predictions(
@@ -153,7 +153,7 @@ def _predict(model: PoEModel, text: Sequence[int]) -> _Predictions:
 
 
 def _drafts(model: PoEModel, text: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """What each stage of a specialist drafts along a text: best tokens and margins, (K, T)."""
+    """The drafts of each of a specialist's stages along a text: best tokens and margins, (K, T)."""
     boundaries = dict(enumerate(model.boundaries(mx.array([list(text)], dtype=mx.int32))))
     targets = [draft_target(model, stage, "summed") for stage in boundaries]
     scores = [target.scores(boundaries)[0] for target in targets]
@@ -162,7 +162,7 @@ def _drafts(model: PoEModel, text: Sequence[int]) -> tuple[np.ndarray, np.ndarra
 
 
 def recorded_prefix(model: PoEModel) -> RoundedPrefix | None:
-    """A rounded copy of stage 0 to draft with; None where that would change nothing."""
+    """A rounded copy of stage 0 to draft with; None if rounding would change nothing."""
     try:
         return round_prefix(model, draft_scheme(ROUNDED_BITS), 0, "summed")
     except RequestError:
@@ -170,7 +170,7 @@ def recorded_prefix(model: PoEModel) -> RoundedPrefix | None:
 
 
 def _rounded_drafts(model: PoEModel, prefix: RoundedPrefix, text: Sequence[int]) -> np.ndarray:
-    """What the copy drafts along a text, from keys and values of its own: best tokens (T,)."""
+    """The copy's drafts along a text, from keys and values of its own: best tokens (T,)."""
     given = [model.embed(mx.array([list(text)], dtype=mx.int32))]
     for stage in prefix.stages:
         given.append(stage(given[stage.source]))
@@ -179,7 +179,7 @@ def _rounded_drafts(model: PoEModel, prefix: RoundedPrefix, text: Sequence[int])
 
 
 def _lead(scores: mx.array, tokens: mx.array) -> mx.array:
-    """By how much tokens (T,) lead all others under scores (T, V)."""
+    """How far the scores of tokens (T,) are above all others in scores (T, V)."""
     own = mx.take_along_axis(scores, tokens[:, None], axis=-1)
     others = mx.put_along_axis(scores, tokens[:, None], mx.array(-mx.inf, scores.dtype), axis=-1)
     return own[:, 0] - mx.max(others, axis=-1)
@@ -193,12 +193,12 @@ def record(
     tokens: int,
     progress: Progress | None = None,
 ) -> list[Trace]:
-    """What the stages predict along `count` greedy continuations by the full model, of so many
-    tokens each, of the texts' beginnings."""
+    """The stages' predictions along `count` greedy continuations of the texts' beginnings, each of
+    `tokens` tokens by the full model."""
     mode, traces, prefix = Plain(full_target(model)), [], recorded_prefix(model)
     for i in range(count):
         text = texts[i % len(texts)]
-        # A text used again is continued from further on.
+        # When a text is used again, it is continued from a later position.
         end = min(CONTINUATION_PROMPT * (1 + i // len(texts)), len(text))
         prompt = list(text[:end])
         decoded = decode(model, prompt, mode, max_tokens=tokens)

@@ -1,9 +1,9 @@
-"""What a decoding mode would have cost: replaying its decisions over recorded predictions.
+"""What a decoding mode would have cost: replays its decisions over recorded predictions.
 
-- in: what every stage predicted at each position of a text that the full model wrote itself
-- out: the tokens, the work and the acceptance that a mode would have had there; exact for greedy
-  decoding, because along such a text a draft is right just where the stage agrees with it
-- at the costs given: bytes of weights, or seconds measured
+- in: every stage's predictions at each position of a text that the full model generated
+- out: the tokens, the cost and the acceptance that a mode would have had there; exact for greedy
+  decoding, because on such a text a draft is right exactly where the stage agrees with it
+- costs are bytes of weights, or measured seconds
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ DRAFT_LENGTHS = range(1, 9)
 # Attention over more than a few query rows has a cliff on Metal, so short drafts are advised.
 ADVISED_LENGTHS = range(1, 5)
 MEASURED_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
-# What a drafter is rounded to: with fewer bits it drafts worse, with more it costs more.
+# The bits of a rounded drafter: with fewer it drafts worse, with more it costs more.
 ROUNDED_BITS = 4
-# It is cheap, so its rounds may be longer.
+# A rounded drafter is cheap, so its rounds may be longer.
 ROUNDED_LENGTHS = range(1, 9)
-# Where drafting may stop: below so many percent of the draft stage's margins.
+# Candidates for the margin below which drafting stops: percentiles of the draft stage's margins.
 STOP_PERCENTILES = (5, 10, 15, 20, 30)
-# The bounds are cautious; a smaller factor on them will do where it keeps this agreement.
+# The bounds are cautious; a smaller factor is advised if it keeps MIN_AGREEMENT.
 SAFETIES = (1.0, 0.75, 0.5)
 MIN_AGREEMENT = 0.998
 
@@ -37,9 +37,9 @@ MIN_AGREEMENT = 0.998
 @dataclass(frozen=True)
 class Trace:
     """Predictions along one text of T tokens: `hits[k, t]` says whether stage k's best token is the
-    full model's, `margins[k, t]` by how much its best score leads; K - 1 stages, full left out.
-    draft_hits, draft_margins: the same of what each stage drafts, where that is something else.
-    rounded_hits (T,): of what a copy of stage 0 drafts, rounded to `ROUNDED_BITS`, if any."""
+    full model's, `margins[k, t]` by how much its best score leads; K - 1 stages, without the last.
+    draft_hits, draft_margins: the same for each stage's drafts, if they differ. rounded_hits (T,):
+    for the drafts of a copy of stage 0 rounded to `ROUNDED_BITS`, if there is one."""
 
     hits: np.ndarray
     margins: np.ndarray
@@ -50,8 +50,8 @@ class Trace:
 
 @dataclass
 class Replay:
-    """What a mode did: tokens emitted, their cost, drafts made and kept, tokens like the full
-    model's."""
+    """A mode's results: tokens emitted, their cost, drafts made and accepted, and tokens that agree
+    with the full model's."""
 
     tokens: int = 0
     cost: float = 0
@@ -61,7 +61,7 @@ class Replay:
 
     @property
     def acceptance(self) -> float:
-        """Share of the drafts that were kept."""
+        """Share of the drafts that were accepted."""
         return self.kept / max(self.drafted, 1)
 
 
@@ -73,16 +73,16 @@ def replay_speculative(
     stop_below: float | None,
     head: float,
 ) -> Replay:
-    """Speculation, greedy: see `decoding.speculative`. `head` is a draft's prediction's cost."""
+    """Greedy speculation: see `decoding.speculative`. `head` is the cost of predicting a draft."""
     drafts = [(trace.draft_hits[draft_stage], trace.draft_margins[draft_stage]) for trace in traces]
     return _replay_drafts(drafts, costs, draft_stage, head, count, stop_below, float("inf"))
 
 
 def replay_rounded(traces: Sequence[Trace], costs: Costs, count: int) -> Replay:
-    """Speculation with a rounded copy of stage 0, greedy. Nearly exact: what was recorded has seen
-    the copy's own keys, and drafts see the model's."""
+    """Greedy speculation with a rounded copy of stage 0. Nearly exact: the recorded drafts saw the
+    copy's own keys, while real drafts see the model's."""
     result, own = Replay(), costs.rounded
-    assert own is not None, "nobody has said what a rounded drafter costs"
+    assert own is not None, "costs of a rounded drafter are missing"
     for trace in traces:
         hits, at = trace.rounded_hits, 0
         assert hits is not None, "recorded without a rounded drafter"
@@ -108,7 +108,7 @@ def replay_certified(
     exit_margins: Sequence[float],
     head: float,
 ) -> Replay:
-    """Certified speculation, greedy: see `decoding.speculative`."""
+    """Greedy certified speculation: see `decoding.speculative`."""
     drafts = [(trace.hits[draft_stage], trace.margins[draft_stage]) for trace in traces]
     needed = exit_margins[draft_stage]
     return _replay_drafts(drafts, costs, draft_stage, head, count, stop_below, needed)
@@ -123,8 +123,8 @@ def _replay_drafts(
     stop_below: float | None,
     needed: float,
 ) -> Replay:
-    """Rounds of drafts, given as hits and margins along each text; those above `needed` are
-    certified. `head` is what a draft's prediction reads."""
+    """Rounds of drafts, given as hits and margins along each text; drafts with a margin above
+    `needed` are certified. `head` is the cost of a draft's prediction."""
     result = Replay()
     lower = costs.lower(draft_stage)
     for hits, margins in drafts:
@@ -133,7 +133,7 @@ def _replay_drafts(
             block = margins[at : at + count]
             weak = [i for i, m in enumerate(block) if stop_below is not None and m < stop_below]
             length = weak[0] if weak else len(block)
-            # A draft too weak to use has still been made.
+            # A draft too weak to use still costs as much.
             result.cost += (length + bool(weak)) * (lower + head)
             certified = block[:length] > needed
             kept = hits[at : at + length] | certified
@@ -193,14 +193,14 @@ def best_options(
     costs: Costs,
     exit_margins: Sequence[float],
 ) -> dict[str, tuple[dict[str, Any], Replay]]:
-    """For each mode that drafts or leaves early, the options with which a token costs least.
+    """For each mode that drafts or exits early, the options with the lowest cost per token.
 
-    `exit_margins` are those at safety 1; a lesser safety is advised where WAND's tokens still agree
-    with the full model's in `MIN_AGREEMENT` of the text.
+    `exit_margins` are those at safety 1; a lower safety is advised if WAND's tokens still agree
+    with the full model's in at least `MIN_AGREEMENT` of the text.
     """
     steps = range(len(exit_margins))
     pools_stages = model.pools_stages
-    # Measured costs know of the cliff.
+    # Measured costs show the cliff, so longer drafts can be considered.
     lengths = ADVISED_LENGTHS if len(costs.rows) == 1 else MEASURED_LENGTHS
     needed = {safety: [safety * margin for margin in exit_margins] for safety in SAFETIES}
     found: dict[str, list[tuple[dict[str, Any], Replay]]] = {

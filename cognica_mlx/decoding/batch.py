@@ -1,10 +1,10 @@
 """The driver for many sequences: requests for the same stage become one pass.
 
 - sequences join, finish and are removed at any time; each keeps its own mode, sampler and model
-- a *sweep* takes every sequence to its next token: passes from the shallowest stage up, rows of all
-  sequences that ask for the same stage packed into one, and one wait for all numbers
-- prompts are read in chunks that ride along with the others' tokens, so many rows a sweep
-- a pass that fails is tried again for each sequence alone, so that only the one at fault ends
+- a *sweep* takes every sequence to its next token: passes from the shallowest stage up, with the
+  rows of all sequences at a stage packed into one pass, and one wait for all numbers
+- prompts are read in chunks alongside the others' tokens, a limited number of rows per sweep
+- a pass that fails is retried for each sequence alone, so that only the one at fault ends
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cognica_mlx.stages import Stage
 
 @dataclass(frozen=True)
 class Event:
-    """What has become of the sequence `name`: a token, or its end, for which `error` may be why."""
+    """News of the sequence `name`: a token, or its end, with an `error` if it failed."""
 
     name: Hashable
     token: DecodedToken | None = None
@@ -43,9 +43,9 @@ class _Job:
     answer: Any = None
     # It has had its turn in this sweep.
     had_turn: bool = False
-    # It was left out of the last sweep's passes for want of room.
+    # It was left out of the last sweep's pass because the pass was full.
     deferred: bool = False
-    # How deep it has come in this sweep: the last layer.
+    # The last layer that it reached in this sweep.
     depth: int = -1
     submitted: list[mx.array] = field(default_factory=list)
 
@@ -53,7 +53,7 @@ class _Job:
 class Batch:
     """Sequences that are decoded together.
 
-    `prompt_rows` limits the rows that reading prompts adds to a sweep, by default to two chunks.
+    `prompt_rows` limits the rows that prompts add to a sweep; two chunks by default.
     """
 
     def __init__(self, prompt_rows: int | None = None):
@@ -61,20 +61,20 @@ class Batch:
         self._jobs: dict[Hashable, _Job] = {}
         # Kept from call to call: an interruption must not lose any.
         self._events: list[Event] = []
-        # Passes made and rows run in them, for those who want to know how well they are shared.
+        # Statistics: passes made, and rows run in them.
         self.passes = self.rows = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
 
     def add(self, name: Hashable, steps: Steps, pace: Pace | None = None) -> None:
-        """Let a sequence's `steps` take part from the next sweep on; `pace` hears what it costs."""
+        """Add a sequence's `steps`, starting with the next sweep; `pace` records its costs."""
         if name in self._jobs:
-            raise ValueError(f"there is a sequence {name!r} already")
+            raise ValueError(f"there is already a sequence {name!r}")
         self._jobs[name] = _Job(name, steps, pace, had_turn=True)
 
     def remove(self, name: Hashable) -> None:
-        """End a sequence: its state returns to what has been emitted."""
+        """End a sequence; its state is rolled back to the tokens emitted."""
         self._jobs.pop(name).steps.close()
 
     def close(self) -> None:
@@ -83,10 +83,10 @@ class Batch:
             self.remove(name)
 
     def run(self) -> list[Event]:
-        """Work until there are tokens to hand out, or sequences that have ended; for one sweep at
-        most, so that who reads long prompts can be stopped, and joined, between two chunks.
+        """Work until there are tokens to return or sequences that ended, for at most one sweep, so
+        that sequences can be added and removed between two chunks of a long prompt.
 
-        An interruption loses nothing: the next call goes on.
+        An interruption loses nothing: the next call continues.
         """
         worked = False
         while self._jobs and not self._events:
@@ -109,7 +109,7 @@ class Batch:
             job.had_turn, job.depth = False, -1
 
     def _work(self, waiting: Sequence[_Job]) -> None:
-        """Carry out the requests that come next."""
+        """Carry out the next group of requests."""
         asked: dict[type, list[_Job]] = {}
         for job in waiting:
             asked.setdefault(type(job.request), []).append(job)
@@ -130,19 +130,19 @@ class Batch:
             for job in advances:
                 stages.setdefault(job.request.stage, []).append(job)  # type: ignore[union-attr]
             stage = min(stages, key=lambda stage: stage.layers[0])
-            # Who waits for numbers of a shallower stage may want to come along.
+            # Answer reads from shallower stages first: their sequences may then join this pass.
             early = [job for job in reads if job.depth < stage.layers[0]]
             if not early:
                 self._advance(stages[stage], stage)
                 return
             reads = early
         for job in reads:
-            # Only to start work: what it leads to is read in the next sweep.
+            # A read of nothing only starts work; its results are read in the next sweep.
             job.had_turn |= not job.request.arrays  # type: ignore[union-attr]
         self._together(reads, read)
 
     def _advance(self, jobs: list[_Job], stage: Stage) -> None:
-        """One pass through a stage for those of the jobs, which all ask for it, that fit in."""
+        """One pass through a stage for as many of the jobs as fit; all must be asking for it."""
         total = sum(job.rows for job in jobs)
         if total > len(jobs):
             jobs, total = self._choose(jobs)
@@ -153,9 +153,9 @@ class Batch:
         self._together(jobs, _run_stage)
 
     def _choose(self, jobs: list[_Job]) -> tuple[list[_Job], int]:
-        """The jobs that there is room for, in the order in which they share a pass; their rows."""
-        # Those left out before come first, then short ones, so that no prompt holds up the others;
-        # single rows lie side by side, which makes them cheaper to embed.
+        """The jobs that fit in a pass, in their order in it, and their total rows."""
+        # Deferred jobs first, then short ones, so that no prompt holds up the others; single rows
+        # are adjacent, which makes them cheaper to embed.
         jobs.sort(key=lambda job: (not job.deferred, job.rows))
         chosen: list[_Job] = []
         total = 0
@@ -169,8 +169,9 @@ class Batch:
         return chosen, total
 
     def _together(self, jobs: Sequence[_Job], work: Any, cause: RankError | None = None) -> None:
-        """Do the same work for several jobs at once, and hand each its answer. `cause` is why they
-        could not do it with others: a pass on another machine, of which one hears late, is gone."""
+        """Do the same work for several jobs at once, and give each its answer. On a retry for a
+        single job, `cause` is the remote error of the shared pass, reported if the job fails too:
+        the retry's own error would hide it."""
         paced = [job for job in jobs if job.pace and job.request]
         if paced:
             total = sum(job.rows for job in jobs)
@@ -191,7 +192,7 @@ class Batch:
                 for job in jobs:
                     self._together([job], work, cause)
             return
-        # All have their answers before any goes on: an interruption loses none.
+        # Store all answers before any job continues: an interruption loses none.
         for job, answer in zip(jobs, answers, strict=True):
             rest = job.request.rest() if isinstance(job.request, Advance) else None
             job.request, job.answer = rest, answer
@@ -202,7 +203,7 @@ class Batch:
                 self._resume(job)
 
     def _resume(self, job: _Job, lost: RankLostError | None = None) -> None:
-        """Let a job go on to its next request, or tell it that a machine is `lost`."""
+        """Run a job to its next request, or throw `lost` into it if a machine was lost."""
         answer, job.answer = job.answer, None
         if job.pace:
             job.pace.others = len(self._jobs) - 1

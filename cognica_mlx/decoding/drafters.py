@@ -1,7 +1,7 @@
 """Where drafts come from: the model's first stages, a rounded copy of them, the text itself.
 
-A round's draft is begun with what was looked up, if anything; a stage drafter goes on behind that.
-Drafting changes nothing that a refusal would have to take back but the state's own positions.
+A round's draft starts with looked-up tokens, if any; a stage drafter continues after them. If
+drafts are rejected, only the state's positions need to be rolled back.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.sampling import Context, Scores, logprob_of, masked
 
-# The drafters by the names that tokens and statistics carry.
+# The drafters' names, as in tokens and statistics.
 OWN, ROUNDED, LOOKED_UP, FORCED = "stages", "rounded", "lookup", "forced"
 
 
 @dataclass
 class Draft:
-    """Drafted tokens, unevaluated: each list holds one entry a token.
+    """Drafted tokens, unevaluated: each list has one entry per token.
 
-    tokens (1, 1) int; makers, what drafted each (`FORCED` where a constraint allowed this token
-    alone); log_probs (1, V), what each was drawn from, empty when greedy. `first` is the position
-    of the token before them, `context` what the penalties looked back on at that position;
-    `stopped` says that the next draft was too weak to be one. Under a constraint `masks` has what
-    it allowed at each draft's place, (1, W). `after` is the token before the drafts where that is a
-    guess, (1, 1) int.
+    tokens (1, 1) int; makers, the drafter of each (`FORCED` if a constraint allowed no other
+    token); log_probs (1, V), the distribution that each was drawn from, empty when greedy. `first`
+    is the position of the token before the drafts, `context` the penalties' context there;
+    `stopped` means that the next draft was too weak to use. Under a constraint, `masks` holds the
+    mask at each draft's place, (1, W). `after` is the token before the drafts if it is a guess,
+    (1, 1) int.
 
-    Of drafts that were not looked up: logprobs (1,); margins (1,) by which the draft's best score
-    led; alternatives, what the sampler reports.
+    For drafts that were not looked up: logprobs (1,); margins (1,) by which the draft's best score
+    led; alternatives, as the sampler reports them.
     """
 
     first: int
@@ -62,7 +62,7 @@ class Draft:
         margin: mx.array,
         alternatives: tuple[mx.array, ...],
     ) -> None:
-        """Add one more token."""
+        """Add a token."""
         self.tokens.append(token)
         self.makers.append(maker)
         self.alternatives.append(alternatives)
@@ -76,8 +76,8 @@ class Draft:
 
 
 def begin(sequence: DecodingSequence, looked_up: Sequence[int]) -> Draft:
-    """A draft of `looked_up` tokens, as far as the sequence's constraint allows them. They are
-    certain as far as their drafter knows: q is 1 in rejection sampling."""
+    """A draft of `looked_up` tokens, up to the first that the sequence's constraint forbids. In
+    rejection sampling their q is 1, because they were not drawn at random."""
     draft = Draft(sequence.state.length, sequence.context())
     constraint, size = sequence.constraint, sequence.model.config.vocab_size
     for token in looked_up:
@@ -97,12 +97,12 @@ def begin(sequence: DecodingSequence, looked_up: Sequence[int]) -> Draft:
 
 
 class StageDrafter:
-    """The model's own first stages, up to the one that `target` reads; or with `prefix` a rounded
-    copy of them, which runs aside and leaves the state as it is.
+    """Drafts with the model's own first stages, up to the one that `target` reads; or with `prefix`
+    a rounded copy of them, which runs in a scratch state and leaves the state unchanged.
 
-    With `stop_below` drafting stops where the two best scores are closer than that, and that draft
-    is not used: then the host waits for each draft, otherwise for none. It also waits for each
-    under a constraint, which decides by one token what the next may be.
+    With `stop_below`, drafting stops at a draft whose two best scores are closer than that, and
+    drops that draft. The host then waits for each draft. It also does so under a constraint, which
+    needs each token for the next mask; otherwise it waits for none.
     """
 
     def __init__(
@@ -116,10 +116,10 @@ class StageDrafter:
     def draft(
         self, sequence: DecodingSequence, draft: Draft, count: int, room: int
     ) -> Generator[Request, Any, None]:
-        """Add up to `count` tokens to a draft after the sequence's text, the last token of which
-        the state does not hold.
+        """Add up to `count` tokens to a draft that follows the sequence's text, whose last token
+        is not in the state yet.
 
-        What a constraint forces between the drafts comes on top, up to `room` tokens in all.
+        Tokens that a constraint forces between the drafts are extra, up to `room` tokens in all.
         """
         state, sampler, constraint = sequence.state, sequence.sampler, sequence.constraint
         if count > state.slack:
@@ -168,11 +168,11 @@ class StageDrafter:
     def go_on(
         self, sequence: DecodingSequence, before: Draft, count: int
     ) -> Generator[Request, Any, Draft | None]:
-        """Draft behind a draft that is being verified, all of which the state holds: first what
-        the full model may say after it, then up to `count` tokens. Appends all, runs them and
-        starts computing them. Greedy, and without a constraint; None where there is no room."""
+        """Draft after a draft that is being verified, all of it already in the state: first a guess
+        of the full model's next token, then up to `count` tokens. Appends and runs them, and starts
+        computing them. Greedy and without a constraint only; None if there is no room."""
         state, sampler = sequence.state, sequence.sampler
-        # What follows if all is kept, of which one is the guess.
+        # The budget left if all is kept, less one for the guess.
         room = sequence.budget - len(before) - 1
         count = min(count, room - 1, state.slack - len(before) - 2)
         if count < 1:
@@ -199,7 +199,8 @@ class StageDrafter:
 def _certain(
     draft: Draft, sequence: DecodingSequence, constraint: Constraint, room: int
 ) -> list[mx.array]:
-    """Add to a draft what the constraint forces after it, `room` tokens in all; those tokens."""
+    """Add the tokens that the constraint forces after a draft, up to `room` tokens in all; returns
+    them."""
     sampler, tokens = sequence.sampler, []
     while len(draft) < room and (forced := constraint.forced()):
         for known in forced[: room - len(draft)]:

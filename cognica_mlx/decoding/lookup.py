@@ -1,24 +1,25 @@
-"""Drafts looked up in the text itself: what followed the last time that these tokens stood here.
+"""Drafts looked up in the text itself: what followed the last time these tokens occurred.
 
 - in: a text that grows
-- out: the tokens that came after the latest earlier place that ended as the text does now
-- an index of n-grams, longest first: a token costs a few dictionary entries, whatever came before
-- nothing is drafted beyond a special token: what follows the end of a turn is another's to say
+- out: the tokens that followed the latest earlier occurrence of the text's last tokens
+- an index of n-grams, longest first: each token costs a few dictionary entries, however long the
+  text
+- nothing is drafted beyond a special token: after the end of a turn, someone else speaks
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-# The lengths of what must agree, longest first, and the most tokens to offer.
+# Lengths of n-grams that must match, longest first, and the most tokens to offer.
 NGRAMS = (8, 5, 3)
 MOST = 16
 
 
 class Lookup:
-    """What may follow `text`, which others only ever append to.
+    """Looks up what may follow `text`, which may only be appended to.
 
-    `length` says how many tokens agree, 0 where nothing does. `never` are the special tokens.
+    `length` is the length of the current match, 0 if there is none. `never` are the special tokens.
     """
 
     def __init__(self, text: Sequence[int], never: Collection[int] = ()):
@@ -30,8 +31,8 @@ class Lookup:
         self.update()
 
     def update(self) -> list[tuple[int, bool]]:
-        """Take in what has been appended: for each token of it that something was found for, how
-        many tokens had agreed, and whether it was what would have been offered."""
+        """Index the tokens appended since the last call. For each that had a match: the length of
+        the match, and whether the token was the one that would have been offered."""
         text, found = self._text, []
         while self._known < len(text):
             if self.length:
@@ -48,13 +49,13 @@ class Lookup:
         return found
 
     def offer(self, most: int = MOST) -> list[int]:
-        """Up to `most` tokens that may come next; none where nothing was found."""
+        """Up to `most` tokens that may come next; empty without a match."""
         if not self.length:
             return []
         text, at = self._text, self._at
         offered: list[int] = []
         for i in range(min(most, MOST)):
-            # What reaches the end of the text goes on with what is offered itself.
+            # Past the end of the text, continue with the tokens already offered.
             place = at + i
             token = text[place] if place < self._known else offered[place - self._known]
             if token in self._never:

@@ -25,10 +25,10 @@ from cognica_mlx.machines.remote import stage_left
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import draft_scheme
 
-# How many drafts a round makes at most: what is cheaper may be more.
+# The most drafts in a round by default: more from a rounded drafter, which is cheaper.
 DRAFTS, ROUNDED_DRAFTS = 3, 6
 
-# Each mode with the options that mean something to it.
+# Each mode with the options that it takes.
 MODES: dict[str, tuple[str, ...]] = {
     "full": (),
     "stage": ("stage",),
@@ -45,21 +45,21 @@ MODES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# What may be given while the calibration decides the rest.
+# Options that may be given while the calibration decides the rest.
 _BESIDE_CALIBRATED = {"safety", "draft_head", "draft_rank", "draft_lookup"}
 
-# Those that may cost more than they save, which a `Pace` watches over.
+# Modes that may cost more than they save, so a `Pace` watches them.
 PACED_MODES = ("wand", "speculative", "certified")
 
 
 @dataclass(frozen=True)
 class ModeOptions:
-    """What a mode may be told; None leaves a value to the mode's default or the calibration.
+    """Options of the modes; None means the mode's default (in parentheses) or the calibration's.
 
     stage: the boundary that `stage` predicts from (0). max_stages: how many stages `prefix` runs
     (all). stages, stage_weights: what `compose` mixes (all, equally). safety: factor on the bounds
-    (1.0). p99_bounds: one for each step between stages. exit_stages: where `wand` may leave (all).
-    draft_stage (0), num_draft_tokens (3, of a rounded drafter 6), draft_margin (off), draft_head
+    (1.0). p99_bounds: one for each step between stages. exit_stages: where `wand` may exit (all).
+    draft_stage (0), num_draft_tokens (3; 6 with a rounded drafter), draft_margin (off), draft_head
     (summed), draft_rank (the whole head): how drafts are made. draft_bits (off): the bits, or
     "mxfp4" or "nvfp4", of a rounded copy of the stages and heads that draft. draft_lookup (off):
     also draft what followed the same tokens earlier in the text; num_draft_tokens may then be 0.
@@ -90,11 +90,11 @@ def make_mode(
     """The mode of that name.
 
     Raises RequestError for an unknown mode, an option that the mode does not take, a stage that
-    the model does not have, or bounds that are needed and nowhere to be found.
+    the model does not have, or missing bounds.
     """
     options = options or ModeOptions()
     if mode not in MODES:
-        raise RequestError(f"mode {mode!r} is none of {', '.join(MODES)}")
+        raise RequestError(f"mode {mode!r} is not one of {', '.join(MODES)}")
     given = {f.name: getattr(options, f.name) for f in fields(options)}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
@@ -120,8 +120,8 @@ def make_mode(
 def _advised(
     model: PoEModel, options: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A calibration's options for a mode, but rounding where this model, or what is given beside
-    it, does not go with that: it may have been loaded rounded."""
+    """A calibration's options for a mode, without rounding if the model (which may have been loaded
+    rounded) or the options given do not allow it."""
     advised = dict(options)
     if bits := advised.get("draft_bits"):
         head = given.get("draft_head", "summed")
@@ -136,8 +136,8 @@ def _advised(
 
 
 def last_resort(model: PoEModel) -> Mode | None:
-    """What to go on with where machines that hold deeper stages are lost: the deepest before those;
-    None where nobody wants that."""
+    """The mode to continue with when machines that hold deeper stages are lost: the deepest stage
+    before those; None if that is not wanted."""
     stage = stage_left(model)
     return None if stage is None else Plain(stage_target(model, stage))
 
@@ -160,18 +160,18 @@ def _speculative(
     if mode == "certified":
         if draft_stage == model.poe_n_stages - 1:
             raise RequestError(
-                f"draft_stage {draft_stage} is the last one: nothing is left to skip"
+                f"draft_stage {draft_stage} is the last stage: nothing is left to skip"
             )
         certain = exit_margins(model, p99_bounds, safety)[draft_stage]
-        # The bounds are about the stage's own prediction. A shortlist's logits are exact, and so is
-        # the margin between its best two.
+        # The bounds apply to the stage's own prediction. A shortlist's logits are exact, and so is
+        # the margin between the best two.
         draft_head = "base"
     own = draft_target(model, draft_stage, draft_head, draft_rank)
     drafters = [StageDrafter(own, draft_margin)]
     if draft_bits is not None:
         if draft_rank is not None:
             raise RequestError(
-                "draft_rank and draft_bits are two ways to a cheaper head: give one of them"
+                "draft_rank and draft_bits both make the head cheaper: give only one of them"
             )
         prefix = round_prefix(model, draft_scheme(draft_bits), draft_stage, draft_head)
         drafters.insert(0, StageDrafter(prefix.target, draft_margin, prefix))

@@ -1,10 +1,10 @@
 """Whether a mode pays on this machine, which drafter a round should use, and how many drafts.
 
-- in: measured costs, what a driver has spent on the mode, which drafts were kept
-- out: a plan for each round, and when to go on at full depth instead
-- `Metered` wraps a driver and prices what passes through, so that modes know nothing of costs
+- in: measured costs, what a driver has spent on the mode, which drafts were accepted
+- out: a plan for each round, and when to fall back to full depth
+- `Metered` wraps a driver and prices its requests, so that modes know nothing about costs
 
-By costs measured beforehand and not by the clock, so that a run can be repeated.
+It uses costs measured beforehand, not the clock, so that runs are reproducible.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from cognica_mlx.decoding.single import Driver
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.model import PoEModel
 
-# What a model's steps cost in a mode, a rounded drafter's included.
+# Gives a model's costs in a mode, including its rounded drafter's.
 KnownCosts = Callable[[PoEModel, Mode], Costs]
 
 # Tokens to emit before judging whether a mode pays.
 PATIENCE = 16
-# Prior: assume 6.4 of 8 drafts were accepted; what was looked up, less, the less has agreed.
+# Prior: assume 6.4 of 8 drafts were accepted; fewer of looked-up tokens, the shorter the match.
 PRIOR_KEPT, PRIOR_JUDGED = 6.4, 8.0
 PRIOR_HITS = dict(zip(NGRAMS, (0.6, 0.4, 0.2), strict=True))
-# Only so many judgements back, about, tell how it is now.
+# Acceptance is estimated from about this many recent drafts.
 MEMORY = 64
-# Tokens at full depth before drafting is tried again: at first, and at most, twice as many each
-# time it has been in vain.
+# Tokens at full depth before the mode is tried again: at first, then doubled after each failure up
+# to the maximum.
 REST, LONGEST_REST = 64, 1024
 
 
 class _Record:
-    """How often a drafter has been right, the latest counting most."""
+    """How often a drafter's tokens were accepted, weighted toward the latest."""
 
     def __init__(self, kept: float, judged: float):
         self.kept, self.judged = kept, judged
 
     def add(self, kept: int, judged: int) -> None:
-        """Count so many more."""
+        """Count `judged` more drafts, `kept` of them accepted."""
         self.kept += kept
         self.judged += judged
         if self.judged > MEMORY:
@@ -51,18 +51,18 @@ class _Record:
 
     @property
     def rate(self) -> float:
-        """The chance that a draft is accepted if those before it were."""
+        """The probability that a draft is accepted if those before it were."""
         return self.kept / self.judged
 
 
 class Pace:
-    """Advice to `mode` by `costs`; with `park` it ends a mode that costs more than full depth.
+    """Advice to `mode` from `costs`; with `park` it ends a mode that costs more than full depth.
 
-    `spent` is in the unit of the costs, seconds if measured; `tokens` are those of the mode.
-    `parked` says why the mode has given way to full depth; where it drafts, for a while. `others`
-    are the rows of other sequences that share each pass, `start` the first position whose passes
-    are the mode's to pay, and not the prompt's. `overlaps`: other machines verify, and drafting
-    goes on meanwhile.
+    `spent` is in the unit of the costs (seconds if measured); `tokens` counts the mode's tokens.
+    `parked` says why decoding fell back to full depth; modes that draft are tried again later.
+    `others` is the number of other sequences' rows in each pass. Passes over positions before
+    `start` belong to the prompt and are not charged to the mode. `overlaps`: other machines verify
+    while drafting goes on.
     """
 
     def __init__(self, costs: Costs, mode: Mode, *, park: bool = True, overlaps: bool = False):
@@ -78,38 +78,40 @@ class Pace:
         self._drafting = drafting
         self._rounds: RoundCosts | None = None
         self._records: dict[Hashable, _Record] = {}
-        # What the mode has spent lately, and on how many tokens; the same of all so far when its
-        # latest round began, if that is under way.
+        # Recent spending and the tokens it bought; and the totals at the start of the current
+        # round, if one is under way.
         self._trial = 0.0, 0
         self._round: tuple[float, int] | None = None
         self._rest = REST
         self._resumes: int | None = None
-        # How many others there were when it was parked.
+        # The number of other sequences when the mode was parked.
         self._among = 0
 
     def begins(self, position: int) -> None:
-        """The mode's own positions start here."""
+        """Note that the mode's own positions start here."""
         self.start = position
 
     def judged(self, drafter: str, kept: int, drafted: int) -> None:
-        """Of `drafted` tokens in a row by `drafter` the first `kept` were accepted."""
+        """Note that the first `kept` of `drafted` tokens in a row by `drafter` were accepted."""
         self._record(drafter).add(kept, kept + (kept < drafted))
 
     def drafted_meanwhile(self, drafter: int, rows: int, count: int) -> None:
-        """Of drafting while other machines verify, only what takes longer than they do is paid."""
+        """Note that a drafter guessed a token and drafted `count` more while other machines verified
+        `rows` positions: only the time that does not overlap is charged."""
         self.spent -= self._at_hand().hidden(drafter, rows, count)
 
     def observed(self, agreeing: int, hit: bool) -> None:
-        """Whether a token was the one that could be looked up for its place."""
+        """Note whether a token was the one looked up for its place, by a match of `agreeing`
+        tokens."""
         self._record(agreeing).add(hit, 1)
 
     def emitted(self) -> None:
-        """The mode has made a token."""
+        """Note that the mode has emitted a token."""
         self.tokens += 1
 
     def acceptance(self, drafter: str | int) -> float:
-        """The chance that a draft is accepted if those before it were: of a drafter by its name,
-        or of what was looked up by how many tokens had agreed."""
+        """The probability that a draft is accepted if those before it were: for a drafter by name,
+        or for looked-up tokens by the length of the match."""
         return self._record(drafter).rate
 
     def _record(self, drafter: str | int) -> _Record:
@@ -122,10 +124,11 @@ class Pace:
         return self._records[drafter]
 
     def price(self, request: Request, rows: int | None = None) -> float:
-        """What a request costs: its part of a pass or prediction of `rows` rows, or of its own."""
+        """A request's cost: its share of a pass or prediction of `rows` rows, by default its own
+        rows only."""
         if isinstance(request, Advance):
             stage = request.index
-            # Of what is left of the prompt nothing is counted.
+            # Positions left over from the prompt are not counted.
             count = request.count
             own = min(count, max(request.state.filled[stage] + count - self.start, 0))
             total = own if rows is None else rows
@@ -143,9 +146,9 @@ class Pace:
         return 0.0
 
     def plan(self, offered: int, agreeing: int, most: int) -> Plan:
-        """What to draft in the next round: that by which a token should cost least.
+        """What to draft in the next round, for the lowest expected cost per token.
 
-        Where no drafter would pay, drafting is given up for a while; `parked` then says why.
+        If no drafter would pay, drafting is suspended for a while, and `parked` says why.
         """
         if not self.park:
             return NoAdvice().plan(offered, agreeing, most)
@@ -167,8 +170,8 @@ class Pace:
         return drafting
 
     def pays(self) -> bool:
-        """Whether the mode should go on. Ends it, for a while, where even drafts that are all
-        accepted would not pay, or where the tokens so far have cost more than plain decoding's."""
+        """Whether the mode should go on. Suspends it if drafts would not pay even if all were
+        accepted, or if its recent tokens have cost more than plain decoding."""
         if not self.park:
             return True
         self._account()
@@ -186,9 +189,9 @@ class Pace:
         return True
 
     def _account(self) -> None:
-        """Take in what the latest round has cost, and give up if it is too much."""
+        """Add the latest round's cost, and suspend the mode if it costs too much."""
         if not self.tokens:
-            self.spent = 0.0  # what reading the prompt took is not the mode's
+            self.spent = 0.0  # reading the prompt is not charged to the mode
         if self._round:
             spent, tokens = self._trial
             before, made = self._round
@@ -201,7 +204,7 @@ class Pace:
             self._give_up(ratio)
 
     def _rests(self) -> bool:
-        """Whether it is too early to try again. Where others came or went it is not."""
+        """Whether it is too early to try again. It is not if other sequences came or went."""
         if self._resumes is None:
             return False
         if self.tokens < self._resumes and self.others == self._among:
@@ -225,7 +228,7 @@ class Pace:
 
 
 def pace_for(model: PoEModel, mode: Mode, costs: Costs | KnownCosts | None) -> Pace | None:
-    """Advice by `costs`, or by what they are for this mode; None without any."""
+    """Advice from `costs`, or from what they return for this mode; None without costs."""
     if costs is None:
         return None
     overlaps = isinstance(mode, Speculative) and mode.verified_elsewhere(model)
@@ -234,7 +237,7 @@ def pace_for(model: PoEModel, mode: Mode, costs: Costs | KnownCosts | None) -> P
 
 
 class Metered:
-    """A driver that prices what one sequence asks of another driver."""
+    """A driver that prices one sequence's requests and passes them to another driver."""
 
     def __init__(self, driver: Driver, pace: Pace):
         self._driver, self._pace = driver, pace

@@ -1,7 +1,7 @@
-"""What drivers do to carry requests out: passes through a stage, predictions, reading numbers.
+"""How drivers carry out requests: passes through a stage, predictions, reading numbers.
 
-Each takes requests of any number of sequences that can share the work, one or many. A pass builds
-the graph for all of them before any state changes.
+Each function takes requests of one or more sequences that can share the work. A pass builds the
+graph for all of them before any state changes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from cognica_mlx.state import DecodingState, Text
 
 
 def run_stage(requests: Sequence[Advance]) -> None:
-    """Run what each of the requests, all for the same stage, asks for in one pass."""
-    # None is left where an interruption came between a pass and its answers.
+    """Run all requests, which must be for the same stage, in one pass."""
+    # After an interruption between a pass and its answers, a request may have no rows left.
     asked = [(r, r.state.caches[r.index], n) for r in requests if (n := r.count)]
     if not asked:
         return
@@ -51,14 +51,14 @@ def run_stage(requests: Sequence[Advance]) -> None:
 
 
 def embed(models: Sequence[PoEModel], texts: Sequence[Text]) -> Hidden:
-    """The texts embedded and smeared, each by its model's table, in a row: (1, total, D)."""
+    """The texts, each embedded and smeared by its model, joined along T: (1, total, D)."""
     if len(texts) == 1:
         return models[0].embed(texts[0].tokens, texts[0].previous)
     parts: list[Hidden] = []
     single: list[Text] = []
 
     def finish(model: PoEModel) -> None:
-        """Embed the single tokens so far as a batch of texts of one token each."""
+        """Embed the single tokens collected so far as one batch of one-token texts."""
         if single:
             tokens = mx.concatenate([text.tokens for text in single])  # (n, 1)
             previous = mx.concatenate([text.previous for text in single])  # type: ignore[misc]
@@ -80,7 +80,7 @@ def embed(models: Sequence[PoEModel], texts: Sequence[Text]) -> Hidden:
 
 
 def score(requests: Sequence[Score]) -> list[Scores]:
-    """What the target of all the requests predicts for each of them."""
+    """The predictions for requests that share a target, one `Scores` for each."""
     target = requests[0].target
     hidden = {}
     for boundary in target.boundaries:
@@ -95,7 +95,7 @@ def score(requests: Sequence[Score]) -> list[Scores]:
 
 
 def read(requests: Sequence[Read]) -> list[list[Any]]:
-    """The numbers in each request's arrays, after one wait for all; then what is ahead begins."""
+    """The numbers in each request's arrays, after one wait for all; then starts on all `ahead`."""
     if arrays := [request.arrays for request in requests if request.arrays]:
         mx.eval(arrays)
     numbers = [[array.tolist() for array in request.arrays] for request in requests]
@@ -107,12 +107,13 @@ def read(requests: Sequence[Read]) -> list[list[Any]]:
 
 
 def submit(state: DecodingState, before: Sequence[mx.array]) -> list[mx.array]:
-    """Start on all that the state holds, once `before` is done; what to wait for the next time."""
+    """Start computing everything that the state holds, once `before` is done. Returns what to wait
+    for next time."""
     if before:
         mx.eval(before)
     arrays = state.arrays()
     mx.async_eval(arrays)
     state.next_round()
-    # Work is done in order: when the last is there, all are. Holding the caches' own arrays here
-    # would keep them from being written in place.
+    # Work finishes in order, so the last array is enough. Holding the caches' arrays would keep
+    # them from being written in place.
     return arrays[-1:]

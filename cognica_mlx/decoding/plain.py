@@ -1,8 +1,8 @@
 """One token at a time from a fixed target: the modes full, stage, prefix and compose.
 
-The device never waits for the host: the next token is under way while the last is handed out. What
-it needs is laid out first and begun only when the last token is read, so that no cache is written
-that is still in use. Under a constraint each token decides what the next may be, and is waited for.
+The device never waits for the host: the next token is computed while the last is returned. Its
+graph is built first and started only when the last token has been read, so that no cache is written
+while still in use. Under a constraint the host waits for each token, which decides the next mask.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Plain:
         self.depth = self.prefill_stage = target.depth
 
     def steps(self, sequence: DecodingSequence, until: Callable[[], bool] | None = None) -> Steps:
-        """Emit tokens until the budget is used up, or one more than `until` asks for, which is
-        called after each."""
+        """Emit tokens until the budget is used up. `until` is called after each; once it returns
+        true, one more token is emitted."""
         if sequence.constraint:
             yield from self._constrained(sequence, until)
             return
@@ -52,7 +52,7 @@ class Plain:
             context = sampler.extend(context, token)
             ahead = token, logprob, *sampler.alternatives(scores)
             if first:
-                # Nobody should wait for the second token to see the first.
+                # Return the first token without waiting for the second.
                 yield self._token((yield Read(state, ahead)))
                 first = False
                 continue
@@ -64,7 +64,7 @@ class Plain:
             yield self._token((yield Read(state, under_way)))
 
     def _constrained(self, sequence: DecodingSequence, until: Callable[[], bool] | None) -> Steps:
-        """Emit one token after the other, but those that are certain at once."""
+        """Emit one token after another, but forced tokens all at once."""
         state, sampler = sequence.state, sequence.sampler
         while True:
             yield from sequence.certain()

@@ -1,8 +1,8 @@
-"""What a decoding mode asks of the driver that carries it out.
+"""Requests that a decoding mode makes of its driver.
 
-A mode is a generator of requests and tokens. It never touches the model, the clock or the cost of
-anything; a driver answers each request, for one sequence at once or for many together. Answers are
-lazy arrays. Only `Read` waits.
+A mode is a generator of requests and tokens. It never touches the model, the clock or costs; a
+driver answers each request, for one sequence immediately or for many together. Answers are lazy
+arrays. Only `Read` waits.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from cognica_mlx.state import DecodingState
 
 @dataclass(frozen=True, eq=False)
 class Advance:
-    """Run the oldest `rows` positions that wait before stage `index`, all of them if None.
+    """Run the oldest `rows` positions pending before stage `index`; None means all of them.
 
-    With `last` everything then goes on through the stages up to that one: a driver makes one pass
-    after the other, `rest` being what is left after each, and the mode hears of the last.
+    With `last`, everything continues through the stages up to that one: a driver makes one pass
+    after another, with `rest` as the next request, and answers the mode after the last.
     """
 
     state: DecodingState
@@ -34,24 +34,24 @@ class Advance:
 
     @property
     def stage(self) -> Stage:
-        """The stage itself: requests that name the same one can share a pass."""
+        """The stage object; requests for the same one can share a pass."""
         return self.state.stages[self.index]
 
     @property
     def count(self) -> int:
-        """How many positions that is now."""
+        """How many positions the pass has."""
         pending = self.state.pending(self.index)
         return pending if self.rows is None else min(self.rows, pending)
 
     def rest(self) -> Advance | None:
-        """What is left to do once the pass through stage `index` is made."""
+        """The request that remains after the pass through stage `index`, or None."""
         return _first_pass(self.state, self.index + 1, self.last)
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What `target` predicts from the last `rows` positions before `end`, by default the last of
-    all: `Scores`, float32."""
+    """The prediction of `target` from the last `rows` positions before `end` (default: the end of
+    the text): `Scores`, float32."""
 
     state: DecodingState
     target: Target
@@ -63,8 +63,8 @@ class Score:
 class Read:
     """The numbers in `arrays`, as (nested) lists. Waits for them, then starts on `ahead`.
 
-    What `ahead` needs is begun only after the wait: until then it would find the caches in use,
-    and copy them.
+    `ahead` starts only after the wait: before that the caches would still be in use, and MLX would
+    copy them.
     """
 
     state: DecodingState
@@ -74,7 +74,7 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Submit:
-    """Start computing all that the state holds, once what was submitted before is done."""
+    """Start computing everything that the state holds, once what was submitted before is done."""
 
     state: DecodingState
 
@@ -85,10 +85,10 @@ Request = Advance | Score | Read | Submit
 @dataclass(frozen=True)
 class DecodedToken:
     """One token: its id, its log-probability under the scores that chose or confirmed it (after
-    bias and penalties, before temperature and filters), the stage that emitted it, and what drafted
-    it, if anything did (see `drafters`). `forced` says that a constraint allowed no other: its
+    bias and penalties, before temperature and filters), the stage that emitted it, and its drafter,
+    if any (see `drafters`). `forced` means that a constraint allowed no other token: its
     log-probability is 0, and no stage was asked. `top` has the best tokens and their
-    log-probabilities, best first, where the sampler reports them."""
+    log-probabilities, best first, if the sampler reports them."""
 
     token: int
     logprob: float
@@ -104,7 +104,8 @@ class DecodedToken:
 
 
 def top_of(alternatives: Sequence[Sequence[Sequence]], row: int) -> tuple[tuple[int, float], ...]:
-    """`DecodedToken.top` from a row of `Sampler.alternatives`, read, without what is impossible."""
+    """`DecodedToken.top` from a row of `Sampler.alternatives` after reading, without impossible
+    tokens."""
     if not alternatives:
         return ()
     ids, logprobs = alternatives
@@ -112,7 +113,7 @@ def top_of(alternatives: Sequence[Sequence[Sequence]], row: int) -> tuple[tuple[
     return tuple((token, logprob) for token, logprob in pairs if logprob > -inf)
 
 
-# What modes are made of: requests go out, answers come back.
+# The type of a mode's generator: requests and tokens go out, answers come back.
 Steps = Generator[Request | DecodedToken, Any, None]
 
 
@@ -126,14 +127,14 @@ def through(state: DecodingState, depth: int) -> Generator[Request, Any, None]:
 def advance(
     state: DecodingState, stage: int, rows: int | None = None
 ) -> Generator[Request, Any, None]:
-    """Run what is pending before `stage`, and what deeper stages must not leave any longer."""
+    """Run what is pending before `stage`, then whatever is overdue before deeper stages."""
     if state.pending(stage):
         yield Advance(state, stage, rows)
     yield from _run_late(state)
 
 
 def _first_pass(state: DecodingState, first: int, last: int) -> Advance | None:
-    """What has to run first where stages `first` to `last` are to have nothing pending."""
+    """The pass to run first if stages `first` to `last` are to have nothing pending."""
     for stage in range(first, last + 1):
         if state.pending(stage):
             return Advance(state, stage, last=last)
@@ -141,7 +142,7 @@ def _first_pass(state: DecodingState, first: int, last: int) -> Advance | None:
 
 
 def _run_late(state: DecodingState) -> Generator[Request, Any, None]:
-    """Run what deeper stages must not leave any longer."""
+    """Run what is overdue before deeper stages: see `DecodingState.overdue`."""
     while (late := state.overdue()) is not None:
         yield Advance(state, late, state.max_pending)
 
@@ -149,5 +150,5 @@ def _run_late(state: DecodingState) -> Generator[Request, Any, None]:
 def as_row(token: mx.array | int) -> mx.array:
     """One token id as the (1, 1) int32 array that a state appends."""
     if isinstance(token, mx.array):
-        return token.astype(mx.int32).reshape(1, 1)  # no operation where it is int32 already
+        return token.astype(mx.int32).reshape(1, 1)  # free if it is int32 already
     return mx.array([[token]], dtype=mx.int32)

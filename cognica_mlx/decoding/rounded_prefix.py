@@ -1,9 +1,9 @@
-"""A rounded copy of a model's first stages and heads: what the rounded drafter runs.
+"""A rounded copy of a model's first stages and heads, which the rounded drafter runs.
 
 - a base drafts through its first stages, rounded
-- a specialist through a *shallow* copy of itself: the base's first stages, then the specialist's
-  own, fed by them as if the base ended there, and the heads of the full prediction
-- both look at the keys and values that the model itself has made of the text, so they hold none of
+- a specialist drafts through a *shallow* copy of itself: the base's first stages, then the
+  specialist's own, as if the base ended there, and the heads of the full prediction
+- both use the keys and values that the model itself computed for the text, so they keep none of
   their own and never read a prompt: see `DecodingState.aside`
 """
 
@@ -24,8 +24,8 @@ from cognica_mlx.stages import Stage
 
 @dataclass(frozen=True, eq=False)
 class RoundedPrefix:
-    """Stages that stand for the model's stages `of`, what is predicted from them, and the heads
-    that this reads, beside those of the model."""
+    """Stages that replace the model's stages `of`, the target that predicts from them, the heads
+    that it reads, and the model's original heads."""
 
     model: PoEModel
     stages: tuple[Stage, ...]
@@ -36,25 +36,24 @@ class RoundedPrefix:
 
     @cached_property
     def arrays(self) -> list[mx.array]:
-        """What it holds beyond the model: packed matrices, and their scales."""
+        """The arrays that it holds in addition to the model's: packed matrices and their scales."""
         blocks = [block for stage in self.stages for block in stage.blocks]
         own = [block for k in self.of for block in self.model.stages[k].blocks]
         return own_arrays([*blocks, *self.heads], [*own, *self.originals])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of that."""
+        """Bytes of those arrays."""
         return sum(array.nbytes for array in self.arrays)
 
 
 def round_prefix(
     model: PoEModel, scheme: Scheme, draft_stage: int, draft_head: str
 ) -> RoundedPrefix:
-    """The stages up to `draft_stage`, and a specialist's own, rounded: a shallow specialist unless
-    it is to draft through the "base" head. Made once for a model; nothing is computed before it is
-    used.
+    """The stages up to `draft_stage`, rounded; for a specialist also its own stage, unless
+    `draft_head` is "base". Made once for a model; nothing is computed until it is used.
 
-    Raises RequestError where rounding would change nothing, or a stage is on another machine.
+    Raises RequestError if rounding would change nothing, or a stage is on another machine.
     """
     for k in _copied(model, draft_stage, draft_head):
         if rank := model.stages[k].rank:
@@ -70,7 +69,7 @@ def round_prefix(
 
 
 def _take_up(model: PoEModel, scheme: Scheme) -> None:
-    """Let what is stored rounded beside the model, or beside its base, be the copy."""
+    """Use the rounded copy that is stored beside the model or its base, if there is one."""
     one: PoEModel | None = model
     while one is not None:
         if take_up := one.stored_copies.pop(scheme, None):
@@ -108,19 +107,19 @@ def _round_prefix(
     )
     if not made.arrays:
         raise RequestError(
-            f"draft_bits: no matrix of stage {draft_stage} or its heads has more than "
-            f"{scheme.bits} bits and rows that fit; leave draft_bits out"
+            f"draft_bits: stage {draft_stage} and its heads have no matrix that can be rounded to "
+            f"{scheme.bits} bits; leave draft_bits out"
         )
     return made
 
 
 def _copied(model: PoEModel, draft_stage: int, draft_head: str) -> tuple[int, ...]:
-    """The stages that a copy is made of."""
+    """The stages to copy."""
     trunk = len(model.config.stage_layers)
     shallow = draft_head == "summed" and draft_stage < trunk
     return (*range(draft_stage + 1), *(range(trunk, model.poe_n_stages) if shallow else ()))
 
 
 def _source(source: int, draft_stage: int, trunk: int) -> int:
-    """Where a stage takes in what it runs on, if the base ends after `draft_stage`."""
+    """The boundary that a stage reads if the base ends after `draft_stage`."""
     return source if source <= draft_stage else source - trunk + draft_stage + 1

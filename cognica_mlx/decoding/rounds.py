@@ -1,15 +1,15 @@
-"""What a round of speculation costs a token, by what it drafts, and which round is best.
+"""The cost per token of a round of speculation, by what it drafts, and the best round.
 
 - in: costs of the parts, drafters, how many rows of other sequences share each pass
-- out: for a plan its cost a token; the plan with the least
+- out: a plan's cost; the plan with the lowest cost per token
 
-A round of n drafts, each accepted with chance a if those before it were, emits 1 + a + ... + a^n
-tokens (Leviathan et al. 2023); where m tokens looked up come first, of chance b, it emits
-1 + b + ... + b^m, and then b^m (a + ... + a^n). Which drafter and how many are chosen anew for
-every round, as DEL (arXiv 2504.05598) does for the layer to leave at.
+A round of n drafts, each accepted with probability a if those before it were, emits
+1 + a + ... + a^n tokens (Leviathan et al. 2023). If m looked-up tokens come first, each accepted
+with probability b, it emits 1 + b + ... + b^m + b^m (a + ... + a^n). The drafter and the number of
+drafts are chosen for every round, as DEL (arXiv 2504.05598) chooses the exit layer.
 
-Where other machines verify, the next n drafts are made at the same time, together with a guess at
-the full model's own token. They are used with chance b^m a^(n+1); otherwise n drafts are made anew.
+While other machines verify, a guess at the full model's own token and the next n drafts are made.
+They are used with probability b^m a^(n+1); otherwise the next round drafts anew.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.sequence import Plan
 
-# Plain decoding has the next token under way while this one is handed out, which a round has not:
-# it must promise a token for less than this part of what plain decoding takes.
+# Plain decoding computes the next token while it returns this one, and a round does not. So a round
+# must promise a token for less than this share of plain decoding's cost.
 WORTH_LEAVING = 0.9
 
 
 class RoundCosts:
-    """Rounds beside `others` rows of other sequences; a sequence pays its part of a shared pass.
-    With `overlaps` drafting goes on while other machines verify."""
+    """Costs of rounds that share passes with `others` rows of other sequences; a sequence pays for
+    its share of a pass. With `overlaps` drafting goes on while other machines verify."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class RoundCosts:
         self.costs, self.drafters, self.others = costs, drafters, others
         self.overlaps = overlaps
         self.plain = self._share(costs.full_pass, 1)
-        # Of each drafter, by rows: the first draft's pass; what verifies.
+        # For each drafter, costs by rows: of a draft, and of the verification.
         self._first: list[dict[int, float]] = [{} for _ in drafters]
         self._verify: list[dict[int, float]] = [{} for _ in drafters]
         self._full: dict[int, float] = {1: self.plain}
@@ -55,7 +55,8 @@ class RoundCosts:
         return self._full[rows]
 
     def cost(self, plan: Plan, reused: float = 0.0) -> float:
-        """What the round costs; `reused` is the chance that what is drafted meanwhile is used."""
+        """The cost of a round. `reused` is the probability that the drafts made while other
+        machines verify are used."""
         rows = plan.looked_up + plan.count + 1
         if not plan.count:
             return self._full_pass(rows)
@@ -71,19 +72,19 @@ class RoundCosts:
         if not (self.overlaps and drafter.goes_on):
             return drafting + verify[rows]
         meanwhile = (plan.count + 1) * first[1] - self.hidden(which, rows, plan.count)
-        # Drafts made meanwhile have all been run through the drafter's stages, the last one too.
+        # The last draft has also been run through the drafter's stages already.
         saved = drafting + self._share(partial(self.costs.lower, drafter.target.depth), 1)
         return drafting + verify[rows] + meanwhile - reused * saved
 
     def hidden(self, which: int, rows: int, count: int) -> float:
-        """What costs no time of a guess and `count` drafts that are made while other machines run
-        `rows` positions."""
+        """The part of the cost of a guess and `count` drafts that overlaps with other machines'
+        pass of `rows` positions."""
         drafter = self.drafters[which]
         above = partial(self.costs.between, drafter.target.depth)
         return min((count + 1) * self._draft(drafter, 1), self._share(above, rows))
 
     def _draft(self, drafter: StageDrafter, rows: int) -> float:
-        """The pass of a draft behind so many rows, and its prediction."""
+        """The cost of drafting one token in a pass of `rows` rows, including its prediction."""
         costs = self.costs
         if drafter.prefix and (own := costs.rounded):
             return own.lower(len(own.stages) - 1, rows) + own.full_head()
@@ -92,14 +93,14 @@ class RoundCosts:
     def _verification(self, drafter: StageDrafter, rows: int) -> float:
         if drafter.prefix:
             return self._full_pass(rows)
-        # Its own stages have run the drafts already, but for the last.
+        # The drafter's stages have already run all drafts but the last.
         stage = drafter.target.depth
         below, above = partial(self.costs.lower, stage), partial(self.costs.upper, stage)
         return self._share(below, 1) + self._share(above, rows)
 
     def best_lookup(self, offered: int, hits: float) -> tuple[Plan, float]:
-        """The best round of looked-up tokens alone, and what a token costs in it; nothing is
-        looked up where plain decoding costs little more."""
+        """The best round of looked-up tokens alone, and its cost per token. The plan is empty if it
+        would be little cheaper than plain decoding."""
         best, least, tokens, likely = Plan(), WORTH_LEAVING * self.plain, 1.0, 1.0
         for count in range(1, offered + 1):
             likely *= hits
@@ -111,8 +112,8 @@ class RoundCosts:
     def best(
         self, looked_up: int, hits: float, most: int, rates: Sequence[float]
     ) -> tuple[Plan, float]:
-        """The best round with a drafter, alone or behind so many tokens looked up, and what a token
-        costs in it; `rates` are the drafters' acceptances."""
+        """The best round with a drafter, alone or after `looked_up` tokens, and its cost per token;
+        `rates` are the drafters' acceptance rates."""
         best, least = Plan(), float("inf")
         for ahead in {0, looked_up}:
             before, reached = sum(hits**i for i in range(ahead + 1)), hits**ahead

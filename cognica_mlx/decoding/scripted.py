@@ -1,8 +1,8 @@
-"""A driver whose scores say what a script has them say, over all the compute of another driver.
+"""A driver that replaces scores by a script's, after doing all of another driver's work.
 
-Every pass is made and waited for in full, heads included; only the scores are replaced. So a large
-model of random weights takes the time that it would take if its stages agreed as a small trained
-model's do, and a test can have any draft refused.
+Every pass runs in full, heads included; only the scores are replaced. So a large model with random
+weights takes as long as it would if its stages agreed like a small trained model's, and a test can
+have any draft rejected.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cognica_mlx.decoding.requests import Request, Score
 from cognica_mlx.decoding.single import Driver
 from cognica_mlx.sampling import Scores
 
-# What the best token scores, what all others do but the second, and the ids that stand in for the
-# token recorded and for one that is wrong.
+# The best token's score, the score of all but the best two, and the ids that stand in for the
+# recorded token and for a wrong one.
 HIGH, LOW = 50.0, 0.0
 RIGHT, WRONG = 1, 2
 
 
 class Scripted:
-    """Another driver, but what `script` returns for a `Score`, (rows, V), is the answer to it."""
+    """Another driver, but with the result of `script`, (rows, V), as the answer to a `Score`."""
 
     def __init__(self, driver: Driver, script: Callable[[Score], mx.array]):
         self._driver, self._script = driver, script
@@ -35,17 +35,17 @@ class Scripted:
         answer = self._driver.answer(request)
         if not isinstance(request, Score):
             return answer
-        # Nothing is taken from the real scores, but they must be there.
+        # Adds 0 from the real scores, so that they must be computed.
         return Scores(self._script(request) + mx.minimum(mx.abs(answer.array[:, :1]), 0))
 
 
 @dataclass(frozen=True)
 class Script:
-    """What the stages predict for the tokens after the first `start`, as recorded.
+    """The stages' recorded predictions for the tokens after the first `start`.
 
-    `hits[k, t]` says whether stage k chooses the token that the full model does, `margins[k, t]` by
-    how much its best score leads: those of a `Trace`, of K - 1 stages. The last stage is the full
-    model, and always right. After the recording's end its last token is repeated.
+    As in a `Trace` of K - 1 stages, `hits[k, t]` says whether stage k chooses the full model's
+    token and `margins[k, t]` by how much its best score leads. The last stage is the full model and
+    always right. After the end of the recording its last token is repeated.
     """
 
     hits: np.ndarray
@@ -53,11 +53,11 @@ class Script:
     start: int
 
     def __call__(self, request: Score) -> mx.array:
-        """What the target's deepest stage predicts, (rows, V) float32."""
+        """The prediction of the target's deepest stage, (rows, V) float32."""
         state, count, stage = request.state, request.rows, request.target.depth
         said = np.full((count, state.model.config.vocab_size), LOW, dtype=np.float32)
         for row in range(count):
-            # The last row predicts the token that the state does not hold yet.
+            # The last row predicts the token after the state's last.
             t = state.length - self.start - count + 1 + row
             t = min(max(t, 0), self.hits.shape[1] - 1)
             full = stage == len(self.hits)

@@ -1,8 +1,8 @@
-"""One sequence being decoded: prompt, state, what has been emitted, and its life as requests.
+"""One sequence being decoded: its prompt, its state, the tokens emitted, and its requests.
 
-- in: a prompt, a mode, a sampler; perhaps the state of an earlier call, and advice on what pays
+- in: a prompt, a mode, a sampler; optionally an earlier call's state, and advice on what pays
 - out: requests for a driver, and tokens
-- afterwards the state holds the prompt and what was emitted, nothing else
+- afterwards the state holds the prompt and the tokens emitted, nothing else
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Context, Sampler, logprob_of
 from cognica_mlx.state import DecodingState, Progress
 
-# By so much chunks are shorter where they pass from machine to machine.
+# Prompt chunks are shorter by this factor if several machines run them.
 PIPELINE = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a round drafts: so many of the tokens that were looked up, then `count` by the mode's
-    `drafter`, as they are numbered. Nothing of either: a token of the full model's comes first."""
+    """What a round drafts: `looked_up` tokens found in the text, then `count` from the mode's
+    drafter number `drafter`. If both are 0, the full model emits a token without drafts."""
 
     looked_up: int = 0
     drafter: int = 0
@@ -51,39 +51,39 @@ class Plan:
 
 
 class Advice(Protocol):
-    """What a mode may ask about its own worth. `Pace` gives it by measured costs."""
+    """Advice to a mode on whether it pays, and what it reports in return. `Pace` implements it with
+    measured costs."""
 
     def begins(self, position: int) -> None:
-        """The mode's own positions start here, those before are the prompt's."""
+        """The mode's own positions start here; earlier ones belong to the prompt."""
 
     def pays(self) -> bool:
         """Whether to go on in this mode."""
 
     def plan(self, offered: int, agreeing: int, most: int) -> Plan:
-        """What to draft in the next round: of `offered` tokens that were looked up, after as many
-        as `agreeing` that agree, and of `most` by a drafter."""
+        """What to draft in the next round: up to `offered` looked-up tokens, found by a match of
+        `agreeing` tokens, and up to `most` by a drafter."""
 
     def judged(self, drafter: str, kept: int, drafted: int) -> None:
-        """Of `drafted` tokens in a row by `drafter` the first `kept` were accepted."""
+        """The first `kept` of `drafted` tokens in a row by `drafter` were accepted."""
 
     def drafted_meanwhile(self, drafter: int, rows: int, count: int) -> None:
         """While other machines verified `rows` positions, a drafter guessed a token and drafted
         `count` more behind it."""
 
     def observed(self, agreeing: int, hit: bool) -> None:
-        """Whether a token was the one that could be looked up for its place, after so many that
-        agreed."""
+        """A token had a match of `agreeing` tokens; `hit` says whether it was the one looked up."""
 
     def emitted(self) -> None:
-        """The mode has made a token."""
+        """The mode has emitted a token."""
 
 
-# Tokens that must agree before what follows them is drafted where nobody knows what pays.
+# Without advice, the match length from which looked-up tokens are drafted.
 AGREEING = 5
 
 
 class NoAdvice:
-    """Every mode goes on as it was told to."""
+    """Every mode goes on with its own options."""
 
     def begins(self, position: int) -> None:
         """See `Advice`."""
@@ -111,9 +111,9 @@ class NoAdvice:
 
 
 class Mode(Protocol):
-    """How tokens are made. `depth` is the deepest stage it may need, `prefill_stage` the stage that
-    a prompt must have been run through before the first token; `target` is what it predicts with,
-    or stands in for."""
+    """A way to generate tokens. `depth` is the deepest stage it may need, `prefill_stage` the stage
+    that the prompt must have gone through before the first token; `target` is the target that it
+    predicts with or approximates."""
 
     depth: int
     prefill_stage: int
@@ -124,14 +124,14 @@ class Mode(Protocol):
 
 
 class DecodingSequence:
-    """A prompt on its way through a mode.
+    """A prompt being continued in a mode.
 
-    `text` is the prompt and the tokens emitted, `drafts` the drafts made so far by each drafter,
-    `cached` how many of the prompt's positions the state held already. `special` are tokens that
-    are never looked up to be drafted. Where it is to score its prompt,
-    `prompt_scores` has for each token but the first its log-probability and the best alternatives,
-    as `DecodedToken.top`, once the first token is emitted. Raises RequestError for an empty prompt,
-    a token id outside the vocabulary, or a state of another model.
+    `text` is the prompt and the tokens emitted, `drafts` counts each drafter's drafts, `cached` is
+    how many of the prompt's positions the state held already. `special` tokens are never drafted by
+    lookup. With `score_prompt`, `prompt_scores` has the log-probability and the best alternatives
+    (as `DecodedToken.top`) of each prompt token but the first, once the first token is emitted.
+    Raises RequestError for an empty prompt, a token id outside the vocabulary, or a state of
+    another model.
     """
 
     def __init__(
@@ -152,11 +152,11 @@ class DecodingSequence:
         score_prompt: bool = False,
         special: Collection[int] = (),
     ):
-        """`fallback` goes on where `advice` ends the mode, `last_resort` where other machines that
-        hold part of the model are lost (RankLostError if None); `progress(done, total)` is called
-        after every chunk of the prompt, of `prefill_step_size` tokens. What is emitted satisfies
-        `constraint`, which must be at its beginning, and ends where that does. With `score_prompt`
-        the whole prompt is run, whatever the state holds of it."""
+        """`fallback` takes over when `advice` ends the mode, `last_resort` when machines that hold
+        part of the model are lost (RankLostError if None). `progress(done, total)` is called after
+        every chunk of `prefill_step_size` prompt tokens. The output satisfies `constraint`, which
+        must be at its beginning, and ends where it ends. With `score_prompt` the whole prompt is
+        run, even if the state holds part of it."""
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         if max_tokens < 1:
@@ -183,7 +183,7 @@ class DecodingSequence:
 
     @property
     def drafted(self) -> int:
-        """The drafts made so far."""
+        """The number of drafts made so far."""
         return self.drafts.total()
 
     @property
@@ -213,12 +213,12 @@ class DecodingSequence:
             self.state.rollback(min(self.state.length, len(self.text)))
 
     def _in_full(self) -> Steps:
-        """The prompt, then tokens in the mode asked for, and in what takes over from it."""
+        """The prompt, then tokens in the requested mode and in its fallback."""
         prompt = self.text[:-1]
         yield from ready(self.state, self.mode.depth, self.step_size, self.progress)
         if self.score_prompt:
             yield from self._score_prompt()
-        # What is left after whole chunks runs with the prompt's last token.
+        # The remainder after whole chunks runs with the prompt's last token.
         rest = prompt[self.state.length :]
         whole = len(rest) - len(rest) % self.step_size
         told = self.progress and partial(self._tell, len(rest))
@@ -233,7 +233,7 @@ class DecodingSequence:
             yield from self._emitted(self.fallback)
 
     def _without_others(self, mode: Mode) -> Steps:
-        """The rest, in a mode that needs no other machine's stages."""
+        """The remaining tokens, in a mode that needs no other machine's stages."""
         state, text, constraint = self.state, self.text[:-1], self.constraint
         state.rollback(min(state.length, len(text)))
         if constraint:
@@ -249,7 +249,7 @@ class DecodingSequence:
         return len(self.prompt_scores) == self.prompt_length - 1
 
     def _emitted(self, mode: Mode) -> Steps:
-        """The mode's requests and tokens, its answers passed on, as far as the budget goes."""
+        """The mode's requests and tokens, with answers passed on, until the budget is used up."""
         steps, answer = mode.steps(self), None
         try:
             while True:
@@ -272,10 +272,10 @@ class DecodingSequence:
             steps.close()
 
     def _score_prompt(self) -> Generator[Request, Any, None]:
-        """Run all of the prompt but its last token, and score what follows each position.
+        """Run all of the prompt but its last token, and score the token after each position.
 
-        The mode's own target does it, without penalties. Activations are held so far back as a
-        rollback may go: no chunk is longer.
+        Scores are the mode's own target's, without penalties. No chunk is longer than the slack,
+        because only that many activations are kept.
         """
         state, target, last = self.state, self.mode.target, self.prompt_length - 1
         size = min(self.step_size, state.slack)
@@ -292,13 +292,13 @@ class DecodingSequence:
                 self.progress(stop, last)
 
     def context(self) -> Context | None:
-        """What the sampler's penalties look back on now."""
+        """The current context for the sampler's penalties."""
         return self.sampler.context(self.text, self.prompt_length)
 
     def certain(self) -> Generator[DecodedToken, None, None]:
-        """Emit what the constraint leaves no choice about, as far as the budget goes.
+        """Emit the tokens that the constraint forces, until the budget is used up.
 
-        The stages run these tokens in one pass with the next that they have to predict.
+        The stages run them in one pass when they next have to predict a token.
         """
         while self.constraint and self.budget and (tokens := self.constraint.forced()):
             for token in tokens:
@@ -306,24 +306,24 @@ class DecodingSequence:
                 yield DecodedToken(token, 0.0, 0, forced=True)
 
     def mask(self) -> mx.array | None:
-        """What the constraint allows next, (1, W) for `Sampler.process`; None without one."""
+        """The constraint's mask for the next token, (1, W) for `Sampler.process`, or None."""
         return self.constraint.mask()[None] if self.constraint else None
 
     def commit(self, token: int) -> None:
-        """Tell the constraint of a token."""
+        """Commit a token to the constraint, if there is one."""
         if self.constraint:
             self.constraint.commit([token])
 
     def _tell(self, total: int, done: int, _: int) -> None:
-        """Progress of the prompt as a whole, its rest included."""
+        """Report progress through the whole prompt, including the remainder."""
         if self.progress:
             self.progress(done, total)
 
     def _return_to_common_start(self, wanted: list[int]) -> int:
-        """Roll the state back to what it has in common with `wanted`; how much that is."""
+        """Roll the state back to the prefix that it shares with `wanted`; returns its length."""
         held = self.state.tokens
         common = min(len(held), len(wanted))
-        if held[:common] != wanted[:common]:  # most often it goes on where it was
+        if held[:common] != wanted[:common]:  # usually the prompt continues the state's text
             common = next(
                 i for i, pair in enumerate(zip(held, wanted, strict=False)) if len({*pair}) > 1
             )
@@ -335,14 +335,14 @@ class DecodingSequence:
 
 
 def prefill_step_size_here() -> int:
-    """Tokens of a prompt to run at once: more are no quicker on the CPU, whose attention keeps
-    their scores. A GPU's keeps none, and more rows fill it better."""
+    """Prompt tokens to run at once. On the CPU more are no faster, and attention stores their
+    scores. On a GPU it does not, and more rows use it better."""
     return 256 if mx.default_device() == mx.cpu else 1024
 
 
 def step_size_for(model: PoEModel) -> int:
-    """As `prefill_step_size_here`; less where several machines share the work, as each begins only
-    when the one before it has done a chunk."""
+    """Like `prefill_step_size_here`, but smaller if several machines share the work: each must wait
+    for the one before it to finish a chunk."""
     size = prefill_step_size_here()
     return size // PIPELINE if any(stage.rank for stage in model.stages) else size
 
@@ -372,8 +372,8 @@ def ready(
 ) -> Generator[Request, Any, None]:
     """Make `depth` the deepest stage that is kept ready.
 
-    Exact whatever ran before: a stage whose pending positions have been forgotten is filled by
-    running the whole text again.
+    Exact whatever ran before: if pending positions of a stage have been dropped, the whole text is
+    run again.
     """
     state.model.check_stage(depth, "depth")
     state.depth = depth
@@ -382,6 +382,6 @@ def ready(
         state.clear()
         yield from read_prompt(state, tokens, depth, step_size, progress)
     while (late := state.overdue()) is not None:
-        # Only what `keep_trunk` has held can be so much: in chunks, as a prompt.
+        # Only `keep_trunk` can hold this many positions: run them in chunks, like a prompt.
         yield from advance(state, late, step_size or prefill_step_size_here())
         yield Submit(state)

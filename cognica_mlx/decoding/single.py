@@ -1,4 +1,4 @@
-"""The driver for one sequence: every request is carried out at once.
+"""The driver for one sequence: every request is carried out immediately.
 
 - in: a sequence's steps
 - out: its tokens, one by one
@@ -32,8 +32,8 @@ class Driver(Protocol):
     """Carries out requests."""
 
     def answer(self, request: Request) -> Any:
-        """What the request asks for; None where it only asks for work. Of an `Advance` one pass;
-        its `rest` is asked for next."""
+        """The answer to a request, or None if it only asks for work. An `Advance` gets one pass;
+        its `rest` is the next request."""
 
 
 class Single:
@@ -55,7 +55,7 @@ class Single:
 
 
 def drive(steps: Steps, driver: Driver | None = None) -> Generator[DecodedToken, None, None]:
-    """The tokens that `steps` emits; the driver is `Single` unless given."""
+    """The tokens that `steps` emits; the driver is `Single` by default."""
     driver, answer, lost = driver or Single(), None, None
     try:
         while True:
@@ -76,7 +76,7 @@ def drive(steps: Steps, driver: Driver | None = None) -> Generator[DecodedToken,
 
 
 def _answer(driver: Driver, request: Request) -> Any:
-    """The driver's answer, after all passes that the request asks for."""
+    """The driver's answer, after all passes that the request needs."""
     answer = driver.answer(request)
     while isinstance(request, Advance) and (rest := request.rest()):
         answer, request = driver.answer(rest), rest
@@ -93,9 +93,9 @@ def decode(
 ) -> Generator[DecodedToken, None, None]:
     """Decode tokens after the token ids `prompt`. Options are those of `DecodingSequence`.
 
-    A `state` that already holds a beginning of the prompt is continued: only the rest is run.
-    Afterwards it holds the prompt and the tokens taken from this iterator, the last of them
-    possibly left out, as nothing has been predicted from it yet.
+    If `state` already holds the beginning of the prompt, only the rest is run. Afterwards it holds
+    the prompt and the tokens taken from this iterator, possibly without the last, because nothing
+    has been predicted from it yet.
     """
     yield from drive(DecodingSequence(model, prompt, mode, **options).steps(), driver)
 
@@ -113,8 +113,8 @@ def advance_through(state: DecodingState, depth: int) -> None:
 
 
 def prefill(state: DecodingState, tokens: Sequence[int], depth: int) -> None:
-    """Append tokens and run them through the stages up to `depth`, the text before them first where
-    stages kept ready do not hold it any more."""
+    """Append tokens and run them through the stages up to `depth`. If stages kept ready have
+    dropped pending positions of the earlier text, that is run again first."""
     carry_out(ready(state, state.depth))
     carry_out(read_prompt(state, tokens, depth))
     mx.eval(state.arrays())

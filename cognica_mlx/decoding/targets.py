@@ -1,6 +1,6 @@
-"""What a token may be predicted from: the full stack, one stage, the first stages, any mixture.
+"""Predictors to decode with: the full stack, one stage, the first stages, or a mixture of stages.
 
-A target says which stage boundaries it reads and turns their activations into scores.
+A target names the stage boundaries that it reads and turns their activations into scores.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cognica_mlx.hidden import Hidden
 from cognica_mlx.model import PoEModel, log_op
 from cognica_mlx.rounding import Scheme
 
-# How a specialist's drafts are made.
+# The heads that a specialist's drafts go through: see `draft_target`.
 DRAFT_HEADS = ("summed", "base")
 
 
@@ -24,9 +24,10 @@ DRAFT_HEADS = ("summed", "base")
 class Target:
     """A predictor: `scores` maps the activations (1, T, D) at `boundaries` to (1, T, V) float32.
 
-    Targets are equal where `key` is: then their predictions can be made together. `heads` are the
-    stages whose heads are read, `rank` that of a shortlist read instead, which is `share` of them:
-    what a prediction costs. `scheme` says how the heads are rounded, if they are.
+    Targets with the same `key` are equal, and their predictions can be computed together. The
+    others give a prediction's cost: `heads` are the stages whose heads are read, `rank` the
+    shortlist's rank if one is read instead, `share` its share of the head's bytes. `scheme` says
+    how the heads are rounded, if they are.
     """
 
     key: tuple[Hashable, ...]
@@ -44,7 +45,7 @@ class Target:
 
 
 def _head_ids(model: PoEModel, stages: Sequence[int]) -> tuple[Any, ...]:
-    """What makes the stages' predictions the same in two models: where, and through which heads."""
+    """A key that is equal in two models whose stages predict alike: positions and heads."""
     base = len(model.config.stage_layers)
     return tuple((k, k >= base, *map(id, model.heads(k))) for k in stages)
 
@@ -66,7 +67,7 @@ def stage_target(model: PoEModel, stage: int) -> Target:
 
 
 def prefix_target(model: PoEModel, max_stages: int) -> Target:
-    """The first `max_stages` stages: their Log-OP where each has its own head, else the last's."""
+    """The first `max_stages` stages: their Log-OP if each has its own head, else the last one."""
     if not 1 <= max_stages <= model.poe_n_stages:
         raise RequestError(f"max_stages {max_stages}: this model has 1 to {model.poe_n_stages}")
     if not model.pools_stages:
@@ -83,13 +84,14 @@ def prefix_target(model: PoEModel, max_stages: int) -> Target:
 def draft_target(
     model: PoEModel, stage: int, draft_head: str, draft_rank: int | None = None
 ) -> Target:
-    """What drafts at `stage`: its own prediction with "base"; with "summed", where a specialist
-    stands on the base, the base stage's activations through all the heads that are summed.
+    """The drafter's target at `stage`. With `draft_head` "base" it is the stage's own prediction;
+    with "summed", a specialist puts the base stage's activations through all heads of its final
+    prediction.
 
     With `draft_rank` the head is read along that many directions: see `ShortlistHead`.
     """
     if draft_head not in DRAFT_HEADS:
-        raise RequestError(f"draft_head {draft_head!r} is none of {', '.join(DRAFT_HEADS)}")
+        raise RequestError(f"draft_head {draft_head!r} is not one of {', '.join(DRAFT_HEADS)}")
     if draft_rank is not None:
         short = prefix_target(model.with_shortlist(draft_rank), stage + 1)
         share = draft_rank / model.config.n_embd
@@ -108,9 +110,9 @@ def draft_target(
 def composed_target(
     model: PoEModel, stages: Sequence[int], weights: Sequence[float] | None = None
 ) -> Target:
-    """A weighted Log-OP of any stages; equal weights unless given, scaled to add up to one.
+    """A weighted Log-OP of any stages; weights are equal by default and scaled to add up to one.
 
-    A weight may be negative (the mixture then moves away from that stage).
+    A weight may be negative, which moves the mixture away from that stage.
     """
     if not stages:
         raise RequestError("stages: name at least one stage to compose")

@@ -1,20 +1,20 @@
-"""WAND, adaptive depth: leave at the first stage whose best token can no longer be overtaken.
+"""WAND, adaptive depth: exit at the first stage whose best token can no longer be overtaken.
 
-Stage k is left when the margin between its two best scores exceeds
-`safety * (bound_k + ... + bound_{K-2})`, bound_j being the 99th percentile, measured on a
+A token exits at stage k when the margin between the two best scores exceeds
+`safety * (bound_k + ... + bound_{K-2})`. Here bound_j is the 99th percentile, measured on a
 calibration text, of what the step from stage j to j + 1 takes away from such a margin (or, as
-published for the 1.3B base, of what it moves any logit). Positions that left early stay pending
-in the deeper stages and are caught up in one pass when a later token goes deeper.
+published for the 1.3B base, of how far it moves any logit). Positions that exited early stay
+pending in the deeper stages and catch up in one pass when a later token goes deeper.
 
 With a head per stage the full model is the Log-OP of all stages, so the margin is that of the
 running Log-OP R_k = pool of stages 0 .. k. The full margin telescopes,
 M(R_{K-1}) = M(R_k) - sum over j >= k of (M(R_j) - M(R_{j+1})), so the same rule holds with bounds
-measured on the running Log-OP itself: each step then moves by 1 / (j + 2) of what the new stage's
-own log-probabilities differ, R_{j+1} - R_j = (l_{j+1} - R_j) / (j + 2) at poe_alpha 0, which is why
-bounds for single stages would be far too wide.
+measured on the running Log-OP. Bounds for single stages would be far too wide: a step moves the
+running Log-OP by only 1 / (j + 2) of the difference to the new stage's log-probabilities,
+R_{j+1} - R_j = (l_{j+1} - R_j) / (j + 2) at poe_alpha 0.
 
-The rule speaks of the best token. With a temperature a token is drawn from the scores of the
-stage that was left at; use speculation to draw from the full model's distribution.
+The rule is about the best token. With a temperature, a token is drawn from the scores of its exit
+stage; use speculation to draw from the full model's distribution.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from cognica_mlx.sampling import Scores
 
 
 def exit_margins(model: PoEModel, p99_bounds: Sequence[float], safety: float) -> list[float]:
-    """The margin that each stage but the last must exceed to be left at: K - 1 numbers.
+    """The margins that allow an exit, for each stage but the last: K - 1 numbers.
 
-    Raises RequestError where the bounds do not fit the model.
+    Raises RequestError if the bounds do not fit the model.
     """
     steps = model.poe_n_stages - 1
     if len(p99_bounds) != steps:
@@ -52,7 +52,7 @@ def exit_margins(model: PoEModel, p99_bounds: Sequence[float], safety: float) ->
         raise RequestError(f"safety {safety} is below 0")
     if not all(bound >= 0 for bound in p99_bounds):
         raise RequestError(f"p99_bounds {list(p99_bounds)} must all be at least 0")
-    # A bound of infinity keeps its meaning even at safety 0.
+    # An infinite bound stays infinite even at safety 0.
     return [
         float("inf") if float("inf") in p99_bounds[k:] else safety * sum(p99_bounds[k:])
         for k in range(steps)
@@ -62,7 +62,7 @@ def exit_margins(model: PoEModel, p99_bounds: Sequence[float], safety: float) ->
 class Wand:
     """Advance stage by stage until the margin clears the remaining bounds.
 
-    `exit_stages` limits where a token may leave; a head that decides nothing is not computed.
+    `exit_stages` limits where a token may exit; heads that decide nothing are not computed.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Wand:
         for stage, needed in list(self.exits.items()):
             if needed == float("inf") or (exit_stages is not None and stage not in exit_stages):
                 del self.exits[stage]
-        # With a head per stage each one's prediction is needed on the way to the pool.
+        # With a head per stage, the pool needs every stage's prediction.
         self._pool = model.pool if model.pools_stages else None
         self._targets = [stage_target(model, k) for k in range(self.depth + 1)]
         self.target = full_target(model)
@@ -88,7 +88,7 @@ class Wand:
             self._targets[-1] = self.target
 
     def steps(self, sequence: DecodingSequence) -> Steps:
-        """Emit tokens, each with the stage it left at."""
+        """Emit tokens, each with its exit stage."""
         state, sampler = sequence.state, sequence.sampler
         while sequence.budget and sequence.advice.pays():
             yield from sequence.certain()

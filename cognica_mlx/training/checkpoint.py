@@ -1,10 +1,10 @@
-"""A state of training in one safetensors file: whole or absent.
+"""A training checkpoint in one safetensors file, written whole or not at all.
 
-- in: a `Training` and the settings that it belongs to, as JSON can hold them
-- out: the same, checked against a fresh state before it is used
-- it holds weights, optimiser, gradients that wait for an update, the best weights so far and the
-  loss curve. The data's order and the learning rate follow from the iteration, so no generator's
-  state is needed
+- in: a `Training` and its settings, JSON-ready
+- out: the same, checked against a fresh state before use
+- it holds the weights, the optimizer state, accumulated gradients, the best weights so far and the
+  loss curve. The order of the data and the learning rate follow from the iteration, so no random
+  state is saved
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NUMBERS = ("iteration", "counted", "best_iteration", "loss", "loss_tokens")
 
 
 def save_training(path: Path, state: Training, settings: dict[str, Any]) -> None:
-    """Write the file; CheckpointError, keeping what was there, where the disk does not take it."""
+    """Write the file. Raises CheckpointError, keeping the old file, if it cannot be written."""
     arrays = {
         f"{kind}/{name}": array for kind in _ARRAYS for name, array in getattr(state, kind).items()
     }
@@ -46,10 +46,10 @@ def save_training(path: Path, state: Training, settings: dict[str, Any]) -> None
 def read_training(path: Path) -> tuple[Training, dict[str, Any]]:
     """The state and the settings in a file that `save_training` wrote.
 
-    Raises CheckpointError where there is none, or it is damaged.
+    Raises CheckpointError if the file is missing or damaged.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: there is nothing to go on from")
+        raise CheckpointError(f"{path} is missing: there is nothing to resume from")
     try:
         with safe_open(path, framework="np") as file:
             content = json.loads((file.metadata() or {})["training"])
@@ -70,16 +70,16 @@ def read_training(path: Path) -> tuple[Training, dict[str, Any]]:
         return state, dict(content["settings"])
     except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint of training ({one_line(error)}): delete it and "
-            "train anew"
+            f"{path} is damaged or not a training checkpoint ({one_line(error)}): delete it and "
+            "train again"
         ) from None
 
 
 def fitted(state: Training, fresh: Training, path: Path) -> Training:
-    """A state that was read, its arrays in the order of those in `fresh`: sums go by that order, so
-    their last bits do.
+    """A loaded state with its arrays in the order of `fresh`, which the last bits of sums over them
+    depend on.
 
-    Raises CheckpointError unless they are of the same names, shapes and types.
+    Raises CheckpointError unless both have the same names, shapes and types.
     """
     for kind in ("parameters", "optimizer"):
         ours, theirs = (

@@ -1,8 +1,8 @@
-"""The cross entropy of logits that are bent to stay within +-15: one exponential a logit.
+"""The cross entropy of logits soft-capped to +-15, with one exponential per logit.
 
-MLX's CPU back end spends most of a step of a small model in exponentials. Differentiating a
-logsumexp takes a second one for each logit; here the probabilities serve both ways. They cannot
-underflow, because no two logits are further apart than 30.
+On MLX's CPU back end, exponentials take most of a small model's training step. Differentiating
+logsumexp computes a second one for each logit; here the probabilities serve both passes. They
+cannot underflow, because no two logits are more than 30 apart.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _gradient(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """The sum of -log p(target), in nats, each times its weight: logits (n, V) float32 within +-15,
-    targets (n,) int32, weights (n,) float32, which are not differentiated by."""
-    found: Any = _cross_entropy(logits, targets, weights)  # MLX calls its type an object
+    """The weighted sum of -log p(target), in nats: logits (n, V) float32 within +-15, targets (n,)
+    int32, weights (n,) float32. Differentiable in the logits only."""
+    found: Any = _cross_entropy(logits, targets, weights)  # MLX types it as object
     return found[0]

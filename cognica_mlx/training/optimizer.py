@@ -1,8 +1,8 @@
-"""Muon for matrices and AdamW for the rest, as one function of a state; the learning rate.
+"""Muon for matrices and AdamW for the rest, as a pure function of a state; the learning rate.
 
 - in: parameters and gradients by name, float32
-- out: new parameters and a new state; nothing is changed in place, so a step that is broken off
-  leaves what was there
+- out: new parameters and a new state; nothing is changed in place, so an interrupted step leaves
+  the old ones intact
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import mlx.optimizers as optim
 from cognica_mlx.elementwise import compiles
 from cognica_mlx.training.stage import Parameters
 
-# AdamW's rate as a share of Muon's at a width of 128; it falls with the square root of the width,
-# as nanochat's does.
+# AdamW's learning rate as a share of Muon's at width 128; as in nanochat, it falls with the square
+# root of the width.
 ADAMW_SHARE, REFERENCE_WIDTH = 0.5, 128
 BETAS, MOMENTUM = [0.8, 0.95], 0.95
-# The released recipe: shares of all steps in which the rate rises, and in which it falls.
+# From the released recipe: the shares of all steps in which the rate rises and in which it falls.
 WARM_UP, WARM_DOWN = 0.05, 0.9
 OPTIMIZERS = ("muon", "adamw")
 
@@ -27,8 +27,8 @@ State = dict[str, mx.array]
 
 
 def rate(step: int, steps: int) -> float:
-    """What the learning rates are multiplied by in step `step` (from 0) of `steps`: a straight way
-    up, a plateau, a straight way down that would reach 0 one step after the last."""
+    """The factor on the learning rates in step `step` (from 0) of `steps`: a linear rise, a
+    plateau, and a linear fall that would reach 0 one step after the last."""
     up, down = max(round(WARM_UP * steps), 1), max(round(WARM_DOWN * steps), 1)
     return min((step + 1) / up, 1.0, (steps - step) / down)
 
@@ -36,8 +36,8 @@ def rate(step: int, steps: int) -> float:
 class MuonAdamW:
     """Muon (momentum, then Newton-Schulz) for the blocks' matrices, AdamW for heads and lambdas.
 
-    With `kind` "adamw", AdamW for all. `max_norm` bounds the gradient's norm, 0 does not. `width`
-    is the model's; `frozen` parameters stay as they are.
+    With `kind` "adamw", AdamW for everything. `max_norm` clips the gradient's norm; 0 turns that
+    off. `width` is the model's; `frozen` parameters do not change.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MuonAdamW:
     def update(
         self, parameters: Parameters, gradients: Parameters, state: State, learning_rate: float
     ) -> tuple[Parameters, State, mx.array]:
-        """The parameters and the state after one update, and the gradient's norm before clipping.
+        """The parameters and state after one update, and the gradient's norm before clipping.
 
         `learning_rate` is Muon's; AdamW's is a share of it (see `ADAMW_SHARE`).
         """

@@ -1,10 +1,10 @@
-"""A new stage on a frozen base: its parameters, how they start, and the loss to lower.
+"""A new stage on a frozen base: its parameters, their initial values, and the loss.
 
 - in: activations at the base's last boundary, which the base or a store supplies
-- out: the loss on the tokens that count, and its gradient; logits of those positions alone
-- of the base it holds what its predictions read, the heads; no block and no embedding
-- parameters go by the model's own names, in float32; `resid_lambdas` and `x0_lambdas` are those of
-  the new layers only
+- out: the loss on the counted tokens, and its gradient; logits at their positions only
+- of the base it keeps only the heads, which its predictions read; no block and no embedding
+- parameters have the model's own names, in float32; `resid_lambdas` and `x0_lambdas` cover the new
+  layers only
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from cognica_mlx.training.loss import cross_entropy
 
 Parameters = dict[str, mx.array]
 
-# nanochat's: the first matrix of an MLP starts at this share of the others' bound.
+# As in nanochat, the first matrix of an MLP starts with this share of the other matrices' bound.
 FC_SHARE = 0.4
 LAMBDAS = ("resid_lambdas", "x0_lambdas")
 
 
 def stacked_config(base: PoEConfig, layers: int, head_mode: str | None = None) -> PoEConfig:
-    """The configuration of `base` with a stage of so many blocks on top.
+    """The configuration of `base` with a stage of `layers` blocks on top.
 
-    `head_mode` is by default the base's own. Raises RequestError where the stage cannot begin by
-    predicting as the base does: on a merged specialist, and where a mode adds to other heads than
-    those that the base speaks through.
+    `head_mode` defaults to the base's. Raises RequestError if the stage cannot start by predicting
+    what the base does: on a merged specialist, or if the mode adds heads that the base does not
+    predict through.
     """
     if base.head_mode == SUMMED:
         raise RequestError(
-            "this model is a merged specialist, whose summed heads can take no further one: name "
+            "this model is a merged specialist, and another head cannot be added to its sum: name "
             "the delta that it was made from"
         )
     mode = head_mode or base.head_mode
@@ -61,9 +61,9 @@ def stacked_config(base: PoEConfig, layers: int, head_mode: str | None = None) -
 
 
 def stacked(base: PoEModel, config: PoEConfig, rows: list[int], values: mx.array) -> PoEModel:
-    """A model of `config` over `base` in memory, its new blocks and head not set yet.
+    """A model of `config` over `base` in memory, with its new blocks and head not set yet.
 
-    `rows` are the tokens whose embeddings are to be `values` (n, D).
+    `values` (n, D) are the new embeddings of the tokens `rows`.
     """
     model = PoEModel(config)
     share_base(model, base, rows, values)
@@ -76,8 +76,8 @@ def stacked(base: PoEModel, config: PoEConfig, rows: list[int], values: mx.array
 class NewStage:
     """The last stage of a model, to be trained.
 
-    `dtype` is what it computes in. With `grad_checkpoint` the blocks' inner activations are
-    computed again in the backward pass rather than kept.
+    It computes in `dtype`. With `grad_checkpoint` the blocks' inner activations are recomputed in
+    the backward pass instead of kept.
     """
 
     def __init__(self, model: PoEModel, dtype: mx.Dtype, *, grad_checkpoint: bool = False):
@@ -85,7 +85,7 @@ class NewStage:
         self.layers = self.config.stage_range(self.config.poe_n_stages - 1)
         self._grad_checkpoint = grad_checkpoint
         self._head = f"lm_head_specialists.{len(self.config.specialist_layers) - 1}.weight"
-        # Weights are put into this one for each pass; what it was built with is never evaluated.
+        # Weights are set in this model for each pass; its initial weights are never evaluated.
         self._model = shell = PoEModel(self.config)
         shell.lm_head, shell.backout_lambda = model.lm_head, model.backout_lambda
         inherited = model.lm_head_specialists[:-1]
@@ -100,10 +100,10 @@ class NewStage:
         )
 
     def _one_head(self) -> mx.array | None:
-        """The base's head, where one product can serve for it and the new one: the sum of one
-        matrix and zeros is that matrix to the last bit.
+        """The base's head, if one product can serve both it and the new head: the base's matrix
+        plus zeros is the same matrix to the last bit.
 
-        In 16 bits the sum would lose what is learnt, and what is packed cannot be added to.
+        In 16 bits the sum would lose what is learned, and nothing can be added to packed weights.
         """
         mode, only = self.config.head_mode, len(self.config.specialist_layers) == 1
         plain = isinstance(self._model.lm_head, nn.Linear) and self.dtype == mx.float32
@@ -111,15 +111,15 @@ class NewStage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it holds of the base: its heads."""
+        """Bytes of the base's heads, which the stage keeps."""
         heads = [self._model.lm_head, *self._model.lm_head_specialists[:-1]]
         return sum(array.nbytes for head in heads for array in _named(head).values())
 
     def start(self, base: PoEModel, seed: int) -> Parameters:
-        """Parameters with which the stage predicts just as `base`: its blocks add nothing, nor does
-        its head; a head that is to speak alone starts as the sum of the base's.
+        """Initial parameters, with which the stage predicts exactly what `base` does: its blocks
+        and head add nothing; a head used alone starts as the sum of the base's heads.
 
-        The other matrices are uniform within sqrt(3 / D) (nanochat's).
+        The other matrices are uniform within sqrt(3 / D), as in nanochat.
         """
         width = self.config.n_embd
         bound = (3 / width) ** 0.5
@@ -144,11 +144,11 @@ class NewStage:
 
     @property
     def untrained(self) -> frozenset[str]:
-        """Parameters that no prediction reads: the head, with `head_mode` base."""
+        """Parameters that no prediction reads: the head, with `head_mode` "base"."""
         return frozenset({self._head} if self.config.head_mode == "base" else ())
 
     def logits(self, parameters: Parameters, hidden: Hidden, rows: mx.array) -> mx.array:
-        """What it predicts at `rows` (n,) of the flattened positions (B, T): (n, V) float32."""
+        """Logits at `rows` (n,) of the flattened positions (B, T): (n, V) float32."""
         cast = {name: array.astype(self.dtype) for name, array in parameters.items()}
         lambdas = [cast.pop(name) for name in LAMBDAS]
         self._model.update(tree_unflatten(list(cast.items())))
@@ -199,7 +199,7 @@ class NewStage:
         targets: mx.array,
         weights: mx.array,
     ) -> mx.array:
-        """The sum of the cross entropies at `rows` (n,), in nats, each times its weight."""
+        """The weighted sum of the cross entropies at `rows` (n,), in nats."""
         return self._loss(parameters, _arrays(hidden), rows, targets, weights)
 
     def loss_and_gradient(
@@ -210,7 +210,7 @@ class NewStage:
         targets: mx.array,
         weights: mx.array,
     ) -> tuple[mx.array, Parameters]:
-        """`loss`, and its gradient by each parameter, float32."""
+        """`loss`, and its gradient with respect to each parameter, float32."""
         return self._loss_and_gradient(parameters, _arrays(hidden), rows, targets, weights)
 
 
@@ -225,7 +225,7 @@ def _named(module: nn.Module) -> Parameters:
 
 
 def matrix(module: nn.Module) -> mx.array:
-    """A head's or a table's weights (rows, D) in float32, unpacked where it is quantised."""
+    """The weights (rows, D) of a head or embedding table in float32, dequantized if need be."""
     weight = module.weight
     if hasattr(module, "scales"):
         weight = mx.dequantize(

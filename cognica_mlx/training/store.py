@@ -1,12 +1,12 @@
-"""What a new stage reads of its base, for a set of texts: computed once and kept, or every time.
+"""The base's activations that a new stage is trained on: stored once, or computed for each batch.
 
 - in: a model whose last stage is new, texts
 - out: `Hidden` for a batch: the residual stream, the embedded text and the backout at the base's
   last boundary
-- a store is a folder of memory-mapped arrays, packed: the positions of all texts in a row, without
-  padding. A value is an integer of 16 or 8 bits; a group of `GROUP` channels of a position shares a
+- a store is a folder of memory-mapped arrays, with the positions of all texts joined without
+  padding. A value is an integer of 16 or 8 bits; each group of `GROUP` channels of a position has a
   float32 scale, its largest magnitude
-- who writes a store decides where it lies, and that it is whole
+- the caller decides where a store goes, and makes sure that it is complete
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _TYPES = {16: mx.int16, 8: mx.int8}
 _NUMPY = {16: np.int16, 8: np.int8}
 PARTS = ("x", "x0", "backout")
 DESCRIPTION = "store.json"
-# Positions that the base reads at once while a store is written.
+# Positions that the base runs at once while a store is written.
 CHUNK = 4096
 
 
 class Activations(Protocol):
-    """Where batches' activations come from."""
+    """A source of activations for batches."""
 
     def read(self, batch: Batch) -> Hidden:
-        """The base's last boundary for a batch (B, T). Padding holds anything finite."""
+        """The base's last boundary for a batch (B, T). Padding holds arbitrary finite values."""
 
 
 class LiveBase:
@@ -53,12 +53,12 @@ class LiveBase:
 
 
 def below(model: PoEModel, tokens: mx.array) -> Hidden:
-    """What the last stage of `model` takes in for tokens (B, T)."""
+    """The input of the last stage of `model` for tokens (B, T)."""
     return model.boundaries(tokens, model.poe_n_stages - 2)[-1]
 
 
 def encode(values: mx.array, bits: int) -> tuple[mx.array, mx.array]:
-    """Values (..., D) as integers of so many bits (..., D), and scales (..., G) float32."""
+    """Values (..., D) as integers of `bits` bits (..., D), and scales (..., G) float32."""
     width, most = values.shape[-1], 2 ** (bits - 1) - 1
     grouped = values.astype(mx.float32).reshape(*values.shape[:-1], groups(width), -1)
     scales = mx.abs(grouped).max(axis=-1) / most
@@ -67,19 +67,19 @@ def encode(values: mx.array, bits: int) -> tuple[mx.array, mx.array]:
 
 
 def decode(integers: mx.array, scales: mx.array, dtype: mx.Dtype) -> mx.array:
-    """The values (..., D) that `encode` rounded, within half a step: half of the largest magnitude
-    of a group divided by 32767 (16 bits) or 127 (8 bits)."""
+    """The values (..., D) that `encode` rounded, to within half a step. A step is a group's largest
+    magnitude divided by 32767 (16 bits) or 127 (8 bits)."""
     grouped = integers.reshape(*scales.shape, -1).astype(mx.float32)
     return (grouped * scales[..., None]).reshape(integers.shape).astype(dtype)
 
 
 def groups(width: int) -> int:
-    """Scales of a position of so many channels."""
+    """The number of scales for a position of `width` channels."""
     return width // GROUP if width % GROUP == 0 else 1
 
 
 def store_bytes(texts: Sequence[Text], width: int, bits: int) -> int:
-    """Bytes that a store of `texts` takes on disk, but for a few headers."""
+    """Bytes that a store of `texts` takes on disk, apart from a few headers."""
     positions = sum(map(len, texts))
     return positions * len(PARTS) * (width * bits // 8 + 4 * groups(width))
 
@@ -91,10 +91,10 @@ def write_store(
     bits: int,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Run the base over `texts` and write what the last stage takes in to an existing folder.
+    """Run the base over `texts` and write the last stage's input to an existing folder.
 
-    `progress` is called with the positions of every batch done. Raises CheckpointError where an
-    activation is not a finite number.
+    `progress` is called with the number of positions of every batch done. Raises CheckpointError
+    if an activation is not finite.
     """
     positions, width = sum(map(len, texts)), model.config.n_embd
     shapes = dict.fromkeys(PARTS, (positions, width))
@@ -117,8 +117,8 @@ def write_store(
                     part = values[row, : len(texts[i])]
                     if part.dtype == np.float32 and not np.isfinite(part).all():
                         raise CheckpointError(
-                            "the base's activations hold a value that is not a finite number: are "
-                            "its weights damaged?"
+                            "the base's activations contain a value that is not finite: are its "
+                            "weights damaged?"
                         )
                     arrays[key][starts[i] : starts[i] + len(texts[i])] = part
         if progress:
@@ -138,12 +138,12 @@ def _starts(texts: Sequence[Text]) -> np.ndarray:
 
 
 class StoredActivations:
-    """A store's activations, read where a batch needs them; memory holds one batch."""
+    """A store's activations, read as batches need them; only one batch is in memory."""
 
     def __init__(self, folder: Path, texts: Sequence[Text], width: int, bits: int, dtype: mx.Dtype):
-        """`texts` are those of which the store was made.
+        """`texts` are the texts that the store was made from.
 
-        Raises CheckpointError naming the file that is missing, damaged or of another shape.
+        Raises CheckpointError naming the file that is missing, damaged or has another shape.
         """
         self._texts, self._starts, self._dtype = texts, _starts(texts), dtype
         positions = int(self._starts[-1])
@@ -178,11 +178,11 @@ def _open(path: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is missing or damaged ({error}): delete its folder, and it is made anew"
+            f"{path} is missing or damaged ({error}): delete its folder to have it made again"
         ) from None
     if array.dtype != kind or array.shape != shape:
         raise CheckpointError(
             f"{path} holds {array.dtype} {array.shape}, not {np.dtype(kind)} {shape}: delete its "
-            "folder, and it is made anew"
+            "folder to have it made again"
         )
     return array

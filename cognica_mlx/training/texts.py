@@ -1,9 +1,9 @@
-"""Texts to learn from, and the batches that they make up.
+"""Texts to train on, and the batches that they make up.
 
-- in: token ids, and which of them the loss counts
-- out: batches of texts of about one length, in an order that depends on the seed and the epoch
-  alone, so that a position in the data is one number
-- nothing here knows activations or files
+- in: token ids, and which of them count toward the loss
+- out: batches of texts of similar length, in an order that depends only on the seed and the epoch,
+  so that one number gives the position in the data
+- it knows nothing about activations or files
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Rows of logits are padded to a multiple of a batch's positions by this, so that few shapes occur.
+# Rows of logits are padded to a multiple of a batch's positions divided by this, so that few shapes
+# occur.
 ROW_SHARE = 8
 
 
 @dataclass(frozen=True)
 class Text:
-    """One text of n tokens: `tokens` (n,) int32; `counted` (n,) bool, the tokens that the loss
-    counts as targets, never the first; `n_bytes`, the UTF-8 bytes that the counted ones spell."""
+    """One text of n tokens: `tokens` (n,) int32; `counted` (n,) bool, the tokens that are targets
+    of the loss, never the first; `n_bytes`, the length of the counted tokens in UTF-8 bytes."""
 
     tokens: np.ndarray
     counted: np.ndarray
     n_bytes: int
 
     def __len__(self) -> int:
-        """Positions that the model reads: all but the last, of which nothing is predicted."""
+        """Positions that the model reads: all but the last, from which nothing is predicted."""
         return len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B texts side by side, padded at their ends to T positions; n positions with a loss.
+    """B texts padded at the end to T positions, with a loss at n positions.
 
-    `which` (B,) names the texts, -1 where there is none; `tokens` (B, T) int32, what is read;
+    `which` (B,) has the texts' indices, -1 for none; `tokens` (B, T) int32, the model's input;
     `rows` (n,) int32, positions in the flattened batch; `targets` (n,) int32 and `weights` (n,)
-    float32, 0 for padding; `counted`, the sum of the weights; `n_bytes` that they spell.
+    float32, 0 for padding; `counted`, the sum of the weights; `n_bytes`, the targets' UTF-8 bytes.
     """
 
     which: np.ndarray
@@ -58,8 +59,8 @@ def bucket(length: int) -> int:
 class Batches:
     """The batches of a set of texts, epoch after epoch.
 
-    Every text comes once an epoch. The texts of a batch lie in the same bucket or in neighbouring
-    ones; batches come in a random order. Nothing is drawn from a global generator.
+    Every text comes once per epoch. The texts of a batch are in the same bucket or in neighboring
+    ones; batches come in random order. No global random generator is used.
     """
 
     def __init__(self, texts: Sequence[Text], batch_size: int, seed: int):
@@ -72,7 +73,7 @@ class Batches:
         return -(-len(self.texts) // self.batch_size)
 
     def __getitem__(self, position: int) -> Batch:
-        """The batch at a position counted from the first epoch's first."""
+        """The batch at a position, counted from the start of the first epoch."""
         return self.make(self.texts_at(position))
 
     def texts_at(self, position: int) -> np.ndarray:
@@ -92,7 +93,7 @@ class Batches:
         return [cut[i] for i in random.permutation(len(cut))]
 
     def in_order(self) -> list[Batch]:
-        """All batches of one epoch, the same ones every time: for measuring."""
+        """All batches of one epoch, always the same, for evaluation."""
         order = np.argsort([len(text) for text in self.texts], kind="stable")
         size = self.batch_size
         return [self.make(order[i : i + size]) for i in range(0, len(order), size)]

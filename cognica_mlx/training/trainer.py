@@ -1,10 +1,10 @@
-"""Training, one iteration after the other: from a state to the next.
+"""Training, one iteration after another: from one state to the next.
 
-- in: a stage, batches, the activations that belong to them
-- out: a new `Training` for each iteration; the old one stays whole, so whoever is interrupted in
-  the middle of one still has it
-- the order of the data and the learning rate follow from the iteration's number, so a state and the
-  settings decide everything that comes after
+- in: a stage, batches, their activations
+- out: a new `Training` for each iteration; the old one is unchanged, so an interruption loses only
+  the current iteration
+- the order of the data and the learning rate follow from the iteration number, so the state and the
+  settings determine everything that follows
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from cognica_mlx.training.texts import ROW_SHARE, Batch, Batches, bucket
 
 
 class DivergedError(PoEError):
-    """The loss or its gradient is no longer a number."""
+    """The loss or its gradient is no longer finite."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses after `iteration` iterations, in nats a counted token.
+    """Losses after `iteration` iterations, in nats per counted token.
 
-    `train_loss` is the mean since the evaluation before; `bits_per_byte` is the validation's, over
-    the bytes that its counted tokens spell.
+    `train_loss` is the mean since the previous evaluation; `bits_per_byte` is that of the
+    validation texts, over the bytes of their counted tokens.
     """
 
     iteration: int
@@ -43,10 +43,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Training:
-    """All that the next iteration needs, and the best so far.
+    """Everything that the next iteration needs, and the best parameters so far.
 
-    `gradients`, their sum over `counted` tokens, wait for an update; `best` are the parameters with
-    the least validation loss, as they are saved. `loss` and `loss_tokens` add up since the last
+    `gradients` are summed over `counted` tokens until the next update; `best` are the parameters
+    with the lowest validation loss, as saved. `loss` and `loss_tokens` accumulate since the last
     evaluation.
     """
 
@@ -63,14 +63,14 @@ class Training:
 
     @property
     def best_loss(self) -> float:
-        """The least validation loss so far, in nats a token."""
+        """The lowest validation loss so far, in nats per token."""
         return min((e.valid_loss for e in self.curve), default=math.inf)
 
 
 class Trainer:
-    """Iterations over `batches`, of which every `accumulation` make up an update.
+    """Iterations over `batches`, with an update after every `accumulation` of them.
 
-    `kept` is the type in which parameters are saved; validation is by what is saved.
+    `kept` is the dtype in which parameters are saved; validation uses the saved form.
     """
 
     def __init__(
@@ -94,16 +94,16 @@ class Trainer:
         return Training(0, parameters, self.optimizer.start(parameters))
 
     def rate(self, iteration: int) -> float:
-        """Muon's learning rate in an iteration."""
+        """Muon's learning rate in `iteration`."""
         updates = -(-self.iterations // self.accumulation)
         return self.learning_rate * rate(iteration // self.accumulation, updates)
 
     def most_bytes(self, state: Training) -> int:
-        """The most memory in bytes that an iteration needs, the base aside: weights, the best ones,
-        optimiser, heads, and the larger of a backward pass and an update.
+        """The most bytes that an iteration needs, without the base: weights, the best weights,
+        optimizer, heads, and the larger of a backward pass and an update.
 
-        The backward pass's share is an estimate from above: measured on 1 to 4 layers, 25 to 2,048
-        counted positions, and texts of 64 to 512 tokens.
+        The backward pass's share is an upper estimate, checked against measurements with 1 to 4
+        layers, 25 to 2,048 counted positions, and texts of 64 to 512 tokens.
         """
         config, texts = self.stage.config, self.batches.texts
         longest = bucket(max(map(len, texts)))
@@ -122,7 +122,7 @@ class Trainer:
     def step(self, state: Training) -> Training:
         """The state after one more iteration, evaluated.
 
-        Raises DivergedError where the loss or the gradient is not a finite number.
+        Raises DivergedError if the loss or the gradient is not finite.
         """
         batch = self.batches[state.iteration]
         loss, gradients = self.stage.loss_and_gradient(
@@ -138,7 +138,7 @@ class Trainer:
                 parameters, mean, optimizer, self.rate(state.iteration)
             )
             gradients, counted = {}, 0
-        # Row after row, as a checkpoint has them: sums go by the order in memory.
+        # Row-major, as in a checkpoint: sums depend on the order in memory.
         parameters, optimizer, gradients = (
             {name: mx.contiguous(array) for name, array in arrays.items()}
             for arrays in (parameters, optimizer, gradients)
@@ -159,7 +159,7 @@ class Trainer:
         )
 
     def saved(self, parameters: Parameters) -> Parameters:
-        """The parameters as they are saved."""
+        """The parameters in the form in which they are saved."""
         return {name: array.astype(self.kept) for name, array in parameters.items()}
 
     def measure(
@@ -169,7 +169,7 @@ class Trainer:
         activations: Activations,
         progress: Callable[[], None] | None = None,
     ) -> tuple[float, float]:
-        """The mean loss over the counted tokens, in nats, and bits per byte that they spell."""
+        """The mean loss of the counted tokens, in nats, and their bits per byte."""
         total, counted, n_bytes = 0.0, 0, 0
         for batch in batches:
             hidden = activations.read(batch)
@@ -186,9 +186,9 @@ class Trainer:
         activations: Activations,
         progress: Callable[[], None] | None = None,
     ) -> Training:
-        """The state with one more evaluation, and its parameters if they are the best so far.
+        """The state with one more evaluation, and with its parameters as `best` if they are.
 
-        Raises DivergedError where the validation loss is not a finite number.
+        Raises DivergedError if the validation loss is not finite.
         """
         parameters = self.saved(state.parameters)
         loss, bits = self.measure(parameters, batches, activations, progress)
