@@ -117,7 +117,7 @@ def test_what_is_there_is_not_generated_again(tmp_path, capsys):
     # Two lines are there, a third is torn.
     output.write_bytes(b"".join(whole[:2]) + whole[2][:40])
     assert run(tmp_path, prompts, *flags) == 0
-    assert "2 of 4 are in" in capsys.readouterr().err
+    assert "2 of 4 are already in" in capsys.readouterr().err
     lines = output.read_bytes().splitlines(keepends=True)
     assert lines[:2] == whole[:2]
     texts = {i: record["text"] for i, record in read(output).items()}
@@ -222,7 +222,7 @@ def test_a_bad_line_is_named_before_any_work(tmp_path, capsys, monkeypatch, line
     [
         ([], "give a prompt with --prompt, or a file"),
         (["--prompt", "a", "--prompts", "b", "--output", "c"], "give a prompt with --prompt"),
-        (["--prompt", "a", "--output", "c"], "--output is where"),
+        (["--prompt", "a", "--output", "c"], "--output needs --prompts"),
         (["--prompts", "b"], "--prompts needs --output"),
         (["--prompts", "b", "--output", "c", "--batch", "0"], "--batch 0"),
         (["--prompts", "/no/such/file", "--output", "c"], "/no/such/file cannot be read"),

@@ -229,7 +229,7 @@ def test_the_command_shows_alternatives_and_takes_penalties(capsys):
         [token for token, _ in response.top_logprobs] for response in expected
     ]
     assert main([*flags, "--top-logprobs", "2"]) == 2
-    assert "--top-logprobs belongs to --json" in capsys.readouterr().err
+    assert "--top-logprobs needs --json" in capsys.readouterr().err
 
 
 def test_no_more_rows_are_scored_at_once_than_a_state_holds():

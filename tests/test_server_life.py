@@ -199,7 +199,7 @@ def test_requests_that_take_too_long_are_ended_with_an_error():
         assert expected in whole.split(b"\r\n", 1)[0]
         assert b'"error":{"message":"the server is shutting down"' in whole
         assert b"[DONE]" not in whole
-    assert "ending 2 sequences that are not complete" in "".join(running.log)
+    assert "ending 2 unfinished sequences" in "".join(running.log)
 
 
 # --- many at once ---------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ def test_limits_have_flags(keyed):
         (["--port", "70000"], "not a port"),
         (
             ["--host", "no.such.host.invalid", "--no-api-key"],
-            "cannot listen at no.such.host.invalid",
+            "cannot listen on no.such.host.invalid",
         ),
         (["--model", "no-such-model"], "no-such-model"),
         (["--max-sequences", "0"], "max_sequences 0"),

@@ -317,7 +317,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(made, capsys, uncalibrated):
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert error.splitlines()[-1].endswith(
-        f"go on with: mlx_poe.train --output {made / 'stopped'} --resume"
+        f"continue with: mlx_poe.train --output {made / 'stopped'} --resume"
     )
     assert checkpoint_file(made / "stopped").is_file() and not (made / "stopped").exists()
     # A new run does not throw it away in passing; a finished one does.
