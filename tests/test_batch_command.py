@@ -197,7 +197,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
         ('{"prompt": "a", "mode": "deep"}', "line 3: mode 'deep'"),
         ('{"prompt": "a", "stage": 1}', "line 3: stage belongs to mode stage"),
         ('{"prompt": "a", "specialist": "no/such/model/at-all"}', "line 3: "),
-        ('{"prompt": "a", "weights": [1]}', "line 3: weights needs several"),
+        ('{"prompt": "a", "weights": [1]}', "line 3: weights need several"),
         ('{"prompt": "a", "temp": "hot"}', "line 3: "),
         ('{"prompt": "a", "max_tokens": 0}', "line 3: max_tokens 0"),
         ('{"prompt": "a", "max_tokens": "many"}', "line 3: "),

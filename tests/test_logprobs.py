@@ -209,7 +209,7 @@ def test_offsets_say_where_each_tokens_text_begins():
         ({"frequency_penalty": "x"}, "frequency_penalty takes numbers"),
         ({"top_logprobs": 101}, "top_logprobs 101 is not between 0 and 100"),
         ({"top_logprobs": -1}, "top_logprobs -1"),
-        ({"prompt_logprobs": 3}, "prompt_logprobs is True or False"),
+        ({"prompt_logprobs": 3}, "prompt_logprobs must be True or False"),
     ],
 )
 def test_refusals(options, problem):

@@ -229,7 +229,7 @@ class _Models:
             raise RequestError(str(error)) from None
         if len(names) == 1:
             if weights is not None:
-                raise RequestError("weights needs several specialists")
+                raise RequestError("weights need several specialists")
             model = self._specialists.use(names[0])
         else:
             key = tuple(names), None if weights is None else tuple(weights)
