@@ -290,7 +290,7 @@ def test_what_is_resumed_ends_as_if_it_had_never_stopped(made, stop, accumulatio
     assert not (made / broken).exists()
     watcher = Watcher()
     result = small_run(made, broken, watcher, resume=True, grad_accumulation_steps=accumulation)
-    assert watcher.notes[-1] == f"going on after iteration {stop - 1}"
+    assert watcher.notes[-1] == f"resuming after iteration {stop - 1}"
     assert delta(made / broken) == delta(made / straight)
     assert (made / broken / "README.md").read_text().split("\n| iter")[1] == (
         made / straight / "README.md"
@@ -393,7 +393,7 @@ def test_what_cannot_be_written_in_the_end_is_not_lost(made, monkeypatch):
     monkeypatch.undo()
     watcher = Watcher()
     small_run(made, "unwritten", watcher, resume=True, save_every=100)
-    assert watcher.notes[-1] == "going on after iteration 6"
+    assert watcher.notes[-1] == "resuming after iteration 6"
     assert delta(made / "unwritten") == delta(made / "mine")
 
 

@@ -95,7 +95,7 @@ def test_packed_rows_follow_each_other(tmp_path):
         ('{"prompt": "a"}', "neither messages"),
         ('{"messages": []}', "no user message"),
         ('{"messages": "hello"}', "list of dictionaries"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "no message is the assistant's"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "there is no assistant message"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "its role is 'robot'"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "the user's is due"),
         ('{"prompt": "a", "completion": 7}', "its content is int"),
