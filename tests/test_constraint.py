@@ -441,7 +441,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"grammar": 'start: a\na: "x" a'}, "has no end"),
     ({"regex": "a", "grammar": "start: /a/"}, "regex and grammar cannot be combined"),
     ({"tool_choice": "auto"}, "no tools"),
-    ({"tools": [{"name": "f"}], "tool_choice": "g"}, "'g' is none of auto, required, none, f"),
+    ({"tools": [{"name": "f"}], "tool_choice": "g"}, "'g' is not one of auto, required, none, f"),
     ({"tools": [{"name": "f", "parameters": {"type": "nil"}}]}, "nil"),
 ]
 

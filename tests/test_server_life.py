@@ -111,7 +111,10 @@ def test_a_full_queue_says_when_to_come_again(small):
         connection.close()
     until(lambda: small.ask(TEXTS, {**LONG, "max_tokens": 1})[0] == 200)
     status, answer, _ = small.ask(TEXTS, {**LONG, "n": 4})
-    assert (status, answer["error"]["message"]) == (400, "4 sequences at once are too many: at most 3")
+    assert (status, answer["error"]["message"]) == (
+        400,
+        "4 sequences at once exceed the limit of 3",
+    )
 
 
 def test_what_never_fits_is_refused_with_the_numbers():

@@ -95,7 +95,7 @@ class Service:
         if self.closing:
             raise EngineClosedError
         if count > self.limits.places:
-            message = f"{count} sequences at once are too many: at most {self.limits.places}"
+            message = f"{count} sequences at once exceed the limit of {self.limits.places}"
             raise ApiError(400, message, param)
         if self.taken + count > self.limits.places:
             rounds = (self.taken + count) / self.limits.sequences
