@@ -458,7 +458,7 @@ def test_settings_from_a_file_and_flags_that_win(made, capsys, uncalibrated):
     assert (fields["iterations"], fields["learning_rate"], fields["seed"]) == (2, 0.001, 4)
     for text, said in (
         ("batchsize: 4", "'batchsize' is not a setting"),
-        ("- 4", "does not hold settings"),
+        ("- 4", "must contain settings"),
         ("iters: many", "iters 'many' is not a whole number"),
         ("learning_rate: fast", "learning_rate 'fast' is not a number"),
         ("store: 3", "store 3 is not true or false"),
