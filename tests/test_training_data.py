@@ -100,7 +100,7 @@ def test_packed_rows_follow_each_other(tmp_path):
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "the user's is due"),
         ('{"prompt": "a", "completion": 7}', "its content is int"),
         ('{"text": ""}', "its text is empty"),
-        ('{"text": 7}', "its text is empty, or not text"),
+        ('{"text": 7}', "its text is empty, or not a string"),
         ('{"messages": [{"role": "user", "content": "\ud800"}', "not a JSON object"),
     ],
 )
