@@ -1,6 +1,6 @@
 """Cognica Product-of-Experts language models on MLX: load, generate, many prompts at once."""
 
-import cognica_mlx  # noqa: F401  first, as it says what to install where MLX cannot be loaded
+import cognica_mlx  # noqa: F401  first: if MLX is missing, it says what to install
 from mlx_poe.batch import batch_generate
 from mlx_poe.generate import GenerationResponse, generate, stream_generate
 from mlx_poe.load import load

@@ -1,4 +1,4 @@
-"""`python -m mlx_poe <verb>`: the commands without their scripts."""
+"""`python -m mlx_poe <verb>`: the commands, without the installed scripts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERBS = {
 
 
 def main() -> int:
-    """Hand over to the verb's own main."""
+    """Run the verb's main."""
     open_missing_streams()
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb in ("-h", "--help"):

@@ -1,8 +1,8 @@
 """Many prompts at once: `batch_generate`.
 
-- in: prompts, options for all of them and for each
+- in: prompts, shared options, and options per prompt
 - out: texts, responses and statistics, in the order of the prompts
-- runs in the caller's thread, over a `Scheduler`
+- runs in the caller's thread, on a `Scheduler`
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Finished = Callable[[int, list[GenerationResponse]], None]
 
 @dataclass(frozen=True)
 class BatchStats:
-    """Totals over all prompts; times in seconds, peak_memory in GB, of the whole process.
+    """Totals over all prompts. Times are in seconds; peak_memory is the whole process's, in GB.
 
-    Prompts are read while others are answered: the time is divided between the two by the
-    positions that were run.
+    Some prompts are read while others are answered, so time is split between the two in
+    proportion to the positions run.
     """
 
     prompt_tokens: int
@@ -44,7 +44,7 @@ class BatchStats:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What came of each prompt, in their order."""
+    """The result for each prompt, in order."""
 
     responses: list[list[GenerationResponse]]
     stats: BatchStats
@@ -70,18 +70,18 @@ def batch_generate(
 ) -> BatchResult:
     """Generate for many prompts together, each exactly as `stream_generate` would alone.
 
-    Options are those of `stream_generate`, but for `state` and `prompt_progress_callback`.
-    `per_prompt` has options for each prompt, which go before the common ones; "model" among them is
-    another model than `model`, most usefully one over the same base. `max_sequences`, `memory` and
-    `prompt_cache_bytes` are those of `Scheduler`. `finished(index, responses)` is called as soon as
-    a prompt has its reply, `progress(done, total)` after it.
+    Takes the options of `stream_generate` except `state` and `prompt_progress_callback`.
+    `per_prompt` holds options for each prompt, which override the shared ones; a "model" in it
+    replaces `model`, usually with another one over the same base. `max_sequences`, `memory` and
+    `prompt_cache_bytes` are passed to `Scheduler`. `finished(index, responses)` is called as soon
+    as a reply is complete, and `progress(done, total)` after it.
 
     Raises RequestError, naming the prompt by its index, before any work begins. An error in one
-    reply is raised when all others are done. Ctrl-C ends everything; what is finished has been
-    handed to `finished`.
+    reply is raised once all others are done. Ctrl-C ends everything; finished replies have already
+    been passed to `finished`.
     """
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
-        raise RequestError(f"prompts are a list, not {type(prompts).__name__}")
+        raise RequestError(f"prompts must be a list, not {type(prompts).__name__}")
     own = [{}] * len(prompts) if per_prompt is None else [each or {} for each in per_prompt]
     if len(own) != len(prompts):
         raise RequestError(f"per_prompt has {len(own)} entries for {len(prompts)} prompts")
@@ -110,9 +110,12 @@ def plan(
     mode: str = "full",
     **options: Any,
 ) -> Task:
-    """The task for one prompt with the options of `stream_generate`; RequestError for a bad one."""
+    """The task for one prompt, with the options of `stream_generate`.
+
+    Raises RequestError for a bad option.
+    """
     if not isinstance(model, PoEModel):
-        raise RequestError(f"model is a loaded model, not {type(model).__name__}")
+        raise RequestError(f"model must be a loaded model, not {type(model).__name__}")
     common = {k: options.pop(k, None) for k in ("stop", "prefill_step_size", "costs")}
     asked = read_request(tokenizer, prompt, options)
     return make_task(model, asked, mode, max_tokens=max_tokens, **common)
@@ -124,7 +127,7 @@ def run_tasks(
     progress: Progress | None = None,
     finished: Finished | None = None,
 ) -> BatchResult:
-    """Run the tasks to their ends; as `batch_generate`, where the arguments are explained."""
+    """Run all tasks to completion. See `batch_generate` for the arguments."""
     responses: list[list[GenerationResponse]] = [[] for _ in tasks]
     index = {task: i for i, task in enumerate(tasks)}
     errors: list[Exception] = []
@@ -158,7 +161,7 @@ def run_tasks(
 
 
 def batch_stats(stats: Stats) -> BatchStats:
-    """A scheduler's totals, with what follows from them."""
+    """A scheduler's totals, with the rates computed from them."""
 
     def rate(tokens: int, seconds: float) -> float:
         return tokens / seconds if seconds else 0.0
@@ -175,7 +178,7 @@ def batch_stats(stats: Stats) -> BatchStats:
 
 
 def trunk_to_keep(models: Sequence[PoEModel]) -> int:
-    """The `keep_trunk` of states for these models: 0 unless some of them share stages."""
+    """The `keep_trunk` for states of these models: 0 unless some of them share stages."""
     different = list({id(model): model for model in models}.values())
     first = different[0] if different else None
     if first and any(shared_stages(first, other, ()) for other in different[1:]):

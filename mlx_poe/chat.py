@@ -1,9 +1,9 @@
-"""A conversation with a model: turns, settings and the state that carries over between them.
+"""A conversation with a model: its turns, settings, and the state carried from turn to turn.
 
-- in: models over one base, what the user says
-- out: replies token by token; nothing here knows a terminal
-- every turn keeps its own token ids, as they were said and generated, so that the state already
-  holds the beginning of the next prompt and only the new turn is run
+- in: models over one base, and what the user says
+- out: replies, token by token; nothing here knows about a terminal
+- every turn keeps its exact token ids, so the state already holds the start of the next prompt
+  and only the new turn is run
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from mlx_poe.tools import Functions, read_functions
 
 __all__ = ["Chat", "Settings", "Turn"]
 
-SLACK = 256  # positions that /undo and /retry take back without running the conversation again
+SLACK = 256  # positions that /undo and /retry can take back without rerunning the conversation
 
 
 class Chat:
-    """A conversation with a model, or with the specialists over it.
+    """A conversation with a model, or with specialists over it.
 
-    The `set_...` methods check what they are given before they change `settings`. `last` holds the
+    The `set_...` methods check their arguments before they change `settings`. `last` holds the
     responses of the latest reply. With `parks`, a mode that does not pay on this machine falls
-    back to full depth for the rest of a reply. Whatever is interrupted or fails, the conversation
-    stays as it was, or as far as the reply came.
+    back to full depth for the rest of the reply. After an interrupt or an error, the conversation
+    is unchanged, or holds the reply up to that point.
     """
 
     def __init__(
@@ -68,28 +68,29 @@ class Chat:
 
     def _new_state(self, model: PoEModel | None = None) -> DecodingState:
         model = model or self.model
-        # Within this distance a change of specialist runs only the specialist's own layers.
+        # Within this distance, switching specialists runs only the specialist's own layers.
         keep_trunk = 2 * model.config.sequence_len
         return DecodingState(model, slack=SLACK, keep_trunk=keep_trunk)
 
     @property
     def can_chat(self) -> bool:
-        """Whether the model was trained to chat: a base model only continues text."""
+        """Whether the model was trained to chat; a base model only continues text."""
         return bool(self.model.config.specialist_layers)
 
     # Settings
 
     def set_mode(self, mode: str, **options: Any) -> None:
-        """Change the decoding mode and its options. RequestError, changing nothing, if it can't."""
+        """Change the decoding mode and its options. Raises RequestError, changing nothing, for
+        a mode or options that do not work."""
         if mode not in MODES:
-            raise RequestError(f"mode {mode!r} is none of {', '.join(MODES)}")
+            raise RequestError(f"mode {mode!r} is not one of {', '.join(MODES)}")
         modes = {name for names in MODES.values() for name in names}
         kept = {k: v for k, v in self.settings.options.items() if k not in modes}
         self._check(self.model, mode, kept | options)
         self.settings.mode, self.settings.options = mode, kept | options
 
     def set_option(self, name: str, value: Any) -> None:
-        """Change a sampling option; None returns to the default. RequestError for a bad value."""
+        """Change a sampling option; None restores the default. RequestError for a bad value."""
         options = {k: v for k, v in self.settings.options.items() if k != name}
         if value is not None:
             options[name] = value
@@ -105,19 +106,19 @@ class Chat:
         make_mode(model, mode, chosen, model.calibration)
 
     def set_max_tokens(self, count: int) -> None:
-        """Change the length of the longest reply. RequestError below 1."""
+        """Limit the length of replies. RequestError if `count` is below 1."""
         if count < 1:
             raise RequestError(f"max_tokens {count} must be at least 1")
         self.settings.max_tokens = count
 
     def set_stop(self, texts: Sequence[str]) -> None:
-        """End replies before any of these texts. RequestError for an empty one."""
+        """End replies before any of these texts. RequestError if one is empty."""
         if not all(texts):
             raise RequestError("a stop text is empty")
         self.settings.stop = list(texts)
 
     def set_system(self, text: str) -> None:
-        """Change the system text, and no longer offer functions in its place.
+        """Change the system text. It replaces any functions offered.
 
         The next reply runs the conversation again from the beginning.
         """
@@ -126,16 +127,16 @@ class Chat:
     def set_functions(self, functions: Functions | None) -> None:
         """Offer functions in place of the system text; None brings the system text back.
 
-        The next reply runs the conversation again. RequestError where they are not functions, or
-        have parameters that no call can be held to.
+        The next reply runs the conversation again. RequestError if they are not valid functions,
+        or if their parameters have a schema that cannot be enforced.
         """
         if functions:
             make_grammar(self.tokenizer, tools=functions)
         self._change_opening(functions=read_functions(functions) if functions else [])
 
     def set_schema(self, text: str | None) -> None:
-        """Reply in JSON that fits the schema in `text`; None ends that. RequestError for a schema
-        that cannot be used."""
+        """Reply in JSON that fits the schema in `text`; None turns this off. RequestError for a
+        schema that cannot be used."""
         schema = None if text is None else read_schema(text)
         make_grammar(self.tokenizer, json_schema=schema)
         self.settings.schema = schema
@@ -148,9 +149,9 @@ class Chat:
         self.settings, self.turns = settings, turns
 
     def use(self, name: str | None) -> None:
-        """Go on with another specialist, or with None the base model; the conversation stays.
+        """Switch to another specialist, or with None to the base model, and keep the conversation.
 
-        Raises RequestError if nothing of that name is attached, or the mode does not suit it.
+        Raises RequestError if no specialist has that name, or if it does not support the mode.
         """
         model = self.specialists.use(name)
         self._check(model, self.settings.mode, self.settings.options)
@@ -162,19 +163,19 @@ class Chat:
     def send(
         self, text: str, progress: Progress | None = None
     ) -> Generator[GenerationResponse, None, None]:
-        """The reply to `text`, token by token; then both belong to the conversation.
+        """Stream the reply to `text`, then add both to the conversation.
 
-        A reply that is broken off is kept as far as it came, if it came to anything. Raises
-        RequestError for an empty text or settings that make no sense.
+        A reply that is cut short is kept up to that point, unless it is empty. Raises
+        RequestError for an empty text or invalid settings.
         """
         if not text.strip():
             raise RequestError("there is nothing to reply to")
         yield from self._reply(self.turns, text, progress)
 
     def retry(self, progress: Progress | None = None) -> Generator[GenerationResponse, None, None]:
-        """Another reply to the last thing said; the exchange is replaced if it comes to anything.
+        """Stream another reply to the last message. It replaces the old one unless it is empty.
 
-        Raises RequestError where nothing has been said.
+        Raises RequestError if there is no message yet.
         """
         if not self.turns:
             raise RequestError("there is nothing to retry yet")
@@ -183,7 +184,7 @@ class Chat:
     def _reply(
         self, turns: list[Turn], text: str, progress: Progress | None
     ) -> Generator[GenerationResponse, None, None]:
-        """The reply to `text` after `turns`. Only its end changes the conversation, at once."""
+        """The reply to `text` after `turns`. The conversation changes only at the end, at once."""
         tokens = self._user_tokens(text, "" if turns else self.settings.system_text)
         self.last = []
         stream = self._stream(self._joined(turns) + tokens, progress)
@@ -192,7 +193,7 @@ class Chat:
                 self.last.append(response)
                 yield response
         except Exception:
-            # Nobody knows how far the state got. The next reply runs the conversation again.
+            # We cannot tell how far the state got. The next reply runs the conversation again.
             self.state = self._new_state()
             raise
         finally:
@@ -228,7 +229,7 @@ class Chat:
         )
 
     def _turn(self, text: str, tokens: list[int]) -> Turn:
-        """The exchange that `last` makes with what the user said."""
+        """The turn made of the user's text and the reply in `last`."""
         ids = [r.token for r in self.last]
         reply = "".join(r.text for r in self.last)
         ended = self.last[-1].finish_reason == "stop"
@@ -239,9 +240,9 @@ class Chat:
         return Turn(text, tokens, reply, ids, ended)
 
     def _shortened(self, ids: list[int], text: str) -> list[int]:
-        """Token ids that spell `text`, which a stop text has cut off from what `ids` spell.
+        """Token ids that spell `text`, which is what `ids` spell, cut before a stop text.
 
-        So the model does not read the stop text later, in what it said itself.
+        This keeps the stop text out of the conversation that the model reads later.
         """
         while not text.startswith(start := self.tokenizer.decode(ids)):
             ids = ids[:-1]
@@ -261,7 +262,7 @@ class Chat:
         return tokens
 
     def _user_tokens(self, text: str, system_text: str) -> list[int]:
-        """A user's turn up to where the reply begins. The first one has the system text in it."""
+        """A user's turn, up to where the reply begins. The first one includes the system text."""
         if system_text:
             text = with_system(system_text, text)
         tokens = self.tokenizer.encode_turn("user", text)
@@ -270,7 +271,7 @@ class Chat:
     # The conversation as a whole
 
     def undo(self) -> Turn:
-        """Take back the last exchange and return it. RequestError where there is none."""
+        """Take back the last exchange and return it. RequestError if there is none."""
         if not self.turns:
             raise RequestError("there is nothing to take back yet")
         turn = self.turns[-1]
@@ -284,7 +285,7 @@ class Chat:
     def save(self, path: Path) -> None:
         """Write conversation, settings and state to one safetensors file, whole or not at all.
 
-        Raises RequestError for an impossible path, CheckpointError if it cannot be written.
+        Raises RequestError for an invalid path, CheckpointError if it cannot be written.
         """
         arrays, fields = to_arrays(self.state)
         probe = _probe(self.model)
@@ -292,10 +293,10 @@ class Chat:
         write_chat(user_path(path), saved)
 
     def load(self, path: Path) -> bool:
-        """Go on with a saved conversation; True if its state fits, and nothing is run again.
+        """Continue a saved conversation. Returns True if its state fits and nothing is rerun.
 
         Raises CheckpointError, changing nothing, for a file that is not a saved chat, and
-        RequestError for settings that this model does not take.
+        RequestError for settings that this model does not support.
         """
         path = user_path(path)
         saved = read_chat(path)
@@ -307,11 +308,11 @@ class Chat:
             try:
                 self.state.check_ids([*turn.tokens, *turn.reply_tokens])
                 if not self.tokenizer.decode(turn.reply_tokens).startswith(turn.reply):
-                    raise CheckpointError("its reply is not what its tokens spell")
+                    raise CheckpointError("its reply does not match its tokens")
             except PoEError as error:
                 message = f"{path} is a damaged chat, or another model's: turn {number}: {error}"
                 raise CheckpointError(message) from None
-            # Made anew, so that the model reads what the user sees.
+            # Encode again, so that the model reads what the user sees.
             tokens = self._user_tokens(turn.user, "" if turns else settings.system_text)
             turns.append(replace(turn, tokens=tokens))
         state = self._saved_state(model, saved)
@@ -322,7 +323,7 @@ class Chat:
         return ready
 
     def _saved_state(self, model: PoEModel, saved: SavedChat) -> DecodingState | None:
-        """The state in a saved chat, None where it is not one that `model` would have now."""
+        """The state in a saved chat; None if it does not belong to `model` as configured now."""
         fresh = self._new_state(model)
         sizes = {"slack": SLACK, "max_pending": MAX_PENDING, "keep_trunk": fresh.keep_trunk}
         if saved.probe != _probe(model) or any(saved.state.get(k) != v for k, v in sizes.items()):
@@ -334,10 +335,10 @@ class Chat:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state."""
+        """The state's size in bytes."""
         return self.state.nbytes
 
 
 def _probe(model: PoEModel) -> list[float]:
-    """A few of the model's own figures, by which a state is known to be its."""
+    """A few logits, to recognize the model that a saved state belongs to."""
     return [round(z, 2) for z in model(mx.array([[0, 1]]))[0, -1, :8].tolist()]  # type: ignore[arg-type,union-attr]

@@ -1,4 +1,4 @@
-"""What a conversation consists of, apart from any model: its settings and its turns."""
+"""The parts of a conversation that need no model: its settings and its turns."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mlx_poe.tools import tool_system_prompt
 class Settings:
     """How replies are made.
 
-    `options` are sampling options and those of `mode`, by name, as far as the user chose them.
-    `functions` are offered to the model in place of the system text, and calls fit them. Replies
-    are JSON that fits `schema`, if there is one. A reply ends before any of the texts in `stop`.
+    `options` holds the sampling and mode options that the user has set, by name. `functions` are
+    offered to the model in place of the system text, and calls must fit them. With a `schema`,
+    replies are JSON that fits it. A reply ends before any of the texts in `stop`.
     """
 
     mode: str = "full"
@@ -34,8 +34,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user said and the reply, with the token ids of both; `ended` unless the reply was
-    cut short."""
+    """A user's message and the reply, with the token ids of both. `ended` is False if the reply
+    was cut short."""
 
     user: str
     tokens: list[int]

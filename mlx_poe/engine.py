@@ -1,8 +1,8 @@
 """Many requests over time, from any thread.
 
 - in: prompts with their options, cancellations, specialists to attach
-- out: for each request its responses, as they come
-- one thread owns the model and every array: MLX's streams belong to a thread; the others see
+- out: each request's responses, as they come
+- one thread owns the model and every array, since MLX's streams belong to a thread; the others see
   numbers, strings and queues
 """
 
@@ -34,7 +34,7 @@ from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Stats, Task, Update, mak
 from mlx_poe.specialists import Specialists
 from mlx_poe.tokenizer import Tokenizer
 
-# Compositions by names and weights that are remembered.
+# How many compositions to remember, by names and weights.
 COMPOSITIONS = 16
 
 Result = TypeVar("Result")
@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Command:
-    """Something to be done in the engine's thread, and where its result goes."""
+    """Work for the engine's thread, and the future for its result."""
 
     work: Callable[[], Any]
     result: Future
@@ -51,11 +51,11 @@ class _Command:
 class Engine:
     """A model, its specialists, and a thread that decodes for all requests together.
 
-    `max_sequences`, `memory` and `prompt_cache_bytes` are those of `Scheduler`. With `costs`
-    (`mlx_poe.machine.known_costs`) drafts are as long as pays on this machine, and a mode that does
-    not pay goes over to full depth. `specialists` are those over the model that are attached
-    already, from then on the engine's own. The model must be loaded, and its arrays made, in the
-    thread that makes the engine, or one that still runs.
+    `max_sequences`, `memory` and `prompt_cache_bytes` are passed to `Scheduler`. With `costs`
+    (`mlx_poe.machine.known_costs`), draft lengths suit this machine, and a mode that does not pay
+    falls back to full depth. `specialists` are those already attached to the model; the engine
+    takes them over. The model must have been loaded, and its arrays created, in the thread that
+    creates the engine, or in one that is still running.
 
     All methods may be called from any thread.
     """
@@ -71,21 +71,21 @@ class Engine:
         costs: KnownCosts | None = None,
         specialists: Specialists | None = None,
     ):
-        mx.eval(model.parameters())  # what was loaded lazily belongs to the loading thread
+        mx.eval(model.parameters())  # lazily loaded arrays belong to the loading thread
         self.tokenizer = tokenizer
         self._costs = costs
         self._specialists = specialists or Specialists(model)
         self._compositions: OrderedDict[tuple, PoEModel] = OrderedDict()
         self._requests: dict[Task, EngineRequest] = {}
         self._commands: SimpleQueue[_Command | None] = SimpleQueue()
-        # Guards `_closed`: no command may follow the last.
+        # Guards `_closed`: no command may be queued after the last.
         self._lock = threading.Lock()
         self._closed = False
         self._options: dict[str, Any] = {
             "max_sequences": max_sequences,
             "memory": memory,
             "prompt_cache_bytes": prompt_cache_bytes,
-            # So far back a specialist takes up what the base has read.
+            # How far back a specialist can reuse what the base has read.
             "keep_trunk": 2 * model.config.sequence_len,
         }
         self._scheduler = Scheduler(tokenizer, **self._options)
@@ -103,11 +103,10 @@ class Engine:
     # For callers
 
     def submit(self, prompt: Prompt, **options: Any) -> EngineRequest:
-        """Let a prompt wait for its turn; returns once it has been checked, at the latest after the
-        pass that is under way.
+        """Queue a prompt. Returns once it has been checked, after the current pass at the latest.
 
-        `options` are those of `prepare`. Raises RequestError for whatever cannot be done, before
-        any of it is.
+        Takes the options of `prepare`. Raises RequestError, before any work, for a request that
+        cannot be carried out.
         """
         return self.start([self.prepare(prompt, **options)])[0]
 
@@ -124,33 +123,33 @@ class Engine:
         parks: bool = True,
         **options: Any,
     ) -> Prepared:
-        """A request, read and checked as far as that can be done in any thread.
+        """A request, read and checked as far as any thread can do that.
 
-        `specialist` is the name of one that is attached, or several names, whose predictions are
-        mixed by `weights` (equally unless given); None is the model itself. `listener` is called in
-        the engine's thread with each response and then, at the end, with None or the exception that
-        was the cause; it must not block, and if it raises, the request ends. Without `parks` a mode
-        goes on even where full depth is faster. Other arguments are those of `stream_generate`.
+        `specialist` is the name of an attached specialist, or several names whose predictions are
+        mixed with `weights` (equal by default); None is the model itself. `listener` is called in
+        the engine's thread with each response and, at the end, with None or the exception that
+        ended the request. It must not block; if it raises, the request ends. Without `parks` a mode
+        continues even if full depth is faster. Other arguments are those of `stream_generate`.
 
-        Raises RequestError for what can be seen to be impossible.
+        Raises RequestError for invalid arguments.
         """
         if not isinstance(mode, str) or mode not in MODES:
-            raise RequestError(f"mode {mode!r} is none of {', '.join(MODES)}")
+            raise RequestError(f"mode {mode!r} is not one of {', '.join(MODES)}")
         StopStrings(stop)
         asked = read_request(self.tokenizer, prompt, options)
         return Prepared(asked, specialist, weights, mode, max_tokens, stop, parks, listener)
 
     def start(self, requests: Sequence[Prepared]) -> list[EngineRequest]:
-        """Let several requests wait for their turns: all of them, or, with an error, none.
+        """Queue several requests: all of them or, on an error, none.
 
-        They are added between two passes, so that they begin together where there is room.
+        They are added between two passes, so that they start together if there is room.
         """
         return self._call(lambda: self._add_all(requests))
 
     def describe(
         self, specialist: str | Sequence[str] | None = None, weights: Sequence[float] | None = None
     ) -> ModelInfo:
-        """What a request for these, as for `prepare`, would be answered with."""
+        """The model that a request with these arguments of `prepare` would use."""
         return self._call(lambda: describe(self._model(specialist, weights)))
 
     def attach(
@@ -161,18 +160,18 @@ class Engine:
         revision: str | None = None,
         quantize: int | None = None,
     ) -> None:
-        """Attach a specialist by name: see `Specialists.attach`. Requests wait while it is read."""
+        """Attach a specialist by name: see `Specialists.attach`. Requests wait while it loads."""
         self._call(
             lambda: self._attach(name, path_or_hf_repo, revision=revision, quantize=quantize)
         )
 
     def detach(self, name: str) -> None:
-        """Forget a specialist. Requests that use it go on; what was kept for it goes."""
+        """Detach a specialist. Requests that use it continue; its cached prompts are dropped."""
         self._call(lambda: self._detach(name))
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more requests."""
+        """Whether the engine is closed to requests."""
         return self._closed
 
     @property
@@ -181,9 +180,9 @@ class Engine:
         return self._specialists.names
 
     def close(self) -> None:
-        """End all requests and wait for the thread; nothing if it is closed already.
+        """End all requests and wait for the thread. Does nothing if already closed.
 
-        Whoever waits for a response then gets a RequestError.
+        Callers still waiting for a response get a RequestError.
         """
         with self._lock:
             if not self._closed:
@@ -194,7 +193,7 @@ class Engine:
         atexit.unregister(self.close)
 
     def _call(self, work: Callable[[], Result]) -> Result:
-        """Do something in the engine's thread, and wait for its result."""
+        """Do `work` in the engine's thread and wait for its result."""
         command = _Command(work, Future())
         with self._lock:
             if self._closed:
@@ -218,12 +217,12 @@ class Engine:
                 try:
                     updates = self._scheduler.step()
                 except Exception as problem:
-                    # Not one sequence's: whatever it is, later requests start afresh.
+                    # Not the error of a single sequence. Let later requests start afresh.
                     self._fail_all(problem)
                     self._scheduler.close()
                     self._scheduler = Scheduler(self.tokenizer, **self._options)
                     updates = []
-                # Whoever sees a response finds it in the figures.
+                # Before delivery, so that the statistics include every delivered response.
                 self.stats = self._scheduler.stats
                 for update in updates:
                     self._deliver(update)
@@ -237,11 +236,11 @@ class Engine:
             self._refuse_commands(error)
             self._scheduler.close()
             self.stats = self._scheduler.stats
-            # A stream that outlives its thread takes the process down when that ends.
+            # A stream that outlives its thread crashes the process at exit.
             mx.clear_streams()
 
     def _obey(self) -> bool:
-        """Do what callers have asked for; waits where there is nothing else to do. False to end."""
+        """Run the callers' commands; wait if there is nothing else to do. False means stop."""
         while True:
             try:
                 command = self._commands.get(block=not len(self._scheduler))
@@ -289,7 +288,7 @@ class Engine:
     ) -> PoEModel:
         if specialist is None or isinstance(specialist, str):
             if weights is not None:
-                raise RequestError("weights are for several specialists")
+                raise RequestError("weights need several specialists")
             return self._specialists.use(specialist)
         key = tuple(specialist), None if weights is None else tuple(weights)
         if key not in self._compositions:
@@ -325,7 +324,7 @@ class Engine:
                 del self._requests[update.task]
                 request.deliver(update.error)
         except Exception:
-            # Its listener's: nobody is there to be told.
+            # The listener raised, so there is nobody to tell.
             self._drop(update.task)
 
     def _fail_all(self, error: Exception) -> None:

@@ -1,7 +1,7 @@
-"""A request to the engine: as it is handed in, and on its way.
+"""A request to the engine, before and after it is submitted.
 
-- in: what the engine's thread has to tell
-- out: responses, in whatever thread asks for them
+- in: items from the engine's thread
+- out: responses, in the caller's thread
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx_poe.responses import GenerationResponse
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that has been read: `asked.tokens` is its prompt. See `Engine.prepare`."""
+    """A parsed request; `asked.tokens` is its prompt. See `Engine.prepare`."""
 
     asked: Asked
     specialist: str | Sequence[str] | None
@@ -30,18 +30,18 @@ class Prepared:
 
 
 class EngineClosedError(RequestError):
-    """The engine takes no more requests, or was closed before one was complete."""
+    """The engine is closed, or was closed before a request was complete."""
 
 
-# What comes of a request: responses, then the error that ended it, or None.
+# A request's results: responses, then the error that ended it, or None.
 Item = GenerationResponse | Exception | None
 
 
 class EngineRequest:
-    """A prompt on its way: iterate over it for the responses, from one thread at a time.
+    """A submitted prompt. Iterate over it for the responses, from one thread at a time.
 
-    What comes is kept until it is asked for, so a consumer may be slow, or stop: the engine never
-    waits for one. With a `listener` everything goes to that instead.
+    Responses are queued until they are taken, so the engine never waits for a slow consumer. With
+    a `listener`, everything goes there instead.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class EngineRequest:
         cancel: Callable[[], None],
         listener: Callable[[Item], None] | None = None,
     ):
-        """`cancel` tells the engine."""
+        """`cancel` cancels the request in the engine."""
         self._cancel = cancel
         self._queue: SimpleQueue[Item] = SimpleQueue()
         self.deliver = listener or self._queue.put
         self._over = False
 
     def __iter__(self) -> Iterator[GenerationResponse]:
-        """The responses that have not been taken yet; ends with the last, or when cancelled.
+        """The responses not taken yet. Stops after the last one, or when canceled.
 
-        Raises what ended the request, if anything went wrong.
+        Raises the error that ended the request, if there was one.
         """
         while not self._over:
             item = self._queue.get()
@@ -70,12 +70,12 @@ class EngineRequest:
             yield item
 
     def cancel(self) -> None:
-        """End the request, and drop what has not been taken of it. From any thread."""
+        """End the request and drop the responses not taken yet. May be called from any thread."""
         self._over = True
-        self._queue.put(None)  # for whoever is waiting
+        self._queue.put(None)  # wake up a waiting consumer
         self._cancel()
 
     @property
     def text(self) -> str:
-        """The text of all responses not taken yet. Waits for the last."""
+        """The text of all responses not taken yet. Waits for the last one."""
         return "".join(response.text for response in self)

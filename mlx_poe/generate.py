@@ -1,8 +1,8 @@
 """Text in, text out: prompts of any kind, streaming, stop strings, statistics.
 
 - in: a loaded model and tokenizer, a prompt, a mode and its options by keyword
-- out: one `GenerationResponse` for every token, or the whole text
-- decoding itself is `cognica_mlx.decoding`'s; nothing here knows how deep a token goes
+- out: one `GenerationResponse` per token, or the whole text
+- decoding itself is in `cognica_mlx.decoding`; nothing here knows how deep a token goes
 """
 
 from __future__ import annotations
@@ -67,30 +67,30 @@ def stream_generate(
     chat messages with "role" and "content". `mode` and its options are those of
     `cognica_mlx.decoding.modes`; further keywords are the sampling options temp, top_p, top_k,
     min_p, repetition_penalty, repetition_context_size, presence_penalty, frequency_penalty,
-    logit_bias and seed (see `SamplingOptions`); None stands for the default. Lists may be arrays of
-    NumPy or MLX. Greedy by default.
+    logit_bias and seed (see `SamplingOptions`). None means the default. Lists may be NumPy or MLX
+    arrays. Greedy by default.
 
-    One of these makes the reply fit, in any mode: `json_schema` (a schema, or its text; {} is any
-    JSON object), `regex` (of Rust's syntax), `grammar` (in Lark's notation), or `tools`, functions
-    as `mlx_poe.tools` reads them, with `tool_choice` "auto" (text or a call), "required" (a call),
-    "none" or a function's name. `tools` also go into the system text if the prompt is messages. A
-    reply that is cut off, by `max_tokens` or `stop`, may not fit.
+    One of these options gives the reply a form, in any mode: `json_schema` (a schema, or its text;
+    {} allows any JSON object), `regex` (Rust syntax), `grammar` (Lark notation), or `tools`,
+    functions as `mlx_poe.tools` reads them, with `tool_choice` "auto" (text or a call), "required"
+    (a call), "none" or a function's name. If the prompt is messages, `tools` are also added to the
+    system text. A reply cut short by `max_tokens` or `stop` may not have the form.
 
-    `top_logprobs=n` reports the n best tokens beside each one. With `prompt_logprobs=True` the
-    prompt's own tokens are scored, too, and the first response has the result; the prompt is then
-    read whole, whatever `state` holds.
+    `top_logprobs=n` reports the n best tokens at each position. With `prompt_logprobs=True` the
+    prompt's own tokens are scored too, and the first response has the result; the whole prompt is
+    then read, whatever `state` holds.
 
-    Generation ends at one of the tokenizer's `eos_token_ids`, before any of the strings `stop`, or
-    after `max_tokens`. A `state` from an earlier call is continued as far as the prompts agree. The
-    rest of the prompt is read in chunks of `prefill_step_size`, by default as suits the device;
+    Generation ends at one of the tokenizer's `eos_token_ids`, before any of the strings in `stop`,
+    or after `max_tokens`. A `state` from an earlier call is reused as far as the prompts agree. The
+    rest of the prompt is read in chunks of `prefill_step_size` (default: chosen for the device);
     `prompt_progress_callback(done, total)` is called after each.
 
-    With `costs` (`mlx_poe.machine.known_costs`) every round drafts with what pays on this machine,
-    and as much. A mode that does not pay goes over to full depth: `wand` for the rest of the call,
-    one that drafts for a while.
+    With `costs` (`mlx_poe.machine.known_costs`) every round uses the drafter and draft length that
+    pay on this machine. A mode that does not pay falls back to full depth: `wand` for the rest of
+    the call, drafting modes for a while.
 
     Raises RequestError for an empty prompt, an unknown mode, option or stage, or a mode that needs
-    the model's calibration where its file cannot be used; other modes warn about such a file.
+    a calibration when the model's file is unusable; other modes warn about such a file.
     """
     asked = read_request(tokenizer, prompt, options)
     chosen = make_mode(model, mode, asked.mode_options, model.calibration)
@@ -124,14 +124,14 @@ def stream_generate(
 
 
 def generate(model: PoEModel, tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> str:
-    """Generate and return the whole text. Takes what `stream_generate` takes."""
+    """Generate and return the whole text. Takes the arguments of `stream_generate`."""
     return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt's tokens, the positions in it that other prompts may share, its options, and whether
-    its own tokens are to be scored."""
+    """A prompt's tokens, its options, `marks` (positions up to which other prompts may share it),
+    and whether to score its own tokens."""
 
     tokens: list[int]
     marks: tuple[int, ...]
@@ -142,19 +142,19 @@ class Asked:
 
 
 def read_request(tokenizer: Tokenizer, prompt: Prompt, options: Mapping[str, Any]) -> Asked:
-    """What every way to generate makes of a prompt and its options; RequestError for bad ones."""
+    """Read a prompt and its options, for every way to generate. RequestError for bad ones."""
     formal = {k: v for k, v in options.items() if k in FORM_OPTIONS}
     rest = {k: v for k, v in options.items() if k not in formal}
     scored = rest.pop("prompt_logprobs", None) or False
     if not isinstance(scored, bool):
-        raise RequestError(f"prompt_logprobs is True or False, not {scored!r}")
+        raise RequestError(f"prompt_logprobs must be True or False, not {scored!r}")
     sampling, mode_options = sort_options(rest)
     grammar = make_grammar(tokenizer, **formal)
     tools = formal.get("tools")
     if tools is not None and not isinstance(prompt, str) and _are_messages(prompt):
         prompt = with_functions(prompt, tools)  # type: ignore[arg-type]
     tokens = encode_prompt(tokenizer, prompt)
-    # Who wants the prompt scored has it read whole: nothing is shared.
+    # A prompt to be scored is read whole, so nothing is shared.
     marks = () if scored else chat_marks(tokenizer, prompt, tokens)
     return Asked(tokens, marks, sampling, mode_options, grammar, scored)
 
@@ -164,12 +164,12 @@ def _are_messages(prompt: Any) -> bool:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt of any kind. RequestError where it is empty or of no such kind."""
-    if hasattr(prompt, "tolist"):  # an array, of MLX's or NumPy's
+    """The token ids of a prompt of any kind. RequestError if it is empty or of another type."""
+    if hasattr(prompt, "tolist"):  # an MLX or NumPy array
         prompt = prompt.tolist()
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         kind = type(prompt).__name__
-        raise RequestError(f"a prompt is text, token ids or messages in a list, not {kind}")
+        raise RequestError(f"a prompt must be text, or a list of token ids or messages, not {kind}")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise RequestError("the prompt is empty; give some text, token ids or messages")
     if isinstance(prompt, str):
@@ -179,11 +179,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     try:
         return [index(token) for token in prompt]  # type: ignore[arg-type]
     except TypeError:
-        raise RequestError("a prompt of token ids may hold whole numbers only") from None
+        raise RequestError("a prompt of token ids must contain whole numbers only") from None
 
 
 def sort_options(options: Mapping[str, Any]) -> tuple[SamplingOptions, ModeOptions]:
-    """Sampling options and those of a mode, by name. RequestError for one that is neither."""
+    """Split options by name into sampling and mode options. RequestError for an unknown name."""
     sampling_names = {f.name for f in fields(SamplingOptions)}
     mode_names = {f.name for f in fields(ModeOptions)}
     for name in options:
@@ -197,13 +197,13 @@ def sort_options(options: Mapping[str, Any]) -> tuple[SamplingOptions, ModeOptio
 
 
 def _plain(name: str, value: Any) -> Any:
-    """An option as a plain number or list: arrays and NumPy's numbers become Python's."""
+    """An option as a plain number or list; converts arrays and NumPy numbers."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if name in _TEXT_OPTIONS or (name == "draft_bits" and isinstance(value, str)):
         return value
     if name in _FLAGS:
         if not isinstance(value, bool):
-            raise RequestError(f"{name} is True or False, not {value!r}")
+            raise RequestError(f"{name} must be True or False, not {value!r}")
         return value
     if name == "logit_bias":
         return _biases(value)
@@ -215,7 +215,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _biases(value: Any) -> dict[int, float]:
-    """Token ids, which JSON makes text of, and what to add to their scores."""
+    """Token ids (strings in JSON) and the values to add to their scores."""
     if not isinstance(value, Mapping):
         raise RequestError(f"logit_bias takes numbers by token id, not {value!r}")
     try:

@@ -1,4 +1,4 @@
-"""Loading: from a folder, a hub id or a built-in name to a model and its tokenizer."""
+"""Load a model and its tokenizer from a folder, a hub id or a built-in name."""
 
 from __future__ import annotations
 
@@ -39,25 +39,24 @@ def load(
 ) -> tuple[PoEModel, Tokenizer]:
     """Load a base or specialist model and its tokenizer.
 
-    `path_or_hf_repo` is a folder in the Hugging Face layout or nanochat's, one written by
+    `path_or_hf_repo` is a folder in the layout of Hugging Face or nanochat, a folder written by
     `mlx_poe.convert`, a hub id, or a built-in model ("poe-tiny", the default, and its
     specialists "poe-tiny-chat", "poe-tiny-math" and "poe-tiny-tool"). Weights are read straight
     from its files.
 
-    `dtype` is "float32", "bfloat16" or "float16"; by default float32 on the CPU back end, whose
-    half precision is slow, and bfloat16 on a GPU. `quantize` is a number of bits (2, 3, 4, 5, 6 or
-    8) to which the matrices are rounded in memory. `head_mode` picks a specialist's head: "dual",
-    "base" or "specialist". `revision` is a hub branch, tag or commit, `step` one of a nanochat
-    folder's. With `lazy` no weight is read before it is first used, which must then be in the
-    thread that loaded: MLX's streams belong to threads. `part` says what of a configuration, in
-    which type, is to be loaded, where other machines hold the rest.
+    `dtype` is "float32", "bfloat16" or "float16". The default is float32 on the CPU back end, where
+    half precision is slow, and bfloat16 on a GPU. `quantize` is the number of bits (2, 3, 4, 5, 6
+    or 8) to quantize the matrices to, in memory. `head_mode` picks a specialist's head: "dual",
+    "base" or "specialist". `revision` is a hub branch, tag or commit, `step` a step of a nanochat
+    folder. With `lazy`, weights are read on first use, which must be in the thread that loaded
+    them: MLX's streams belong to threads. `part(config, dtype)` gives the part to load here if
+    other machines hold the rest.
 
-    A calibration file that cannot be used does not stop the model from loading:
-    `model.calibration` is then None, `model.calibration_problem` says why, and only the modes that
-    need it raise.
+    An unusable calibration file does not stop the model from loading: `model.calibration` is then
+    None, `model.calibration_problem` says why, and only the modes that need it raise.
 
     Raises CheckpointError, ConfigError or TokenizerError for files that are missing, damaged or
-    do not fit together, RequestError for options that do not exist.
+    do not fit together, RequestError for invalid options.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -73,7 +72,7 @@ def load(
             raise RequestError(f"head_mode {head_mode!r}: {source.name} is not a specialist")
         if config.head_mode == SUMMED and head_mode != "dual":
             raise RequestError(
-                f"head_mode {head_mode!r}: {source.name} is merged, its heads are summed; "
+                f"head_mode {head_mode!r}: {source.name} is merged, and its heads are summed; "
                 "load the delta it was made from"
             )
         if config.head_mode != SUMMED:
@@ -83,7 +82,7 @@ def load(
     plan = checkpoint.plan
     if quantize:
         if plan:
-            raise RequestError(f"quantize {quantize}: {source.name} is already quantised")
+            raise RequestError(f"quantize {quantize}: {source.name} is already quantized")
         plan = make_plan(config, scheme(quantize))
     model = PoEModel(config)
     kind = DTYPES[dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")]
@@ -104,7 +103,7 @@ def load(
 
 
 def find_model(name: str | Path, revision: str | None = None) -> Source:
-    """A folder, a built-in name or a hub id; CheckpointError where there is none."""
+    """Find a model by folder, built-in name or hub id. CheckpointError if there is none."""
     built_in = {folder.name: folder for folder in BUILT_IN.iterdir()}.get(str(name))
     if built_in and not Path(name).is_dir():
         return replace(locate(built_in, revision), name=str(name))

@@ -1,4 +1,4 @@
-"""What decoding steps cost on this machine: measured once for each model, then remembered."""
+"""What decoding steps cost on this machine: measured once per model, then cached."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from cognica_mlx.model import PoEModel
 
 MEASURE_SECONDS = 2.0
 
-# What stays the same from run to run; a GPU's free memory, for one, does not.
+# These stay the same from run to run, unlike a GPU's free memory.
 _DEVICE_KEYS = ("device_name", "architecture", "memory_size", "total_memory")
 
 
 def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
-    """The model's costs in seconds, with those of the rounded drafter that `mode` has; measures
-    them, for two seconds or so, the first time.
+    """The model's costs in seconds, including those of the rounded drafter of `mode`. The first
+    call measures them, for about two seconds.
 
-    They are kept in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache), by shapes,
+    They are cached in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache), by shapes,
     types, device, MLX version and preloaded libraries.
     """
     costs = _remembered(_fingerprint(model), lambda: measure(model, seconds=MEASURE_SECONDS))
@@ -45,7 +45,7 @@ def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
 
 
 def _remembered(fingerprint: str, measured: Callable[[], Costs]) -> Costs:
-    # A cache that cannot be found, read or written only costs the two seconds again.
+    # If the cache cannot be found, read or written, measuring again costs only two seconds.
     cache = cache_folder()
     path = cache / f"costs-{fingerprint}.json" if cache else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -59,7 +59,7 @@ def _remembered(fingerprint: str, measured: Callable[[], Costs]) -> Costs:
 
 
 def cache_folder() -> Path | None:
-    """Where this user's measurements are kept; None for a user without a home."""
+    """This user's cache folder; None for a user without a home folder."""
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:

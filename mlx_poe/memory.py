@@ -1,4 +1,4 @@
-"""How much memory there is for decoding states on this machine."""
+"""How much memory decoding states may use on this machine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from contextlib import suppress
 
 import mlx.core as mx
 
-# Of a machine's memory that other programs want too.
+# The share of the machine's memory to use; other programs need the rest.
 SHARE = 0.5
 
 
 def memory_for_states() -> int:
-    """Bytes that decoding states and cached prompts may take: on Metal what the system recommends
-    as a working set, less what is in use; elsewhere half of the device's memory, or the machine's,
-    less what is in use. At least an eighth of either."""
+    """Bytes that decoding states and cached prompts may take.
+
+    On Metal this is the recommended working set, elsewhere half of the device's (or the machine's)
+    memory. Memory in use is subtracted, but at least an eighth of the total remains.
+    """
     device = mx.device_info()
     if "max_recommended_working_set_size" in device:
         total = int(device["max_recommended_working_set_size"])
@@ -25,7 +27,7 @@ def memory_for_states() -> int:
 
 
 def _physical() -> int:
-    """The machine's memory; 8 GB where it does not tell."""
+    """The machine's memory in bytes; 8 GiB if the system does not report it."""
     with suppress(OSError, ValueError, AttributeError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 8 << 30

@@ -1,4 +1,4 @@
-"""What can be said of a model to those who may not touch it."""
+"""A description of a model, for threads that may not touch its arrays."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cognica_mlx.shared_base import Siblings
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """`kind` is "base", "specialist" or "composition"; `modes` are the decoding modes that run
-    without being told more; `sequence_len` is the length of the texts that it was trained on."""
+    """`kind` is "base", "specialist" or "composition"; `modes` are the decoding modes that need no
+    further options; `sequence_len` is the length of the texts it was trained on."""
 
     kind: str
     stages: int
@@ -24,12 +24,12 @@ class ModelInfo:
 
     @property
     def chats(self) -> bool:
-        """Whether it was trained to be spoken to in turns."""
+        """Whether it was trained to chat."""
         return self.kind != "base"
 
 
 def describe(model: PoEModel) -> ModelInfo:
-    """The model's description. In the thread that owns its arrays: modes are tried out."""
+    """The model's description. Call it in the thread that owns its arrays: it tries out modes."""
     modes = []
     for mode in MODES:
         with suppress(RequestError):

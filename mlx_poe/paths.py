@@ -8,9 +8,9 @@ from cognica_mlx.errors import RequestError
 
 
 def user_path(path: str | Path) -> Path:
-    """`path` with `~` expanded; RequestError where no file can have such a name."""
+    """`path` with `~` expanded. RequestError if no file can have this name."""
     if "\0" in str(path):
-        raise RequestError(f"{str(path)!a} contains a null character, which no path can")
+        raise RequestError(f"{str(path)!a} contains a null character, which paths cannot")
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -1,9 +1,9 @@
-"""States of texts that have been read, kept for prompts that begin alike.
+"""States of texts already read, kept for prompts with the same beginning.
 
-- in: states, each with the text that it holds; a limit in bytes
-- out: for a prompt, a state that holds as much of its beginning as can be found
-- bounded: the state that was of no use for longest goes first
-- keyed by tokens and by the stages themselves: what the base has read serves every specialist
+- in: states, each with its text; a limit in bytes
+- out: for a prompt, a state that holds as much of its beginning as possible
+- bounded: the least recently used state is dropped first
+- keyed by tokens and by the stages themselves, so every specialist can use what the base has read
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from cognica_mlx.shared_base import shared_stages
 from cognica_mlx.state import DecodingState
 from mlx_poe.tokenizer import Tokenizer
 
-# Fewer positions are read again sooner than a state is copied.
+# Reading fewer positions again is faster than copying a state.
 LEAST = 8
 
 
 @dataclass(frozen=True)
 class Found:
-    """A state of its own that holds the first `length` tokens of a prompt."""
+    """A separate state that holds the first `length` tokens of a prompt."""
 
     state: DecodingState
     length: int
 
 
 class PromptCache:
-    """States by the texts they hold, `limit` bytes at most.
+    """States by the texts they hold, up to `limit` bytes.
 
-    `hits` and `misses` count prompts, `cached_tokens` the positions that hits have saved.
+    `hits` and `misses` count prompts; `cached_tokens` counts the positions saved by hits.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
         self.nbytes = 0
         self.hits = self.misses = self.cached_tokens = 0
-        # Oldest use first. States share arrays: each is counted once.
+        # Least recently used first. States share arrays, and each array is counted once.
         self._entries: OrderedDict[int, tuple[DecodingState, list[mx.array]]] = OrderedDict()
         self._users: dict[int, int] = {}
         self._next = 0
@@ -57,10 +57,10 @@ class PromptCache:
         running: Iterable[DecodingState] = (),
         suits: Callable[[DecodingState], bool] = lambda _: True,
     ) -> Found | None:
-        """The state that saves most of the work of reading `prompt` up to stage `depth`.
+        """The state that saves the most work in reading `prompt` up to stage `depth`.
 
-        It may come from what is kept, or from a state that is still `running`, and is one that
-        `suits`. The last token is never part of it, as something has to be predicted from it.
+        It comes from the cache or from a state still `running`, and `suits` accepts it. It never
+        includes the last token, which the first prediction is made from.
         """
         wanted = list(prompt[:-1])
         candidates = []
@@ -85,15 +85,14 @@ class PromptCache:
         return None
 
     def put(self, state: DecodingState, room: int | None = None) -> None:
-        """Keep a state, which must not go on afterwards, within the limit and `room` bytes.
+        """Keep a state, which must not be used afterwards, within the limit and `room` bytes.
 
-        One that adds nothing to what is kept is left out; one that can do all that another can
-        takes its place.
+        A state covered by a kept one is not stored; a state that covers kept ones replaces them.
         """
         if state.length < LEAST:
             return
-        # In arrays of its own, or it would keep other sequences' in memory; and computed, or an
-        # entry would be worth the work that its graph still needs.
+        # Copy it to its own arrays, or it would keep those of other sequences in memory. Start
+        # computing them, or the entry would still owe the work in its graph.
         state.compact()
         state.leave_shelves()
         arrays = state.arrays()
@@ -116,12 +115,12 @@ class PromptCache:
         self.shrink(limit)
 
     def shrink(self, limit: int) -> None:
-        """Let states go, those unused for longest first, until `limit` bytes are left."""
+        """Drop states, least recently used first, until at most `limit` bytes are left."""
         while self._entries and self.nbytes > limit:
             self._remove(next(iter(self._entries)))
 
     def drop(self, models: Iterable[PoEModel]) -> None:
-        """Let all states of these models go."""
+        """Drop all states of these models."""
         gone = {id(model) for model in models}
         for key, (state, _) in list(self._entries.items()):
             if id(state.model) in gone:
@@ -138,15 +137,15 @@ class PromptCache:
 
 
 def chat_marks(tokenizer: Tokenizer, prompt: object, tokens: Sequence[int]) -> tuple[int, ...]:
-    """Positions in a prompt that other prompts are likely to share, where its state should be kept:
-    the end of a chat's system text, and where the last user's turn begins."""
+    """Positions up to which other prompts are likely to share this one, where its state should be
+    kept: the end of a chat's system text, and the start of the last user turn."""
     marks = set()
     start = tokenizer.special_tokens.get("<|user_start|>")
     if start in tokens:
         marks.add(len(tokens) - 1 - list(reversed(tokens)).index(start))  # type: ignore[arg-type]
     first = prompt[0] if isinstance(prompt, Sequence) and prompt else None
     if isinstance(first, Mapping) and first.get("role") == "system":
-        # What is the same whatever the user says.
+        # The part that does not depend on the user's message.
         said = ({"role": "user", "content": word} for word in ("a", "I"))
         one, other = (tokenizer.apply_chat_template([first, turn]) for turn in said)
         marks.add(common_start(one, other))
@@ -154,7 +153,7 @@ def chat_marks(tokenizer: Tokenizer, prompt: object, tokens: Sequence[int]) -> t
 
 
 def common_start(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts have in common from their beginning on."""
+    """The length of the common prefix of two texts, in tokens."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -166,7 +165,7 @@ def common_start(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _saved(state: DecodingState, model: PoEModel, text: Sequence[int], common: int) -> int:
-    """How many times a position need not be run through a layer if `model` goes on from `state`."""
+    """How many runs of a position through a layer are saved if `model` continues from `state`."""
     count = shared_stages(state.model, model, text[:common])
     pairs = zip(model.stages[:count], state.caches, strict=False)
     return sum(len(stage.layers) * min(common, cache.offset) for stage, cache in pairs)
@@ -175,8 +174,8 @@ def _saved(state: DecodingState, model: PoEModel, text: Sequence[int], common: i
 def _taken_up(
     state: DecodingState, model: PoEModel, common: int, depth: int
 ) -> DecodingState | None:
-    """A copy of the state with `common` positions under `model`; None where a stage up to `depth`
-    would need what is no longer held."""
+    """A copy of the state with `common` positions under `model`; None if a stage up to `depth`
+    would need activations that are no longer held."""
     found = state.fork()
     found.rollback(common)
     if model is not state.model:
@@ -185,12 +184,12 @@ def _taken_up(
 
 
 def _covers(state: DecodingState, other: DecodingState) -> bool:
-    """Whether `state` can become all that `other` is."""
+    """Whether `state` can be turned into `other`."""
     length = other.length
     return (
         state.model is other.model
         and length <= state.length
-        # Mostly it is another text: that one token shows it makes this check a short one.
+        # The texts usually differ, and comparing one token first makes this check cheap.
         and state.tokens[length - 1] == other.tokens[-1]
         and state.tokens[:length] == other.tokens
         and state.earliest_rollback <= length

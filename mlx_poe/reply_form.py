@@ -1,7 +1,7 @@
-"""What a caller asks of a reply's form, as a grammar.
+"""The form that a caller wants a reply to have, as a grammar.
 
-- in: a JSON schema, a regular expression, a Lark grammar, or functions to call; one of them
-- out: a `Grammar` for this tokenizer, compiled; each reply starts a constraint of its own from it
+- in: a JSON schema, a regular expression, a Lark grammar, or functions to call
+- out: a compiled `Grammar` for this tokenizer; each reply starts its own constraint from it
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cognica_mlx.errors import RequestError
 from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.tools import call_grammar
 
-# Their names as options of whatever generates, and with what belongs to them.
+# Their names as options of everything that generates.
 CONSTRAINTS = ("json_schema", "regex", "grammar", "tools")
 FORM_OPTIONS = (*CONSTRAINTS, "tool_choice")
 
@@ -31,16 +31,16 @@ def make_grammar(
     tools: Any = None,
     tool_choice: str | None = None,
 ) -> Grammar | None:
-    """The grammar that one of the options asks for, None without any.
+    """The grammar for the option given; None if there is none.
 
-    Raises RequestError for one that cannot be used, or where several are given.
+    Raises RequestError for an option that cannot be used, or if several are given.
     """
     options = zip(CONSTRAINTS, (json_schema, regex, grammar, tools), strict=True)
     given = {name: value for name, value in options if value is not None}
     if tool_choice is not None and tools is None:
         raise RequestError("tool_choice is given, but no tools")
     if len(given) > 1:
-        raise RequestError(f"{' and '.join(given)} exclude each other: give one")
+        raise RequestError(f"{' and '.join(given)} cannot be combined: give one")
     for name, value in given.items():
         if name == "json_schema":
             source = json_grammar(value)
@@ -57,7 +57,7 @@ def make_grammar(
     return None
 
 
-# A file of prompts, or a chat, asks for the same one again and again.
+# A file of prompts, or a chat, uses the same grammar again and again.
 @lru_cache(maxsize=16)
 def _compiled(vocabulary: LLTokenizer, source: str) -> Grammar:
     return Grammar(vocabulary, source)

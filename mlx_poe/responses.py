@@ -1,8 +1,8 @@
-"""From tokens to what a caller sees: text, where it ends, and how fast it came.
+"""From tokens to what a caller sees: text, finish reasons, and speeds.
 
 - in: the tokens of one sequence, one by one
 - out: a `GenerationResponse` for each
-- whoever decodes uses this: alone (`stream_generate`), many together (`Scheduler`, `Engine`)
+- shared by `stream_generate`, which decodes one sequence, and `Scheduler`, which decodes many
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _MAKERS = {OWN: "own stages", ROUNDED: "rounded stages", LOOKED_UP: "looked up"}
 
 @dataclass(frozen=True)
 class GenerationResponse:
-    """One token and where things stand.
+    """One token, and the statistics so far.
 
-    text: the piece of text that this token made certain, possibly empty; the pieces joined are the
-    whole. token, logprob, stage, from_draft: as `DecodedToken`, stages counted from 0.
-    prompt_tps and generation_tps: tokens a second so far. peak_memory: GB, of the whole process.
-    drafter: what drafted the token, if anything did: "stages", the model's own; "rounded", a copy
-    of them; "lookup", the text itself. drafted_tokens: drafts made so far, kept or not; drafts: the
-    same by drafter.
-    parked: None, or why decoding has gone over to full depth: see `costs` in `stream_generate`.
-    finish_reason: None but for the last token, where it is "stop" or "length".
-    cached_tokens: how many of the prompt's positions came from a state, and were not run.
-    forced: a constraint allowed no other token; no stage was asked, and `stage` is 0.
-    top_logprobs: the best tokens at this place and their log-probabilities, best first, as many as
-    `top_logprobs` asks for. text_offset: where in the reply's text the token's own text begins,
-    stop strings aside. prompt_logprobs: in the first response, if asked for, the log-probability of
-    each of the prompt's tokens but the first, and the best in its place; otherwise None.
+    text: the text that this token completed, possibly empty; the pieces joined are the reply.
+    token, logprob, stage, from_draft: as in `DecodedToken`, with stages counted from 0.
+    prompt_tps and generation_tps: tokens per second so far. peak_memory: the whole process's, in
+    GB. drafter: what drafted the token, or None: "stages" (the model's own), "rounded" (a copy of
+    them) or "lookup" (the text itself). drafted_tokens: drafts made so far, kept or not; drafts:
+    the same by drafter.
+    parked: None, or why decoding fell back to full depth: see `costs` in `stream_generate`.
+    finish_reason: "stop" or "length" for the last token, otherwise None.
+    cached_tokens: how many of the prompt's positions came from a state and were not run.
+    forced: a constraint allowed no other token, so no stage was run for it and `stage` is 0.
+    top_logprobs: the best tokens at this position and their log-probabilities, best first, as many
+    as requested. text_offset: where the token's own text begins in the reply's text, before stop
+    strings are removed. prompt_logprobs: in the first response, if requested, the log-probability
+    of each prompt token but the first, and the best tokens at its position; otherwise None.
     """
 
     text: str
@@ -67,14 +67,14 @@ class GenerationResponse:
 
 
 def drafts_by_maker(responses: Sequence[GenerationResponse]) -> dict[str, tuple[int, int]]:
-    """Of each drafter of a reply how many tokens were kept, and how many it made."""
+    """For each drafter of a reply: how many of its tokens were kept, and how many it made."""
     made = responses[-1].drafts if responses else {}
     kept = Counter(response.drafter for response in responses)
     return {maker: (kept[maker], count) for maker, count in made.items()}
 
 
 def drafts_in_words(responses: Sequence[GenerationResponse]) -> str:
-    """The same in words; nothing without drafts."""
+    """`drafts_by_maker` in words; empty without drafts."""
     parts = (
         f"{_MAKERS[maker]} {kept} of {made}"
         for maker, (kept, made) in drafts_by_maker(responses).items()
@@ -93,7 +93,7 @@ class Responses:
         pace: Pace | None = None,
         cached: int | None = None,
     ):
-        """`cached` is what to report as `cached_tokens`, by default what the sequence says.
+        """`cached` is reported as `cached_tokens`; by default it is the sequence's own count.
 
         Raises RequestError for an empty stop string.
         """
@@ -104,9 +104,9 @@ class Responses:
         self._begun = self._started = time.perf_counter()
         self._prompt_seconds = 0.0
         self._reading = True
-        # Tokens since the prompt has been read.
+        # Tokens since the prompt was read.
         self._generated = 0
-        # Characters so far, those held back included.
+        # Characters so far, including those held back.
         self._length = 0
         self.count = 0
 
@@ -166,14 +166,14 @@ class Responses:
 
 
 class StopStrings:
-    """Passes text on until a stop string comes; holds back what may be the start of one."""
+    """Passes text on until a stop string appears; holds back what may be the start of one."""
 
     def __init__(self, stop: str | Sequence[str] | None = None):
         """Raises RequestError for an empty stop string, or one that is not text."""
         self.stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         for one in self.stops:
             if not isinstance(one, str):
-                raise RequestError(f"a stop string is text, not {type(one).__name__}")
+                raise RequestError(f"a stop string must be text, not {type(one).__name__}")
             if not one:
                 raise RequestError("a stop string is empty")
         self.held = ""
@@ -194,6 +194,6 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def rest(self) -> str:
-        """What was held back, once no more text will come."""
+        """The text held back, once no more text will come."""
         text, self.held = self.held, ""
         return text

@@ -1,12 +1,12 @@
 """Conversations in files: one safetensors file holds the turns, the settings and the state.
 
-- in: a path, or what it should hold
-- out: what a file holds, every field checked for its type and range, or a CheckpointError
-- whether settings and state fit a model is for the caller to find out
+- in: a path, or a chat to save
+- out: a chat with every field checked for type and range, or a CheckpointError
+- the caller checks whether settings and state fit a model
 
-A saved chat may come from anywhere, so it is trusted no more than a checkpoint. The text and the
-settings must be right for it to be read at all. The arrays carry a checksum: without the right one
-they are left out, and the conversation can be run again from its text.
+A saved chat may come from anywhere, so it is trusted no more than a checkpoint. Invalid text or
+settings are an error. The arrays carry a checksum; if it does not match, they are left out, and the
+conversation can be run again from its text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mlx_poe.conversation import Settings, Turn
 from mlx_poe.tools import read_functions
 
 _FORMAT = "cognica-mlx chat 2"
-# Version 0.1 wrote neither stop texts, nor functions, nor a checksum.
+# Version 0.1 wrote no stop texts, functions or checksum.
 _FORMATS = ("cognica-mlx chat 1", _FORMAT)
 _PLACEHOLDER = "empty"  # a safetensors file needs an array
 _OPTION_TYPES = {**get_type_hints(SamplingOptions), **get_type_hints(ModeOptions)}
@@ -40,8 +40,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SavedChat:
-    """The content of a file. `arrays` and `state` are what `saved_state.to_arrays` gave,
-    `probe` a few of the model's own figures, by which the caller knows whose state it is."""
+    """The content of a file. `arrays` and `state` come from `saved_state.to_arrays`; `probe` is a
+    few of the model's logits, by which the caller can tell which model the state belongs to."""
 
     model: str
     settings: Settings
@@ -52,7 +52,7 @@ class SavedChat:
 
 
 def write_chat(path: Path, chat: SavedChat) -> None:
-    """Write `chat` to `path`, whole or not at all. CheckpointError where that is impossible."""
+    """Write `chat` to `path`, whole or not at all. CheckpointError if that fails."""
     content = {
         "format": _FORMAT,
         "model": chat.model,
@@ -62,7 +62,7 @@ def write_chat(path: Path, chat: SavedChat) -> None:
         "state": chat.state,
         "checksum": _checksum(chat.arrays),
     }
-    # As ASCII, so that half a surrogate pair, which UTF-8 cannot hold, is kept too.
+    # As ASCII, which can also hold half a surrogate pair; UTF-8 cannot.
     metadata = {"chat": json.dumps(content)}
     arrays = chat.arrays or {_PLACEHOLDER: mx.zeros((1,))}
     try:
@@ -74,7 +74,7 @@ def write_chat(path: Path, chat: SavedChat) -> None:
 
 
 def read_chat(path: Path) -> SavedChat:
-    """What `write_chat` wrote. CheckpointError for anything else."""
+    """Read a file written by `write_chat`. CheckpointError for anything else."""
     arrays, content = _load(path)
     try:
         settings = _settings(content.get("settings"))
@@ -126,7 +126,7 @@ def _settings(content: Any) -> Settings:
 
 
 def _build(cls: type[T], content: Any, where: str) -> T:
-    """A dataclass from a JSON object. ValueError unless it has all the fields, of their types."""
+    """A dataclass from a JSON object. ValueError unless all fields are there, with their types."""
     if not isinstance(content, dict):
         raise ValueError(f"{where}: not an object")
     kinds = get_type_hints(cls)
@@ -143,7 +143,7 @@ def _build(cls: type[T], content: Any, where: str) -> T:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of a type as annotated; a whole number is a float too."""
+    """Whether a value read from JSON has the annotated type; a whole number counts as a float."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in parts)

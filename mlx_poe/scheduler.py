@@ -1,10 +1,10 @@
-"""Many prompts over time: which run together, what memory they may take, what they share.
+"""Many prompts over time: which run together, how much memory they use, what they share.
 
-- in: tasks, first come first served
-- out: for each a response for every token, then its end
-- a task starts once there is a slot and enough memory for all that it may come to hold; kept
-  prompts make room for it
-- synchronous, and for one thread: `Engine` and `batch_generate` stand on it
+- in: tasks, first come, first served
+- out: for each task, a response per token, then its end
+- a task starts once there is a slot and enough memory for the most it may need; cached prompts
+  make room for it
+- synchronous, for one thread; `Engine` and `batch_generate` are built on it
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from mlx_poe.responses import GenerationResponse, Responses, StopStrings
 from mlx_poe.tokenizer import Tokenizer
 
 MAX_SEQUENCES = 8
-# From so many positions on that are not a state's own, its activations are worth copying.
+# Copy a state's activations once their arrays hold this many positions of other sequences.
 EXCESS = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One prompt and all that decides what follows it; compared by identity."""
+    """One prompt and everything that determines its reply; compared by identity."""
 
     model: PoEModel
     asked: Asked
@@ -59,7 +59,7 @@ class Task:
 
     @property
     def tokens(self) -> Sequence[int]:
-        """The prompt's."""
+        """The prompt's tokens."""
         return self.asked.tokens
 
 
@@ -73,10 +73,10 @@ def make_task(
     prefill_step_size: int | None = None,
     costs: Costs | KnownCosts | None = None,
 ) -> Task:
-    """A task that can be run. Raises RequestError for whatever `stream_generate` would refuse."""
+    """A checked task. Raises RequestError for anything that `stream_generate` would refuse."""
     chosen = make_mode(model, mode, asked.mode_options, model.calibration)
     StopStrings(stop)
-    # Checks the rest, and holds nothing yet.
+    # Checks the remaining options; it holds no memory yet.
     DecodingSequence(
         model,
         asked.tokens,
@@ -91,8 +91,7 @@ def make_task(
 
 @dataclass(frozen=True)
 class Update:
-    """What has become of a task: a response, or with `ended` its end, for which `error` may be
-    why."""
+    """News of a task: a response, or its end (`ended`), perhaps because of `error`."""
 
     task: Task
     response: GenerationResponse | None = None
@@ -102,11 +101,11 @@ class Update:
 
 @dataclass(frozen=True)
 class Stats:
-    """Totals so far, and how things stand. Times are in seconds, memory in bytes.
+    """Totals and current figures. Times are in seconds, memory in bytes.
 
-    prompt_time and generation_time: what decoding took, divided by the positions of prompts and of
-    replies that were run. state_bytes: what running sequences may come to hold, of which with
-    cache_bytes no more than memory_bytes are ever promised.
+    prompt_time and generation_time: the decoding time, split in proportion to the positions run
+    for prompts and replies. state_bytes: the most that running sequences may come to need; together
+    with cache_bytes it never exceeds memory_bytes.
     """
 
     prompt_tokens: int = 0
@@ -136,10 +135,10 @@ class _Running:
 class Scheduler:
     """Runs tasks, `max_sequences` at a time.
 
-    `memory` is the most bytes for states and kept prompts together (default: what
-    `memory_for_states` finds), `prompt_cache_bytes` the part that kept prompts may take (default: a
-    quarter). `keep_trunk` is that of the states: where several models over one base are served,
-    twice the base's `sequence_len` lets them share what it has read.
+    `memory` is the most bytes for states and cached prompts together (default:
+    `memory_for_states()`), `prompt_cache_bytes` the most for cached prompts (default: a quarter of
+    it). `keep_trunk` is passed to the states: if several models over one base are served, twice
+    the base's `sequence_len` lets them share what it has read.
     """
 
     def __init__(
@@ -164,18 +163,18 @@ class Scheduler:
         self._batch = Batch()
         self._waiting: deque[Task] = deque()
         self._running: dict[Task, _Running] = {}
-        # Rounded copies that have been drafted with: they stay with their models.
+        # Rounded copies used for drafting; they live as long as their models.
         self._prefixes: WeakSet[RoundedPrefix] = WeakSet()
         self._prompt_tokens = self._generation_tokens = 0
         self._prompt_time = self._generation_time = 0.0
 
     def __len__(self) -> int:
-        """Tasks that have not ended."""
+        """How many tasks have not ended."""
         return len(self._waiting) + len(self._running)
 
     @property
     def stats(self) -> Stats:
-        """How things stand."""
+        """The current figures."""
         return Stats(
             self._prompt_tokens,
             self._generation_tokens,
@@ -193,16 +192,16 @@ class Scheduler:
         )
 
     def add(self, *tasks: Task) -> None:
-        """Let tasks wait for their turns: all of them, or none.
+        """Queue tasks: all of them, or none.
 
-        Raises RequestError for one that could never have its turn.
+        Raises RequestError for a task that could never run.
         """
         for task in tasks:
             self.check(task)
         self._waiting.extend(tasks)
 
     def check(self, task: Task) -> None:
-        """Raise RequestError for a task that needs more memory than there will ever be."""
+        """Raise RequestError for a task that needs more memory than the budget."""
         need, copies = self.bytes_needed(task), self._copies(task.mode)
         if need + copies > self.memory:
             rounded = f", with {_megabytes(copies)} of rounded stages" if copies else ""
@@ -213,7 +212,7 @@ class Scheduler:
             )
 
     def bytes_needed(self, task: Task, state: DecodingState | None = None) -> int:
-        """The most bytes that the task's state can come to need, if it goes on from `state`."""
+        """The most bytes that the task's state can need, if it continues from `state`."""
         last, mode = task.model.poe_n_stages - 1, task.mode
         drafting = mode if isinstance(mode, Speculative) else None
         drafts = drafting.most if drafting else 0
@@ -230,14 +229,14 @@ class Scheduler:
         )
 
     def _copies(self, *modes: Mode) -> int:
-        """Bytes of the rounded copies that have been drafted with, and those that `modes` need."""
+        """Bytes of the rounded copies used so far, and of those that `modes` need."""
         new = (mode.prefix for mode in modes if isinstance(mode, Speculative))
         prefixes = [*self._prefixes, *(prefix for prefix in new if prefix)]
         arrays = {id(array): array for prefix in prefixes for array in prefix.arrays}
         return sum(array.nbytes for array in arrays.values())
 
     def cancel(self, task: Task) -> None:
-        """End a task, wherever it is; nothing if it has ended. What it has read is kept."""
+        """End a task, running or waiting; do nothing if it has ended. What it read stays cached."""
         if task in self._running:
             self._batch.remove(task)
             self._finish(self._running[task])
@@ -245,14 +244,14 @@ class Scheduler:
             self._waiting.remove(task)
 
     def close(self) -> None:
-        """End all tasks, and let all memory go."""
+        """End all tasks and free all memory."""
         self._waiting.clear()
         self._batch.close()
         self._running.clear()
         self.cache.shrink(0)
 
     def step(self) -> list[Update]:
-        """Work until there is something to tell, for one sweep of the batch at most."""
+        """Work until there are updates, for at most one sweep of the batch."""
         started = time.perf_counter()
         updates = self._admit()
         before = [
@@ -260,7 +259,7 @@ class Scheduler:
             for running in self._running.values()
         ]
         events = self._batch.run()
-        # A sequence may have made more tokens than its reply has.
+        # A sequence may have produced more tokens than its reply has.
         ended = {event.name for event in events if not event.token}
         for event in events:
             running = self._running.get(event.name)  # type: ignore[call-overload]
@@ -288,7 +287,7 @@ class Scheduler:
 
     @property
     def _free(self) -> int:
-        """Bytes that nobody running may come to need: kept prompts may take them."""
+        """Bytes that no running sequence may come to need, free for cached prompts."""
         return self.memory - self._promised - self._copies()
 
     @property
@@ -296,7 +295,7 @@ class Scheduler:
         return sum(running.need for running in self._running.values())
 
     def _admit(self) -> list[Update]:
-        """Start those that wait, in turn, as far as slots and memory go."""
+        """Start waiting tasks in order, as far as slots and memory allow."""
         updates = []
         while self._waiting and len(self._running) < self.max_sequences:
             task = self._waiting[0]
@@ -323,7 +322,7 @@ class Scheduler:
                 task.tokens,
                 task.mode.depth,
                 running,
-                # One that has grown long may be too large for a short task.
+                # A state that has grown long may be too large for a short task.
                 lambda state: self.bytes_needed(task, state) <= free,
             )
         state = found.state if found else DecodingState(task.model, keep_trunk=self.keep_trunk)
@@ -351,7 +350,7 @@ class Scheduler:
         self._batch.add(task, self._steps(task, sequence), pace)
 
     def _steps(self, task: Task, sequence: DecodingSequence) -> Steps:
-        """The sequence's own steps, after its prompt has been read up to each mark."""
+        """Read the prompt up to each mark and keep the state, then run the sequence's own steps."""
         state, mode, size = sequence.state, task.mode, task.step_size
         for mark in sorted(task.asked.marks):
             if state.length + LEAST <= mark < len(task.tokens):
@@ -362,7 +361,7 @@ class Scheduler:
         yield from sequence.steps()
 
     def _finish(self, running: _Running) -> None:
-        """A reply is over: its state, back at the reply's end, is kept for the next turn."""
+        """End a reply: roll its state back to the reply's end and keep it for the next turn."""
         del self._running[running.task]
         state = running.state
         end = len(running.task.tokens) + running.responses.count
@@ -374,7 +373,7 @@ class Scheduler:
         self.cache.put(state, self._free)
 
     def _charge(self, seconds: float, before: Sequence[tuple[_Running, int, bool]]) -> None:
-        """Divide the time between prompts and replies, by the positions that were run."""
+        """Split the time between prompts and replies, in proportion to the positions run."""
         prompts = replies = 0
         for running, ran, replying in before:
             count = running.state.positions_run[0] - ran

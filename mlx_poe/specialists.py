@@ -1,7 +1,7 @@
-"""Specialists at run time: one base in memory, and whatever stands on it attached by name.
+"""Specialists at run time: one base in memory, with specialists attached by name.
 
 Each adds only its own blocks, head and lambdas, and the rows of the embedding table that it
-changed. The base is not copied, reloaded or touched.
+changed. The base is not copied, reloaded or modified.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from mlx_poe.load import find_model
 
 
 class Specialists:
-    """The specialists over `base`, by name; `use` gives the model to decode with.
+    """The specialists over `base`, by name; `use` returns the model to decode with.
 
-    `is_here` says whether the one attached as the i-th is on this machine, by default all are.
+    `is_here(i)` says whether the i-th specialist attached is on this machine; by default all are.
     """
 
     def __init__(self, base: PoEModel, is_here: Callable[[int], bool] = lambda _: True):
@@ -34,7 +34,7 @@ class Specialists:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The specialists attached, in the order of attaching."""
+        """The attached specialists, in the order they were attached."""
         return tuple(self._models)
 
     def attach(
@@ -45,19 +45,19 @@ class Specialists:
         revision: str | None = None,
         quantize: int | None = None,
     ) -> PoEModel:
-        """Load a specialist, or a chain of them, that stands on the base; its model.
+        """Load a specialist of the base, or a chain of them, and return its model.
 
-        `path_or_hf_repo` and `revision` are as `load`'s; `quantize` is a number of bits to which
-        its own matrices are rounded. Raises RequestError for a name that is taken, CheckpointError
-        or ConfigError for a checkpoint that is damaged or stands on another base.
+        `path_or_hf_repo` and `revision` are as in `load`; `quantize` is the number of bits to
+        quantize its own matrices to. Raises RequestError for a name that is taken, CheckpointError
+        or ConfigError for a checkpoint that is damaged or belongs to another base.
         """
         if name in self._models:
-            raise RequestError(f"{name} is attached already: detach it first, or choose a name")
+            raise RequestError(f"{name} is already attached: detach it, or choose another name")
         checkpoint = read_checkpoint(find_model(path_or_hf_repo, revision))
         shared = self._link_in_memory(checkpoint)
         here = self.is_next_here()
         if not here and checkpoint.config.poe_n_stages != self.base.poe_n_stages + 1:
-            raise RequestError(f"{name} is more than one stage: rank 0 has to hold it")
+            raise RequestError(f"{name} has more than one stage of its own: rank 0 must hold it")
         model = self._stack(checkpoint, shared, quantize, here)
         model.calibration, model.calibration_problem = read_calibration(
             checkpoint.source.folder, model.config
@@ -66,17 +66,17 @@ class Specialists:
         return model
 
     def add(self, name: str, model: PoEModel) -> None:
-        """Take in a model that stands on the base in memory: see `share_base`."""
+        """Add a model that already shares the base in memory: see `share_base`."""
         self._models[name] = model
 
     def is_next_here(self) -> bool:
-        """Whether this machine holds the specialist that is attached next."""
+        """Whether this machine holds the next specialist to be attached."""
         return self._is_here(len(self._models))
 
     def use(self, name: str | None) -> PoEModel:
         """The base with the specialist `name` on top, or with None the base itself.
 
-        Raises RequestError where nothing of that name is attached.
+        Raises RequestError if no specialist has that name.
         """
         if name is None:
             return self.base
@@ -86,9 +86,9 @@ class Specialists:
         return self._models[name]
 
     def compose(self, names: Sequence[str], weights: Sequence[float] | None = None) -> PoEModel:
-        """The weighted Log-OP of several specialists, the base's part run once for all of them.
+        """The weighted Log-OP of several specialists. The base runs once for all of them.
 
-        Equal weights unless given. Raises RequestError where they do not fit together.
+        Weights are equal by default. Raises RequestError if the specialists do not fit together.
         """
         if not names:
             raise RequestError("name at least one specialist to compose")
@@ -96,31 +96,31 @@ class Specialists:
         return Siblings(models, [1.0] * len(models) if weights is None else weights)
 
     def detach(self, name: str) -> None:
-        """Forget a specialist; its memory is free once nothing decodes with it any more."""
+        """Detach a specialist; its memory is freed once nothing decodes with it anymore."""
         self.use(name)
         del self._models[name]
 
     def nbytes(self, name: str) -> int:
-        """Bytes that a specialist adds to the base's."""
+        """How many bytes a specialist adds to the base."""
         held = {id(array) for array in dict(tree_flatten(self.base.parameters())).values()}
         own = dict(tree_flatten(self.use(name).parameters()))
         return sum(array.nbytes for array in own.values() if id(array) not in held)
 
     def _link_in_memory(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The link of the checkpoint's chain that the base in memory is."""
+        """The link in the checkpoint's chain that is the base in memory."""
         link = checkpoint.base
         while link is not None and link.config != self.base.config:
             link = link.base
         name = checkpoint.source.name
         if link is None:
-            raise CheckpointError(f"{name} does not stand on the model in memory: shapes differ")
+            raise CheckpointError(f"{name} does not belong to the model in memory: shapes differ")
         ours = dict(tree_flatten(self.base.parameters()))
         for tensor in FINGERPRINT:
             theirs = link.weights[tensor].read().astype(mx.float32)
-            # Within what a cast to 16 bits changes.
+            # The tolerance allows for a cast to 16 bits.
             if not mx.allclose(ours[tensor].astype(mx.float32), theirs, rtol=0.01, atol=1e-4):
                 raise CheckpointError(
-                    f"{name} stands on {link.source.name}, which is not the model in memory: "
+                    f"{name} belongs to {link.source.name}, which is not the model in memory: "
                     f"its {tensor} differs"
                 )
         return link
@@ -134,7 +134,7 @@ class Specialists:
         plan = {path: s for path, s in checkpoint.plan.items() if f"{path}.weight" in own}
         if quantize:
             if plan:
-                raise RequestError(f"{checkpoint.source.name} is already quantised")
+                raise RequestError(f"{checkpoint.source.name} is already quantized")
             plan = make_plan(config, scheme(quantize))
             plan = {path: s for path, s in plan.items() if f"{path}.weight" in own}
         model = PoEModel(config)
@@ -147,7 +147,7 @@ class Specialists:
         return model
 
     def _changed_rows(self, checkpoint: Checkpoint, link: Checkpoint) -> tuple[list[int], mx.array]:
-        """The tokens whose embedding is not the base's, and theirs."""
+        """The tokens whose embedding differs from the base's, and their embeddings."""
         dtype = self.base.resid_lambdas.dtype
         if isinstance(self.base.wte, Absent):
             return [], mx.zeros((0, self.base.config.n_embd), dtype)

@@ -1,14 +1,14 @@
-"""Text to token ids and back, for people and for the decoding loop.
+"""Text to token ids and back.
 
-- In: a `tiktoken.Encoding`, or the folder that holds its file.
-- `encode` puts `<|bos|>` first, because the models collapse into repetition without it, and treats
-  text that looks like a special token as plain text unless told otherwise. Lone surrogates become
-  U+FFFD, as tiktoken does it.
-- `decode` takes every id that a model can emit: one without a token, such as a row of padding in
-  the vocabulary, is U+FFFD. Bytes that are no UTF-8 become U+FFFD too.
-- A streaming detokenizer's pieces, joined, are exactly what `decode` gives for the same ids.
-- `apply_chat_template` and `encode_turn` put a chat into the layout of `convert.chat_layout`.
-- A bad text or id is a TokenizerError, a bad list of messages a RequestError.
+- in: a `tiktoken.Encoding`, or the folder that holds its file
+- `encode` puts `<|bos|>` first, because the models collapse into repetition without it. Text that
+  looks like a special token is plain text unless the caller allows it. Lone surrogates become
+  U+FFFD, as in tiktoken
+- `decode` takes every id that a model can emit. Ids without a token, such as padding rows of the
+  vocabulary, become U+FFFD, and so do bytes that are not UTF-8
+- the pieces of a streaming detokenizer, joined, are exactly what `decode` gives for the same ids
+- `apply_chat_template` and `encode_turn` put a chat into the layout of `convert.chat_layout`
+- a bad text or id raises TokenizerError, a bad list of messages RequestError
 """
 
 import codecs
@@ -46,8 +46,8 @@ class Tokenizer:
         self.vocab_size = encoding.n_vocab if n_vocab is None else n_vocab
         if self.vocab_size < encoding.n_vocab:
             raise TokenizerError(
-                f"the tokenizer has ids up to {encoding.n_vocab - 1}, the model's vocabulary"
-                f" only {self.vocab_size}: they do not belong together"
+                f"the tokenizer has ids up to {encoding.n_vocab - 1}, but the model's vocabulary"
+                f" has only {self.vocab_size}: they do not belong together"
             )
         if eos_token_ids is None:
             eos_token_ids = [self.special_tokens[s] for s in STOPS if s in self.special_tokens]
@@ -58,7 +58,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, n_vocab: int | None = None) -> "Tokenizer":
-        """The tokenizer of a model folder; its pickle is read without running any of it."""
+        """The tokenizer of a model folder. Its pickle is read without executing any of it."""
         return cls(read_encoding(Path(folder)), n_vocab)
 
     def token_id(self, name: str) -> int:
@@ -71,7 +71,7 @@ class Tokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, allow_special: bool = False
     ) -> list[int]:
-        """Token ids of `text`, after `<|bos|>` unless the text brings its own or there is none."""
+        """Token ids of `text`, after `<|bos|>` unless the text has its own or there is none."""
         if not isinstance(text, str):
             raise TokenizerError(f"only text can be encoded, not {type(text).__name__}")
         tokens = encode_text(self.encoding, text, allow_special)
@@ -86,16 +86,16 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that `token` decodes to; those of U+FFFD where the id has no token."""
+        """The bytes that `token` decodes to; those of U+FFFD if the id has no token."""
         return self._shown_bytes(token, skip_special=False)
 
     def token_byte_lengths(self, n_vocab: int) -> list[int]:
-        """Bytes of text behind each id, for bits per byte; 0 for special and unknown ids."""
+        """Length of each id's text in bytes, for bits per byte; 0 for special and unknown ids."""
         return [len(self._ordinary.get(token, b"")) for token in range(n_vocab)]
 
     @cached_property
     def vocabulary(self) -> LLTokenizer:
-        """The same tokens for llguidance, made once. The first of its ends is a reply's."""
+        """The same tokens for llguidance, made once. Its first end token is the one for replies."""
         ends = sorted(self.eos_token_ids, key=lambda token: token == self.bos_token_id)
         return lltokenizer_from_encoding(self.encoding, n_vocab=self.vocab_size, eos_token=ends)
 
@@ -106,10 +106,10 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> list[int]:
-        """Token ids of a talk, by default up to where the assistant's next answer starts.
+        """Token ids of a conversation, by default up to where the assistant's next reply starts.
 
-        Messages are {"role": "user", "content": "..."} and so on: perhaps one "system" first, then
-        "user" and "assistant" in turns. Nothing inside a message counts as a special token.
+        Messages are {"role": "user", "content": "..."} and so on: optionally one "system" first,
+        then "user" and "assistant" in turns. Text in a message never becomes a special token.
         """
         chat = turns(messages)
         if add_generation_prompt and chat[-1][0] == "assistant":
@@ -125,7 +125,7 @@ class Tokenizer:
         return tokens
 
     def encode_turn(self, role: str, content: str) -> list[int]:
-        """Token ids of one turn, between its special tokens; nothing in `content` counts as one."""
+        """Token ids of one turn between its special tokens; text in `content` never becomes one."""
         content_ids = self.encode(content, add_special_tokens=False)
         return [self.token_id(start(role)), *content_ids, self.token_id(end(role))]
 
@@ -137,7 +137,7 @@ class Tokenizer:
 
 
 class StreamingDetokenizer:
-    """Text from ids that come one at a time; holds back bytes until they make a character."""
+    """Text from ids that come one at a time. Holds bytes back until they form a character."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
@@ -145,11 +145,11 @@ class StreamingDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add_token(self, token: int) -> str:
-        """The text that has become certain with `token`; often "" in mid-character."""
+        """The text completed by `token`; "" in the middle of a character."""
         return self._decoder.decode(self._tokenizer._shown_bytes(token, self._skip_special))
 
     def finalize(self) -> str:
-        """The rest, an unfinished character as U+FFFD; the next token starts a new stream."""
+        """The rest, with an unfinished character as U+FFFD. The next token starts a new stream."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -159,5 +159,5 @@ def _token_id(token: object) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise TokenizerError(f"a token id is a whole number from 0, not {ascii(token)[:60]}")
+        raise TokenizerError(f"a token id must be a whole number >= 0, not {ascii(token)[:60]}")
     return number

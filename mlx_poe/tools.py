@@ -1,12 +1,11 @@
-"""Tool calls: the system text that offers functions, and the call read from what comes back.
+"""Tool calls: the system text that offers functions, and parsing calls from the model's reply.
 
-- In: functions as JSON text, a dictionary or a list of them (`name`, `description`, `parameters`);
-  then the model's text, piece by piece.
-- Out: the system text in the one layout that the tool specialist was trained on, a grammar that
-  admits calls of these functions only, the plain text before a call, the call, and in words what is
-  wrong with it.
-- Nothing here runs a function. A call is the model's guess: it may invent names and arguments.
-- Bad functions raise RequestError. A bad call, which models make, is a `problem` instead.
+- in: functions as JSON text, a dictionary or a list of them (`name`, `description`, `parameters`);
+  then the model's text, piece by piece
+- out: the system text in the layout that the tool specialist was trained on, a grammar that admits
+  only calls of these functions, the plain text before a call, the call, and any problems with it
+- nothing here runs a function; a call is the model's guess and may invent names and arguments
+- bad functions raise RequestError, while a bad call, which models do make, is a `problem`
 """
 
 import json
@@ -43,15 +42,15 @@ _REPR.maxstring = 60
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function that the model asks for, by name, and its arguments."""
+    """The name of the function that the model calls, and its arguments."""
 
     name: str
     arguments: dict[str, Any]
 
 
 def tool_system_prompt(functions: Functions) -> str:
-    """The system text that offers `functions`, in one layout whatever layout they came in."""
-    # Only this layout works: on compact JSON the model answers in prose.
+    """The system text that offers `functions`, always in the same layout."""
+    # Only this layout works: with compact JSON the model answers in prose.
     layouts = (
         json.dumps(function, indent=4, ensure_ascii=False) for function in read_functions(functions)
     )
@@ -61,7 +60,7 @@ def tool_system_prompt(functions: Functions) -> str:
 def with_functions(
     messages: Sequence[Mapping[str, str]], functions: Functions
 ) -> list[Mapping[str, str]]:
-    """Messages whose system text offers `functions`, before what it says already."""
+    """Messages whose system text offers `functions`, followed by the original system text."""
     offer, rest = tool_system_prompt(functions), list(messages)
     if rest and rest[0].get("role") == "system":
         offer = f"{offer}\n\n{rest.pop(0).get('content', '')}"
@@ -74,8 +73,8 @@ def call_text(name: str, arguments: str) -> str:
 
 
 def result_text(content: str) -> str:
-    """What a function has answered, as a user's turn. The models' documentation names no layout for
-    it; this is the one of the public data that their calls' layout comes from."""
+    """A function's result as a user's turn. The models' documentation does not specify a layout;
+    this one is from the public data set that their call layout comes from."""
     return f"FUNCTION RESPONSE: {content}"
 
 
@@ -87,7 +86,7 @@ def read_functions(functions: Functions) -> list[dict[str, Any]]:
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"the functions are not JSON: {error}") from None
     listed = read if isinstance(read, list) else [read]
-    # As OpenAI's API wraps them.
+    # OpenAI's API wraps them.
     wrapped = [isinstance(f, dict) and f.get("type") == "function" for f in listed]
     listed = [f.get("function") if w else f for f, w in zip(listed, wrapped, strict=True)]
     if not listed:
@@ -103,18 +102,18 @@ def read_functions(functions: Functions) -> list[dict[str, Any]]:
 
 
 def call_grammar(functions: Functions, tool_choice: str = "auto") -> str:
-    """A grammar, for llguidance, of replies to whom `functions` are offered.
+    """An llguidance grammar for replies when `functions` are offered.
 
-    "auto" admits plain text and, perhaps after some, a call; "required" a call; a function's name
-    a call of that; "none" plain text. A call has the layout that the model was trained on, its
-    arguments fit the function's schema, and the reply ends with it. RequestError for a choice that
-    is none of these, or schemas that cannot be used.
+    "auto" admits plain text, and a call with or without text before it; "required" admits a call;
+    a function's name, a call of that function; "none", plain text. A call has the layout that the
+    model was trained on, its arguments fit the function's schema, and it ends the reply.
+    RequestError for another choice, or for schemas that cannot be used.
     """
     offered = read_functions(functions)
     names = [function["name"] for function in offered]
     if tool_choice not in (*_CHOICES, *names):
         known = ", ".join((*_CHOICES, *names))
-        raise RequestError(f"tool_choice {_shown(tool_choice)} is none of {known}")
+        raise RequestError(f"tool_choice {_shown(tool_choice)} is not one of {known}")
     if tool_choice in names:
         offered = [offered[names.index(tool_choice)]]
     start = {
@@ -138,8 +137,7 @@ def call_grammar(functions: Functions, tool_choice: str = "auto") -> str:
 
 
 def _closed(schema: Any, top: bool = False) -> Any:
-    """A schema by which objects have the properties that it lists and no others, as `check_call`
-    reads it."""
+    """The schema with additional properties forbidden by default, as `check_call` reads it."""
     if isinstance(schema, list):
         return [_closed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -153,16 +151,16 @@ def _closed(schema: Any, top: bool = False) -> Any:
 
 
 class ToolCallParser:
-    """Finds the first tool call in text that comes in pieces, wherever the pieces are cut.
+    """Finds the first tool call in text that arrives in pieces of any size.
 
-    Feed it until `done`: then `call` is the call, or `problem` says why there is no usable one,
-    and whatever follows is junk. Text without a call comes back unchanged.
+    Feed it until `done`. Then `call` is the call, or `problem` says why it is not usable; ignore
+    the rest of the text. Text without a call is returned unchanged.
     """
 
     def __init__(self) -> None:
         self.call: ToolCall | None = None
         self.problem: str | None = None
-        self._held = ""  # perhaps the start of the mark
+        self._held = ""  # possibly the start of the mark
         self._begun = False
         self._json: list[str] = []
         self._length = 0
@@ -176,7 +174,7 @@ class ToolCallParser:
         return self.call is not None or self.problem is not None
 
     def feed(self, text: str) -> str:
-        """Take the next piece; the text that is certain to come before any call."""
+        """Take the next piece. Returns the text that is certain to be before any call."""
         plain = ""
         if not self._begun:
             plain, mark, text = (self._held + text).partition(CALL_MARK)
@@ -191,7 +189,7 @@ class ToolCallParser:
         return plain
 
     def finish(self) -> str:
-        """The text held back, once no more will come; a call still open is a problem."""
+        """The text held back, once no more will come. An unfinished call is a problem."""
         if self._begun and not self.done:
             self.problem = "the call was never closed"
         text, self._held = self._held, ""
@@ -200,8 +198,8 @@ class ToolCallParser:
     def _read(self, char: str) -> None:
         """Take one character of the call.
 
-        Counting braces outside strings finds the end, in quoted arguments too. Without the single
-        quotes around those, the call is JSON.
+        Counting braces outside strings finds the end, even in quoted arguments. The call is JSON
+        once the single quotes around the arguments are removed.
         """
         self._length += 1
         if self._length > MAX_CALL:
@@ -240,21 +238,21 @@ class ToolCallParser:
 
 
 def check_call(call: ToolCall, functions: Functions) -> list[str]:
-    """What is wrong with the call according to the functions' schemas; an empty list if nothing.
+    """The problems of the call according to the functions' schemas; empty if there are none.
 
-    Checks the name, missing and invented arguments, and `type` and `enum`, also inside arrays and
+    Checks the name, missing and unknown arguments, `type` and `enum`, also inside arrays and
     objects. Other constraints are not checked.
     """
     schemas = {f["name"]: f.get("parameters", {}) for f in read_functions(functions)}
     if call.name not in schemas:
-        return [f"there is no function {_shown(call.name)}; there is: {', '.join(schemas)}"]
-    # A function without parameters takes none, whereas a bare object may hold anything.
+        return [f"there is no function {_shown(call.name)}; known: {', '.join(schemas)}"]
+    # A function without parameters takes no arguments, but a bare object may contain anything.
     schema = {"properties": {}, **schemas[call.name]}
     return list(_problems(call.arguments, schema, ""))
 
 
 def _problems(value: Any, schema: Any, where: str) -> Iterator[str]:
-    """Where `value` departs from `schema`; parts of a schema that make no sense are ignored."""
+    """Where `value` does not fit `schema`. Invalid parts of a schema are ignored."""
     if not isinstance(schema, dict):
         return
     kinds = schema.get("type")
@@ -264,7 +262,7 @@ def _problems(value: Any, schema: Any, where: str) -> Iterator[str]:
         return
     enum = schema.get("enum")
     if isinstance(enum, list) and value not in enum:
-        yield f"argument {where} is {_shown(value)}, none of {', '.join(map(_shown, enum))}"
+        yield f"argument {where} is {_shown(value)}, not one of {', '.join(map(_shown, enum))}"
     if isinstance(value, list):
         for index, item in enumerate(value):
             yield from _problems(item, schema.get("items"), f"{where}[{index}]")
@@ -298,12 +296,12 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """`value` on one short line, safe to print whatever the model wrote."""
+    """`value` on one short line that is safe to print."""
     return _REPR.repr(value)
 
 
 def _from_json(text: str) -> Any:
-    """What `text` holds. ValueError if it is not JSON, or nested too deep to be walked."""
+    """Parse `text`. ValueError if it is not JSON, or nested too deeply."""
     try:
         # Not strict: the model may write a line break inside a string.
         value = json.loads(text, strict=False, parse_constant=_refuse)

@@ -1,7 +1,7 @@
-"""A checkpoint and its conversion side by side on a text: what rounding has changed.
+"""Compare a checkpoint and its conversion on a text, to see what rounding changed.
 
-- in: two models of the same stages and vocabulary, token sequences, the byte length of every token
-- out: for each stage and the full model, how far the logits are apart and what that costs
+- in: two models with the same stages and vocabulary, token sequences, the byte length of each token
+- out: for each stage and the full model, how far the logits differ and what that costs
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SAMPLE = (
 class Difference:
     """One predictor, before and after.
 
-    logit_difference: the largest. agreement: share of positions with the same best token.
+    logit_difference: the largest one. agreement: the share of positions with the same best token.
     bits_per_byte: the source's and the result's.
     """
 
@@ -44,10 +44,10 @@ class Difference:
 def compare(
     source: PoEModel, result: PoEModel, texts: Sequence[Sequence[int]], token_bytes: Sequence[int]
 ) -> list[Difference]:
-    """The stages' differences, and last the full model's.
+    """The differences of each stage and, last, of the full model.
 
-    Each text is run whole, and the logits of all its stages are held for both models. Raises
-    RequestError where there is no text.
+    Each text is run whole, with the logits of all stages of both models in memory. Raises
+    RequestError if there is no text.
     """
     if not any(len(text) > 1 for text in texts):
         raise RequestError("the text to compare on is empty")

@@ -117,7 +117,7 @@ def test_what_is_there_is_not_generated_again(tmp_path, capsys):
     # Two lines are there, a third is torn.
     output.write_bytes(b"".join(whole[:2]) + whole[2][:40])
     assert run(tmp_path, prompts, *flags) == 0
-    assert "2 of 4 are in" in capsys.readouterr().err
+    assert "2 of 4 are already in" in capsys.readouterr().err
     lines = output.read_bytes().splitlines(keepends=True)
     assert lines[:2] == whole[:2]
     texts = {i: record["text"] for i, record in read(output).items()}
@@ -138,7 +138,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, capsys, content):
     output = tmp_path / "out.jsonl"
     output.write_bytes(content)
     assert run(tmp_path, ["Once"]) == 2
-    assert "no reply of ours" in capsys.readouterr().err
+    assert "was not written by this command" in capsys.readouterr().err
     assert output.read_bytes() == content
 
 
@@ -187,17 +187,17 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     ("line", "named"),
     [
         ("{", "line 3: "),
-        ("5", "line 3: an object or text"),
-        ("{}", "line 3: one of prompt, messages, tokens"),
-        ('{"prompt": "a", "tokens": [1]}', "line 3: one of prompt"),
-        ('{"prompt": 5}', "line 3: prompt is text"),
-        ('{"messages": "a"}', "line 3: messages is"),
+        ("5", "line 3: expected an object or a string"),
+        ("{}", "line 3: expected exactly one of prompt, messages, tokens"),
+        ('{"prompt": "a", "tokens": [1]}', "line 3: expected exactly one of prompt"),
+        ('{"prompt": 5}', "line 3: prompt must be a string"),
+        ('{"messages": "a"}', "line 3: messages must be"),
         ('{"prompt": ""}', "line 3: the prompt is empty"),
         ('{"prompt": "a", "temperature": 1}', "line 3: there is no option temperature"),
         ('{"prompt": "a", "mode": "deep"}', "line 3: mode 'deep'"),
         ('{"prompt": "a", "stage": 1}', "line 3: stage belongs to mode stage"),
         ('{"prompt": "a", "specialist": "no/such/model/at-all"}', "line 3: "),
-        ('{"prompt": "a", "weights": [1]}', "line 3: weights are for several"),
+        ('{"prompt": "a", "weights": [1]}', "line 3: weights need several"),
         ('{"prompt": "a", "temp": "hot"}', "line 3: "),
         ('{"prompt": "a", "max_tokens": 0}', "line 3: max_tokens 0"),
         ('{"prompt": "a", "max_tokens": "many"}', "line 3: "),
@@ -222,11 +222,11 @@ def test_a_bad_line_is_named_before_any_work(tmp_path, capsys, monkeypatch, line
     [
         ([], "give a prompt with --prompt, or a file"),
         (["--prompt", "a", "--prompts", "b", "--output", "c"], "give a prompt with --prompt"),
-        (["--prompt", "a", "--output", "c"], "--output is where"),
+        (["--prompt", "a", "--output", "c"], "--output needs --prompts"),
         (["--prompts", "b"], "--prompts needs --output"),
         (["--prompts", "b", "--output", "c", "--batch", "0"], "--batch 0"),
         (["--prompts", "/no/such/file", "--output", "c"], "/no/such/file cannot be read"),
-        (["--prompts", "/dev/null", "--output", "c"], "holds no prompts"),
+        (["--prompts", "/dev/null", "--output", "c"], "contains no prompts"),
     ],
 )
 def test_flags_that_make_no_sense(flags, named, capsys):

@@ -288,7 +288,7 @@ def test_the_command_on_a_planted_text(quick, capsys):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--model", "poe-tiny", "--shape", "tiny"], "give one of them"),
+        (["--model", "poe-tiny", "--shape", "tiny"], "not both"),
         (["--agreement", "0.9"], "needs --shape"),
         (["--only", "speed"], "--only speed"),
         (["--trials", "0"], "--trials 0"),

@@ -174,7 +174,7 @@ def test_the_command_with_our_own_server(two_loads, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--only", "serving", "--shape", "tiny"], "cannot serve a --shape"),
+        (["--only", "serving", "--shape", "tiny"], "needs a real model"),
         (["--only", "rows", "--specialist", "a=b"], "--specialist is for the section serving"),
     ],
 )

@@ -439,9 +439,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"grammar": ""}, "Empty grammar"),
     ({"grammar": "start: nowhere"}, "nowhere"),
     ({"grammar": 'start: a\na: "x" a'}, "never ends"),
-    ({"regex": "a", "grammar": "start: /a/"}, "regex and grammar exclude each other"),
+    ({"regex": "a", "grammar": "start: /a/"}, "regex and grammar cannot be combined"),
     ({"tool_choice": "auto"}, "no tools"),
-    ({"tools": [{"name": "f"}], "tool_choice": "g"}, "'g' is none of auto, required, none, f"),
+    ({"tools": [{"name": "f"}], "tool_choice": "g"}, "'g' is not one of auto, required, none, f"),
     ({"tools": [{"name": "f", "parameters": {"type": "nil"}}]}, "nil"),
 ]
 

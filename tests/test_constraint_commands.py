@@ -67,7 +67,7 @@ def test_a_grammar_and_functions(tmp_path, capsys):
     [
         (["--regex", "("], "regex: "),
         (["--json-schema", "nowhere.json"], "neither a file nor JSON"),
-        (["--json-schema", "{}", "--regex", "a"], "exclude each other"),
+        (["--json-schema", "{}", "--regex", "a"], "cannot be combined"),
         (["--tool-choice", "auto"], "no tools"),
         (["--grammar", "start: x"], "grammar: "),
         (["--json-schema", "/dev/full/x"], "neither a file nor JSON"),

@@ -59,9 +59,9 @@ def test_a_delta_needs_its_own_base(
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--q-bits", "4"], "add -q"),
-        (["--q-mode", "mxfp4"], "add -q"),
-        (["--q-bits-for", "head=8"], "add -q"),
+        (["--q-bits", "4"], "needs -q"),
+        (["--q-mode", "mxfp4"], "needs -q"),
+        (["--q-bits-for", "head=8"], "needs -q"),
         (["-q", "--q-bits", "7"], "invalid choice"),
         (["-q", "--q-bits-for", "head"], "WHAT=BITS"),
         (["-q", "--q-bits-for", "tail=4"], "name head, embed"),
@@ -75,7 +75,7 @@ def test_a_delta_needs_its_own_base(
         (["--upload-repo", "a/b/c"], "--upload-repo a/b/c"),
         (["-q", "--q-bits-for", "head=0"], "q-bits 0"),
         (["-q", "--q-group-size", "0"], "q-group-size 0"),
-        (["--q-group-size", "0"], "add -q"),
+        (["--q-group-size", "0"], "needs -q"),
         (["-q", "--q-bits", "8", "--quant-predicate", "mixed_2_6"], "leave out --q-bits"),
         (["--verify", "nowhere.txt"], "nowhere.txt"),
     ],

@@ -183,7 +183,7 @@ BASE_FAULTS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = 
     "tokenizer of another model": (
         lambda folder: write_tokenizer(folder, 320),
         TokenizerError,
-        "ids up to 319, the model's vocabulary only 301",
+        "ids up to 319, but the model's vocabulary has only 301",
     ),
     **{
         f"eos is {eos}": (

@@ -57,7 +57,7 @@ def test_links_lead_somewhere(path):
 
 def test_the_readme_stays_short_and_names_every_module():
     assert len(README.splitlines()) <= 180
-    layout = README[README.index("## How it is laid out") :]
+    layout = README[README.index("## Layout") :]
     for folder in ("cognica_mlx", "convert", "bench", "mlx_poe"):
         for path in (ROOT / folder).rglob("*.py"):
             parents = {f"{parent.name}/" for parent in path.parents}

@@ -642,7 +642,7 @@ def test_the_command_says_which_drafter_made_what(capsys):
 def test_options_of_drafters_come_as_numbers_words_and_flags():
     model, tokenizer = fixture("poe-tiny")
     for options, message in (
-        ({"draft_lookup": 1}, "draft_lookup is True or False"),
+        ({"draft_lookup": 1}, "draft_lookup must be True or False"),
         ({"draft_bits": 4.5}, "draft_bits takes whole numbers"),
         ({"draft_bits": "fp9"}, "draft_bits 'fp9': choose from"),
     ):

@@ -111,7 +111,7 @@ def test_text_and_responses(engine):
         ("a", {"specialist": "law"}, "no specialist law"),
         ("a", {"specialist": ["chat", "law"]}, "no specialist law"),
         ("a", {"specialist": []}, "at least one specialist"),
-        ("a", {"weights": [1]}, "weights are for several"),
+        ("a", {"weights": [1]}, "weights need several"),
         ("a", {"specialist": ["chat", "math"], "weights": [1]}, "weights"),
         ("a", {"mode": "deep"}, "mode 'deep'"),
         ("a", {"mode": "stage", "stage": 9}, "stage 9"),

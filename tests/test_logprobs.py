@@ -209,7 +209,7 @@ def test_offsets_say_where_each_tokens_text_begins():
         ({"frequency_penalty": "x"}, "frequency_penalty takes numbers"),
         ({"top_logprobs": 101}, "top_logprobs 101 is not between 0 and 100"),
         ({"top_logprobs": -1}, "top_logprobs -1"),
-        ({"prompt_logprobs": 3}, "prompt_logprobs is True or False"),
+        ({"prompt_logprobs": 3}, "prompt_logprobs must be True or False"),
     ],
 )
 def test_refusals(options, problem):
@@ -229,7 +229,7 @@ def test_the_command_shows_alternatives_and_takes_penalties(capsys):
         [token for token, _ in response.top_logprobs] for response in expected
     ]
     assert main([*flags, "--top-logprobs", "2"]) == 2
-    assert "--top-logprobs belongs to --json" in capsys.readouterr().err
+    assert "--top-logprobs needs --json" in capsys.readouterr().err
 
 
 def test_no_more_rows_are_scored_at_once_than_a_state_holds():

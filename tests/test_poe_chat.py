@@ -384,7 +384,7 @@ def test_without_a_usable_history_the_chat_goes_on_and_says_so(capsys, tmp_path,
     session(chat, TALK[0], "/stats")
     assert len(chat.turns) == 1
     captured = capsys.readouterr()
-    assert captured.err.count("input history is not kept") == 1
+    assert captured.err.count("input history will not be saved") == 1
     assert "1 exchanges" in captured.out
 
 

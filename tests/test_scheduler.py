@@ -170,13 +170,13 @@ def test_an_interruption_keeps_what_is_finished():
 @pytest.mark.parametrize(
     ("prompts", "options", "named"),
     [
-        ("one text", {}, "prompts are a list, not str"),
+        ("one text", {}, "prompts must be a list, not str"),
         (["a", ""], {}, "prompt 1: the prompt is empty"),
         (["a", [5, 2048]], {}, "prompt 1: token id 2048"),
         (["a"], {"mode": "deep"}, "prompt 0: mode 'deep'"),
         (["a"], {"per_prompt": []}, "per_prompt has 0 entries for 1"),
         (["a"], {"per_prompt": [{"temperature": 1}]}, "prompt 0: there is no option temperature"),
-        (["a"], {"per_prompt": [{"model": "chat"}]}, "prompt 0: model is a loaded model"),
+        (["a"], {"per_prompt": [{"model": "chat"}]}, "prompt 0: model must be a loaded model"),
         (["a"], {"max_tokens": 0}, "prompt 0: max_tokens 0"),
         (["a"], {"stop": [""]}, "prompt 0: a stop string is empty"),
         (["a"], {"state": None}, "prompt 0: there is no option state"),

@@ -111,7 +111,10 @@ def test_a_full_queue_says_when_to_come_again(small):
         connection.close()
     until(lambda: small.ask(TEXTS, {**LONG, "max_tokens": 1})[0] == 200)
     status, answer, _ = small.ask(TEXTS, {**LONG, "n": 4})
-    assert (status, answer["error"]["message"]) == (400, "4 sequences at once, 3 at most")
+    assert (status, answer["error"]["message"]) == (
+        400,
+        "4 sequences at once exceed the limit of 3",
+    )
 
 
 def test_what_never_fits_is_refused_with_the_numbers():
@@ -199,7 +202,7 @@ def test_requests_that_take_too_long_are_ended_with_an_error():
         assert expected in whole.split(b"\r\n", 1)[0]
         assert b'"error":{"message":"the server is shutting down"' in whole
         assert b"[DONE]" not in whole
-    assert "ending 2 sequences that are not complete" in "".join(running.log)
+    assert "ending 2 unfinished sequences" in "".join(running.log)
 
 
 # --- many at once ---------------------------------------------------------------------------------

@@ -380,7 +380,7 @@ def test_escape_stops_a_reply_and_what_is_there_stays(page: Page) -> None:
     page.fill("max-tokens", "5")
     page.type(Keys.ENTER)
     page.wait(lambda: len(page.all(".turn")) == 2 and page.all(".turn:last-child .actions"))
-    assert page.text(".turn:last-child .notes") == "Stopped at the limit of tokens."
+    assert page.text(".turn:last-child .notes") == "Stopped at the token limit."
 
 
 def test_the_keyboard_alone_is_enough(page: Page) -> None:
@@ -463,7 +463,7 @@ def test_a_busy_server_is_asked_again_when_it_says(page: Page) -> None:
     refusal = json.dumps({"error": {"message": "the queue is full", "type": "", "code": None}})
     answer_once(page, 429, refusal, {"Retry-After": "1"})
     page.send("What is the capital of Italy?")
-    assert page.text(".error p") == "The server is busy: the queue is full. It asks to wait 1 s."
+    assert page.text(".error p") == "The server is busy: the queue is full. Try again in 1 s."
     again = page.one(".error button")
     assert again.text == "Try again in 1 s" and not again.is_enabled()
     page.wait(again.is_enabled)
@@ -475,7 +475,7 @@ def test_a_busy_server_is_asked_again_when_it_says(page: Page) -> None:
 @pytest.mark.parametrize(
     ("last", "said"),
     [
-        ('data: {"error": {"message": "out of memory"}}\n\n', "The server gave up: out of memory."),
+        ('data: {"error": {"message": "out of memory"}}\n\n', "The server failed: out of memory."),
         ("", "The connection ended before the reply was complete."),
     ],
 )

@@ -292,15 +292,15 @@ def test_limits_have_flags(keyed):
     "flags, problem",
     [
         (["--host", "0.0.0.0"], "others can reach 0.0.0.0: set a key"),
-        (["--no-api-key", "--api-key", "x"], "contradict"),
+        (["--no-api-key", "--api-key", "x"], "not both"),
         (["--specialist", "x"], "invalid NAME=MODEL value"),
         (["--specialist", "poe-tiny=poe-tiny-chat"], "two models are named poe-tiny"),
         (["--composition", "x=poe-tiny-chat,nope"], "no specialist nope"),
-        (["--composition", "x=a:b"], "a weight is a number"),
+        (["--composition", "x=a:b"], "a weight must be a number"),
         (["--port", "70000"], "not a port"),
         (
             ["--host", "no.such.host.invalid", "--no-api-key"],
-            "cannot listen at no.such.host.invalid",
+            "cannot listen on no.such.host.invalid",
         ),
         (["--model", "no-such-model"], "no-such-model"),
         (["--max-sequences", "0"], "max_sequences 0"),

@@ -88,7 +88,7 @@ def test_the_base_is_untouched_and_shared():
     assert specialists.use(None) is base
     with pytest.raises(RequestError, match="no specialist math is attached; attached: chat, tool"):
         specialists.use("math")
-    with pytest.raises(RequestError, match="attached already"):
+    with pytest.raises(RequestError, match="already attached"):
         specialists.attach("chat", "poe-tiny-chat")
 
 

@@ -304,7 +304,7 @@ def test_calls_of_the_goldens_against_their_schemas(functions: Any) -> None:
 
 def test_unknown_missing_and_invented() -> None:
     assert check_call(ToolCall("get\nfood", {}), FUNCTIONS) == [
-        "there is no function 'get\\nfood'; there is: get_weather, get_capital, add_numbers"
+        "there is no function 'get\\nfood'; known: get_weather, get_capital, add_numbers"
     ]
     assert check_call(ToolCall("get_weather", {"a": 11, "b": 11}), FUNCTIONS) == [
         "argument city is missing",
@@ -359,6 +359,6 @@ def test_problems_name_the_place_and_stay_short() -> None:
     problems = check_call(call, functions)
     assert problems[0] == "argument days[1].city is missing"
     assert problems[1].startswith("argument days[1].unit is 'KKK")
-    assert problems[1].endswith("', none of 'C', 'F'")
+    assert problems[1].endswith("', not one of 'C', 'F'")
     assert problems[2] == "there is no argument 'days[1].x'"
     assert max(map(len, problems)) < 120

@@ -290,7 +290,7 @@ def test_what_is_resumed_ends_as_if_it_had_never_stopped(made, stop, accumulatio
     assert not (made / broken).exists()
     watcher = Watcher()
     result = small_run(made, broken, watcher, resume=True, grad_accumulation_steps=accumulation)
-    assert watcher.notes[-1] == f"going on after iteration {stop - 1}"
+    assert watcher.notes[-1] == f"resuming after iteration {stop - 1}"
     assert delta(made / broken) == delta(made / straight)
     assert (made / broken / "README.md").read_text().split("\n| iter")[1] == (
         made / straight / "README.md"
@@ -317,7 +317,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(made, capsys, uncalibrated):
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert error.splitlines()[-1].endswith(
-        f"go on with: mlx_poe.train --output {made / 'stopped'} --resume"
+        f"continue with: mlx_poe.train --output {made / 'stopped'} --resume"
     )
     assert checkpoint_file(made / "stopped").is_file() and not (made / "stopped").exists()
     # A new run does not throw it away in passing; a finished one does.
@@ -393,7 +393,7 @@ def test_what_cannot_be_written_in_the_end_is_not_lost(made, monkeypatch):
     monkeypatch.undo()
     watcher = Watcher()
     small_run(made, "unwritten", watcher, resume=True, save_every=100)
-    assert watcher.notes[-1] == "going on after iteration 6"
+    assert watcher.notes[-1] == "resuming after iteration 6"
     assert delta(made / "unwritten") == delta(made / "mine")
 
 
@@ -458,7 +458,7 @@ def test_settings_from_a_file_and_flags_that_win(made, capsys, uncalibrated):
     assert (fields["iterations"], fields["learning_rate"], fields["seed"]) == (2, 0.001, 4)
     for text, said in (
         ("batchsize: 4", "'batchsize' is not a setting"),
-        ("- 4", "does not hold settings"),
+        ("- 4", "must contain settings"),
         ("iters: many", "iters 'many' is not a whole number"),
         ("learning_rate: fast", "learning_rate 'fast' is not a number"),
         ("store: 3", "store 3 is not true or false"),

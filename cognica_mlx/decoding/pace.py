@@ -96,7 +96,7 @@ class Pace:
         self._record(drafter).add(kept, kept + (kept < drafted))
 
     def drafted_meanwhile(self, drafter: int, rows: int, count: int) -> None:
-        """Note that a drafter guessed a token and drafted `count` more while other machines verified
+        """Note that a drafter guessed a token and drafted `count` more while other machines ran
         `rows` positions: only the time that does not overlap is charged."""
         self.spent -= self._at_hand().hidden(drafter, rows, count)
 

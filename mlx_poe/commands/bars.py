@@ -1,4 +1,4 @@
-"""Bars on stderr for work in several parts, whose names and lengths come as it goes on."""
+"""Progress bars on stderr for work whose parts become known as it runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.progress import (
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, a line for each section; nothing where nobody watches."""
+    """A bar on stderr for each section; nothing if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield lambda label, done, total: None
         return

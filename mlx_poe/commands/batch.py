@@ -1,10 +1,10 @@
 """mlx_poe.generate --prompts: a file of prompts in, a file of replies out.
 
-- in: lines of JSON, a prompt each, with options of its own
-- out: a line of JSON for each, as `--json` prints it, with the prompt's index and id; appended as
-  soon as it is finished, in any order
-- a run that was killed goes on where it was: what the output holds is not generated again
-- every line is checked before any work begins; a bad one is named by its number
+- in: lines of JSON, one prompt each, with its own options
+- out: one line of JSON per reply, as `--json` prints it, with the prompt's index and id; appended
+  as soon as it is finished, in any order
+- a killed run can be restarted: replies already in the output are not generated again
+- every line is checked before any work begins; errors name the line number
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Task
 from mlx_poe.specialists import Specialists
 from mlx_poe.tokenizer import Tokenizer
 
-# What a line may hold: one of these, and options.
+# A line holds one of these, and options.
 PROMPTS = ("prompt", "messages", "tokens")
 OPTIONS = tuple(f.name for f in (*fields(SamplingOptions), *fields(ModeOptions)))
 ABOUT = ("id", "mode", "max_tokens", "stop", "specialist", "weights")
 NAMES = (*PROMPTS, *OPTIONS, *FORM_OPTIONS, *ABOUT)
-# Every line that we write begins so.
+# Every line that we write begins with this.
 OURS = b'{"index": '
 SHOWN = (
     *("finish_reason", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps"),
@@ -69,26 +69,26 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=file_path,
         metavar="FILE.jsonl",
-        help='a line for each: text in quotes, or an object with "prompt", "messages" or "tokens", '
-        'and perhaps "id", "specialist" and options by their Python names',
+        help='one prompt per line: a JSON string, or an object with "prompt", "messages" or '
+        '"tokens" and optionally "id", "specialist" and options by their Python names',
     )
     group.add_argument(
         "--output",
         type=file_path,
         metavar="OUT.jsonl",
-        help="where replies are appended; prompts whose reply it holds are not run again",
+        help="append replies to this file; prompts already answered in it are skipped",
     )
     group.add_argument(
         "--batch",
         type=int,
         default=MAX_SEQUENCES,
         metavar="N",
-        help="prompts to run together (default: %(default)s)",
+        help="how many prompts to run together (default: %(default)s)",
     )
 
 
 def check_file_flags(args: argparse.Namespace) -> None:
-    """RequestError for flags of `generate_file` that make no sense."""
+    """Raise RequestError for invalid flags of `generate_file`."""
     if not args.output:
         raise RequestError("--prompts needs --output, a file for the replies")
     if args.batch < 1:
@@ -97,7 +97,7 @@ def check_file_flags(args: argparse.Namespace) -> None:
 
 
 def generate_file(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Specialists) -> int:
-    """Reply to every line of `args.prompts` that `args.output` has no reply to."""
+    """Reply to every line of `args.prompts` that has no reply in `args.output` yet."""
     lines, output = read_lines(args.prompts), args.output
     constraints = taken_constraints(args)
     done = finished_lines(output)
@@ -117,7 +117,7 @@ def generate_file(args: argparse.Namespace, tokenizer: Tokenizer, specialists: S
         if done.get(line.index) != line.prompt
     ]
     if len(left) < len(lines):
-        print(f"{len(lines) - len(left)} of {len(lines)} are in {output} already", file=sys.stderr)
+        print(f"{len(lines) - len(left)} of {len(lines)} are already in {output}", file=sys.stderr)
     with open_output(output) as file, _bar(len(lines), len(lines) - len(left)) as progress:
 
         def finished(i: int, responses: list[GenerationResponse]) -> None:
@@ -126,7 +126,7 @@ def generate_file(args: argparse.Namespace, tokenizer: Tokenizer, specialists: S
             about = {k: line.fields[k] for k in ("id", "specialist") if k in line.fields}
             whole = {"index": line.index, **about, **record}
             text = strict_json.dumps(whole, ensure_ascii=False)
-            # Whole lines only, and each at once: a kill loses none.
+            # Write each line whole and flush it, so that a kill loses none.
             file.write(text.encode("utf-8", errors="replace") + b"\n")
             file.flush()
 
@@ -137,13 +137,13 @@ def generate_file(args: argparse.Namespace, tokenizer: Tokenizer, specialists: S
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The prompts of a file. RequestError names the first line that makes no sense."""
+    """The prompts in a file. RequestError names the first invalid line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} cannot be read: {error}") from None
     lines: list[Line] = []
-    # Not splitlines: JSON may hold other line separators.
+    # Not splitlines: JSON strings may contain other line separators.
     for number, content in enumerate(text.split("\n"), 1):
         if content.strip():
             try:
@@ -151,7 +151,7 @@ def read_lines(path: Path) -> list[Line]:
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"{path}, line {number}: {error}") from None
     if not lines:
-        raise RequestError(f"{path} holds no prompts")
+        raise RequestError(f"{path} contains no prompts")
     return lines
 
 
@@ -159,25 +159,25 @@ def _line(number: int, index: int, content: Any) -> Line:
     if isinstance(content, str):
         content = {"prompt": content}
     if not isinstance(content, dict):
-        raise RequestError(f"an object or text is needed, not {type(content).__name__}")
+        raise RequestError(f"expected an object or a string, not {type(content).__name__}")
     for name in content:
         if name not in NAMES:
             raise RequestError(f"there is no option {name}")
     given = [name for name in PROMPTS if name in content]
     if len(given) != 1:
-        raise RequestError(f"one of {', '.join(PROMPTS)} is needed, not {len(given)}")
+        raise RequestError(f"expected exactly one of {', '.join(PROMPTS)}, not {len(given)}")
     prompt = content[given[0]]
     kind = str if given[0] == "prompt" else list
     if not isinstance(prompt, kind) or (kind is list and not prompt):
-        raise RequestError(f"{given[0]} is {'text' if kind is str else 'a list of them'}")
+        raise RequestError(f"{given[0]} must be {'a string' if kind is str else 'a list'}")
     rest = {k: v for k, v in content.items() if k not in PROMPTS and v is not None}
     return Line(number, index, prompt, rest)
 
 
 def finished_lines(path: Path) -> dict[int, Any]:
-    """The prompts that a file of replies answers, by index; a torn last line is cut off.
+    """The prompts already answered in a file of replies, by index. Cuts off a torn last line.
 
-    Raises RequestError for a file that holds anything else, changing nothing.
+    Raises RequestError, changing nothing, if the file contains anything else.
     """
     if not path.exists():
         return {}
@@ -190,11 +190,13 @@ def finished_lines(path: Path) -> dict[int, Any]:
             done[record["index"]] = record["prompt"]
         except (ValueError, KeyError, TypeError):
             raise RequestError(
-                f"{path}, line {number} is no reply of ours; give another --output"
+                f"{path}, line {number} was not written by this command; give another --output"
             ) from None
     if torn:
         if not torn.startswith(OURS[: len(torn)]):
-            raise RequestError(f"{path} ends in what is no reply of ours; give another --output")
+            raise RequestError(
+                f"the end of {path} was not written by this command; give another --output"
+            )
         os.truncate(path, len(data) - len(torn))
     return done
 
@@ -209,11 +211,11 @@ class _Models:
         self._costs: dict[int, Costs] = {}
         names = args.specialists or None
         if args.weights and len(names or ()) < 2:
-            raise RequestError("--weights are those of several --specialists")
+            raise RequestError("--weights needs several --specialists")
         self._default = names if names is None or len(names) > 1 else names[0]
 
     def of(self, fields: Mapping[str, Any]) -> PoEModel:
-        """The model for a line; RequestError where it names a specialist that is none."""
+        """The model for a line. RequestError if it names an unknown specialist."""
         wanted = fields.get("specialist", self._default)
         weights = fields.get("weights")
         if "specialist" not in fields and weights is None:
@@ -227,7 +229,7 @@ class _Models:
             raise RequestError(str(error)) from None
         if len(names) == 1:
             if weights is not None:
-                raise RequestError("weights are for several specialists")
+                raise RequestError("weights need several specialists")
             model = self._specialists.use(names[0])
         else:
             key = tuple(names), None if weights is None else tuple(weights)
@@ -239,7 +241,7 @@ class _Models:
         return model
 
     def name_of(self, model: PoEModel) -> str:
-        """How the output calls a model."""
+        """A model's name in the output."""
         return self._names[id(model)]
 
 
@@ -254,7 +256,7 @@ def _task(
     mode, common = _mode(args, line), taken(args, OPTIONS)
     with _named(line):
         if mode != args.mode and mode in MODES:
-            # The command line's are its own mode's.
+            # Mode options on the command line apply to the command line's mode only.
             others = {f.name for f in fields(ModeOptions)} - set(MODES[mode])
             common = {k: v for k, v in common.items() if k not in others}
         if not any(name in own for name in CONSTRAINTS):
@@ -265,7 +267,7 @@ def _task(
             options["costs"] = known_costs
         prompt = _prompt(args, model, line.prompt)
         if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
-            # Spoken to in turns, as `--prompt` would be.
+            # A chat: the same default penalty as `--prompt`.
             formal = any(name in options for name in CONSTRAINTS)
             options.setdefault("repetition_penalty", default_repetition_penalty(model, formal))
         return plan(tokenizer, prompt, model=model, **options)
@@ -276,7 +278,7 @@ def _mode(args: argparse.Namespace, line: Line) -> str:
 
 
 def _prompt(args: argparse.Namespace, model: PoEModel, prompt: Prompt) -> Prompt:
-    """Text is a user's turn to a specialist, and a base continues it; else as it is."""
+    """Turn text into a user's message for a specialist; leave everything else as it is."""
     if not isinstance(prompt, str) or args.ignore_chat_template:
         return prompt
     if not model.config.specialist_layers:
@@ -291,7 +293,7 @@ def _prompt(args: argparse.Namespace, model: PoEModel, prompt: Prompt) -> Prompt
 
 @contextmanager
 def _named(line: Line) -> Iterator[None]:
-    """Errors inside name the line."""
+    """Add the line number to errors raised inside."""
     try:
         yield
     except (PoEError, TypeError, ValueError, OverflowError) as error:
@@ -300,7 +302,7 @@ def _named(line: Line) -> Iterator[None]:
 
 @contextmanager
 def open_output(path: Path) -> Iterator[Any]:
-    """The file of replies, to append bytes to."""
+    """Open the file of replies to append bytes."""
     try:
         file = path.open("ab")
     except OSError as error:
@@ -311,7 +313,7 @@ def open_output(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _bar(total: int, done: int) -> Iterator[Any]:
-    """A progress bar on stderr, if that is a terminal; gives a callback, or None."""
+    """A progress bar on stderr if it is a terminal. Yields a callback, or None."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -324,7 +326,7 @@ def _bar(total: int, done: int) -> Iterator[Any]:
 def as_json(
     model: str, mode: str, prompt: object, responses: Sequence[GenerationResponse]
 ) -> dict[str, object]:
-    """A reply as one JSON object: what `--json` prints."""
+    """A reply as one JSON object, as `--json` prints it."""
     result: dict[str, object] = {
         "model": model,
         "mode": mode,

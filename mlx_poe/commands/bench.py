@@ -1,4 +1,4 @@
-"""mlx_poe.bench: what a stage cut-off and each decoding mode buy on this machine."""
+"""mlx_poe.bench: what stage cut-offs and decoding modes gain on this machine."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ EXAMPLES = """\
   mlx_poe.bench --shape 1.3b --only lengths --lengths 2048,16384
   mlx_poe.bench --only batch --peers                   # many sequences, against mlx-lm's batch
   mlx_poe.bench --only serving --trials 3              # our server and mlx_lm.server under load
-  mlx_poe.bench --shape 1.3b-stage --only training     # a stage of one's own
-  mlx_poe.bench --only drafts --model poe-tiny-chat    # drafters, rounded to 2 to 8 bits
+  mlx_poe.bench --shape 1.3b-stage --only training     # training a stage of your own
+  mlx_poe.bench --only drafts --model poe-tiny-chat    # drafters rounded to 2 to 8 bits
   mlx_poe.bench --only drafts --shape 1.3b --agreement 0.88
   mpirun -n 2 mlx_poe.bench --shape 1.3b --only machines --split stages --prompt-tokens 2048
   mlx_poe.bench --compare old.json
 
-On Linux without a GPU MLX brings a slow BLAS, with which no figure means much. Install OpenBLAS
-(Debian: libopenblas0-pthread) and run with LD_PRELOAD=libopenblas.so.0."""
+On Linux without a GPU, MLX comes with a slow BLAS, which makes the figures meaningless. Install
+OpenBLAS (Debian: libopenblas0-pthread) and run with LD_PRELOAD=libopenblas.so.0."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,18 +94,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--revision", help="branch, tag or commit of a hub repository")
     what.add_argument(
-        "--shape", choices=SHAPES, help="random weights in a released model's shape instead"
+        "--shape", choices=SHAPES, help="use random weights in a released model's shape instead"
     )
     what.add_argument(
         "--agreement",
         type=float,
         metavar="A",
-        help="with --shape: plant a text on which stage 0 agrees with the full model in about this "
+        help="with --shape: plant a text on which stage 0 agrees with the full model on about this "
         "share of tokens, so that wand and speculation can be measured",
     )
     what.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     what.add_argument(
-        "--quantize", type=int, choices=BITS, metavar="BITS", help="round the matrices first"
+        "--quantize", type=int, choices=BITS, metavar="BITS", help="quantize the matrices first"
     )
     how = parser.add_argument_group("measuring")
     how.add_argument(
@@ -117,19 +117,19 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--peers",
         action="store_true",
-        help="also measure mlx-lm: on a Llama of equal size, and in batches over the same weights",
+        help="also measure mlx-lm: on a Llama of equal size, and in batches with the same weights",
     )
     add_specialist_flag(
         how,
         "for the section serving, which loads the first and lets the second take over from it "
-        "(default: poe-tiny has its own)",
+        "(default: poe-tiny's own)",
     )
     how.add_argument("--trials", type=int, default=5, help="rounds over all cases (default: 5)")
     how.add_argument(
         "--max-tokens", "-m", type=int, default=32, help="tokens decoded per trial (default: 32)"
     )
     how.add_argument(
-        "--context", type=int, default=128, help="tokens of text before them (default: 128)"
+        "--context", type=int, default=128, help="tokens of text before those (default: 128)"
     )
     how.add_argument(
         "--prompt-tokens", type=int, default=512, help="length of the prompt read (default: 512)"
@@ -174,8 +174,8 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
     remarks = []
     if mx.default_device() == mx.cpu and slow_blas():
         remarks.append(
-            "warning: this BLAS is slow, a batch of rows costs as much as one by one: the figures "
-            "mean little. Preload OpenBLAS (mlx_poe.bench --help says how)"
+            "warning: this BLAS is slow, and a batch of rows costs as much as the rows one by "
+            "one: the figures mean little. Preload OpenBLAS (mlx_poe.bench --help says how)"
         )
         print(f"mlx_poe.bench: {remarks[0]}", file=sys.stderr)
     with progress_bars() as progress:
@@ -222,7 +222,7 @@ def _left_out(args: argparse.Namespace, model: PoEModel) -> str:
     """Why the modes that need a calibration are not measured."""
     if args.shape:
         return (
-            "random weights: drafts are kept by chance, and wand and certified left out; "
+            "random weights: drafts are kept at random, and wand and certified are left out; "
             "--agreement plants a text"
         )
     problem = model.calibration_problem
@@ -234,16 +234,16 @@ def _left_out(args: argparse.Namespace, model: PoEModel) -> str:
 def _check(args: argparse.Namespace) -> None:
     """Reject bad flags before minutes of measuring."""
     if args.model and args.shape:
-        raise RequestError("--model and --shape: give one of them")
+        raise RequestError("give either --model or --shape, not both")
     check_machines(args)
     if args.agreement is not None and not args.shape:
-        raise RequestError("--agreement needs --shape; a real model has its own")
+        raise RequestError("--agreement needs --shape; a real model has its own agreement")
     for section in args.only or ():
         if section not in SECTIONS:
-            raise RequestError(f"--only {section}: the sections are {', '.join(SECTIONS)}")
+            raise RequestError(f"--only {section}: choose from {', '.join(SECTIONS)}")
     for flag, least, most in (
         ("trials", 1, 1000),
-        ("max_tokens", 2, 120),  # what a state can take back
+        ("max_tokens", 2, 120),  # a state can roll back no more
         ("context", 16, 10**6),
         ("prompt_tokens", 16, 10**6),
     ):
@@ -254,9 +254,9 @@ def _check(args: argparse.Namespace) -> None:
     if not args.lengths or min(args.lengths) < 16:
         raise RequestError("--lengths: each must be at least 16")
     if any(bits not in BITS for bits in args.q_bits):
-        raise RequestError(f"--q-bits: can be {', '.join(map(str, BITS))}")
+        raise RequestError(f"--q-bits: choose from {', '.join(map(str, BITS))}")
     if args.quantize and "quantised" in (args.only or ()):
-        raise RequestError("--quantize: the section quantised rounds the model itself")
+        raise RequestError("--quantize: the section quantised quantizes the model itself")
     if args.plot and find_spec("matplotlib") is None:
         raise RequestError("--plot needs matplotlib: pip install 'cognica-mlx[plot]'")
     if args.plot and not {"stages", "modes"} & set(args.only or DEFAULT_SECTIONS):
@@ -265,7 +265,7 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError(f"--plot {args.plot}: name it .png, .svg or .pdf")
     if "serving" in (args.only or ()):
         if args.shape:
-            raise RequestError("the section serving needs texts: it cannot serve a --shape")
+            raise RequestError("the section serving needs a real model, not --shape")
         check_installed()
     elif args.specialist:
         raise RequestError("--specialist is for the section serving")
@@ -276,10 +276,10 @@ def _check(args: argparse.Namespace) -> None:
 def _prepare(
     args: argparse.Namespace, progress: Callable[[str, int, int], None]
 ) -> tuple[PoEModel, list[list[int]], Calibration | None, Recording | None, str]:
-    """The model, two texts of `context` tokens, what WAND and drafting go by, and a name."""
+    """The model, two texts of `context` tokens, what WAND and drafting use, and a name."""
     kind = _dtype(args)
     if args.shape and args.only == ["drafts"]:
-        # Of a shape only bytes are asked: nothing is computed.
+        # With a shape, this section only counts bytes: nothing is computed.
         model = PoEModel(shape_config(args.shape))
         model.set_dtype(DTYPES[args.dtype or "bfloat16"])
         return model, [], None, None, f"{args.shape}, by its bytes in {args.dtype or 'bfloat16'}"
@@ -307,9 +307,7 @@ def _prepare(
         built = replace(built, model=rounded(built.model, args.quantize))
     calibration = _calibrate(built, progress)
     texts = [built.text(args.context, start) for start in (1000, 5000)]
-    agreed = (
-        f"planted text: stage 0 agrees on {calibration.acceptance['0'][0]:.1%} of what it writes"
-    )
+    agreed = f"planted text: stage 0 agrees on {calibration.acceptance['0'][0]:.1%} of its tokens"
     return built.model, texts, calibration, None, f"{name}, {agreed}"
 
 
@@ -327,7 +325,7 @@ def _calibrate(built: Synthetic, progress: Callable[[str, int, int], None]) -> C
 
 
 def _costs(model: PoEModel, text: Sequence[int]) -> Costs:
-    """What its parts cost here, a rounded drafter's included."""
+    """What the model's parts cost here, including a rounded drafter's."""
     costs = measure(model, ROWS, text=text, trials=3)
     prefix = recorded_prefix(model)
     return replace(costs, rounded=measure_drafter(prefix, ROWS, text=text)) if prefix else costs
@@ -361,7 +359,7 @@ def _measure(
 
 
 def _served(args: argparse.Namespace) -> Served:
-    """The first specialist, or the model itself where there is none, and what stands beside it."""
+    """The first specialist, or the model itself if there is none, and what is served with it."""
     model = args.model or DEFAULT_MODEL
     named = args.specialist
     if not named and model == DEFAULT_MODEL:

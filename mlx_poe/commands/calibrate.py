@@ -1,4 +1,4 @@
-"""mlx_poe.calibrate: measure a model's stages on a text, and keep the result beside the model."""
+"""mlx_poe.calibrate: measure a model's stages on a text, and save the result with the model."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = make_parser(
         "mlx_poe.calibrate",
-        "Measure what each stage of a model is worth on a text: the bounds that the modes wand and "
-        "certified need, agreement, acceptance, bits per byte. The result is written beside the "
-        f"model as {CALIBRATION_FILE}, where the other commands find it.",
+        "Measure how good each stage of a model is on a text: the bounds that the modes wand and "
+        "certified need, agreement, acceptance, and bits per byte. The result is saved in the "
+        f"model's folder as {CALIBRATION_FILE}, where the other commands find it.",
         EXAMPLES,
     )
     parser.add_argument(
@@ -38,19 +38,19 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         type=file_path,
         metavar="FILE",
-        help="a text file, - for stdin, or .jsonl with a text or chat messages on each line "
+        help="a text file, - for stdin, or a .jsonl file with a text or a chat on each line "
         '({"text": "…"} or {"messages": [{"role": "user", "content": "…"}, …]})',
     )
     parser.add_argument(
         "--num-tokens",
         type=int,
         default=16384,
-        help="how many tokens of the text to read at most (default: 16384)",
+        help="read at most this many tokens of the text (default: 16384)",
     )
     parser.add_argument(
         "--mask-prompt",
         action="store_true",
-        help="take bits per byte on what the assistant says, in chats of whole messages",
+        help="measure bits per byte only on what the assistant says; chats are kept whole",
     )
     parser.add_argument(
         "--continuations",
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how many greedy continuations to measure acceptance on (default: 16)",
     )
     parser.add_argument(
-        "--output", type=file_path, metavar="FILE", help="write here instead of beside the model"
+        "--output", type=file_path, metavar="FILE", help="write here, not to the model's folder"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON, no table")
     add_model_flags(parser)
@@ -125,9 +125,7 @@ def _print_tables(calibration: Calibration) -> None:
         stages.add_row(*row)
     stages.add_row("full", "100.0%", f"{calibration.bits_per_byte[-1]:.4f}", "", "", "")
     console.print(stages)
-    console.print(
-        "p50 to p99: how much of the best token's margin is lost in the step to the next stage.\n"
-    )
+    console.print("p50 to p99: how much of the best token's margin is lost by the next stage.\n")
     drafts = Table(title="Acceptance of drafts, on the model's own continuations")
     drafts.add_column("draft stage", justify="right")
     lengths = len(next(iter(calibration.acceptance.values())))
@@ -136,7 +134,7 @@ def _print_tables(calibration: Calibration) -> None:
     for stage_name, rates in calibration.acceptance.items():
         drafts.add_row(stage_name, *(f"{rate:.0%}" for rate in rates))
     console.print(drafts)
-    modes = Table(title="Expected speed of the modes, if decoding costs the bytes it reads")
+    modes = Table(title="Expected speed of the modes, if time is proportional to bytes read")
     for heading in ("mode", "speed-up", "best options"):
         modes.add_column(heading)
     for mode, speedup in calibration.speedups.items():

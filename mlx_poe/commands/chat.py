@@ -36,7 +36,7 @@ from mlx_poe.tools import ToolCallParser, check_call
 
 __all__ = ["COMMANDS", "Repl", "build_parser", "main", "printable"]
 
-# What starts when no model is named: the built-in base with its specialists.
+# Loaded if no model is named: the built-in base with its specialists.
 STARTER, STARTER_SPECIALISTS = DEFAULT_MODEL, ("chat", "math", "tool")
 
 EXAMPLES = """\
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_flags(parser)
     parser.set_defaults(model=None)
-    add_specialist_flag(parser, "attach a specialist to the model, a base, under a name")
+    add_specialist_flag(parser, "attach a specialist to the base model under a name")
     parser.add_argument("--system-prompt", default="", help="system text of the conversation")
     parser.add_argument("--color", action="store_true", help="paint tokens by their stage")
     parser.add_argument(
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     if sys.stdin is None:
-        # Closed by the caller. The first file opened would take its place, which MLX cannot read.
+        # Closed by the caller. The next file opened would get descriptor 0, which MLX cannot read.
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115
     repl = Repl(_make_chat(args), color=args.color, debug=args.debug)
     if sys.stdin.isatty() and sys.stdout and sys.stdout.isatty():
@@ -106,10 +106,10 @@ def _make_chat(args: argparse.Namespace) -> Chat:
 
 
 class Repl:
-    """Reads what the user says, shows replies, obeys commands.
+    """Reads the user's input, shows replies, runs commands.
 
-    Nothing that a reply or a command raises ends it, but for output that can no longer be written.
-    `traceback` is that of the last unexpected error.
+    No error in a reply or a command ends it, except one from writing output. `traceback` is that
+    of the last unexpected error.
     """
 
     def __init__(self, chat: Chat, color: bool = False, debug: bool = False) -> None:
@@ -121,7 +121,7 @@ class Repl:
         self._piped = False
         self._output_error: OSError | None = None
 
-    # Where lines come from
+    # Input
 
     def run(self) -> None:
         """Read from the terminal until /exit or Ctrl-D."""
@@ -143,16 +143,16 @@ class Repl:
             try:
                 text = session.prompt(">>> ")
             except KeyboardInterrupt:
-                continue  # the line is gone, the program stays
+                continue  # drop the line, keep running
             except EOFError:
                 break
             try:
                 self.obey(text)
             except KeyboardInterrupt:
-                continue  # a second Ctrl-C, while the first was being answered
+                continue  # a second Ctrl-C, while the first was being handled
 
     def run_piped(self) -> int:
-        """Reply to every line of stdin; 1 if something could not be done. Ctrl-C ends it."""
+        """Reply to every line of stdin. Returns 1 if anything failed. Ctrl-C ends it."""
         self._piped = True
         status = 0
         for line in sys.stdin.buffer:
@@ -164,17 +164,17 @@ class Repl:
         return status
 
     def welcome(self, starter: bool) -> None:
-        """What a person sees first."""
+        """Print the greeting."""
         if starter:
             self.note(
                 "poe-tiny, a built-in toy model; for a real one: poe-chat --model FOLDER-OR-HUB-ID"
             )
         if not self.chat.can_chat:
-            self.note("this base model was not trained to chat: it continues text")
+            self.note("this base model was not trained to chat; it continues text")
         self.note("/help for commands, Esc Enter for a new line, Ctrl-D to leave")
 
     def obey(self, text: str) -> bool:
-        """Reply, or do what a command says; False if it could not be done, with one line why."""
+        """Reply to a message or run a command. On failure, print one line and return False."""
         text = text.strip()
         if not text:
             return True
@@ -196,7 +196,7 @@ class Repl:
         return True
 
     def _explain(self, error: Exception) -> None:
-        """One line about an error, with its traceback at hand if nobody foresaw it."""
+        """Print one line about an error; keep the traceback if the error is unexpected."""
         if isinstance(error, (PoEError, OSError)):
             self._complain(str(error))
             return
@@ -211,9 +211,9 @@ class Repl:
     # Replies
 
     def reply(self, text: str | None = None) -> None:
-        """Stream the reply to `text`, or without one a new reply to what was said last.
+        """Stream the reply to `text`, or without it a new reply to the last message.
 
-        Ctrl-C breaks it off.
+        Ctrl-C stops it.
         """
         chat, parser = self.chat, ToolCallParser()
         functions = chat.settings.functions
@@ -261,13 +261,13 @@ class Repl:
     # Output
 
     def show(self, what: RenderableType, style: str | None = None) -> None:
-        """Print on stdout: text as it is, or a table."""
+        """Print text or a table on stdout."""
         with self.console.capture() as captured:
             self.console.print(what, style=style, markup=False)
         self._write(captured.get())
 
     def note(self, text: str) -> None:
-        """A line that is not the model's, on stderr."""
+        """Print a line on stderr that does not come from the model."""
         console = Console(stderr=True, highlight=False)
         with console.capture() as captured:
             console.print(text, style="dim", markup=False, soft_wrap=True)
@@ -277,7 +277,7 @@ class Repl:
         try:
             print(text, end="", file=stream, flush=True)
         except OSError as error:
-            # Not a command's failure: with nobody to read it, it makes no sense to go on.
+            # Not a failed command: nobody can read the output, so stop.
             self._output_error = error
             raise
 

@@ -1,8 +1,8 @@
 """poe-chat's commands: what each `/name` does.
 
 - in: the `Repl`, and the text after the command's name
-- out: the chat is changed, or something is shown; a PoEError where that cannot be done
-- it knows nothing about where lines come from
+- out: a change to the chat, or something shown; PoEError on failure
+- knows nothing about where lines come from
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """What `/name` takes and is for, as the help shows it, and the function that does it."""
+    """A command's arguments and purpose, as the help shows them, and its function."""
 
     arguments: str
     purpose: str
@@ -35,11 +35,11 @@ class Command:
 
 
 class _Misused(Exception):
-    """The arguments are not those in the help."""
+    """The arguments do not match the help."""
 
 
 def perform(repl: Repl, line: str) -> None:
-    """Do what a line that begins with / says. RequestError if there is no such command."""
+    """Run a line that begins with /. RequestError if there is no such command."""
     name, argument = [*line[1:].split(maxsplit=1), "", ""][:2]
     if name not in COMMANDS:
         raise RequestError(f"there is no command /{name}; /help lists them")
@@ -51,7 +51,7 @@ def perform(repl: Repl, line: str) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters, which could steer the terminal; tabs and newlines stay."""
+    """`text` without control characters, which could affect the terminal. Keeps tab and newline."""
     return "".join(c for c in text if c in "\n\t" or not _is_control(ord(c)))
 
 
@@ -60,7 +60,7 @@ def _is_control(code: int) -> bool:
 
 
 def mean_depth(responses: Sequence[GenerationResponse], n_stages: int) -> str:
-    """How deep tokens went on average, in words; those that no stage was asked for left out."""
+    """The tokens' average depth, in words. Forced tokens, which ran no stage, do not count."""
     asked = [r for r in responses if not r.forced] or responses
     mean = sum(r.stage + 1 for r in asked) / len(asked)
     return f"{mean:.1f} of {n_stages} stages"
@@ -157,7 +157,7 @@ def _schema(repl: Repl, argument: str) -> None:
 
 
 def _file_or_off(argument: str) -> str | None:
-    """What the named file says; None for "off"."""
+    """The named file's text; None for "off"."""
     if not argument:
         raise _Misused
     if argument == "off":
@@ -175,7 +175,7 @@ def _use(repl: Repl, argument: str) -> None:
         name = _word(argument)
         chat.use(None if name == "base" and "base" not in names else name)
         if not chat.can_chat:
-            repl.note("the base model was not trained to chat: it continues text")
+            repl.note("the base model was not trained to chat; it continues text")
         return
     if not names:
         repl.note("no specialists: start with --specialist NAME=MODEL, or /attach one")
@@ -190,7 +190,7 @@ def _attach(repl: Repl, argument: str) -> None:
     name, model = [*argument.split(maxsplit=1), "", ""][:2]
     if not model:
         raise _Misused
-    # A folder, a hub id or a built-in name; only what no path can be is refused here.
+    # May be a folder, a hub id or a built-in name. This refuses only impossible paths.
     user_path(model)
     repl.chat.specialists.attach(name, model)
 
@@ -221,7 +221,7 @@ def _load(repl: Repl, argument: str) -> None:
         raise _Misused
     chat = repl.chat
     ready = chat.load(user_path(argument))
-    again = "" if ready else "; its state cannot be used, so the next reply runs it again"
+    again = "" if ready else "; its state cannot be used, so the next reply reruns the conversation"
     repl.note(f"{len(chat.turns)} exchanges{again}")
     for turn in chat.turns[-2:]:
         repl.show(f">>> {printable(turn.user)}", style="dim")
@@ -268,33 +268,33 @@ COMMANDS = {
     "stage": Command("N", "let stage N reply alone", _stage),
     "draft": Command(
         "[STAGE [LENGTH]] [4-bit] [lookup]",
-        "speculate: this stage drafts, rounded, or what was said before",
+        "speculate: draft with this stage, rounded, or from earlier text",
         _draft,
     ),
     "temp": Command("T|off", "temperature; 0 is greedy", _option("temp", float)),
     "top-p": Command("P|off", "nucleus probability", _option("top_p", float)),
     "top-k": Command("K|off", "keep the k best tokens", _option("top_k", int)),
     "min-p": Command(
-        "P|off", "least probability, as a share of the best one's", _option("min_p", float)
+        "P|off", "least probability, as a share of the best token's", _option("min_p", float)
     ),
     "repetition-penalty": Command(
         "X|off",
-        "above 1: fewer repetitions; off: the model's default",
+        "above 1 means fewer repetitions; off is the model's default",
         _option("repetition_penalty", float),
     ),
     "seed": Command("N|off", "seed for sampling", _option("seed", int)),
-    "max-tokens": Command("N", "length of the longest reply", _max_tokens),
-    "stop": Command("[TEXT|off]", "end replies before this text too", _stop),
+    "max-tokens": Command("N", "most tokens in a reply", _max_tokens),
+    "stop": Command("[TEXT|off]", "also end replies before this text", _stop),
     "system": Command("[TEXT|off]", "system text", _system),
     "schema": Command("FILE|off", "reply in JSON that fits a schema", _schema),
-    "tools": Command("FILE|off", "offer functions, from JSON, to a tool specialist", _tools),
+    "tools": Command("FILE|off", "offer functions from a JSON file to a tool specialist", _tools),
     "use": Command("[NAME|base]", "change the specialist", _use),
-    "attach": Command("NAME MODEL", "load one more specialist", _attach),
+    "attach": Command("NAME MODEL", "load another specialist", _attach),
     "retry": Command("", "get another reply to the last message", _retry),
     "undo": Command("", "take back the last exchange", _undo),
     "reset": Command("", "start a new conversation", _reset),
     "save": Command("FILE", "write conversation and state to a file", _save),
-    "load": Command("FILE", "go on with a saved conversation", _load),
+    "load": Command("FILE", "continue a saved conversation", _load),
     "stats": Command("", "figures of the last reply", _stats),
     "color": Command("[on|off]", "paint each token by the stage that emitted it", _color),
     "debug": Command("", "traceback of the last unexpected error", _debug),

@@ -19,9 +19,9 @@ from mlx_poe.paths import user_path
 
 
 class ChatHistory(FileHistory):
-    """Earlier input, kept in a file for as long as the file can be used, then in memory.
+    """Earlier input, kept in a file as long as the file works, then in memory.
 
-    `problem` says why the file was given up; None while it works.
+    `problem` says why the file is no longer used; None while it works.
     """
 
     def __init__(self) -> None:
@@ -29,15 +29,15 @@ class ChatHistory(FileHistory):
         super().__init__(os.devnull)
         try:
             self.filename = _history_file()
-            # Now, so that the user hears of it before the first prompt. For reading and appending
-            # at once, because that fails for a pipe, where reading alone would wait for ever.
+            # Open it now, so that the user sees a problem before the first prompt. Mode "ab+"
+            # fails on a pipe, where opening it to read would wait forever.
             with self.filename.open("ab+"):
                 pass
         except (OSError, PoEError) as error:
             self._give_up(error)
 
     def load_history_strings(self) -> Iterable[str]:
-        """The lines in the file, the latest first."""
+        """The lines in the file, latest first."""
         try:
             return [] if self.problem else list(super().load_history_strings())
         except OSError as error:
@@ -53,7 +53,7 @@ class ChatHistory(FileHistory):
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self.problem = f"input history is not kept: {error}"
+        self.problem = f"input history will not be saved: {error}"
 
 
 def _history_file() -> Path:
@@ -82,7 +82,7 @@ class CommandCompleter(Completer):
     def get_completions(
         self, document: Document, complete_event: CompleteEvent
     ) -> Iterator[Completion]:
-        """The ways to go on from the text before the cursor."""
+        """The completions of the text before the cursor."""
         text = document.text_before_cursor
         if not text.startswith("/") or text.startswith("//") or "\n" in text:
             return

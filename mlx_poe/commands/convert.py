@@ -1,4 +1,4 @@
-"""mlx_poe.convert: checkpoints of every kind to MLX folders, optionally quantised."""
+"""mlx_poe.convert: checkpoints of every kind to MLX folders, optionally quantized."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = make_parser(
         "mlx_poe.convert",
-        "Convert a Cognica-PoE checkpoint to an MLX folder, which mlx_poe and mlx-lm load: a "
-        "Hugging Face folder or hub id, a nanochat folder, or a converted one; a base, or a "
-        "specialist together with its base.",
+        "Convert a Cognica-PoE checkpoint to an MLX folder, which mlx_poe and mlx-lm can load. The "
+        "checkpoint is a Hugging Face folder or hub id, a nanochat folder, or a converted folder; "
+        "a base, or a specialist together with its base.",
         EXAMPLES,
     )
     parser.add_argument(
@@ -69,17 +69,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="type of the tensors that are not quantised (default: as stored; a specialist's "
+        help="type of the tensors that are not quantized (default: as stored; a specialist's "
         "summed head is float32)",
     )
     parser.add_argument(
         "--base",
         metavar="FOLDER",
-        help="write a specialist as a delta on this converted base, which several can share "
-        "(default: merge it with its base into one model)",
+        help="write a specialist as a delta on this converted base, which several specialists can "
+        "share (default: merge it with its base into one model)",
     )
-    group = parser.add_argument_group("quantisation")
-    group.add_argument("-q", "--quantize", action="store_true", help="round the matrices")
+    group = parser.add_argument_group("quantization")
+    group.add_argument("-q", "--quantize", action="store_true", help="quantize the matrices")
     group.add_argument("--q-bits", type=int, choices=BITS, help="bits per weight (default: 4)")
     group.add_argument(
         "--q-group-size", type=int, help="weights per scale: 32, 64 or 128 (default: 64)"
@@ -91,8 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="WHAT=BITS",
-        help="other bits for head, embed, attn, mlp, a stage (stage0) or layers (layers0-5); 16 "
-        "leaves them alone; may be repeated, later ones win",
+        help="different bits for head, embed, attn, mlp, a stage (stage0) or layers (layers0-5); "
+        "16 leaves them alone; may be repeated, later ones win",
     )
     group.add_argument(
         "--quant-predicate",
@@ -103,12 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--draft-bits",
         choices=DRAFT_BITS,
         metavar="BITS",
-        help="store a copy of the stages that draft, rounded to 2, 3, 4, 5, 6 or 8 bits, mxfp4 or "
-        "nvfp4, for --draft-bits of the other commands",
+        help="also store a copy of the drafting stages, quantized to 2, 3, 4, 5, 6 or 8 bits, "
+        "mxfp4 or nvfp4, for --draft-bits of the other commands",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--dry-run", action="store_true", help="show what would be read and written, and stop"
+        "--dry-run", action="store_true", help="show what would be read and written, then stop"
     )
     group.add_argument(
         "--verify",
@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=file_path,
         const=False,  # a string would be taken for a path
         metavar="FILE",
-        help="run a text, your own or a built-in one, through source and result, and compare",
+        help="run a text (FILE, or a built-in one) through source and result, and compare",
     )
     group.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     group.add_argument("--upload-repo", metavar="REPO", help="hub repository to upload to")
@@ -155,7 +155,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.upload_repo and conversion.base and not conversion.base.from_hub:
         raise RequestError(
             f"--upload-repo: the delta would refer to {args.base}, which is not on the hub; give "
-            "--base as a hub id, or merge"
+            "--base as a hub id, or merge by leaving it out"
         )
     if args.dry_run:
         _print_plan(conversion, target)
@@ -175,7 +175,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Reject what is plainly wrong before any work."""
+    """Reject flags that cannot work, before any work."""
     for name in ("hf_path", "base", "upload_repo"):
         if getattr(args, name) == "":
             raise RequestError(f"--{name.replace('_', '-')} is empty")
@@ -195,9 +195,9 @@ def _scheme(args: argparse.Namespace) -> Scheme | None:
         return scheme(args.q_bits, args.q_group_size, args.q_mode)
     for name in ("q_bits", "q_group_size", "q_bits_for", "quant_predicate"):
         if getattr(args, name) not in (None, []):
-            raise RequestError(f"--{name.replace('_', '-')} says how to quantise: add -q")
+            raise RequestError(f"--{name.replace('_', '-')} needs -q")
     if args.q_mode != "affine":
-        raise RequestError("--q-mode says how to quantise: add -q")
+        raise RequestError("--q-mode needs -q")
     return None
 
 
@@ -209,7 +209,7 @@ def _progress_bar() -> Progress:
 
 
 def _peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
+    """The process's peak memory, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -245,7 +245,7 @@ def _size(count: int) -> str:
 
 
 def _verify_texts(conversion: Conversion, data: Sequence[Text]) -> list[list[int]]:
-    """The texts to compare on, as tokens. RequestError, before any work, if there are none."""
+    """The texts to compare on, as tokens. RequestError if there are none."""
     folder, size = conversion.checkpoint.tokenizer_folder, conversion.config.vocab_size
     texts = segments(data, Tokenizer.from_folder(folder, n_vocab=size), VERIFY_TOKENS)
     if not texts:

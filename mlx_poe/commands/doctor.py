@@ -14,10 +14,10 @@ from mlx_poe.load import DEFAULT_MODEL
 
 EXAMPLES = """\
   mlx_poe.doctor                                       # about a minute
-  mlx_poe.doctor --json report.json                    # to attach to a report of a problem
-  mlx_poe.doctor --model path/to/model                 # modes, batches and costs of your own
+  mlx_poe.doctor --json report.json                    # to attach to a bug report
+  mlx_poe.doctor --model path/to/model                 # modes, batches and costs of your model
 
-The exit status is 1 if a check has failed."""
+The exit status is 1 if a check fails."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,17 +25,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "mlx_poe.doctor",
         "Check this machine: recorded answers in every type, rows together and alone, every "
-        "decoding mode, batches, and what they cost here. Each line passes, warns or fails.",
+        "decoding mode, batches, and what each costs here. Each line passes, warns or fails.",
         EXAMPLES,
     )
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help="check rows, modes, batches and costs with this one (default: %(default)s)",
+        help="check rows, modes, batches and costs with this model (default: %(default)s)",
     )
     parser.add_argument(
-        "--json", type=file_path, metavar="FILE", help="write the report; - prints it, no text"
+        "--json",
+        type=file_path,
+        metavar="FILE",
+        help="write the report as JSON; - prints it instead of the text",
     )
     return parser
 
@@ -60,7 +63,7 @@ def _doctor(args: argparse.Namespace) -> int:
             whole_file.write_text(args.json, report.to_json())
     if report.failed:
         print(
-            "mlx_poe.doctor: a check has failed; please report it with all of the above",
+            "mlx_poe.doctor: a check failed; please report it with all of the above",
             file=sys.stderr,
         )
     return int(report.failed)

@@ -1,4 +1,4 @@
-"""mlx_poe.evaluate: every stage, mixture and the full model on a text or on lm-eval's tasks."""
+"""mlx_poe.evaluate: score every stage, mixture and the full model on a text or lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ EXAMPLES = """\
   mlx_poe.evaluate --tasks gsm8k --model path/to/specialist --apply-chat-template
   mlx_poe.evaluate --tasks mmlu --num-fewshot 5 --use-cache mmlu.db   # resumes after Ctrl-C
 
-lm-eval's tasks need it installed: pip install "cognica-mlx[eval]"."""
+--tasks needs lm-eval: pip install "cognica-mlx[eval]"."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = make_parser(
         "mlx_poe.evaluate",
-        "Evaluate a model's stages, the mixtures of its first stages, WAND and the full model, all "
+        "Evaluate a model's stages, mixtures of its first stages, WAND and the full model, all "
         "from one pass over the text.",
         EXAMPLES,
     )
@@ -61,36 +61,34 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         type=file_path,
         metavar="FILE",
-        help="a text file, - for stdin, or .jsonl with a text or chat messages on each line",
+        help="a text file, - for stdin, or a .jsonl file with a text or a chat on each line",
     )
-    on.add_argument("--tasks", type=names, metavar="TASK,…", help="lm-eval's tasks, by name")
+    on.add_argument("--tasks", type=names, metavar="TASK,…", help="lm-eval tasks, by name")
     add_model_flags(parser)
     who = parser.add_argument_group("predictors")
     who.add_argument(
         "--stages",
         type=names,
         metavar="P,…",
-        help="stages (0), mixtures of the first stages (0-2), full, or all of them (default: all)",
+        help="stages (0), mixtures of the first stages (0-2), full, or all (default: all)",
     )
     who.add_argument(
         "--safety",
         type=numbers(float),
         metavar="S,…",
         help="WAND with these factors on its bounds (default: "
-        f"{','.join(f'{s:g}' for s in SAFETIES)} with all stages, where there are bounds)",
+        f"{','.join(f'{s:g}' for s in SAFETIES)} with --stages all, if the model has bounds)",
     )
     data = parser.add_argument_group("with --data")
-    data.add_argument("--num-tokens", type=int, help="read so many tokens at most (default: all)")
+    data.add_argument("--num-tokens", type=int, help="most tokens to read (default: all)")
     data.add_argument(
-        "--mask-prompt", action="store_true", help="score what the assistant says, in chats"
+        "--mask-prompt", action="store_true", help="in chats, score only what the assistant says"
     )
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--num-fewshot", type=int, help="examples before each question")
+    tasks.add_argument("--limit", type=float, help="documents per task; below 1, a share of them")
     tasks.add_argument(
-        "--limit", type=float, help="so many documents of each task, or a share of them below 1"
-    )
-    tasks.add_argument(
-        "--apply-chat-template", action="store_true", help="make contexts into chat turns"
+        "--apply-chat-template", action="store_true", help="turn contexts into chat turns"
     )
     tasks.add_argument(
         "--include-path", type=file_path, metavar="FOLDER", help="a folder of your own task files"
@@ -108,19 +106,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="write lm-eval's result files, a folder for each predictor",
     )
     tasks.add_argument(
-        "--log-samples", action="store_true", help="with --output: every document's answers too"
+        "--log-samples", action="store_true", help="with --output: also write every answer"
     )
     how = parser.add_argument_group("running and output")
     how.add_argument(
-        "--batch-size", type=int, default=BATCH, help=f"texts at a time (default: {BATCH})"
+        "--batch-size", type=int, default=BATCH, help=f"texts to run together (default: {BATCH})"
     )
     how.add_argument(
         "--max-length",
         type=int,
-        help="most tokens that a text runs (default: the model's sequence length)",
+        help="most tokens in one text (default: the model's sequence length)",
     )
     how.add_argument(
-        "--json", type=file_path, metavar="FILE", help="write the result; - prints it, no table"
+        "--json",
+        type=file_path,
+        metavar="FILE",
+        help="write the result as JSON; - prints it instead of the table",
     )
     return parser
 
@@ -169,9 +170,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what makes no sense, before any work."""
+    """Reject invalid flags before any work."""
     if (args.data is None) == (args.tasks is None):
-        raise RequestError("give a text with --data, or lm-eval's tasks with --tasks")
+        raise RequestError("give a text with --data, or lm-eval tasks with --tasks")
     for name in ("num_tokens", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1")
@@ -191,9 +192,9 @@ def _check(args: argparse.Namespace) -> None:
     for flag in only["data" if args.tasks else "tasks"]:
         if getattr(args, flag) not in (None, False):
             belongs = "data" if args.tasks else "tasks"
-            raise RequestError(f"--{flag.replace('_', '-')} belongs to --{belongs}")
+            raise RequestError(f"--{flag.replace('_', '-')} needs --{belongs}")
     if args.log_samples and not args.output:
-        raise RequestError("--log-samples belongs to --output, which says where they go")
+        raise RequestError("--log-samples needs --output, the folder to write them to")
     if str(args.json) != "-":
         check_output(args.json)
     check_output(args.use_cache)
@@ -206,7 +207,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _safeties(args: argparse.Namespace, model: PoEModel) -> Sequence[float]:
-    """The factors that were asked for; else the usual ones, where WAND has bounds."""
+    """The factors given; else the default ones, if WAND has bounds."""
     if args.safety:
         return args.safety
     if args.stages and "all" not in args.stages:
@@ -233,8 +234,8 @@ def _on_tasks(
 
     if model.config.specialist_layers and not args.apply_chat_template:
         print(
-            "mlx_poe.evaluate: note: specialists expect chat turns; --apply-chat-template makes "
-            "contexts into turns",
+            "mlx_poe.evaluate: note: specialists expect chat turns; --apply-chat-template turns "
+            "contexts into chat turns",
             file=sys.stderr,
         )
     if args.output:
@@ -266,7 +267,7 @@ def _on_tasks(
     if shared.cut:
         print(
             f"mlx_poe.evaluate: note: {len(shared.cut)} contexts did not fit into {longest} "
-            "tokens; their beginnings were cut",
+            "tokens; their beginnings were cut off",
             file=sys.stderr,
         )
     metrics = {name: _metrics(found, args.tasks) for name, found in results.items()}
@@ -274,7 +275,7 @@ def _on_tasks(
 
 
 def _metrics(found: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    """Of each task that was named, or of all that a pattern stands for, its metrics."""
+    """The metrics of each task named, or of all tasks that a pattern matches."""
     everything = found["results"]
     shown = [name for name in tasks if name in everything] or list(everything)
     return {name: everything[name] for name in shown}

@@ -48,7 +48,7 @@ from mlx_poe.responses import drafts_in_words
 from mlx_poe.specialists import Specialists
 from mlx_poe.tokenizer import Tokenizer
 
-# One colour per stage, shallow to deep; deeper models start over.
+# One color per stage, shallow to deep; deeper models start over.
 STAGE_COLORS = ("green", "cyan", "blue", "magenta", "red", "yellow")
 
 EXAMPLES = """\
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ignore-chat-template",
         action="store_true",
-        help="give a specialist the bare prompt, not as a user's turn",
+        help="give a specialist the bare prompt instead of a user's turn",
     )
     parser.add_argument("--verbose", action="store_true", help="statistics, on stderr")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--top-logprobs",
         type=int,
         metavar="N",
-        help="with --json or --prompts: the N best tokens beside each one",
+        help="with --json or --prompts: also give the N best tokens at each position",
     )
     parser.add_argument(
         "--color-stages", action="store_true", help="color each token by the stage that emitted it"
@@ -110,16 +110,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     if (args.prompt is None) == (args.prompts is None):
-        raise RequestError("give a prompt with --prompt, or a file of them with --prompts")
+        raise RequestError("give a prompt with --prompt, or a file of prompts with --prompts")
     check_split(args)
     if args.prompts is not None:
         check_file_flags(args)
         work = generate_file
     else:
         if args.output is not None:
-            raise RequestError("--output is where --prompts puts its replies")
+            raise RequestError("--output needs --prompts")
         if args.top_logprobs and not args.json:
-            raise RequestError("--top-logprobs belongs to --json or --prompts, which show them")
+            raise RequestError("--top-logprobs needs --json or --prompts")
         if args.prompt != "-":
             _check_text(args.prompt)
         work = _reply
@@ -141,7 +141,7 @@ def _check_text(text: str) -> None:
 
 
 def _reply(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Specialists) -> int:
-    """Reply to `args.prompt`, print the reply, and return the exit status."""
+    """Reply to `args.prompt`, print the reply, return the exit status."""
     text = read_stdin() if args.prompt == "-" else args.prompt
     _check_text(text)
     constraints = taken_constraints(args)
@@ -184,12 +184,12 @@ def _chosen(args: argparse.Namespace, specialists: Specialists) -> PoEModel:
     if len(names) > 1:
         return specialists.compose(names, args.weights)
     if args.weights:
-        raise RequestError("--weights belongs to --specialists with several of them")
+        raise RequestError("--weights needs several --specialists")
     return specialists.use(names[0] if names else None)
 
 
 def _prompt(args: argparse.Namespace, text: str, chats: bool) -> Prompt:
-    """A user's turn for a specialist, the bare text for a base."""
+    """A user's turn for a specialist, bare text for a base."""
     if chats:
         system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
         return [*system, {"role": "user", "content": text}]
@@ -204,7 +204,7 @@ def _consume(
     args: argparse.Namespace,
     progress: PromptProgress,
 ) -> int:
-    """Collect the responses, printing each as it comes; Ctrl-C keeps what there is."""
+    """Collect the responses, printing each as it comes. Ctrl-C keeps those so far."""
     console = Console()
     paints = args.color_stages and console.color_system is not None and not console.no_color
     status = 0
@@ -225,14 +225,14 @@ def _consume(
 
 
 def paint(response: GenerationResponse) -> str:
-    """The response's text in the colour of its stage."""
-    # Style.render leaves the text alone, where rich's console would drop its control characters.
+    """The response's text in its stage's color."""
+    # Style.render leaves the text alone; rich's console would drop control characters.
     style = Style.parse(STAGE_COLORS[response.stage % len(STAGE_COLORS)])
     return style.render(response.text, color_system=ColorSystem.STANDARD)
 
 
 def print_legend(responses: Sequence[GenerationResponse]) -> None:
-    """Which colour is which stage, on stderr."""
+    """Print each stage in its color, on stderr."""
     legend = Text("stages:")
     for stage in sorted({r.stage for r in responses}):
         legend.append(f" {stage}", style=STAGE_COLORS[stage % len(STAGE_COLORS)])
@@ -267,7 +267,7 @@ class PromptProgress:
             self.bar.update(self.bar.task_ids[0], completed=done)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar:
             self.bar.stop()
             self.bar = None

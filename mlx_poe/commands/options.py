@@ -1,7 +1,7 @@
-"""What the commands share: their flags, each declared once, and how they begin and end.
+"""What the commands share: flags, each declared once, and how commands start and end.
 
 A command is a parser and a function. `run` calls it and shows our own errors as one line on stderr.
-The exit status is 2 for a request that makes no sense, 1 for work that failed.
+The exit status is 2 for an invalid request, 1 for work that failed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that shows a usage error as one line, as all our errors are."""
+    """A parser that shows a usage error as one line, like all our errors."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
@@ -56,11 +56,11 @@ def run(
     command: Callable[[argparse.Namespace], int],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse, run, and return the exit status; no traceback for anything a user can cause."""
+    """Parse, run, return the exit status. Nothing a user can cause shows a traceback."""
     open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # Show "?" for what the terminal's encoding lacks, rather than fail.
+            # Print "?" for characters that the terminal's encoding lacks, rather than fail.
             stream.reconfigure(errors="replace")
     try:
         with _warnings_as_lines(parser.prog):
@@ -74,7 +74,7 @@ def run(
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone (`| head`): nothing more to say, and nowhere to say it.
+        # The reader closed the pipe, as `| head` does.
         _silence_stdout()
         return 0
     except MemoryError:
@@ -89,7 +89,7 @@ def run(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that it cleans up."""
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that it cleans up."""
     # nohup ignores SIGHUP, and so should we.
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
@@ -101,16 +101,16 @@ def interruptible() -> Iterator[None]:
 
 
 def open_missing_streams() -> None:
-    """Give stdin, stdout and stderr the null device where the caller closed them.
+    """Open the null device for any of stdin, stdout and stderr that the caller closed.
 
-    Otherwise the next file opened gets descriptor 0, 1 or 2: MLX takes a file on 0 for one that
-    failed to open, and a message would end up in whatever file has 2.
+    Otherwise the next file opened gets descriptor 0, 1 or 2: MLX treats descriptor 0 as a failed
+    open, and messages would be written into whatever file has descriptor 2.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free one: `number`
+            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor: `number`
             os.set_inheritable(opened, True)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -134,9 +134,9 @@ def _warnings_as_lines(prog: str) -> Iterator[None]:
 
 
 def read_stdin() -> str:
-    """All of stdin as text, without the last newline, which `echo` adds.
+    """All of stdin as text, without the final newline that `echo` adds.
 
-    Bytes that are not UTF-8 become U+FFFD; a closed stdin is empty.
+    Bytes that are not UTF-8 become U+FFFD. A closed stdin reads as empty.
     """
     text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
     return text.removesuffix("\n")
@@ -147,7 +147,7 @@ def _one_line(message: str) -> str:
 
 
 def _silence_stdout() -> None:
-    """Discard what is still buffered, so that Python does not try to write it again at exit."""
+    """Discard buffered output, so that Python does not try to write it again at exit."""
     with suppress(OSError):  # a stream without a descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -160,12 +160,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=BITS,
         metavar="BITS",
-        help="round the matrices to 2, 3, 4, 5, 6 or 8 bits in memory",
+        help="quantize the matrices to 2, 3, 4, 5, 6 or 8 bits in memory",
     )
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """--model, --revision, --dtype; the group that they are in."""
+    """--model, --revision, --dtype. Returns their group."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -205,7 +205,7 @@ _named.__name__ = "NAME=MODEL"
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """--max-tokens, --temp and what shapes the choice of a token."""
+    """--max-tokens, --temp and the other sampling flags."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--max-tokens", "-m", type=int, default=256, help="most tokens to generate (default: 256)"
@@ -214,13 +214,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, default=0.0, help="nucleus probability; 0 is off")
     group.add_argument("--top-k", type=int, default=0, help="keep the k best tokens; 0 is off")
     group.add_argument(
-        "--min-p", type=float, default=0.0, help="least probability, as a share of the best token's"
+        "--min-p", type=float, default=0.0, help="least probability, relative to the best token's"
     )
     group.add_argument(
         "--repetition-penalty",
         type=float,
         help="above 1 makes recent tokens less likely; 1 is off (default: off, but "
-        f"{SPECIALIST_PENALTY} for a specialist spoken to in chat turns)",
+        f"{SPECIALIST_PENALTY} for a specialist in a chat)",
     )
     group.add_argument(
         "--repetition-context-size",
@@ -228,12 +228,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         default=20,
         help="how many recent tokens the penalty looks at (default: 20)",
     )
-    for name, times in (("presence", "once"), ("frequency", "as often as the reply has it")):
+    for name, times in (("presence", "once"), ("frequency", "once per occurrence")):
         group.add_argument(
             f"--{name}-penalty",
             type=float,
             metavar="P",
-            help=f"taken from the score of a token that the reply has already, {times}",
+            help=f"subtract P from the score of each token already in the reply, {times}",
         )
     group.add_argument("--seed", type=int, help="seed for sampling (default: a new one every time)")
     group.add_argument(
@@ -242,15 +242,15 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_constraint_flags(parser: argparse.ArgumentParser) -> None:
-    """--json-schema, --regex, --grammar, --tools: what a reply must fit."""
+    """--json-schema, --regex, --grammar, --tools: the form a reply must have."""
     group = parser.add_argument_group("the reply's form (each a file, or the text itself)")
     group.add_argument(
-        "--json-schema", metavar="SCHEMA", help="JSON that fits this schema; {} is any object"
+        "--json-schema", metavar="SCHEMA", help="JSON that fits this schema; {} allows any object"
     )
     group.add_argument("--regex", help="text that fits this regular expression")
     group.add_argument("--grammar", help="text that fits this grammar, in Lark's notation")
     group.add_argument(
-        "--tools", metavar="FUNCTIONS", help="offer these functions, and check calls of them"
+        "--tools", metavar="FUNCTIONS", help="offer these functions; calls must fit their schemas"
     )
     group.add_argument(
         "--tool-choice",
@@ -260,7 +260,7 @@ def add_constraint_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def taken_constraints(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of `add_constraint_flags` that were given, as keywords; files read."""
+    """The flags of `add_constraint_flags` that were given, as keywords, with files read."""
     given = taken(args, FORM_OPTIONS)
     return {k: v if k == "tool_choice" else _file_or_text(k, v) for k, v in given.items()}
 
@@ -271,7 +271,7 @@ def _file_or_text(name: str, value: str) -> str:
         if path.is_file():
             return path.read_text(encoding="utf-8")
     except RequestError:
-        pass  # no path that there could be
+        pass  # not a possible path
     except (OSError, UnicodeDecodeError) as error:
         if not isinstance(error, OSError) or error.errno != errno.ENAMETOOLONG:
             raise RequestError(f"{name}: {value} cannot be read: {error}") from None
@@ -299,10 +299,10 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         "--p99-bounds",
         type=numbers(float),
         metavar="B0,B1,…",
-        help="wand, certified: bounds, one for each step between stages (default: calibration)",
+        help="wand, certified: bounds, one for each stage but the last (default: calibration)",
     )
     group.add_argument(
-        "--exit-stages", type=numbers(int), metavar="0,1,…", help="wand: where tokens may leave"
+        "--exit-stages", type=numbers(int), metavar="0,1,…", help="wand: stages that may exit early"
     )
     group.add_argument(
         "--draft-stage",
@@ -312,17 +312,17 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-draft-tokens",
         type=int,
-        help="speculative, certified: most drafts a round (default: 3; with --draft-bits 6)",
+        help="speculative, certified: most drafts per round (default: 3, or 6 with --draft-bits)",
     )
     group.add_argument(
         "--draft-margin",
         type=float,
-        help="speculative, certified: stop drafting where the best two scores are closer than this",
+        help="speculative, certified: stop drafting when the best two scores are closer than this",
     )
     group.add_argument(
         "--draft-head",
         choices=DRAFT_HEADS,
-        help="speculative: a specialist's drafts through all its heads or the base's (default: "
+        help="speculative: draft through all of a specialist's heads or the base's head (default: "
         "summed)",
     )
     group.add_argument(
@@ -335,26 +335,26 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         "--draft-bits",
         choices=DRAFT_BITS,
         metavar="BITS",
-        help="speculative: draft with a copy of the stages rounded to 2, 3, 4, 5, 6 or 8 bits, "
+        help="speculative: draft with a copy of the stages quantized to 2, 3, 4, 5, 6 or 8 bits, "
         "mxfp4 or nvfp4",
     )
     group.add_argument(
         "--draft-lookup",
         action="store_true",
         default=None,
-        help="speculative: also draft what followed the same tokens earlier in the text",
+        help="speculative: also draft the tokens that followed the same text earlier",
     )
     group.add_argument(
         "--no-park",
         action="store_true",
-        help="wand, speculative, certified: keep the mode even where full depth is faster here",
+        help="wand, speculative, certified: keep the mode even if full depth is faster here",
     )
 
 
 def file_path(text: str) -> Path:
-    """A flag's type: a path, with `~` as the shell reads it."""
+    """A flag's type: a path, with `~` expanded."""
     if not text:
-        raise argparse.ArgumentTypeError("a path is empty")
+        raise argparse.ArgumentTypeError("the path is empty")
     try:
         named = user_path(text)
         named.exists()
@@ -366,7 +366,7 @@ def file_path(text: str) -> Path:
 
 
 def check_output(file: Path | None) -> None:
-    """Raise RequestError where a file to be written later cannot be, before any work."""
+    """Raise RequestError, before any work, if a file to be written later cannot be."""
     if file is None:
         return
     if file.is_dir():
@@ -376,15 +376,15 @@ def check_output(file: Path | None) -> None:
 
 
 def names(text: str) -> list[str]:
-    """A flag's type: names with commas between."""
+    """A flag's type: names separated by commas."""
     found = [part.strip() for part in text.split(",")]
     if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; separate names by one comma")
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; put one comma between names")
     return found
 
 
 def numbers(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:
-    """A flag's type: numbers with commas between."""
+    """A flag's type: numbers separated by commas."""
 
     def parse(text: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
@@ -394,7 +394,6 @@ def numbers(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:
 
 
 def taken(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Those of the named flags that the command has, and that were given or have a default, as
-    keywords."""
+    """The named flags that the command has and that have a value, as keywords."""
     values = {name: getattr(args, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""mlx_poe.server: models behind OpenAI's HTTP API, with a page to talk to them."""
+"""mlx_poe.server: serve models over OpenAI's HTTP API, with a web page to chat with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 KEY_VARIABLE = "MLX_POE_API_KEY"
-# So long requests may go on once the server is told to stop.
+# How long requests may continue once the server is told to stop.
 GRACE_SECONDS = 10.0
 
 EXAMPLES = f"""\
@@ -44,11 +44,11 @@ EXAMPLES = f"""\
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = make_parser(
-        "mlx_poe.server", "Serve models over OpenAI's HTTP API, and a page at /.", EXAMPLES
+        "mlx_poe.server", "Serve models over OpenAI's HTTP API, with a web page at /.", EXAMPLES
     )
     add_model_flags(parser)
     add_specialist_flag(
-        parser, "serve a specialist over the model by this name (default: poe-tiny has its own)"
+        parser, "serve a specialist of the model under this name (default: poe-tiny's own)"
     )
     parser.add_argument(
         "--composition",
@@ -56,35 +56,37 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         type=_composition,
         metavar="NAME=A:W,B:W,…",
-        help="serve a mixture of specialists, weighted by W (default: 1); may be repeated",
+        help="serve a mixture of specialists with weights W (default: 1); may be repeated",
     )
     group = parser.add_argument_group("address and access")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
-    group.add_argument("--port", type=_port, default=8080, help="port; 0 takes one (%(default)s)")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    group.add_argument(
+        "--port", type=_port, default=8080, help="port; 0 picks a free one (%(default)s)"
+    )
     group.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"what clients must know; better kept in the environment as {KEY_VARIABLE}",
+        help=f"key that clients must send; better set as {KEY_VARIABLE} in the environment",
     )
     group.add_argument(
         "--no-api-key",
         action="store_true",
-        help="serve an address that others can reach without a key",
+        help="allow an address that others can reach without a key",
     )
     group.add_argument(
         "--allow-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="let pages from there send requests, https://example.org say; * is any; may be "
-        "repeated",
+        help="allow requests from pages of this origin, such as https://example.org; * is any; may "
+        "be repeated",
     )
     group = parser.add_argument_group("limits")
     for flag, default, text in (
-        ("--max-sequences", MAX_SEQUENCES, "most sequences that run together"),
-        ("--max-queue", 128, "most sequences that wait; more are told to come again"),
-        ("--max-context", 16384, "most tokens of a prompt and its reply together"),
-        ("--max-body", 1_000_000, "most bytes of a request"),
+        ("--max-sequences", MAX_SEQUENCES, "most sequences to run together"),
+        ("--max-queue", 128, "most sequences that may wait; further requests get status 429"),
+        ("--max-context", 16384, "most tokens in a prompt and its reply together"),
+        ("--max-body", 1_000_000, "most bytes in a request"),
     ):
         group.add_argument(
             flag, type=_count, default=default, metavar="N", help=f"{text} (%(default)s)"
@@ -93,13 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory",
         type=_count,
         metavar="BYTES",
-        help="most bytes for sequences and kept prompts (default: half of what the machine has)",
+        help="most bytes for sequences and cached prompts (default: half of the machine's memory)",
     )
     group.add_argument(
         "--prompt-cache-bytes",
         type=_count,
         metavar="BYTES",
-        help="those of it that kept prompts may take (default: a quarter)",
+        help="most of these bytes for cached prompts (default: a quarter)",
     )
     add_split_flags(parser)
     return parser
@@ -116,7 +118,7 @@ def _composition(text: str) -> tuple[str, list[str], list[float]]:
     try:
         names, weights = [part[0] for part in parts], [float(part[2]) for part in parts]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: a weight is a number") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: a weight must be a number") from None
     if not name or not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=A:W,B:W")
     return name, names, weights
@@ -176,7 +178,7 @@ def _listened(
     key: str | None,
     listening: socket.socket,
 ) -> int:
-    """Serve what is loaded until told to stop; the exit status."""
+    """Serve the loaded models until told to stop. Returns the exit status."""
     import uvicorn
 
     with Engine(
@@ -198,10 +200,10 @@ def _check_access(args: argparse.Namespace, key: str | None) -> None:
     from mlx_poe.server.guard import is_loopback
 
     if key and args.no_api_key:
-        raise RequestError("--no-api-key and a key contradict each other")
+        raise RequestError("give either --no-api-key or a key, not both")
     if not key and not args.no_api_key and not is_loopback(args.host):
         raise RequestError(
-            f"others can reach {args.host}: set a key with --api-key or {KEY_VARIABLE}, or say "
+            f"others can reach {args.host}: set a key with --api-key or {KEY_VARIABLE}, or give "
             "--no-api-key"
         )
 
@@ -214,16 +216,16 @@ def _check_names(
     named = [_base_name(model), *(n for n, _ in specialists), *(c[0] for c in compositions)]
     for name in named:
         if named.count(name) > 1:
-            raise RequestError(f"two models are named {name}: give each a name of its own")
+            raise RequestError(f"two models are named {name}: give each its own name")
 
 
 def _base_name(model: str) -> str:
-    """What the base is called: a folder's name, or the hub id or built-in name."""
+    """The base's name: the folder's name, or the hub id or built-in name."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket at the address, before anything is loaded. RequestError where there can be none."""
+    """A socket bound to the address, before anything is loaded. RequestError if that fails."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind)
@@ -231,8 +233,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
     except OSError as error:
         raise RequestError(
-            f"cannot listen at {host}, port {port}: {error.strerror or error}; "
-            "--port chooses another"
+            f"cannot listen on {host}, port {port}: {error.strerror or error}; "
+            "choose another with --port"
         ) from None
     return listening
 
@@ -253,7 +255,7 @@ def _make_app(
 
 
 def _announce(app: Starlette, listening: socket.socket) -> None:
-    listening.listen(1024)  # whoever reads the address may come at once
+    listening.listen(1024)  # clients may connect as soon as they read the address
     host, port = listening.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
@@ -265,16 +267,16 @@ def _announce(app: Starlette, listening: socket.socket) -> None:
 
 
 def _run(server: Any, app: Starlette, listening: socket.socket) -> int:
-    """Serve until a signal comes; then let requests end, for a while."""
+    """Serve until a signal arrives; then give requests some time to finish."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn's own handlers come first; afterwards it raises the signal once more.
+        # uvicorn's own handlers run first; afterwards it raises the signal again.
         signal.signal(number, signal.SIG_IGN)
     service = app.state.server.service
 
     async def end() -> None:
         await asyncio.sleep(GRACE_SECONDS)
         if service.taken:
-            print(f"ending {service.taken} sequences that are not complete", file=sys.stderr)
+            print(f"ending {service.taken} unfinished sequences", file=sys.stderr)
         await asyncio.to_thread(service.engine.close)
 
     stop = server.shutdown

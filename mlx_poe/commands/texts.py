@@ -1,4 +1,4 @@
-"""Texts to measure on: from a file to token sequences."""
+"""Texts to measure on: read from a file and cut into token sequences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Text = str | list[dict[str, str]]
 def read_texts(file: Path) -> list[Text]:
     """The texts and chats in a file, - for stdin.
 
-    Raises RequestError for a file with no text in it, and for a line that is not an entry.
+    Raises RequestError for a file without text, and for an invalid line.
     """
     if str(file) == "-":
         items: list[Text] = [read_stdin()]
@@ -28,13 +28,13 @@ def read_texts(file: Path) -> list[Text]:
         text = file.read_text(encoding="utf-8", errors="replace")
         items = _entries(file, text) if file.suffix == ".jsonl" else [text]
     if not any(items):
-        raise RequestError(f"{'stdin' if str(file) == '-' else file} has no text in it")
+        raise RequestError(f"{'stdin' if str(file) == '-' else file} contains no text")
     return items
 
 
 def _entries(file: Path, text: str) -> list[Text]:
     items: list[Text] = []
-    # Not splitlines: JSON strings may hold the other characters that it splits at.
+    # Not splitlines: JSON strings may contain other line separators.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -50,14 +50,14 @@ def _entries(file: Path, text: str) -> list[Text]:
 
 def _chat(messages: object) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise TypeError("messages are a list of objects")
+        raise TypeError("messages must be a list of objects")
     return messages
 
 
 def segments(
     data: Sequence[Text], tokenizer: Tokenizer, num_tokens: int, longest: int = SEGMENT_TOKENS
 ) -> list[list[int]]:
-    """Token sequences of up to `longest`, each beginning with BOS, `num_tokens` in all."""
+    """Token sequences of up to `longest` tokens, each starting with BOS; `num_tokens` in all."""
     cut: list[list[int]] = []
     for item in data:
         if isinstance(item, str):
@@ -80,7 +80,7 @@ def segments(
 def replies(
     file: Path, tokenizer: Tokenizer, num_tokens: int, longest: int = SEGMENT_TOKENS
 ) -> tuple[list[list[int]], list[list[bool]]]:
-    """Chats of whole messages, and which of their tokens the assistant says."""
+    """Whole chats, and which of their tokens the assistant says."""
     chats = read_split(file, tokenizer, longest=longest, mask_prompt=True)
     chosen = first_texts(chats.texts, num_tokens)
     return [text.tokens.tolist() for text in chosen], [text.counted.tolist() for text in chosen]

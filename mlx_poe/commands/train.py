@@ -1,4 +1,4 @@
-"""mlx_poe.train: a specialist of your own, trained on this machine."""
+"""mlx_poe.train: train your own specialist on this machine."""
 
 from __future__ import annotations
 
@@ -52,96 +52,101 @@ EXAMPLES = """\
   mlx_poe.train --model path/to/base --data chats --layers 4 --batch-size 16 --output my-chat
   mlx_poe.train --data math --output my-math --resume
   mlx_poe.train --data math --output my-math --plot losses.png --log losses.jsonl --test
-  mlx_poe.train --model my-math --data more --output more-math     # a chain
+  mlx_poe.train --model my-math --data more --output more-math     # a specialist on a specialist
   mlx_poe.train -c settings.yaml --output my-math
 
 Then: poe-chat --specialist mine=my-math
 
-The data folder holds train.jsonl and valid.jsonl, and for --test test.jsonl; a row is
+The data folder holds train.jsonl, valid.jsonl and, for --test, test.jsonl; a row is
 {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, or
 {"prompt": "…", "completion": "…"}, or {"text": "…"}. The loss counts what the assistant says.
-On Linux without a GPU run with LD_PRELOAD=libopenblas.so.0 (Debian: libopenblas0-pthread)."""
+On Linux without a GPU, run with LD_PRELOAD=libopenblas.so.0 (Debian: libopenblas0-pthread)."""
 
 _DEFAULTS = TrainingSettings(data="…")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's flags. Those of the settings have no defaults here: a file comes between."""
+    """The command's flags. Settings have no defaults here, as a file may set them too."""
     parser = make_parser(
         "mlx_poe.train",
-        "Train a specialist: a stage of new layers on top of a frozen model. What the model gives "
-        "out at its last layer is computed once and kept on disk, so that training runs the new "
-        "layers alone. --output becomes a specialist's folder, which poe-chat, mlx_poe.generate "
-        "and the others load.",
+        "Train a specialist: a stage of new layers on top of a frozen model. The activations of "
+        "the model's last layer are computed once and kept on disk, so that training runs only the "
+        "new layers. --output becomes a specialist's folder, which poe-chat, mlx_poe.generate and "
+        "the other commands can load.",
         EXAMPLES,
     )
     add_checkpoint_flags(parser)
-    group = parser.add_argument_group("what goes in and out")
+    group = parser.add_argument_group("input and output")
     group.add_argument("--data", metavar="FOLDER", help="folder with train.jsonl and valid.jsonl")
     group.add_argument(
         "--output", required=True, type=file_path, metavar="FOLDER", help="the specialist's folder"
     )
     group.add_argument("--overwrite", action="store_true", help="replace it if it exists")
-    group.add_argument(
-        "--resume", action="store_true", help="go on from where training was broken off"
-    )
+    group.add_argument("--resume", action="store_true", help="continue an interrupted run")
     group.add_argument(
         "-c",
         "--config",
         type=file_path,
         metavar="FILE.yaml",
-        help="settings from a file, named as the flags with _ for -; flags win",
+        help="settings from a file, named like the flags with _ for -; flags take precedence",
     )
-    group.add_argument("--log", type=file_path, metavar="FILE", help="a line of JSON an evaluation")
+    group.add_argument(
+        "--log", type=file_path, metavar="FILE", help="write a line of JSON per evaluation"
+    )
     group.add_argument(
         "--plot", type=file_path, metavar="FILE", help="draw the losses (.png, .svg)"
     )
-    group.add_argument("--test", action="store_true", help="measure on test.jsonl in the end")
+    group.add_argument("--test", action="store_true", help="measure on test.jsonl at the end")
     group = parser.add_argument_group("the stage")
-    _add(group, "--layers", "--num-layers", type=int, help="new layers")
+    _add(group, "--layers", "--num-layers", type=int, help="how many new layers")
     _add(
         group,
         "--head-mode",
         choices=HEAD_MODES,
-        help="predict through the model's heads and a new one (dual), the new one alone "
-        "(specialist), or the model's alone (base)",
+        help="predict with the model's heads and a new one (dual), only the new one (specialist), "
+        "or only the model's (base)",
         default="the model's",
     )
     _add(
         group,
         "--chat-tokens",
         choices=CHAT_TOKENS,
-        help="embeddings of the chat tokens: those of words, the model's own (keep), or words "
-        "where the model never saw them (auto)",
+        help="embeddings of the chat tokens: those of words, the model's own (keep), or words for "
+        "tokens that the model never saw (auto)",
     )
     group = parser.add_argument_group("training")
     _add(group, "--iters", type=int, help="batches to train on")
-    _add(group, "--batch-size", type=int, help="rows in a batch")
+    _add(group, "--batch-size", type=int, help="rows per batch")
     _add(
         group,
         "--learning-rate",
         type=float,
-        help="highest rate; the heads' is half of it or less",
+        help="peak rate; the head's is half of it or less",
     )
-    _add(group, "--optimizer", choices=OPTIMIZERS, help="for the layers' matrices; else AdamW")
-    _add(group, "--grad-accumulation-steps", type=int, help="batches to an update")
+    _add(
+        group,
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="for the layers' matrices; the rest uses AdamW",
+    )
+    _add(group, "--grad-accumulation-steps", type=int, help="batches per update")
     _add(group, "--max-grad-norm", type=float, help="clip the gradient to this norm; 0 is off")
     _add(
-        group, "--max-seq-length", type=int, help="cut longer rows to so many tokens",
-        default="the model's window",
+        group, "--max-seq-length", type=int, help="cut longer rows to this many tokens",
+        default="the model's sequence length",
     )  # fmt: skip
     _add(
         group,
         "--mask-prompt",
         action=argparse.BooleanOptionalAction,
         help="count only what the assistant says",
-        default="yes, but in plain text everything counts",
+        default="yes; plain text counts as a whole",
     )
     _add(
         group, "--pack", action="store_true",
-        help="join rows up to --max-seq-length, each seeing those before it", default="no",
+        help="join rows up to --max-seq-length; each row sees those before it", default="no",
     )  # fmt: skip
-    _add(group, "--seed", type=int, help="seed of the weights and of the data's order")
+    _add(group, "--seed", type=int, help="seed for the weights and the order of the data")
     _add(group, "--steps-per-eval", type=int, help="iterations between validations")
     _add(group, "--val-batches", type=int, help="batches to validate on, -1 for all")
     _add(group, "--save-every", type=int, help="iterations between checkpoints")
@@ -155,9 +160,9 @@ def build_parser() -> argparse.ArgumentParser:
         dest="store",
         action="store_false",
         default=None,
-        help="keep nothing on disk: run the model in every iteration",
+        help="keep nothing on disk; run the model in every iteration",
     )
-    _add(group, "--store-bits", type=int, choices=STORE_BITS, help="bits of a value")
+    _add(group, "--store-bits", type=int, choices=STORE_BITS, help="bits per value")
     group.add_argument(
         "--store-path",
         type=file_path,
@@ -204,7 +209,7 @@ def _train(args: argparse.Namespace) -> int:
             again = f"mlx_poe.train --output {shlex.quote(str(args.output))} --resume"
             print(
                 f"\nmlx_poe.train: interrupted after iteration {stopped.iteration}, which is "
-                f"saved; go on with: {again}",
+                f"saved; continue with: {again}",
                 file=sys.stderr,
             )
             return INTERRUPTED
@@ -225,8 +230,8 @@ def _train(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             watch.done()
             print(
-                "\nmlx_poe.train: interrupted; the specialist is there, and mlx_poe.calibrate "
-                "calibrates it",
+                "\nmlx_poe.train: interrupted; the specialist is written, and mlx_poe.calibrate "
+                "can calibrate it",
                 file=sys.stderr,
             )
             return INTERRUPTED
@@ -234,9 +239,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given as flags."""
+    """The settings given as flags."""
     given = {name: getattr(args, name) for name in NAMES}
-    # Flags whose parsers have defaults.
+    # These flags do have parser defaults.
     if not args.test:
         del given["test"]
     if args.model == DEFAULT_MODEL:
@@ -245,7 +250,7 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings whose folders can be found again from anywhere: training may go on elsewhere."""
+    """The settings with absolute paths, since training may resume from another folder."""
     for name in ("data", "model"):
         value = given.get(name)
         if isinstance(value, str) and value and (name == "data" or user_path(value).is_dir()):
@@ -254,18 +259,18 @@ def _absolute(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file. RequestError naming what it holds and should not."""
+    """The settings in a YAML file. RequestError names any entry that is not a setting."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RequestError(f"{path} cannot be read as YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise RequestError(f"{path} does not hold settings, one `name: value` on a line")
+        raise RequestError(f"{path} must contain settings, one `name: value` per line")
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = "layers" if key == "num_layers" else key
         if name not in NAMES:
-            raise RequestError(f"{path}: {key!r} is not a setting; there are: {', '.join(NAMES)}")
+            raise RequestError(f"{path}: {key!r} is not a setting; choose from {', '.join(NAMES)}")
         if isinstance(getattr(_DEFAULTS, name), float) and isinstance(value, str):
             value = _number(path, name, value)
         found[name] = value
@@ -273,7 +278,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _number(path: Path, name: str, text: str) -> float:
-    # YAML takes 1e-4, without a point, for a text.
+    # YAML reads 1e-4, without a decimal point, as a string.
     try:
         return float(text)
     except ValueError:
@@ -281,7 +286,7 @@ def _number(path: Path, name: str, text: str) -> float:
 
 
 def _check_plot(path: Path) -> None:
-    """Raise RequestError, before any work, where the plot could not be drawn in the end."""
+    """Raise RequestError, before any work, if the plot could not be drawn at the end."""
     if find_spec("matplotlib") is None:
         raise RequestError("--plot needs matplotlib: pip install 'cognica-mlx[plot]'")
     if path.suffix not in (".png", ".svg", ".pdf"):
@@ -289,7 +294,7 @@ def _check_plot(path: Path) -> None:
 
 
 def _measure(output: Path, settings: TrainingSettings, result: Result, watch: Watch) -> None:
-    """Calibrate and time the new specialist, and print what it is worth."""
+    """Calibrate and time the new specialist, and print the results."""
     if result.test is not None:
         bits = bits_per_byte(output, settings.dtype, result.test)
         print(f"test: {bits:.6f} bits per byte", flush=True)
@@ -315,7 +320,7 @@ def _measure(output: Path, settings: TrainingSettings, result: Result, watch: Wa
 
 
 class Watch:
-    """Shows a run on stderr, a bar on a terminal and a line an evaluation anywhere, and logs it."""
+    """Shows a run on stderr (a bar on a terminal, a line per evaluation anywhere) and logs it."""
 
     def __init__(self, log: Path | None, append: bool):
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -1,10 +1,10 @@
 """Checks of a machine and its back end, for `mlx_poe.doctor`.
 
-- recorded: answers that do not depend on any machine, and models that give them
+- recorded: machine-independent answers, and the models that give them
 - agreement: rows together and alone, modes and batches, against plain forwards on this machine
-- hardware: the machine, its BLAS, what rows and modes cost
-- report: what a check says, to read, to paste and as JSON
-- examination: all of them, one after the other
+- hardware: the machine, its BLAS, the costs of rows and modes
+- report: the results, as text and as JSON
+- examination: runs all checks in order
 
 The checks run the code that users run.
 """

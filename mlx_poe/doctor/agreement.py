@@ -1,9 +1,9 @@
-"""Whether decoding on this machine is what plain forwards on it say: rows, modes, batches.
+"""Whether decoding on this machine agrees with plain forwards on it: rows, modes, batches.
 
 - in: a model and its tokenizer
 - out: a line for each check
-- a token is right if no other has a higher score where the whole text is run at once; in half
-  precision the best two may be so close that passes of different sizes order them differently
+- a token is right if no other token has a higher score when the whole text is run at once; in half
+  precision the best two may be so close that passes of different sizes rank them differently
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from mlx_poe.responses import GenerationResponse
 from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.verify import SAMPLE
 
-# Logits that passes of different sizes may be apart, by the type of the weights.
+# How far logits from passes of different sizes may differ, by the type of the weights.
 APART = {mx.float32: 1e-3, mx.float16: 0.05, mx.bfloat16: 0.4}
 MOST_ROWS = 16
 CONTEXTS = 6
 TOKENS = 24
-# Of WAND's tokens at least so many should be the full model's. Bounds promise more, on a text like
-# that of the calibration.
+# The share of WAND's tokens that should be the full model's. The bounds promise more, on text like
+# the calibration's.
 WAND_AGREES, WAND_FAILS = 0.97, 0.9
 
 PROMPTS = (
@@ -60,7 +60,7 @@ NEAR_TIES = "rounding decides between nearly equal tokens here; use --dtype floa
 
 @dataclass(frozen=True)
 class Verdict:
-    """On replies: how many tokens there were, how many are not the best by a plain forward, how far
+    """About replies: the number of tokens, how many are not the best by a plain forward, how far
     the worst of these is from the best, in logits, and how many are the full model's best."""
 
     tokens: int
@@ -69,7 +69,7 @@ class Verdict:
     as_full: int
 
     def status(self, dtype: mx.Dtype) -> str:
-        """OK where every token is right, WARNING where the wrong ones are near ties."""
+        """OK if every token is right, WARNING if the wrong ones are near ties, otherwise FAILED."""
         if not self.wrong:
             return OK
         return WARNING if self.furthest <= APART[dtype] else FAILED
@@ -96,7 +96,7 @@ def rows(model: PoEModel, tokenizer: Tokenizer) -> Line:
         for n in range(2, MOST_ROWS + 1):
             state.rollback(end)
             together = scores(text[end : end + n])
-            # What is not a number is as far apart as can be.
+            # NaN counts as infinitely far apart.
             apart = max(apart, np.nan_to_num(np.abs(together - alone[:n]), nan=np.inf).max())
             flips += int((together.argmax(-1) != alone[:n].argmax(-1)).sum())
             count += n
@@ -108,14 +108,14 @@ def rows(model: PoEModel, tokenizer: Tokenizer) -> Line:
     if flips:
         advice = (
             "speculation may choose differently between nearly equal tokens; use --dtype float32 "
-            "where output must not depend on the mode"
+            "if output must not depend on the mode"
         )
         return _line("rows", name, dtype, WARNING, value, advice, numbers)
     return _line("rows", name, dtype, OK, value, "", numbers)
 
 
 def cases(model: PoEModel) -> dict[str, dict[str, Any]]:
-    """Every mode that the model can be asked for, by a name: the options of `stream_generate`."""
+    """Every mode that the model supports: options of `stream_generate`, by name."""
     last = model.poe_n_stages - 1
     found: dict[str, dict[str, Any]] = {
         "full": {},
@@ -132,7 +132,7 @@ def cases(model: PoEModel) -> dict[str, dict[str, Any]]:
 def replies(
     model: PoEModel, tokenizer: Tokenizer, options: Mapping[str, Any]
 ) -> list[list[GenerationResponse]]:
-    """What the model makes of each prompt by itself."""
+    """The model's reply to each prompt, one at a time."""
     return [
         list(stream_generate(model, tokenizer, prompt, max_tokens=TOKENS, **options))
         for prompt in PROMPTS
@@ -154,7 +154,7 @@ def judged(
         predictions = [z[0, part] for z in model.predictions(mx.array([[*ids, *tokens[:-1]]]))]
         short = _short_of_best(model, predictions, options, reply)
         count += len(tokens)
-        # What is not a number is wrong too.
+        # NaN is wrong too.
         wrong += int((~(short <= 0)).sum())
         furthest = max(furthest, *np.where(np.isnan(short), np.inf, short).tolist())
         as_full += int((np.array(predictions[-1]).argmax(-1) == tokens).sum())
@@ -167,7 +167,7 @@ def _short_of_best(
     options: Mapping[str, Any],
     reply: Sequence[GenerationResponse],
 ) -> np.ndarray:
-    """By how much each token's score is below the best one, under what the mode stands for."""
+    """How far each token's score is below the best one, under the mode's rule."""
     *stages, full = predictions
     mode, at = options.get("mode", "full"), np.arange(len(reply))
     tokens = np.array([r.token for r in reply])
@@ -187,8 +187,8 @@ def _short_of_best(
     ]
     if mode == "prefix":
         return below(by_stage[options["max_stages"] - 1])
-    # WAND's tokens are those of the stage at which they left, with the lead that they needed there.
-    # Certified drafts may also be what the full model has chosen.
+    # WAND's tokens must be those of the stage where they exited, with the margin required there.
+    # Certified drafts may also be the full model's choice.
     needed = _needed(model, mode)
     shorts = np.stack(
         [
@@ -200,7 +200,7 @@ def _short_of_best(
 
 
 def _needed(model: PoEModel, mode: str) -> list[float]:
-    """The lead with which each stage but the last may be left, by the rule in `decoding.wand`."""
+    """The margin required to exit at each stage but the last, by the rule in `decoding.wand`."""
     calibration = model.calibration
     bounds = calibration.p99_bounds if calibration else published_bounds(model.config) or ()
     safety = calibration.options.get(mode, {}).get("safety", 1.0) if calibration else 1.0
@@ -208,13 +208,13 @@ def _needed(model: PoEModel, mode: str) -> list[float]:
 
 
 def _leads(scores: mx.array) -> np.ndarray:
-    """By how much each best score leads."""
+    """How far each best score leads."""
     numbers = np.sort(np.array(scores), axis=-1)
     return numbers[:, -1] - numbers[:, -2]
 
 
 def modes(model: PoEModel, tokenizer: Tokenizer) -> Iterator[Line]:
-    """Every mode on the prompts, and a batch of all modes against the same alone."""
+    """Check every mode on the prompts, and a batch of all modes against the same prompts alone."""
     dtype, alone = model.resid_lambdas.dtype, {}
     for name, options in cases(model).items():
         alone[name] = replies(model, tokenizer, options)
@@ -229,7 +229,7 @@ def _mode_line(name: str, dtype: mx.Dtype, verdict: Verdict) -> Line:
     share = verdict.as_full / verdict.tokens
     status, advice = verdict.status(dtype), ""
     value = (
-        f"{verdict.tokens - verdict.wrong} of {verdict.tokens} tokens as a plain forward has them"
+        f"{verdict.tokens - verdict.wrong} of {verdict.tokens} tokens agree with a plain forward"
     )
     if verdict.wrong:
         value += f", the others within {verdict.furthest:.2g} of the best"
@@ -248,7 +248,7 @@ def _batch(
     tokenizer: Tokenizer,
     alone: Mapping[str, Sequence[Sequence[GenerationResponse]]],
 ) -> Line:
-    """The prompts together, in turns through all modes."""
+    """The prompts together, cycling through all modes."""
     dtype, named = model.resid_lambdas.dtype, cases(model)
     order = [list(named)[i % len(named)] for i in range(len(PROMPTS))]
     together = batch_generate(

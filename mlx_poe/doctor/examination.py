@@ -21,9 +21,9 @@ from mlx_poe.doctor.recorded import (
 from mlx_poe.doctor.report import FAILED, OK, WARNING, Line, Report
 from mlx_poe.load import load
 
-# For each type and number of bits: how far logits may be from the recorded ones, in a line that
-# passes and in one that does not fail, and in how many places the best token must be the same. On
-# the CPU we saw 1e-5, 0.15, 0.017 and 1e-5, and 98.4 % of the tokens or more.
+# For each type and number of bits: how far logits may be from the recorded ones to pass, how far
+# before a check fails, and the share of positions where the best token must be the same. On the CPU
+# we saw 1e-5, 0.15, 0.017 and 1e-5, and at least 98.4 % of the tokens.
 TOLERANCES: dict[tuple[str, int | None], tuple[float, float, float]] = {
     ("float32", None): (1e-3, 1e-2, 0.99),
     ("bfloat16", None): (0.4, 1.0, 0.96),
@@ -33,18 +33,18 @@ TOLERANCES: dict[tuple[str, int | None], tuple[float, float, float]] = {
 
 
 def examine(model: str, progress: Progress | None = None) -> Report:
-    """Check everything: recorded answers with the models that have them, the rest with `model`."""
-    # MLX reads its settings once, so before the first product, which measures the bandwidth.
+    """Run all checks: recorded answers with the models that have them, the rest with `model`."""
+    # MLX reads its settings once, so set them before the first product, in the bandwidth test.
     prepare(mx.float32)
     kinds = ["float32"] if mx.default_device() == mx.cpu else ["bfloat16", "float32"]
     machine = this_machine()
-    total = 6 + len(MODELS) * len(TOLERANCES) + 9 * len(kinds)  # less, where there is no WAND
+    total = 6 + len(MODELS) * len(TOLERANCES) + 9 * len(kinds)  # fewer without WAND
     lines = []
     for line in _all_lines(machine, model, kinds):
         lines.append(line)
         if progress:
             progress("checking", min(len(lines), total), total)
-    # Rows come together, and modes do, whatever the types that they were checked in.
+    # Group lines by section, across the types checked.
     order = list(dict.fromkeys(line.section for line in lines))
     return Report(machine, model, sorted(lines, key=lambda line: order.index(line.section)))
 
@@ -61,7 +61,7 @@ def _all_lines(machine: Machine, model: str, kinds: Sequence[str]) -> Iterator[L
 
 
 def answer_lines() -> Iterator[Line]:
-    """The recorded answers, in every type and with rounded matrices."""
+    """Check the recorded answers, in every type and with quantized matrices."""
     for name in MODELS:
         for (dtype, bits), limits in TOLERANCES.items():
             apart, agree = difference(recorded_model(name, dtype, bits), read_recording(name, bits))
@@ -74,10 +74,10 @@ def _answer_line(name: str, apart: float, agree: float, limits: tuple[float, flo
     value = f"logits differ by {apart:.2g} at most; {agree:.1%} of the best tokens are the same"
     numbers = {"apart": apart, "agreement": agree}
     status, advice = OK, ""
-    # Written so that what is not a number fails.
+    # Written so that NaN fails.
     if not (apart <= fails and agree >= least):
         status, advice = FAILED, REPORT
     elif apart > passes:
         status = WARNING
-        advice = "larger than on any machine we know of: please tell us"
+        advice = "larger than on any machine that we have tested: please tell us"
     return Line("recorded answers", name, status, value, advice, numbers)

@@ -1,4 +1,4 @@
-"""The machine itself: memory, the BLAS in use, what rows and modes cost."""
+"""The machine itself: memory bandwidth, the BLAS in use, the costs of rows and modes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlx_poe.doctor.report import OK, WARNING, Line
 from mlx_poe.tokenizer import Tokenizer
 
 ROWS = (1, 2, 4, 8, 16)
-# Drafting three tokens needs four rows to cost less than so many single ones.
+# Drafting three tokens pays only if four rows cost less than this many single ones.
 FOUR_ROWS = 3.0
 PACED_PROMPTS = 6
 TRIALS = 3
@@ -40,11 +40,11 @@ def machine_lines(machine: Machine) -> list[Line]:
 
 
 def blas_line() -> Line:
-    """What multiplies matrices, and whether a batch of rows pays with it."""
+    """The BLAS in use, and whether a batch of rows pays with it."""
     if mx.default_device() != mx.cpu:
         return Line("machine", "BLAS", OK, "not used: products run on the GPU")
     name = blas_in_use()
-    # Once may be chance, where something else is running.
+    # A single slow result may be chance, if something else is running.
     if not all(slow_blas() for _ in range(TRIALS)):
         return Line("machine", "BLAS", OK, name)
     advice = (
@@ -56,13 +56,13 @@ def blas_line() -> Line:
 
 
 def blas_in_use() -> str:
-    """The BLAS that MLX calls on the CPU: a preloaded one goes before its own."""
+    """The BLAS that MLX calls on the CPU; a preloaded one takes precedence over its own."""
     if platform.system() == "Darwin":
         return "Accelerate"
     maps = Path("/proc/self/maps")
     paths = re.findall(r"/\S+", maps.read_text()) if maps.is_file() else []
     names = dict.fromkeys(Path(path).name for path in paths if "blas" in Path(path).name.lower())
-    # NumPy brings one for itself.
+    # NumPy loads its own.
     loaded = [name for name in names if not name.startswith("libscipy_")]
     preloaded = Path(os.environ.get("LD_PRELOAD", "").partition(":")[0]).name.partition(".")[0]
     loaded.sort(key=lambda name: not (preloaded and name.startswith(preloaded)))
@@ -70,7 +70,7 @@ def blas_in_use() -> str:
 
 
 def cost_lines(model: PoEModel, tokenizer: Tokenizer) -> list[Line]:
-    """What several rows cost, and whether each mode that drafts or leaves early pays."""
+    """The cost of several rows, and whether each mode that drafts or exits early pays."""
     costs = measure(model, ROWS, text=tokenizer.encode(PROMPTS[0]) * 4)
     times = {n: costs.full_pass(n) / costs.full_token for n in ROWS[1:]}
     value = ", ".join(f"{n} rows {times[n]:.2f}" for n in times) + " times one row"
@@ -85,7 +85,7 @@ def cost_lines(model: PoEModel, tokenizer: Tokenizer) -> list[Line]:
 
 
 def _pays(model: PoEModel, tokenizer: Tokenizer, costs: Costs, name: str) -> Line:
-    """What a token costs in a mode, by the costs measured."""
+    """A token's cost in a mode, from the measured costs."""
     spent = tokens = 0.0
     for prompt in PROMPTS[:PACED_PROMPTS]:
         mode = make_mode(model, name, ModeOptions(), model.calibration)

@@ -1,11 +1,11 @@
-"""Recorded answers: what models that everybody has predict on a fixed text, on any machine.
+"""Recorded answers: what known models should predict on a fixed text, on any machine.
 
-- four models: two built-in ones, and two whose weights follow from a formula and so take no room:
-  one with a head per stage and grouped queries, and a specialist that stands on a specialist
-- a numpy implementation of the architecture wrote the answers (tests/record_answers.py): they do
-  not come from the code that they are to check
-- of each prediction a few logits, the best one and the log of the sum are kept, at every
-  `EVERY`-th position, and the best token at all of them
+- four models: two are built in; the weights of the other two come from a formula and take no space:
+  one with a head per stage and grouped queries, and a specialist on a specialist
+- the answers are from a numpy implementation of the architecture (tests/record_answers.py), not
+  from the code that they check
+- recorded for each predictor: the best token at every position, and at every `EVERY`-th position a
+  few logits, the largest logit and the log of the sum of exponentials
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _COMMON = {
     **{"n_head": 4, "n_embd": 64, "head_dim": 16, "vocab_size": 320, "sequence_len": 512},
     "window_pattern": "SSSL",
 }
-# Configurations as the checkpoints have them.
+# Configurations as in checkpoints.
 FORMULAS = {
     "own heads": {
         **_COMMON,
@@ -46,13 +46,13 @@ FORMULAS = {
     },
 }
 MODELS = (*BUILT_IN, *FORMULAS)
-# About what the lambdas of trained models are.
+# Roughly the lambdas of trained models.
 _MEANS = {"resid_lambdas": 1.0, "x0_lambdas": 0.25, "smear_lambda": 0.5, "backout_lambda": 0.25}
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What a model should say: tokens (T,), numbers (P, N, COLUMNS + 2) at every `EVERY`-th
+    """What a model should predict: tokens (T,), numbers (P, N, COLUMNS + 2) at every `EVERY`-th
     position, best (P, T), for the base's stages and, last, the full model."""
 
     tokens: np.ndarray
@@ -61,7 +61,7 @@ class Recording:
 
 
 def read_recording(name: str, bits: int | None = None) -> Recording:
-    """The answers of one of `MODELS`, with all matrices rounded to `bits`, if given."""
+    """The answers of one of `MODELS`, with all matrices quantized to `bits` if given."""
     answers = mx.load(str(ANSWERS))
     assert isinstance(answers, dict)
     kind = f"{name}.{bits} bits" if bits else name
@@ -71,7 +71,7 @@ def read_recording(name: str, bits: int | None = None) -> Recording:
 
 
 def recorded_model(name: str, dtype: str, bits: int | None = None) -> PoEModel:
-    """One of `MODELS`, made by the code that loads any model."""
+    """One of `MODELS`, built by the code that loads any model."""
     if name in BUILT_IN:
         return load(name, dtype=dtype, quantize=bits)[0]
     config = PoEConfig.from_dict(FORMULAS[name])
@@ -85,7 +85,7 @@ def recorded_model(name: str, dtype: str, bits: int | None = None) -> PoEModel:
 
 
 def formula(name: str, shape: tuple[int, ...]) -> mx.array:
-    """The weights of that name: float32 (shape), each exact in bfloat16, the same everywhere.
+    """The weights of that name: float32 (shape), exact in bfloat16, the same on every machine.
 
     Bits are mixed as in Wellons' "lowbias32". Matrices have rows of about unit length.
     """
@@ -102,7 +102,7 @@ def formula(name: str, shape: tuple[int, ...]) -> mx.array:
 
 
 def condensed(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of scores (P, T, V): numbers and best as in `Recording`."""
+    """From scores (P, T, V): numbers and best as in `Recording`."""
     size = scores.shape[-1]
     top = scores.max(axis=-1, keepdims=True)
     total = top + np.log(np.exp(scores - top).sum(axis=-1, keepdims=True))
@@ -112,8 +112,8 @@ def condensed(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def difference(model: PoEModel, recording: Recording) -> tuple[float, float]:
-    """How far the model's predictions are from the recorded ones at most, in logits, and in how
-    many places, as a share, the best token is the same. Not a number where they are none."""
+    """The largest difference between the model's logits and the recorded ones, and the share of
+    positions with the same best token. The difference is NaN if a logit is."""
     stages = model.predictions(mx.array(recording.tokens[None]))
     base = range(len(model.config.stage_layers))
     scores = np.stack([np.array(stages[k][0]) for k in (*base, len(stages) - 1)])

@@ -1,4 +1,4 @@
-"""What a check has found: a line that passes, warns or fails, and the report that they make up."""
+"""The result of a check: a line that passes, warns or fails; and the report made of these lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was found on a machine, with the model that modes and costs were checked on."""
+    """All results on a machine, and the model that modes and costs were checked with."""
 
     machine: Machine
     model: str
@@ -40,7 +40,7 @@ class Report:
         return any(line.status == FAILED for line in self.lines)
 
     def to_text(self) -> str:
-        """Plain text, a line for each check."""
+        """Plain text, with a line for each check."""
         text, section = [self.machine.line(), f"model: {self.model}"], ""
         for line in self.lines:
             if line.section != section:
@@ -54,7 +54,7 @@ class Report:
         return "\n".join([*text, "", found])
 
     def to_json(self) -> str:
-        """The content of a result file; null stands for what is not a finite number."""
+        """The content of a result file; null stands for NaN and infinity."""
         content = {
             "format": FORMAT,
             "model": self.model,

@@ -1,8 +1,8 @@
-"""Answers that are kept, so that an interrupted run can be resumed.
+"""A store of answers, so that an interrupted run can resume.
 
-- in: a key for each request and predictor, and its answer as JSON can hold it
+- in: a key for each request and predictor, and its answer as a JSON value
 - out: the same answers, in this run and later ones
-- an SQLite file, as lm-eval's own; without a path the answers live as long as the run
+- an SQLite file, like lm-eval's own; without a path the answers live as long as the run
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMIT = 1.0
 
 
 class Answers:
-    """A store of answers, all of which are on disk once it is closed.
+    """A store of answers. Once it is closed, all of them are on disk.
 
     Raises RequestError for a file that is not such a store.
     """
@@ -47,7 +47,7 @@ class Answers:
         self._written = time.monotonic()
 
     def get(self, key: str) -> Any:
-        """The answer, None where there is none yet."""
+        """The answer, or None if there is none yet."""
         with self._named():
             query = "select value from answers where key = ?"
             row = self._file.execute(query, (key,)).fetchone()
@@ -63,14 +63,14 @@ class Answers:
                 self._written = time.monotonic()
 
     def close(self) -> None:
-        """Write what is not yet written."""
+        """Write all remaining answers."""
         with self._named():
             self._file.commit()
             self._file.close()
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Raise what goes wrong with the file (a full disk, another run) as an OSError."""
+        """Raise errors with the file (a full disk, another run) as an OSError."""
         try:
             yield
         except sqlite3.Error as error:
@@ -78,12 +78,13 @@ class Answers:
 
 
 def key_of(*parts: Any) -> str:
-    """A key for whatever JSON can hold."""
+    """A key for JSON values."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def fingerprint(model: PoEModel) -> str:
-    """A hash of a model's configuration, weights and device: answers of one are not another's."""
+    """A hash of a model's configuration, weights and device, to keep different models' answers
+    apart."""
     found = hashlib.blake2b(repr((model.config, mx.default_device())).encode(), digest_size=16)
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, array in arrays.items():

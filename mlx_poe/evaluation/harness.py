@@ -1,9 +1,9 @@
-"""lm-eval's view of a model: one `LM` for each predictor, all over one pass.
+"""lm-eval's view of a model: one `LM` for each predictor, all from one pass.
 
-- a task's requests are the same for every predictor: the first LM to be asked scores them for all,
-  and the others find the answers there
-- where a text is too long, the context loses its beginning but keeps BOS; a continuation is always
-  scored in full, and no token of the context ever is
+- a task's requests are the same for every predictor: the first LM scores them for all predictors,
+  and the others reuse its answers
+- if a text is too long, the context loses its beginning but keeps BOS; continuations are always
+  scored in full, and context tokens never are
 - needs the extra `eval`
 """
 
@@ -30,7 +30,7 @@ from mlx_poe.responses import GenerationResponse
 from mlx_poe.tokenizer import Tokenizer
 
 MAX_GEN_TOKS = 256
-# What a task may say of generation, and what we call it.
+# A task's generation settings, and our names for them.
 SAMPLING = {
     "temperature": "temp",
     **{name: name for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
@@ -39,12 +39,12 @@ SAMPLING = {
 
 @dataclass
 class Shared:
-    """A model with its predictors, and what has been answered for them.
+    """A model with its predictors and their answers so far.
 
-    `fingerprint` tells the answers of one model from another's. `longest` is the most tokens to run
-    for a text. With `chat`, contexts are in the chat layout: the names of special tokens are read
-    as such. `cut` has the hashes of contexts that lost their beginning; `scored` counts the
-    continuations that were not found among the answers.
+    `fingerprint` distinguishes the answers of different models. `longest` is the most tokens to run
+    for a text. With `chat`, contexts are in the chat layout, and the names of special tokens are
+    encoded as special tokens. `cut` holds the hashes of contexts that lost their beginning;
+    `scored` counts the continuations that had no stored answer.
     """
 
     model: PoEModel
@@ -61,17 +61,17 @@ class Shared:
 
     @property
     def bos(self) -> int:
-        """What every text begins with."""
+        """The token that every text begins with."""
         return self.tokenizer.token_id(BOS)
 
     def keys(self, kind: str, *request: Any) -> list[str]:
-        """What the answers to a request are kept under, one for each predictor."""
+        """The keys of a request's answers, one for each predictor."""
         name = key_of(self.fingerprint, kind, *request)
         return [name + way for way in self._ways]
 
     @cached_property
     def _ways(self) -> list[str]:
-        """What tells one predictor's answers from another's."""
+        """A suffix for each predictor's keys."""
         exits = [one.exits if isinstance(one, Adaptive) else {} for one in self.predictors.shown]
         return [
             key_of(one.name, dict(one.options), dict(margins))
@@ -112,11 +112,11 @@ class Shared:
     def generated(
         self, requests: Sequence[tuple[list[int], Mapping[str, Any]]], row: int
     ) -> list[str]:
-        """The replies to (prompt, options of `stream_generate`), by the predictor in that row."""
+        """Replies to pairs (prompt, options of `stream_generate`), by the predictor in that row."""
         asked: dict[str, tuple[list[int], dict[str, Any]]] = {}
         keys = [self.keys("generate", prompt, dict(options)) for prompt, options in requests]
         for (prompt, options), those in zip(requests, keys, strict=True):
-            # All that share a prompt in a row: it is read once.
+            # Keep requests with the same prompt together, so that it is read once.
             for one, key in zip(self.predictors.shown, those, strict=True):
                 if self.answers.get(key) is None:
                     asked[key] = prompt, {**options, "mode": one.mode, **one.options}
@@ -139,7 +139,7 @@ class Shared:
 
 
 class PredictorLM(TemplateLM):
-    """One predictor, as lm-eval asks it."""
+    """One predictor, with lm-eval's interface."""
 
     def __init__(self, shared: Shared, row: int):
         super().__init__()
@@ -147,12 +147,12 @@ class PredictorLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text: in training the next one's BOS."""
+        """The token that ends a text: in training, the next text's BOS."""
         return self.shared.bos
 
     @property
     def max_length(self) -> int:
-        """The most tokens that a text may run."""
+        """The most tokens in a text."""
         return self.shared.longest
 
     @property
@@ -161,7 +161,7 @@ class PredictorLM(TemplateLM):
         return "cognica-poe"
 
     def get_model_info(self) -> dict[str, Any]:
-        """What a result file says of the model, beside its name."""
+        """What a result file says about the model, besides its name."""
         model = self.shared.model
         dtype = str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
         predictor = self.shared.predictors.names[self.row]
@@ -184,9 +184,9 @@ class PredictorLM(TemplateLM):
         )
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The token ids of both. Spaces that end the context begin the continuation, as lm-eval
-        has it. Where the two would share a token, the continuation is encoded by itself, so that it
-        is scored in full and nothing else is. RequestError where it is empty."""
+        """The token ids of both. Trailing spaces of the context move to the continuation, as in
+        lm-eval. If the two would share a token, the continuation is encoded by itself, so that
+        exactly the continuation is scored. RequestError if it is empty."""
         words = context.rstrip(" ")
         continuation = context[len(words) :] + continuation
         before, whole = self.tok_encode(words), self.tok_encode(words + continuation)
@@ -225,7 +225,7 @@ class PredictorLM(TemplateLM):
             context, given = request.args
             options = generation_options(given)
             if options.get("temp"):
-                options["seed"] = i  # repeats differ, and a later run repeats them
+                options["seed"] = i  # repeats differ, and later runs reproduce them
             room = self.max_length - options["max_tokens"]
             if room < 1:
                 raise RequestError(
@@ -238,9 +238,9 @@ class PredictorLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation in the specialists' layout, its special tokens as text.
+        """A conversation in the specialists' layout, with special tokens as text.
 
-        Raises RequestError where a message holds such a text itself.
+        Raises RequestError if a message contains such a text itself.
         """
         tokenizer = self.shared.tokenizer
         for message in chat_history:
@@ -251,16 +251,16 @@ class PredictorLM(TemplateLM):
                     )
         tokens = tokenizer.apply_chat_template(chat_history, add_generation_prompt)
         text = tokenizer.decode(tokens)
-        # The model is to continue this reply, so it is not closed.
+        # The model continues this reply, so do not close it.
         return text if add_generation_prompt else text.removesuffix(REPLY_END)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """What a result file keeps: the layout of one turn."""
+        """The layout of one turn, for result files."""
         return self.apply_chat_template([{"role": "user", "content": "{{ content }}"}])
 
 
 def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `stream_generate` for lm-eval's. RequestError for one that we lack."""
+    """Convert lm-eval's options to `stream_generate`'s. RequestError for one that we lack."""
     rest = dict(given)
     until = rest.pop("until", None) or []
     options: dict[str, Any] = {"max_tokens": int(rest.pop("max_gen_toks", MAX_GEN_TOKS))}

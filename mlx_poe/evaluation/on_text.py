@@ -1,4 +1,4 @@
-"""What each predictor is worth on a text: bits per byte, accuracy, agreement, weights read.
+"""How good each predictor is on a text: bits per byte, accuracy, agreement, weights read.
 
 - in: predictors, token sequences, which tokens count, the byte length of every token
 - out: a `Worth` for each predictor
@@ -24,10 +24,10 @@ from mlx_poe.evaluation.scoring import BATCH, Continuation, score
 class Worth:
     """One predictor on a text.
 
-    bits_per_byte: over the tokens that stand for text, as nanochat defines it: special tokens count
-    neither in bits nor in bytes. accuracy: the share of tokens that are the best guess. agreement:
-    the share of best guesses that are the full model's. mean_depth: how many stages were run.
-    weights_read: bytes of weights a token, as a share of the full model's.
+    bits_per_byte: over tokens that stand for text, as nanochat defines it: special tokens count
+    neither in bits nor in bytes. accuracy: the share of tokens that were the best guess. agreement:
+    the share of best guesses equal to the full model's. mean_depth: how many stages were run.
+    weights_read: bytes of weights per token, as a share of the full model's.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Worth:
 
 @dataclass(frozen=True)
 class Measured:
-    """All predictors on a text of so many scored tokens and bytes."""
+    """All predictors on a text; `tokens` and `bytes` count what was scored."""
 
     worths: list[Worth]
     tokens: int
@@ -56,9 +56,9 @@ def measure_text(
     batch: int = BATCH,
     progress: Progress | None = None,
 ) -> Measured:
-    """Score every token but each text's first, or those of them that are `counted`.
+    """Score every token but each text's first, or only those that are `counted`.
 
-    `token_bytes` has the UTF-8 length of every token, 0 for special ones. Raises RequestError where
+    `token_bytes` has the UTF-8 length of every token, 0 for special ones. Raises RequestError if
     nothing is left to score.
     """
     shown, costs = predictors.shown, bytes_read(predictors.model)
@@ -106,7 +106,7 @@ def measure_text(
 
 
 def _bytes(predictors: Predictors, one: Predictor | Adaptive, facts: Facts, costs: Costs) -> float:
-    """Bytes of weights that decoding all the positions with a predictor would read."""
+    """Bytes of weights that a predictor would read to decode all positions."""
     if isinstance(one, Predictor):
         count = facts.best.shape[1]
         return count * (costs.lower(one.target.depth) + costs.target(one.target))

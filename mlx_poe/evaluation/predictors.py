@@ -1,8 +1,8 @@
-"""Who can be evaluated: stages, mixtures of the first stages, WAND, the full model.
+"""The predictors to evaluate: stages, mixtures of the first stages, WAND, the full model.
 
 - in: a model, and the names that a user chose
-- out: predictors by name, and the predictions of all of them from one set of activations
-- WAND is a choice between other predictors, position by position: it takes no pass of its own
+- out: predictors by name, and all their predictions from one set of activations
+- WAND picks one of the other predictors at each position, so it needs no pass of its own
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """WAND at one `safety`. It leaves at stage k if the best token of `tested[k]` leads by more
+    """WAND with one `safety`. It exits at stage k if the best token of `tested[k]` leads by more
     than `exits[k]`; the last of `tested` is the full model, which is always accepted."""
 
     name: str
@@ -60,14 +60,14 @@ class Adaptive:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """What the mode is told."""
+        """The mode's options."""
         return {"safety": self.safety}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """About T scored positions, by P predictors: logprobs (P, T), in nats, of the token that came;
-    best (P, T), the best token; margins (P, T), its lead."""
+    """For T scored positions and P predictors: logprobs (P, T), in nats, of the actual token; best
+    (P, T), the best token; margins (P, T), its lead."""
 
     logprobs: np.ndarray
     best: np.ndarray
@@ -123,10 +123,10 @@ def full(model: PoEModel) -> Predictor:
 
 
 def wand(model: PoEModel, safety: float) -> Adaptive:
-    """WAND with the model's own calibration. RequestError where there is none."""
+    """WAND with the model's own calibration. RequestError if there is none."""
     mode = make_mode(model, "wand", ModeOptions(safety=safety), model.calibration)
     assert isinstance(mode, Wand)
-    # With a head per stage WAND tests the pool so far, elsewhere the stage alone.
+    # With a head per stage WAND tests the pool so far, otherwise the stage alone.
     before = [
         mixture(model, k) if model.pools_stages and k else stage(model, k)
         for k in range(model.poe_n_stages - 1)
@@ -135,9 +135,9 @@ def wand(model: PoEModel, safety: float) -> Adaptive:
 
 
 def chosen(model: PoEModel, names: Sequence[str]) -> list[Predictor]:
-    """Predictors by the names that a user gives: `all`, `full`, a stage `2`, a mixture `0-2`.
+    """The predictors for a user's names: `all`, `full`, a stage `2`, a mixture `0-2`.
 
-    `all` leaves out a second name for the full model. Raises RequestError for others.
+    `all` leaves out other names for the full model. Raises RequestError for an unknown name.
     """
     last = model.poe_n_stages - 1
     found: dict[str, Predictor] = {}
@@ -164,10 +164,11 @@ def chosen(model: PoEModel, names: Sequence[str]) -> list[Predictor]:
 
 
 class Predictors:
-    """The predictors to report, and all that have to be computed for them.
+    """The predictors to report, and all those that must be computed for them.
 
-    `shown` are reported, in this order. `computed` also has what WAND tests, and the full model to
-    compare with. `target` computes all P of them at once: its scores are (1, T, P, V) float32.
+    `shown` are reported, in this order. `computed` also includes those that WAND tests, and the
+    full model to compare with. `target` computes all P of them at once, with scores (1, T, P, V)
+    in float32.
     """
 
     def __init__(self, model: PoEModel, fixed: Sequence[Predictor], safeties: Sequence[float] = ()):
@@ -183,7 +184,7 @@ class Predictors:
 
     @property
     def names(self) -> list[str]:
-        """Of those that are reported."""
+        """The names of the predictors that are reported."""
         return [one.name for one in self.shown]
 
     def _scores(self, hidden: Mapping[int, Hidden]) -> mx.array:
@@ -191,7 +192,7 @@ class Predictors:
         return mx.stack([one.combine(logits, hidden) for one in self.computed], axis=2)
 
     def report(self, facts: Facts) -> Scored:
-        """What those in `shown` say, from what those in `computed` do."""
+        """The results of the predictors in `shown`, from those in `computed`."""
         at = np.arange(facts.best.shape[1])
         source, depths = np.array([self._sources(one, facts) for one in self.shown]).swapaxes(0, 1)
         best = facts.best[source, at]
@@ -199,7 +200,7 @@ class Predictors:
         return Scored(facts.logprobs[source, at], best, best == full, depths)
 
     def _sources(self, one: Predictor | Adaptive, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
-        """For each position the predictor in `computed` that speaks, and the stages run: (T,)."""
+        """For each position: the index of its predictor in `computed`, and the stages run: (T,)."""
         count = facts.best.shape[1]
         if isinstance(one, Predictor):
             return np.full(count, self.index[one.name]), np.full(count, one.target.depth + 1)
@@ -209,7 +210,7 @@ class Predictors:
         return np.array([self.index[p.name] for p in one.tested])[left], left + 1
 
     def trace(self, one: Adaptive, facts: Facts) -> Trace:
-        """What WAND's replay goes by."""
+        """The trace that WAND's replay needs."""
         tested = [self.index[p.name] for p in one.tested[:-1]]
         hits = facts.best[tested] == facts.best[self.index[FULL]]
         margins = facts.margins[tested]

@@ -1,9 +1,9 @@
-"""Log-probabilities of continuations, for all predictors from one pass.
+"""Log-probabilities of continuations, for all predictors in one pass.
 
 - in: texts, each a context and a continuation to score
-- out: for each text, what every predictor says about every token of the continuation
-- texts that share a context run it once; texts run together, one packed pass a stage, as sequences
-  do that are being decoded; nothing is padded, and only scored positions go through the heads
+- out: for each text, every predictor's facts about every token of the continuation
+- a shared context runs once; texts run together, in one packed pass per stage, like sequences being
+  decoded; nothing is padded, and only scored positions go through the heads
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from cognica_mlx.state import SLACK, DecodingState
 from mlx_poe.evaluation.predictors import Facts, Predictors
 
 BATCH = 8
-# What the scores of one pass may take, all predictors together.
+# Bytes that the scores of one pass may take, for all predictors together.
 SCORE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Token ids; those from `start` on are to be scored. `start` is at least 1."""
+    """Token ids, scored from `start` on. `start` is at least 1."""
 
     tokens: tuple[int, ...]
     start: int
 
     @property
     def context(self) -> tuple[int, ...]:
-        """What comes before."""
+        """The tokens before `start`."""
         return self.tokens[: self.start]
 
 
 def score(
     predictors: Predictors, texts: Sequence[Continuation], batch: int = BATCH
 ) -> Iterator[tuple[int, Facts]]:
-    """For each text, as it is done, its index and what the predictors in `computed` say.
+    """Yield each text's index, and the facts from the predictors in `computed`, as it is done.
 
-    `batch` contexts are worked on at a time, the longest first. Raises RequestError for a token id
-    outside the vocabulary.
+    `batch` contexts run at a time, longest first. Raises RequestError for a token id outside the
+    vocabulary.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, text in enumerate(texts):
@@ -100,7 +100,7 @@ def _steps(
 
 
 def _facts(scores: mx.array, follow: Sequence[int]) -> tuple[mx.array, ...]:
-    """Of scores (T, P, V): the log-probabilities of the tokens that follow, the best tokens, and
+    """From scores (T, P, V): the log-probabilities of the tokens that follow, the best tokens, and
     their margins, (T, P) each."""
     count, predictors, size = scores.shape
     came = mx.repeat(mx.array(list(follow), dtype=mx.int32), predictors)

@@ -1,7 +1,7 @@
-"""lm-eval's tasks for every predictor of a model, and lm-eval's result files.
+"""Run lm-eval's tasks for every predictor of a model, and write lm-eval's result files.
 
-- in: predictors with what they share, names of tasks, and what lm-eval is to do with them
-- out: lm-eval's results for each predictor; a folder of result files for each
+- in: predictors with their shared state, names of tasks, and settings for lm-eval
+- out: lm-eval's results and a folder of result files for each predictor
 - needs the extra `eval`
 """
 
@@ -25,9 +25,9 @@ from mlx_poe.evaluation.harness import PredictorLM, Shared
 
 @dataclass(frozen=True)
 class Run:
-    """What lm-eval is to do: `tasks` by name, perhaps from YAML files under `include_path`;
-    `limit` documents of each, a share of them below 1; `num_fewshot` examples, by default each
-    task's own number; contexts in the chat layout with `chat`."""
+    """Settings for lm-eval: `tasks` by name, possibly from YAML files under `include_path`;
+    `limit` documents of each task (below 1: a share of them); `num_fewshot` examples (default: the
+    task's own number); with `chat`, contexts in the chat layout."""
 
     tasks: list[str]
     num_fewshot: int | None = None
@@ -37,7 +37,7 @@ class Run:
 
 
 class _Loaded(TaskManager):
-    """Tasks that are loaded once, and whose requests are built once, for all predictors."""
+    """Loads tasks once, and builds their requests once, for all predictors."""
 
     _found: Any = None
 
@@ -52,7 +52,7 @@ class _Loaded(TaskManager):
 
 
 def _ask_again(task: Any, **_: Any) -> None:
-    """In place of building a task's requests another time."""
+    """Reset a task's requests instead of building them again."""
     for instance in task.instances:
         instance.resps, instance.filtered_resps = [], {}
 
@@ -60,10 +60,10 @@ def _ask_again(task: Any, **_: Any) -> None:
 def run_tasks(
     shared: Shared, run: Run, model: str, output: Path | None = None, log_samples: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """lm-eval's results by the predictor's name; written under `output`, if there is one.
+    """lm-eval's results by predictor name, also written under `output` if given.
 
-    `model` is its name in the files. Raises RequestError for tasks that do not exist, and whatever
-    lm-eval finds wrong with them.
+    `model` is its name in the files. Raises RequestError for tasks that do not exist, and for any
+    error from lm-eval.
     """
     logging.getLogger("lm_eval").setLevel(os.environ.get("LMEVAL_LOG_LEVEL", "ERROR").upper())
     manager = _manager(run)
@@ -89,7 +89,7 @@ def run_tasks(
                 )
             except (PoEError, OSError):
                 raise
-            except Exception as error:  # whatever a task's own code raises
+            except Exception as error:  # a task's own code may raise anything
                 raise RequestError(f"lm-eval: {type(error).__name__}: {one_line(error)}") from error
             assert results is not None, "there is one process"
             samples = results.pop("samples", None)
@@ -103,8 +103,8 @@ def run_tasks(
 
 
 def _manager(run: Run) -> _Loaded:
-    """Whoever knows the tasks. Reading lm-eval's own ten thousand takes seconds, which a folder
-    that has them all need not wait for."""
+    """A manager that knows the tasks. Reading lm-eval's own ten thousand takes seconds, so skip
+    them if the folder has all tasks."""
     include = str(run.include_path) if run.include_path else None
     if include:
         own = _Loaded(include_path=include, include_defaults=False)
@@ -120,12 +120,12 @@ def _manager(run: Run) -> _Loaded:
 
 
 def folder_name(predictor: str) -> str:
-    """The folder of a predictor's result files."""
+    """The folder name for a predictor's result files."""
     return predictor.replace(" ", "-")
 
 
 def _move(aside: Path, folder: Path) -> None:
-    """Put lm-eval's files, whole, where they belong. OSError where it has written none."""
+    """Move lm-eval's complete files to `folder`. OSError if it has written none."""
     files = [file for file in aside.rglob("*") if file.is_file()]
     if not any(file.name.startswith("results") for file in files):
         raise OSError(f"lm-eval could not write its results for {folder}")

@@ -1,7 +1,7 @@
-"""What both endpoints answer with: the frame around their choices, whole or as a stream of chunks.
+"""The frame of both endpoints' answers, whole or as a stream of chunks.
 
 - in: the engine's responses, by choice
-- out: JSON objects; what a choice looks like is each endpoint's own
+- out: JSON objects; each endpoint defines what a choice looks like
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlx_poe.tokenizer import Tokenizer
 
 
 class Answer(ABC):
-    """An answer in the making, `count` choices of it."""
+    """An answer under construction, with `count` choices."""
 
     prefix: str
     whole_object: str
@@ -41,23 +41,23 @@ class Answer(ABC):
 
     @property
     def usage(self) -> dict[str, Any]:
-        """What it has cost so far."""
+        """The usage so far."""
         return usage(self.options, self.choices)
 
     @abstractmethod
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """Choices to send before the first token of one has come."""
+        """Choices to send before the first token."""
 
     @abstractmethod
     def deltas(self, index: int, piece: Piece, first: bool) -> list[dict[str, Any]]:
-        """What a piece adds to a choice, as chunks' choices; `first` is its choice's first."""
+        """What a piece adds to a choice, as chunks' choices; `first` marks the choice's first."""
 
     @abstractmethod
     def choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         """A whole choice."""
 
     def add(self, index: int, response: GenerationResponse) -> None:
-        """Take in a response of a choice, for a whole answer."""
+        """Add a choice's response to a whole answer."""
         self.pieces[index].append(self.choices[index].add(response))
 
     def whole(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Answer(ABC):
         return [self._chunk(c) for i in range(len(self.choices)) for c in self.opening(i)]
 
     def chunks(self, index: int, response: GenerationResponse) -> list[dict[str, Any]]:
-        """Take in a response of a choice; the chunks to send for it."""
+        """Add a choice's response. Returns the chunks to send for it."""
         first = self.choices[index].last is None
         piece = self.choices[index].add(response)
         return [self._chunk(choice) for choice in self.deltas(index, piece, first)]

@@ -1,8 +1,8 @@
 """The server's routes.
 
-- in: an `Engine`, the models it serves, limits, who may ask
+- in: an `Engine`, the models it serves, limits, access rules
 - out: an ASGI application
-- no path from a request ever touches the file system: the page's files are read at the start
+- no path from a request ever touches the file system: the page's files are read at startup
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Server:
-    """What the routes lead to."""
+    """The handlers of the routes."""
 
     def __init__(self, engine: Engine, catalog: Catalog, limits: Limits):
         self.engine, self.catalog, self.limits = engine, catalog, limits
@@ -105,13 +105,13 @@ class Server:
         return Json({"content": text, "prompt": text})
 
     def _about_model(self, body: Fields) -> None:
-        """All models that are served have one tokenizer, so that none need be named."""
+        """Check an optional `model`: all served models share one tokenizer."""
         if "model" in body:
             self.catalog.named_in(body)
         body.done()
 
     async def tokenizer_info(self, request: Request) -> Response:
-        """`GET /tokenizer_info`: what lm-eval asks of a remote tokenizer."""
+        """`GET /tokenizer_info`: what lm-eval needs to know about a remote tokenizer."""
         special = self.engine.tokenizer.special_tokens
         end = REPLY_END if any(one.info.chats for one in self.catalog) else BOS
         about = {"bos_token": BOS, "eos_token": end, "pad_token": BOS}
@@ -130,8 +130,8 @@ class Server:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     async def _body(self, request: Request) -> Fields:
-        """The request's JSON. A body that is too large is read to some length, and thrown away, or
-        the client would not read the answer."""
+        """The request's JSON. A body that is too large is still read up to a point and discarded;
+        otherwise the client would not read the answer."""
         limit, size = self.limits.body_bytes, 0
         parts: list[bytes] = []
         with anyio.move_on_after(BODY_SECONDS) as scope:
@@ -142,13 +142,13 @@ class Server:
                 elif size > 8 * limit:
                     break
         if scope.cancelled_caught:
-            raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s")
+            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s")
         if size > limit:
             raise ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large")
         return read_object(b"".join(parts))
 
     async def refusal(self, request: Request, error: Exception) -> Response:
-        """The answer to a request that cannot be honoured, or has gone wrong."""
+        """The answer to a request that cannot be honored or has failed."""
         if isinstance(error, (ClientGone, ClientDisconnect)):
             return Response(status_code=499)
         if isinstance(error, HTTPException):
@@ -165,7 +165,7 @@ def _routing_error(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, f"there is no {ascii(request.url.path)[1:81]}", code="not_found")
     if error.status_code == 405:
-        message = f"{request.method} is not for this address"
+        message = f"{request.method} is not allowed here"
         return ApiError(405, message, code="method_not_allowed", headers=error.headers)
     return ApiError(error.status_code, error.detail)
 

@@ -1,4 +1,4 @@
-"""The models that are served, by name: the base, each specialist, and compositions of these."""
+"""The served models by name: the base, each specialist, and compositions of specialists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_poe.server.fields import Fields, shown
 
 @dataclass(frozen=True)
 class Served:
-    """A model by the name that requests use. `specialist` and `weights` are `Engine.submit`'s."""
+    """A model and its name in requests. `specialist` and `weights` are for `Engine.submit`."""
 
     name: str
     info: ModelInfo
@@ -22,7 +22,7 @@ class Served:
     weights: tuple[float, ...] | None = None
 
     def as_json(self, created: int) -> dict[str, Any]:
-        """What `/v1/models` says of it."""
+        """Its entry in `/v1/models`."""
         info = self.info
         about = {"kind": info.kind, "chat": info.chats, "stages": info.stages, "modes": info.modes}
         return {
@@ -44,7 +44,7 @@ class Catalog:
         return iter(self._served.values())
 
     def find(self, name: str) -> Served:
-        """The model of that name; ApiError 404. A name is looked up here, and nowhere else."""
+        """The model of that name, or ApiError 404. Names are looked up here and nowhere else."""
         if name not in self._served:
             known = ", ".join(self._served)
             message = f"model: {shown(name)} is not served here; served: {known}"
@@ -62,10 +62,10 @@ def make_catalog(
     specialists: Sequence[str],
     compositions: Sequence[tuple[str, Sequence[str], Sequence[float]]],
 ) -> Catalog:
-    """All models of an engine to which `specialists` are attached, each by its name there;
-    `compositions` are names, each with specialists and their weights.
+    """All models of an engine with `specialists` attached, under their names there. Each of the
+    `compositions` is a name, specialists, and their weights.
 
-    Raises RequestError for a composition that is impossible.
+    Raises RequestError for an impossible composition.
     """
     served = [Served(base, engine.describe())]
     served += [Served(name, engine.describe(name), name) for name in specialists]

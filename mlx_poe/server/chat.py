@@ -31,7 +31,7 @@ MAX_TOP_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What is asked for: the prompt, and how it is to be answered."""
+    """A parsed request: the prompt, and how to answer it."""
 
     messages: list[dict[str, str]]
     options: Options
@@ -43,12 +43,12 @@ class ChatRequest:
         return [self.messages]
 
     def answer(self, tokenizer: Tokenizer, tokens: Sequence[Sequence[int]]) -> ChatAnswer:
-        """The answer to begin with."""
+        """An empty answer."""
         return ChatAnswer(self, tokenizer)
 
 
 def read_chat(body: Fields, served: Served) -> ChatRequest:
-    """What a request asks for. ApiError for whatever cannot be honoured."""
+    """Parse a request. ApiError for anything that cannot be honored."""
     if not served.info.chats:
         message = (
             f"{served.name} is a base model, which continues texts and was not trained to chat: "
@@ -62,7 +62,7 @@ def read_chat(body: Fields, served: Served) -> ChatRequest:
     if body.flag("logprobs"):
         options.top_logprobs = top or 0
     elif top is not None:
-        raise refused("top_logprobs", "it belongs to logprobs: true")
+        raise refused("top_logprobs", "it needs logprobs: true")
     messages = read_messages(body)
     body.only("modalities", ["text"])
     body.ignore(["parallel_tool_calls"])  # a reply has one call at most
@@ -75,7 +75,7 @@ def read_chat(body: Fields, served: Served) -> ChatRequest:
 
 
 def _read_form(body: Fields, options: Options) -> None:
-    """`response_format`, as the option that makes a reply fit."""
+    """Turn `response_format` into the option that enforces it."""
     form = body.object("response_format")
     if form is None:
         return
@@ -91,13 +91,13 @@ def _read_form(body: Fields, options: Options) -> None:
     elif kind == "json_object":
         options.decoding["json_schema"] = {}
     elif kind != "text":
-        message = f"{shown(kind)} is none of text, json_object, json_schema"
+        message = f"{shown(kind)} is not one of text, json_object, json_schema"
         raise refused("response_format.type", message)
     form.done()
 
 
 def _read_tools(body: Fields, options: Options) -> bool:
-    """`tools` and `tool_choice`; whether there are any."""
+    """Read `tools` and `tool_choice`. Returns whether there are any tools."""
     tools = []
     for tool in body.objects("tools"):
         tool.only("type", "function")
@@ -141,7 +141,7 @@ class ChatAnswer(Answer):
         self._parsers = [ToolCallParser() if request.tools else None for _ in self.choices]
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """Who speaks."""
+        """The role."""
         return [self._delta(index, {"role": "assistant", "content": ""}, [])]
 
     def deltas(self, index: int, piece: Piece, first: bool) -> list[dict[str, Any]]:
@@ -175,9 +175,9 @@ class ChatAnswer(Answer):
         return {**choice, "finish_reason": reason}
 
     def _read(self, index: int, piece: Piece) -> tuple[str, dict[str, Any] | None]:
-        """The text in a piece that is certain to be no call; at the end the call, if there is one.
+        """The text in a piece that is not part of a call, and at the end the call, if any.
 
-        A call that was cut off is no call, and no text.
+        A call that was cut off counts neither as a call nor as text.
         """
         parser = self._parsers[index]
         if parser is None:
@@ -201,7 +201,7 @@ class ChatAnswer(Answer):
         return {**choice, "finish_reason": None}
 
     def _about(self, tokens: list) -> dict[str, Any]:
-        """What is told of tokens, if it was asked for."""
+        """The details about tokens that the request asked for."""
         about: dict[str, Any] = {"logprobs": None}
         count = self.options.top_logprobs
         if count is not None:

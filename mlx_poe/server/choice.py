@@ -1,7 +1,7 @@
-"""One of a request's choices as it grows: pieces of text, the tokens behind them, what they cost.
+"""One of a request's choices as it grows: pieces of text, their tokens, and the usage.
 
 - in: the engine's responses, one by one
-- out: for each a `Piece`, with the tokens whose text has become certain; at the end totals
+- out: for each a `Piece`, with the tokens whose text is now certain; totals at the end
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx_poe.server.options import Options
 
 @dataclass(frozen=True)
 class Piece:
-    """Text, the responses whose tokens it is from, and at the end why it is one."""
+    """Text, the responses with its tokens, and on the last piece the finish reason."""
 
     text: str
     tokens: list[GenerationResponse]
@@ -25,7 +25,7 @@ class Piece:
 
 
 class Choice:
-    """What one sequence has said so far."""
+    """One sequence's reply so far."""
 
     def __init__(self, eos_token_ids: frozenset[int]):
         self._eos = eos_token_ids
@@ -38,10 +38,10 @@ class Choice:
         self.stages: Counter[int] = Counter()
 
     def add(self, response: GenerationResponse) -> Piece:
-        """What the next response makes certain.
+        """The text and tokens that the next response makes certain.
 
-        A token is handed out once any of its text is; those of a stop string and the one that ends
-        a reply never are.
+        A token is returned once any of its text is. The tokens of a stop string, and the one that
+        ends a reply, are never returned.
         """
         self.first, self.last = self.first or response, response
         if response.drafter:
@@ -57,10 +57,10 @@ class Choice:
 
 
 def usage(options: Options, choices: Sequence[Choice]) -> dict[str, Any]:
-    """What a reply has cost: OpenAI's figures, and ours under "poe".
+    """A reply's usage: OpenAI's figures, and ours under "poe".
 
-    Each `options.n` choices in a row have one prompt, which counts once. The depth of a token is
-    how many stages were run for it; tokens that a form left no choice about had none.
+    Every `options.n` consecutive choices share a prompt, which counts once. A token's depth is how
+    many stages were run for it; forced tokens do not count.
     """
     responses = [choice.last for choice in choices if choice.last]
     prompts = [choice.last for choice in choices[:: options.n] if choice.last]

@@ -26,26 +26,26 @@ MAX_LOGPROBS = 5
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """What is asked for: prompts, and how each is to be answered."""
+    """A parsed request: prompts, and how to answer each."""
 
     prompts: list[str | list[int]]
     options: Options
     echo: bool
 
     def answer(self, tokenizer: Tokenizer, tokens: Sequence[Sequence[int]]) -> CompletionAnswer:
-        """The answer to begin with; `tokens` are those of each prompt."""
+        """An empty answer; `tokens` are those of each prompt."""
         return CompletionAnswer(self, tokenizer, tokens)
 
 
 def read_completion(body: Fields, served: Served) -> CompletionRequest:
-    """What a request asks for. ApiError for whatever cannot be honoured."""
+    """Parse a request. ApiError for anything that cannot be honored."""
     options = read_options(body, served, default_max_tokens=DEFAULT_MAX_TOKENS)
     prompts = _read_prompts(body)
     echo = body.flag("echo")
     options.top_logprobs = body.whole("logprobs", 0, MAX_LOGPROBS)
     if options.max_tokens == 0 and not echo:
-        raise refused("max_tokens", "0 is for echo: true only, which returns the prompt")
-    # Only what changes nothing.
+        raise refused("max_tokens", "0 is allowed only with echo: true, which returns the prompt")
+    # Accept only the values that change nothing.
     body.only("best_of", 1)
     body.only("suffix", "")
     body.only("response_format", {"type": "text"})
@@ -82,7 +82,7 @@ def _are_ids(value: Any) -> bool:
 
 
 class CompletionAnswer(Answer):
-    """Text completions, each after its prompt if that is to be echoed."""
+    """Text completions, each after its prompt with `echo`."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -108,7 +108,7 @@ class CompletionAnswer(Answer):
         return chunks
 
     def choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
-        """The text with all that is told of it."""
+        """The text with its details."""
         parts = [part for i, p in enumerate(pieces) for part in self._parts(index, p, i == 0)]
         text = "".join(part[0] for part in parts)
         logprobs: dict[str, list] | None = None
@@ -123,7 +123,7 @@ class CompletionAnswer(Answer):
     def _parts(
         self, index: int, piece: Piece, first: bool
     ) -> list[tuple[str, dict[str, list] | None, list]]:
-        """Text, log-probabilities and tokens of what a piece brings, the prompt's before it."""
+        """The text, log-probabilities and tokens of a piece, after the prompt's if echoed."""
         asked, before = self.options.top_logprobs, 0
         parts: list[tuple[str, dict[str, list] | None, list]] = []
         if self._echo:
@@ -151,7 +151,7 @@ class CompletionAnswer(Answer):
         detokenizer = self.tokenizer.detokenizer()
         for i, (token, (logprob, top)) in enumerate(zip(tokens, scores, strict=True)):
             found.add(token, logprob, top, offset)
-            # The token that is put before a text is no part of the text.
+            # The BOS prepended to a text is not part of the text.
             if i or not isinstance(prompt, str) or token != self.tokenizer.bos_token_id:
                 offset += len(detokenizer.add_token(token))
         return found.take()

@@ -1,4 +1,4 @@
-"""What is wrong with a request, in the shape that OpenAI's clients read."""
+"""Error responses in the format that OpenAI's clients read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class ApiError(Exception):
-    """An answer other than success. `param` is the field that is to blame, `code` a fixed word."""
+    """An error response. `param` is the field at fault, `code` a fixed word."""
 
     def __init__(
         self,
@@ -51,14 +51,14 @@ class ApiError(Exception):
 
 
 def refused(param: str, message: str, code: str | None = None) -> ApiError:
-    """A field with a value that cannot be honoured."""
+    """The error for a field whose value cannot be honored."""
     return ApiError(400, f"{param}: {message}", param, code)
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """Anything that went wrong, as an answer; what is nobody's request's fault is a 500.
+    """Any exception as an error response. Errors that are not the request's fault become 500.
 
-    The engine's own messages begin with the name of the option that they are about, if any is.
+    The engine's messages begin with the name of the option at fault, if there is one.
     """
     if isinstance(error, ApiError):
         return error

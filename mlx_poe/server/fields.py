@@ -2,8 +2,7 @@
 
 - in: the body, as bytes; then each field by name, with its type and range
 - out: plain values; null and absent are the same
-- a field of the wrong type or out of range, and one that nobody has asked for, is a 400 that names
-  it
+- a field that is unknown, of the wrong type or out of range gives a 400 that names it
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 from cognica_mlx.errors import one_line
 from mlx_poe.server.errors import ApiError, refused
 
-# Deeper than any request that makes sense, and far from where Python gives up.
+# Deeper than any sensible request, and far below Python's recursion limit.
 MAX_NESTING = 100
 
 
@@ -38,13 +37,13 @@ class Fields:
         return iter(self.values)
 
     def take(self, field: str) -> Any:
-        """The field's value as it came; None without one."""
+        """The field's raw value, or None."""
         self._asked.add(field)
         return self.values.get(field)
 
     def _taken(self, field: str, kinds: Any, what: str) -> Any:
         value = self.take(field)
-        # JSON's true is no number, though Python's is.
+        # Python's True is an int, but JSON's true is not a number.
         fits = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
         if value is not None and not fits:
             raise refused(self.name(field), f"expected {what}, got {shown(value)}")
@@ -73,12 +72,12 @@ class Fields:
         return value
 
     def object(self, field: str) -> Fields | None:
-        """An object, to be read in its turn."""
+        """An object, as `Fields`."""
         value = self._taken(field, dict, "an object")
         return None if value is None else Fields(value, self.name(field))
 
     def items(self, field: str) -> list[Any] | None:
-        """An array, as it came."""
+        """An array, unchecked."""
         return self._taken(field, list, "an array")
 
     def objects(self, field: str) -> Iterator[Fields]:
@@ -102,7 +101,7 @@ class Fields:
         return found
 
     def required(self, field: str, read: Callable[[str], Any]) -> Any:
-        """What `read` gives for the field; a 400 without it."""
+        """The value that `read` returns for the field; a 400 if it is missing."""
         value = read(field)
         if value is None:
             raise refused(self.name(field), "this field is required")
@@ -113,14 +112,14 @@ class Fields:
         self._asked.update(fields)
 
     def only(self, field: str, *values: Any) -> None:
-        """Accept a field that can have these values only, since nothing else is supported."""
+        """Accept a field only with one of these values, as nothing else is supported."""
         value = self.take(field)
         if value is not None and not any(value == v and type(value) is type(v) for v in values):
             allowed = " or ".join(shown(v) for v in values)
             raise refused(self.name(field), f"only {allowed} is supported, got {shown(value)}")
 
     def done(self) -> None:
-        """Refuse what has not been asked for."""
+        """Refuse fields that have not been read."""
         for field in self.values:
             if field not in self._asked:
                 name = self.name(ascii(field)[1:-1])[:80]
@@ -130,7 +129,7 @@ class Fields:
 
 
 def read_object(body: bytes) -> Fields:
-    """The JSON object in a request's body. ApiError if there is none."""
+    """The JSON object in a request's body. ApiError if it is anything else."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -144,7 +143,7 @@ def read_object(body: bytes) -> Fields:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _shallow(value: Any, depth: int) -> bool:
@@ -153,7 +152,7 @@ def _shallow(value: Any, depth: int) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value in a few words for a message."""
+    """A short form of a value, for messages."""
     if isinstance(value, (dict, list)):
         return {dict: "an object", list: "an array"}[type(value)]
     if isinstance(value, bool) or value is None:

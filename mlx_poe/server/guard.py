@@ -1,8 +1,8 @@
-"""Who may ask at all.
+"""Access control.
 
-- a page from elsewhere may not, not even by making its own name resolve to this machine (DNS
-  rebinding): names in Host are checked, and an Origin has to be the server's own or allowed
-- where there is a key, whoever does not know it may see the page and whether the server is well
+- pages of other origins may not send requests, not even if their name resolves to this machine (DNS
+  rebinding): Host must be one of our names, and Origin must be our own or allowed
+- if the server has a key, clients without it may only see the page and the server's health
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class OriginGuard:
 
     def __init__(self, app: ASGIApp, host: str, allowed: Collection[str]):
         self._app, self._allowed = app, frozenset(allowed)
-        # Whoever binds to an address may also use the machine's own name for it.
+        # Clients may also use the machine's own name.
         name = socket.gethostname().lower()
         self._hosts = {"localhost", host.lower(), name, f"{name}.local"}
 
@@ -39,7 +39,7 @@ class OriginGuard:
         host, origin = headers.get("host", ""), headers.get("origin")
         # Only a browser's requests are at risk, and those always have a Host.
         if host and not self._is_ours(_without_port(host)):
-            return "the Host header names another server than this one"
+            return "the Host header names a different server"
         if origin is None or "*" in self._allowed or origin in self._allowed:
             return None
         if host and origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}"):
@@ -47,7 +47,7 @@ class OriginGuard:
         return "requests from pages of other origins are refused; see --allow-origin"
 
     def _is_ours(self, name: str) -> bool:
-        """An address cannot be made to point elsewhere; of names only our own will do."""
+        """Whether a Host is ours. IP addresses are safe, as DNS cannot redirect them."""
         try:
             ipaddress.ip_address(name)
         except ValueError:
@@ -62,7 +62,7 @@ def _without_port(host: str) -> str:
 
 
 class KeyGuard:
-    """Refuses requests without the key, but for the `open_paths`."""
+    """Refuses requests without the key, except to `open_paths`."""
 
     def __init__(self, app: ASGIApp, key: str | None, open_paths: Collection[str]):
         self._app, self._open = app, frozenset(open_paths)
@@ -74,7 +74,7 @@ class KeyGuard:
             kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             same = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
             if kind.lower() != "bearer" or not same:
-                message = "this server needs its key: Authorization: Bearer KEY"
+                message = "this server requires a key: Authorization: Bearer KEY"
                 headers = {"www-authenticate": "Bearer"}
                 error = ApiError(401, message, code="invalid_api_key", headers=headers)
                 await error.response()(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Tokens' log-probabilities in the layouts of both endpoints, and the stages that tokens came from.
+"""Log-probabilities of tokens in both endpoints' layouts, and the stages that emitted them.
 
 - in: the engine's responses
 - out: `logprobs.content` of a chat completion, the four arrays of a completion, `token_stages`
@@ -17,8 +17,8 @@ ARRAYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text. Where its bytes are no characters by themselves they are spelt out, as
-    OpenAI does it, so that no two tokens look alike."""
+    """A token's text. Bytes that are not valid UTF-8 by themselves are spelled out, as OpenAI does,
+    so that no two tokens look alike."""
     data = tokenizer.token_bytes(token)
     try:
         return data.decode("utf-8")
@@ -57,17 +57,17 @@ def stages_of(tokenizer: Tokenizer, tokens: Iterable[GenerationResponse]) -> lis
 
 
 class TextLogprobs:
-    """The `logprobs` of a completion: one array for each of four things, token by token."""
+    """The `logprobs` of a completion: four arrays with one entry per token."""
 
     def __init__(self, tokenizer: Tokenizer, count: int):
         self._tokenizer, self._count = tokenizer, count
         self._arrays: dict[str, list[Any]] = {name: [] for name in ARRAYS}
 
     def add(self, token: int, logprob: float | None, top: Top, offset: int) -> None:
-        """One token. The first of a prompt has nothing that it could be predicted from: None."""
+        """Add a token. The first one of a prompt cannot be predicted: its logprob is None."""
         best: dict[str, float] | None = None
         if logprob is not None:
-            # The token itself is one of them, whether or not it is among the best.
+            # Always include the token itself, even if it is not among the best.
             pairs = [*top[: self._count], (token, logprob)]
             best = {shown(self._tokenizer, other): value for other, value in pairs}
         values = shown(self._tokenizer, token), logprob, best, offset
@@ -75,6 +75,6 @@ class TextLogprobs:
             array.append(value)
 
     def take(self) -> dict[str, list[Any]]:
-        """What has been added since the last time."""
+        """The entries added since the last call."""
         taken, self._arrays = self._arrays, {name: [] for name in ARRAYS}
         return taken

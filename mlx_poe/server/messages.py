@@ -1,8 +1,8 @@
-"""A chat's history as OpenAI's clients send it, as the turns that the models were trained on.
+"""Convert a chat's history from OpenAI's format to the turns that the models were trained on.
 
-- in: `messages`, with developer and tool messages, parts of content, calls
-- out: perhaps one system message, then user and assistant in turns, contents plain text
-- messages of one side in a row are one turn, a blank line between them
+- in: `messages`, including developer and tool messages, content parts and calls
+- out: optionally one system message, then alternating user and assistant messages in plain text
+- consecutive messages of the same side become one turn, with a blank line between them
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ ROLES = {
     "tool": "user",
     "assistant": "assistant",
 }
-# What clients send back of a reply, and a speaker's name, which the models' layout has no room for.
+# Fields of a reply that clients send back, and a speaker's name, which the models' layout lacks.
 _IGNORED = ("name", "refusal", "annotations", "token_stages")
 
 
 def read_messages(body: Fields) -> list[dict[str, str]]:
-    """The chat. ApiError that names the message for one that makes no sense."""
+    """The chat. ApiError naming the message for an invalid one."""
     found: list[dict[str, str]] = []
     calls: set[str] = set()
     body.required("messages", body.items)
     for message in body.objects("messages"):
         role = message.required("role", message.text)
         if role not in ROLES:
-            raise refused(message.name("role"), f"{shown(role)} is none of {', '.join(ROLES)}")
+            raise refused(message.name("role"), f"{shown(role)} is not one of {', '.join(ROLES)}")
         text = _read(message, role, calls)
         message.ignore(_IGNORED)
         message.done()
@@ -50,17 +50,17 @@ def read_messages(body: Fields) -> list[dict[str, str]]:
         raise refused("messages", str(error)) from None
     if found[-1]["role"] == "assistant":
         raise refused(
-            "messages", "the last one is the assistant's: end with the user's or a tool's"
+            "messages", "the last one is the assistant's: end with a user or tool message"
         )
     return found
 
 
 def _read(message: Fields, role: str, calls: set[str]) -> str:
-    """The text of a message; calls made so far are kept in `calls`, by id."""
+    """The text of a message. `calls` collects the ids of calls so far."""
     if role == "tool":
         answered = message.required("tool_call_id", message.text)
         if answered not in calls:
-            raise refused(message.name("tool_call_id"), "no call before it has this id")
+            raise refused(message.name("tool_call_id"), "no earlier call has this id")
         return result_text(message.required("content", lambda field: _content(message, field)))
     if role != "assistant":
         return message.required("content", lambda field: _content(message, field))
@@ -80,7 +80,7 @@ def _read(message: Fields, role: str, calls: set[str]) -> str:
 
 
 def _laid_out(arguments: str) -> str:
-    """Arguments in the layout that the model writes; as they are where they are not JSON."""
+    """Arguments in the layout that the model writes; unchanged if they are not JSON."""
     try:
         return json.dumps(json.loads(arguments), ensure_ascii=False)
     except (ValueError, RecursionError):
@@ -88,7 +88,7 @@ def _laid_out(arguments: str) -> str:
 
 
 def _content(message: Fields, field: str) -> str | None:
-    """Text, or parts that are all text."""
+    """The content's text: a string, or text parts joined."""
     if not isinstance(message.take(field), list):
         return message.text(field)
     texts = []

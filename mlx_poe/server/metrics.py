@@ -1,6 +1,6 @@
-"""What has happened, for Prometheus.
+"""Metrics for Prometheus.
 
-- in: requests as they begin and end; the engine's own figures when somebody looks
+- in: requests as they begin and end; the engine's own figures, read on demand
 - out: text in Prometheus's format
 """
 
@@ -18,19 +18,19 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "cognica_mlx"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
-# What the engine knows: name, what it is, how to look it up.
+# The engine's figures: name, help text, how to read it.
 _GAUGES = {
     "running_sequences": ("Sequences being decoded", lambda stats: stats.running),
     "waiting_sequences": (
-        "Sequences that wait their turn",
+        "Sequences waiting to start",
         lambda stats: stats.waiting,
     ),
     "state_bytes": ("Bytes promised to running sequences", lambda stats: stats.state_bytes),
-    "state_limit_bytes": ("The most that may be promised", lambda stats: stats.memory_bytes),
-    "prompt_cache_bytes": ("Bytes of prompts that are kept", lambda stats: stats.cache_bytes),
-    "prompt_cache_entries": ("Prompts that are kept", lambda stats: stats.cache_entries),
-    "prompt_cache_hits": ("Prompts whose beginning was kept", lambda stats: stats.cache_hits),
-    "prompt_cache_misses": ("Prompts with nothing kept", lambda stats: stats.cache_misses),
+    "state_limit_bytes": ("The most bytes that may be promised", lambda stats: stats.memory_bytes),
+    "prompt_cache_bytes": ("Bytes of cached prompts", lambda stats: stats.cache_bytes),
+    "prompt_cache_entries": ("Cached prompts", lambda stats: stats.cache_entries),
+    "prompt_cache_hits": ("Prompts with a cached beginning", lambda stats: stats.cache_hits),
+    "prompt_cache_misses": ("Prompts without a cached beginning", lambda stats: stats.cache_misses),
     "active_memory_bytes": ("Bytes of all arrays", lambda stats: mx.get_active_memory()),
 }
 
@@ -47,15 +47,13 @@ class Metrics:
             "requests", "Requests by how they ended", "endpoint", "outcome"
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
-        self.cached_tokens = self._counter("cached_prompt_tokens", "Those that were not run again")
+        self.cached_tokens = self._counter("cached_prompt_tokens", "Prompt tokens not run again")
         self.completion_tokens = self._counter("completion_tokens", "Tokens generated")
         self.stage_tokens = self._counter(
-            "stage_tokens", "Tokens by the stage they left at", "stage"
+            "stage_tokens", "Tokens by the stage that emitted them", "stage"
         )
-        self.forced_tokens = self._counter(
-            "forced_tokens", "Tokens that a form left no choice about"
-        )
-        self.drafts = self._counter("draft_tokens", "Drafts by what became of them", "verdict")
+        self.forced_tokens = self._counter("forced_tokens", "Tokens forced by the reply's form")
+        self.drafts = self._counter("draft_tokens", "Drafts by verdict", "verdict")
         about = "Seconds until a request's first token"
         self.first_token = Histogram(
             f"{_PREFIX}_time_to_first_token_seconds",
@@ -72,7 +70,7 @@ class Metrics:
         return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
 
     def begin(self, endpoint: str) -> Record:
-        """A request has come."""
+        """A request has arrived."""
         return Record(self, endpoint)
 
     def refused(self, endpoint: str, status: int) -> None:
@@ -81,12 +79,12 @@ class Metrics:
         self.requests.labels(endpoint, outcome).inc()
 
     def text(self) -> bytes:
-        """All figures."""
+        """All metrics."""
         return generate_latest(self._registry)
 
 
 class Record:
-    """One request's figures; `outcome` is "gone" until somebody says otherwise."""
+    """One request's figures; `outcome` stays "gone" unless it is set."""
 
     def __init__(self, metrics: Metrics, endpoint: str):
         self._metrics, self._endpoint = metrics, endpoint
@@ -94,13 +92,13 @@ class Record:
         self.outcome = "gone"
 
     def first_token(self) -> None:
-        """Something has come; only the first time counts."""
+        """Record the time to the first token; only the first call counts."""
         if self._waits:
             self._waits = False
             self._metrics.first_token.observe(monotonic() - self._began)
 
     def end(self, usage: dict[str, Any] | None) -> None:
-        """The request is over, with a usage if it ran."""
+        """The request is over; `usage` is None if it never ran."""
         metrics = self._metrics
         if usage is None:
             return

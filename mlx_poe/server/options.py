@@ -1,8 +1,8 @@
 """The fields that both endpoints share: how tokens are chosen, in which mode, and when to stop.
 
 - in: a request's `Fields`, and the model that it names
-- out: keywords for `Engine.submit`, and how the reply is to be given
-- ranges are OpenAI's; what OpenAI has no name for is called as in `mlx_poe.generate`
+- out: keywords for `Engine.prepare`, and the reply's format
+- ranges are OpenAI's; fields that OpenAI lacks are named as in `mlx_poe.generate`
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mlx_poe.server.fields import Fields, shown
 
 MAX_STOPS = 16
 MAX_CHOICES = 16
-# OpenAI's fields whose values are of no consequence to a server that keeps nothing.
+# OpenAI's fields that have no effect on a server that stores nothing.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for. `context` counts tokens, a prompt's and its reply's together."""
+    """Limits on requests. `context` counts the tokens of a prompt and its reply together."""
 
     body_bytes: int
     context: int
@@ -34,15 +34,15 @@ class Limits:
 
     @property
     def places(self) -> int:
-        """Sequences that run or wait, at most."""
+        """The most sequences that may run or wait."""
         return self.sequences + self.queue
 
 
 @dataclass
 class Options:
-    """`decoding` is for `Engine.submit`; the rest says how the reply is given.
+    """`decoding` is for `Engine.prepare`; the rest describes the reply's format.
 
-    `top_logprobs` is None where no log-probabilities are asked for.
+    `top_logprobs` is None if no log-probabilities were requested.
     """
 
     served: Served
@@ -65,7 +65,7 @@ class Options:
             "weights": self.served.weights,
             **self.decoding,
         }
-        # Each choice has a seed of its own, the same whatever runs beside it.
+        # Each choice has its own seed, independent of what else is running.
         if self.seed is not None:
             about["seed"] = (self.seed + choice) % 2**64
         if self.top_logprobs:
@@ -74,7 +74,7 @@ class Options:
 
 
 def read_options(body: Fields, served: Served, *, default_max_tokens: int) -> Options:
-    """What `body` says of all this. ApiError for a value that cannot be honoured."""
+    """Read the options in `body`. ApiError for a value that cannot be honored."""
     options = Options(served, _max_tokens(body), default_max_tokens)
     options.n = body.whole("n", 1, MAX_CHOICES) or 1
     options.stream = body.flag("stream")
@@ -86,7 +86,7 @@ def read_options(body: Fields, served: Served, *, default_max_tokens: int) -> Op
     options.seed = body.whole("seed", -(2**63), 2**64 - 1)
     if streamed := body.object("stream_options"):
         if not options.stream:
-            raise refused("stream_options", "it belongs to stream: true")
+            raise refused("stream_options", "it needs stream: true")
         options.include_usage = streamed.flag("include_usage")
         streamed.only("include_obfuscation", False)
         streamed.done()
@@ -102,7 +102,7 @@ def _max_tokens(body: Fields) -> int | None:
     names = ("max_tokens", "max_completion_tokens")
     old, new = (body.whole(name, 0, 2**31) for name in names)
     if old is not None and new is not None and old != new:
-        raise refused(names[1], f"it says {new}, and {names[0]} {old}: give one of them")
+        raise refused(names[1], f"it is {new}, but {names[0]} is {old}: give only one")
     return old if new is None else new
 
 
@@ -140,7 +140,7 @@ def _logit_bias(body: Fields, vocab_size: int) -> dict[int, float] | None:
 def _mode(body: Fields) -> dict[str, Any]:
     mode = body.text("mode") or "full"
     if mode not in MODES:
-        raise refused("mode", f"{shown(mode)} is none of {', '.join(MODES)}")
+        raise refused("mode", f"{shown(mode)} is not one of {', '.join(MODES)}")
     found: dict[str, Any] = {"mode": mode}
     for option in fields(ModeOptions):
         if option.name in body:

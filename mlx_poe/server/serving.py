@@ -1,9 +1,9 @@
-"""Sequences at work for a request: admitted, started, streamed, and let go.
+"""A request's sequences: admitted, started, streamed, and released.
 
-- in: what an endpoint has read; the engine
+- in: a parsed request; the engine
 - out: an answer, whole or as server-sent events
-- in the event loop's thread; the engine's responses come over from its own
-- a client that leaves, or does not read, gives its places back at once
+- runs in the event loop's thread; the engine's responses arrive from the engine's thread
+- if a client disconnects or does not read, its places are freed at once
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mlx_poe.server.wire import DONE, KEEP_ALIVE, Json, event
 from mlx_poe.tokenizer import Tokenizer
 
 KEEP_ALIVE_SECONDS = 5.0
-# So long a client may take to read what has been sent.
+# How long a client may take to read what has been sent.
 SLOW_SECONDS = 30.0
 
 logger = logging.getLogger("mlx_poe.server")
@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 
 
 class Asked(Protocol):
-    """What an endpoint has read: `ChatRequest` or `CompletionRequest`."""
+    """A parsed request: `ChatRequest` or `CompletionRequest`."""
 
     @property
     def options(self) -> Options:
@@ -52,24 +52,24 @@ class Asked(Protocol):
         """One or more."""
 
     def answer(self, tokenizer: Tokenizer, tokens: Sequence[Sequence[int]]) -> Answer:
-        """The answer to begin with; `tokens` are those of each prompt."""
+        """An empty answer; `tokens` are those of each prompt."""
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client no longer waits for the answer."""
 
 
 class Service:
-    """The engine, and how much of it is taken."""
+    """The engine, and how many of its places are taken."""
 
     def __init__(self, engine: Engine, limits: Limits, metrics: Metrics):
         self.engine, self.limits, self.metrics = engine, limits, metrics
-        # Sequences that run or wait, and how long one has taken on average, in seconds.
+        # Sequences that run or wait, and a request's average duration in seconds.
         self.taken, self._mean_seconds = 0, 1.0
         self.closing = False
 
     async def answer(self, asked: Asked, endpoint: str, receive: Receive) -> Response:
-        """The whole answer, or one that streams."""
+        """The whole answer, or a stream."""
         run = await unless_gone(receive, self._start(asked, endpoint))
         if asked.options.stream:
             return EventStream(run)
@@ -91,28 +91,28 @@ class Service:
         return run
 
     def _admit(self, count: int, param: str) -> None:
-        """Take places for so many sequences; ApiError where there are none."""
+        """Take `count` places. ApiError if there are not enough."""
         if self.closing:
             raise EngineClosedError
         if count > self.limits.places:
-            message = f"{count} sequences at once, {self.limits.places} at most"
+            message = f"{count} sequences at once exceed the limit of {self.limits.places}"
             raise ApiError(400, message, param)
         if self.taken + count > self.limits.places:
             rounds = (self.taken + count) / self.limits.sequences
             wait = min(max(math.ceil(rounds * self._mean_seconds), 1), 60)
-            message = f"{self.taken} sequences run or wait, {self.limits.places} at most"
+            message = f"{self.taken} of {self.limits.places} places are taken"
             headers = {"retry-after": str(wait)}
             raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
         self.taken += count
 
     def leave(self, count: int, seconds: float) -> None:
-        """Give places back, after so long."""
+        """Give back `count` places, held for `seconds`."""
         self.taken -= count
         self._mean_seconds += (seconds - self._mean_seconds) / 10
 
 
 class Run:
-    """One request's sequences at work, and what becomes of them."""
+    """One request's sequences while they run."""
 
     def __init__(self, service: Service, asked: Asked, endpoint: str, count: int):
         self._service, self._asked, self._count = service, asked, count
@@ -126,14 +126,14 @@ class Run:
         self.answer: Answer
 
     async def begin(self) -> None:
-        """Read the prompts and let the engine start. ApiError for what it refuses."""
+        """Read the prompts and start them in the engine. ApiError if it refuses them."""
         loop = asyncio.get_running_loop()
 
         def listener(index: int) -> Callable[[Item], None]:
             return lambda item: loop.call_soon_threadsafe(self._put, index, item)  # type: ignore
 
         listeners = [listener(index) for index in range(self._count)]
-        # Not in this thread: texts may be long, and the engine answers between two passes.
+        # In another thread: texts may be long, and the engine only answers between two passes.
         work = asyncio.ensure_future(anyio.to_thread.run_sync(self._submit, listeners))
         try:
             self._requests, tokens = await asyncio.shield(work)
@@ -146,7 +146,7 @@ class Run:
     def _submit(
         self, listeners: Sequence[Callable[[Item], None]]
     ) -> tuple[list[EngineRequest], list[Sequence[int]]]:
-        """In a thread of its own: the requests, and the tokens of each prompt."""
+        """The requests, and the tokens of each prompt. Runs in a worker thread."""
         options, engine = self._asked.options, self._service.engine
         prepared: list[Prepared] = []
         for prompt in self._asked.prompts:
@@ -157,18 +157,18 @@ class Run:
         return engine.start(prepared), [one.asked.tokens for one in prepared[:: options.n]]
 
     def _room(self, prompt_tokens: int) -> int:
-        """How many tokens to make after a prompt."""
+        """How many tokens to generate after a prompt."""
         options, most = self._asked.options, self._service.limits.context
         wanted = options.max_tokens
         if wanted is None:
             wanted = max(min(options.default_max_tokens, most - prompt_tokens), 1)
         if prompt_tokens + wanted > most:
             message = (
-                f"{prompt_tokens} tokens of prompt and {wanted} to generate, "
-                f"{most} together at most"
+                f"{prompt_tokens} prompt tokens and {wanted} to generate exceed the limit of "
+                f"{most} together"
             )
             raise ApiError(400, message, "max_tokens", "context_length_exceeded")
-        # A prompt that is only to be scored has one token after it all the same.
+        # Even a prompt that is only scored generates one token.
         return max(wanted, 1)
 
     def _put(self, index: int, item: Item) -> None:
@@ -176,7 +176,7 @@ class Run:
         self._come.set()
 
     async def _take(self) -> list[tuple[int, Item]]:
-        """All that has come, by sequence; nothing after `KEEP_ALIVE_SECONDS` without any."""
+        """The items that have arrived, by sequence; none after `KEEP_ALIVE_SECONDS` without any."""
         if not self._items:
             self._come.clear()
             with anyio.move_on_after(KEEP_ALIVE_SECONDS):
@@ -191,7 +191,7 @@ class Run:
         return items
 
     async def collect(self) -> None:
-        """Wait for all of the answer."""
+        """Wait for the whole answer."""
         while self._left:
             for index, item in await self._take():
                 if isinstance(item, GenerationResponse):
@@ -199,7 +199,7 @@ class Run:
         self._record.outcome = "ok"
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events; what goes wrong on the way is the last of them."""
+        """The answer as server-sent events. An error on the way becomes the last event."""
         yield b"".join(map(event, self.answer.first_chunks())) or KEEP_ALIVE
         try:
             while self._left:
@@ -219,7 +219,7 @@ class Run:
             self._record.outcome = "ok"
 
     def close(self) -> None:
-        """End what is not over, and give the places back."""
+        """Cancel unfinished sequences and give their places back."""
         if not self._closed:
             self._closed = True
             for request in self._requests:
@@ -238,7 +238,7 @@ class EventStream(Response):
         self._run = run
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all of it, unless the client leaves or does not read."""
+        """Send everything, unless the client disconnects or does not read."""
         try:
             await unless_gone(receive, self._send(send))
         except ClientGone:
@@ -259,7 +259,7 @@ class EventStream(Response):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Do the work as long as the client is there; ClientGone once it is not."""
+    """Do the work while the client is connected; ClientGone once it is not."""
     gone, doing = asyncio.ensure_future(_gone(receive)), asyncio.ensure_future(work)
     try:
         await asyncio.wait({gone, doing}, return_when=asyncio.FIRST_COMPLETED)
@@ -278,7 +278,7 @@ async def _gone(receive: Receive) -> None:
 
 
 def _cancel_all(work: asyncio.Future) -> None:
-    """Cancel what was started for somebody who is no longer there."""
+    """Cancel requests started for a client that has left."""
     if not work.cancelled() and work.exception() is None:
         for request in work.result()[0]:
             request.cancel()

@@ -13,7 +13,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def to_json(value: Any) -> bytes:
-    """ASCII, so that what a client has sent, half a surrogate pair say, can always be sent back."""
+    """JSON in ASCII, which can send back anything a client sent, even half a surrogate pair."""
     return strict_json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
@@ -28,5 +28,5 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """The body, a line for who reads it in a terminal."""
+        """The body, with a newline for readers in a terminal."""
         return to_json(content) + b"\n"

@@ -1,4 +1,4 @@
-"""Training a specialist on this machine: data formats, stores, the folder that it becomes."""
+"""Training a specialist on this machine: data formats, stores, and the resulting folder."""
 
 from mlx_poe.training.reporter import InterruptedTraining, Reporter
 from mlx_poe.training.run import Result, train

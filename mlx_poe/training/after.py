@@ -1,4 +1,4 @@
-"""What a new specialist is worth: calibrated, timed, and measured on rows that it has not seen."""
+"""Evaluate a new specialist: calibrate it, time it, and measure it on unseen rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMED_MODES = ("full", "speculative")
 
 @dataclass(frozen=True)
 class Speed:
-    """A mode's tokens a second over a few replies, and the share of its drafts that were kept."""
+    """A mode's tokens per second over a few replies, and the share of its drafts that were kept."""
 
     tokens_per_second: float
     acceptance: float | None
@@ -41,8 +41,8 @@ def calibrate_folder(
     texts: Sequence[Text],
     progress: Callable[[str, int, int], None],
 ) -> tuple[Calibration, dict[str, Speed]]:
-    """Calibrate the specialist in `folder` on the beginning of `texts`, write the file beside it,
-    and time it on replies to their prompts."""
+    """Calibrate the specialist in `folder` on the first of the `texts`, write the file to the
+    folder, and time replies to their prompts."""
     model, tokenizer = load(folder, dtype=dtype)
     chosen = first_texts(texts, MOST_TOKENS)
     calibration = calibrate(
@@ -65,7 +65,7 @@ def _speed(model: PoEModel, tokenizer: Tokenizer, mode: str, texts: Sequence[Tex
         stream = stream_generate(model, tokenizer, prompt, max_tokens=REPLY_TOKENS, mode=mode)
         last = next(stream)
         kept += last.from_draft
-        started = time.perf_counter()  # the prompt is not what is timed
+        started = time.perf_counter()  # without the prompt's time
         for last in stream:
             tokens += 1
             kept += last.from_draft
@@ -75,7 +75,7 @@ def _speed(model: PoEModel, tokenizer: Tokenizer, mode: str, texts: Sequence[Tex
 
 
 def bits_per_byte(folder: Path, dtype: str | None, texts: Sequence[Text]) -> float:
-    """Bits for each byte that the counted tokens of `texts` spell, under the model in `folder`."""
+    """Bits per byte of the counted tokens of `texts`, under the model in `folder`."""
     model, _ = load(folder, dtype=dtype)
     nats = 0.0
     for text in texts:

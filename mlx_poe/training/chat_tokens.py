@@ -1,10 +1,10 @@
-"""What the chat tokens' embeddings start from where the base never saw them.
+"""Embeddings for chat tokens that the base never saw.
 
-A base reads `<|bos|>` and plain text only; the other special tokens keep the random rows that they
-were made with, and what a base makes of those is noise. They are given the embeddings of words that
-stand where they do: a question's first word and its mark, a statement's first word, a line's end.
-The specialists that came with poe-tiny use the same words, so the base's keys and values for a chat
-are one and the same under all of them.
+A base is trained on `<|bos|>` and plain text only. The other special tokens keep their random
+initial rows, which are noise to the base. They get the embeddings of words that appear in similar
+places: a question's first word and its mark, a statement's first word, a line break. poe-tiny's own
+specialists use the same words, so the base's keys and values for a chat are the same under all of
+them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ WORDS = {
     "<|output_start|>": "=",
     "<|output_end|>": "\n",
 }
-# Head rows of tokens that never came are all pushed the same way; those of any two tokens that
-# came are not this close.
+# Training pushes the head rows of all tokens that never occur in the same direction. The rows of
+# tokens that do occur are never this close.
 SAME_DIRECTION = 0.98
 
 
 def word_rows(base: PoEModel, tokenizer: Tokenizer, choice: str) -> dict[int, int]:
-    """Which token's embedding each chat token is to have; empty where the base's own are kept.
+    """A map from chat tokens to the tokens whose embeddings they get; empty to keep the base's own.
 
     `choice` is "words", "keep" or "auto": words for tokens that `base` never saw, unless it is a
-    specialist, whose embeddings are trained.
+    specialist, whose embeddings are already trained.
     """
     tokens = {
         tokenizer.special_tokens[name]: tokenizer.encode(word, add_special_tokens=False)[0]
@@ -50,8 +50,8 @@ def word_rows(base: PoEModel, tokenizer: Tokenizer, choice: str) -> dict[int, in
 
 
 def never_seen(base: PoEModel, tokens: list[int]) -> frozenset[int]:
-    """Those of `tokens` that the base was never to predict, by its head: their rows point the same
-    way, or have stayed zero."""
+    """Those of `tokens` that the base never had to predict: their rows in its head point in the
+    same direction, or are still zero."""
     rows = matrix(base.lm_head)[mx.array(tokens)]
     lengths = mx.linalg.norm(rows, axis=-1, keepdims=True)
     unit = rows / mx.maximum(lengths, 1e-12)

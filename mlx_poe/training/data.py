@@ -1,8 +1,7 @@
-"""Rows of a .jsonl file, in mlx-lm's formats, as texts to learn from.
+"""Training texts from the rows of a .jsonl file, in mlx-lm's formats.
 
-- `{"messages": […]}`, perhaps with `"tools"`; `{"prompt": …, "completion": …}`; `{"text": …}`
-- every row that cannot be used is refused, by the file's name and its line; nothing is skipped in
-  silence
+- `{"messages": […]}`, optionally with `"tools"`; `{"prompt": …, "completion": …}`; `{"text": …}`
+- a row that cannot be used is an error that names the file and line; nothing is silently skipped
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from mlx_poe.tools import with_functions
 
 @dataclass(frozen=True)
 class Split:
-    """The texts of one file. `cut`: rows longer than the limit, shortened to it; `emptied`: those
-    of which no counted token was left, so that they are not among the texts."""
+    """The texts of one file. `cut`: rows shortened to the limit; `emptied`: those of them that have
+    no counted token left and are not among the texts."""
 
     texts: list[Text]
     rows: int
@@ -35,12 +34,12 @@ class Split:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all."""
+        """How many tokens there are in all."""
         return sum(len(text.tokens) for text in self.texts)
 
     @property
     def counted(self) -> int:
-        """Tokens that the loss counts."""
+        """How many tokens the loss counts."""
         return sum(int(text.counted.sum()) for text in self.texts)
 
 
@@ -52,10 +51,10 @@ def read_split(
     mask_prompt: bool | None = None,
     pack: bool = False,
 ) -> Split:
-    """The texts of a file, of at most `longest` tokens each.
+    """The texts of a file, with at most `longest` tokens each.
 
-    `mask_prompt` and `pack` are as in `TrainingSettings`. Raises RequestError naming the file, and
-    the line of a row that cannot be used.
+    `mask_prompt` and `pack` are as in `TrainingSettings`. Raises RequestError naming the file and,
+    for an unusable row, the line.
     """
     lengths = np.array(tokenizer.token_byte_lengths(tokenizer.vocab_size))
     texts: list[Text] = []
@@ -73,7 +72,7 @@ def read_split(
             continue
         texts.append(Text(ids, marks, int(lengths[ids[marks]].sum())))
     if not rows:
-        raise RequestError(f"{path} is empty: it needs a row of JSON on each line")
+        raise RequestError(f"{path} is empty: it needs one JSON object per line")
     if not texts:
         raise RequestError(
             f"{path}: cut to {longest} tokens, no row has anything left to learn from; raise "
@@ -85,8 +84,8 @@ def read_split(
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     if not path.is_file():
         raise RequestError(
-            f"{path} is missing: the data folder needs train.jsonl to learn from and valid.jsonl "
-            "to be measured on"
+            f"{path} is missing: the data folder needs train.jsonl for training and valid.jsonl "
+            "for validation"
         )
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -130,28 +129,28 @@ def _chat(
     if tools:
         chat = turns(with_functions(messages, tools))
     if not any(role == "assistant" for role, _ in chat):
-        raise RequestError("no message is the assistant's: there is nothing to learn from")
+        raise RequestError("there is no assistant message to learn from")
     tokens, counted = [tokenizer.token_id(BOS)], [False]
     for role, content in chat:
         turn = tokenizer.encode_turn(role, content)
         counts = role == "assistant" or not mask_prompt
         tokens += turn
-        # The token that begins a turn is given when a reply is asked for.
+        # When generating, the token that begins a turn is given.
         counted += [not mask_prompt, *[counts] * (len(turn) - 1)]
     return tokens, counted
 
 
 def _plain(text: Any, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     if not isinstance(text, str) or not text.strip():
-        raise RequestError("its text is empty, or not text")
+        raise RequestError("its text is empty, or not a string")
     bos = tokenizer.token_id(BOS)
-    # A text ends where the next one would begin, as in the base's training data.
+    # A text ends with the next one's <|bos|>, as in the base's training data.
     tokens = [*tokenizer.encode(text), bos]
     return tokens, [False, *[True] * (len(tokens) - 1)]
 
 
 def _joined(texts: Sequence[Text], longest: int) -> list[Text]:
-    """Texts one after the other, as many as fit into `longest` tokens."""
+    """Consecutive texts, joined as long as they fit into `longest` tokens."""
     groups: list[list[Text]] = [[]]
     room = longest
     for text in texts:
@@ -171,13 +170,13 @@ def _joined(texts: Sequence[Text], longest: int) -> list[Text]:
 
 
 def first_texts(texts: Sequence[Text], num_tokens: int) -> list[Text]:
-    """As many of the first texts as have `num_tokens` together, and at least one."""
+    """The first texts with at most `num_tokens` in all, but at least one."""
     ends = np.cumsum([len(text.tokens) for text in texts])
     return list(texts[: max(int((ends <= num_tokens).sum()), 1)])
 
 
 def fingerprint(texts: Sequence[Text], *, counted: bool) -> str:
-    """A hash of the texts' tokens, and with `counted` of which of them count."""
+    """A hash of the texts' tokens and, with `counted`, of which tokens count."""
     found = hashlib.blake2b(digest_size=16)
     for text in texts:
         found.update(len(text.tokens).to_bytes(8, "little"))

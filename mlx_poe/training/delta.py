@@ -1,9 +1,9 @@
-"""A trained stage as a specialist's folder, in the released layout.
+"""Write a trained stage as a specialist's folder, in the released layout.
 
-- in: the checkpoint that it stands on, the parameters trained, the chat tokens' embeddings
+- in: the checkpoint below it, the trained parameters, the chat tokens' embeddings
 - out: `delta.safetensors` with the released names, a configuration that names the base, tokenizer
-  files, a model card; whole or absent
-- what is the base's keeps its bits: embeddings and lambdas are copied as they are stored
+  files, a model card; whole or not at all
+- the base's embeddings and lambdas are copied bit by bit
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _MOST_ROWS = 12
 
 @dataclass(frozen=True)
 class Delta:
-    """What a specialist's folder is made of.
+    """The content of a specialist's folder.
 
-    `parameters` are in the type in which they are saved; `embeddings` says which token has whose
-    row of the base's table; `base_name` is how a person calls the base, `reference` how the folder
-    names it.
+    `parameters` are in the type to save; `embeddings` maps tokens to the tokens whose rows of the
+    base's table they use; `base_name` is the base's name for people, `reference` the one written
+    to the folder.
     """
 
     base: Checkpoint
@@ -61,8 +61,8 @@ class Delta:
     def write(self, target: Path, overwrite: bool) -> None:
         """Write the folder, whole or not at all.
 
-        Raises CheckpointError or OSError where it cannot be written, RequestError where `target`
-        must not be replaced.
+        Raises CheckpointError or OSError if it cannot be written, RequestError if `target` must
+        not be replaced.
         """
         tensors = self._tensors()
         specs = [(name, array.shape, array.dtype) for name, array in tensors.items()]
@@ -92,7 +92,7 @@ class Delta:
         return found
 
     def _embeddings(self) -> dict[str, mx.array]:
-        """The table as it is stored, packed or not, with the rows that are another token's."""
+        """The table as it is stored, packed or not, with `embeddings` applied."""
         names = [name for name in self.base.weights if name.rpartition(".")[0] == "wte"]
         table = {name: self.base.weights[name].read() for name in names}
         if self.embeddings:
@@ -152,9 +152,9 @@ class Delta:
         lines += [self._row(evaluation) for evaluation in _thinned(self.curve)]
         lines += [
             "",
-            f"Losses are nats a counted token; the weights are those of iteration "
-            f"{self.best_iteration}, which has the least validation loss. This folder needs its",
-            "base where `base_model_name_or_path` in config.json says.",
+            f"Losses are in nats per counted token. The weights are those of iteration "
+            f"{self.best_iteration}, which has the lowest validation loss. This folder needs its",
+            "base, which `base_model_name_or_path` in config.json names.",
             "",
             "```bash",
             f"poe-chat --specialist {name}=path/to/{name} --model {self.base_name}",
@@ -171,7 +171,7 @@ class Delta:
 
 
 def _thinned(curve: Sequence[Evaluation]) -> list[Evaluation]:
-    """About `_MOST_ROWS` of the evaluations, the first and the last among them."""
+    """About `_MOST_ROWS` of the evaluations, including the first and the last."""
     step = max(-(-len(curve) // _MOST_ROWS), 1)
     kept = list(curve[::step])
     return kept if kept[-1:] == list(curve[-1:]) else [*kept, curve[-1]]

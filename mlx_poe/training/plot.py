@@ -1,4 +1,4 @@
-"""A picture of a run: the losses by iteration."""
+"""A plot of a run's losses by iteration."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ TRAIN, VALID, BEST = "#bbbbbb", "#4c78a8", "#e45756"
 
 
 def plot(curve: Sequence[Evaluation], best_iteration: int, path: Path) -> None:
-    """Draw a run's evaluations into a file of the type that its name ends with.
+    """Plot a run's evaluations into a file; its suffix gives the type.
 
-    Needs matplotlib (the extra `plot`). Raises ValueError for a type that it does not know.
+    Needs matplotlib (the extra `plot`). Raises ValueError for an unknown type.
     """
     import matplotlib
 
@@ -29,7 +29,7 @@ def plot(curve: Sequence[Evaluation], best_iteration: int, path: Path) -> None:
     axis.plot([best.iteration], [best.valid_loss], "o", color=BEST)
     axis.set_yscale("log")
     axis.set_xlabel("iteration")
-    axis.set_ylabel("nats a counted token")
+    axis.set_ylabel("nats per counted token")
     axis.legend(["training", "validation", f"kept: {best.valid_loss:.4f}"], frameon=False)
     drawing.tight_layout()
     with whole_file.replacing(path, path.suffix) as temporary:

@@ -1,4 +1,4 @@
-"""Who watches a training run, and how it ends early."""
+"""How a training run reports progress, and how it ends early."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from cognica_mlx.training.trainer import Evaluation
 
 
 class Reporter(Protocol):
-    """What a run tells whoever watches it."""
+    """Receives a run's progress."""
 
     def note(self, text: str) -> None:
         """A line for people."""
 
     def phase(self, name: str, total: int) -> None:
-        """A piece of work of so many steps begins; it ends with the next, or with `done`."""
+        """A phase of `total` steps begins; it ends with the next phase, or with `done`."""
 
     def advance(self, count: int, text: str = "") -> None:
-        """So many steps of the phase are done; `text` says where it stands."""
+        """`count` more steps of the phase are done; `text` is the current status."""
 
     def done(self) -> None:
         """The phase is over."""
@@ -27,7 +27,7 @@ class Reporter(Protocol):
 
 
 class InterruptedTraining(Exception):
-    """Ctrl-C came; `iteration` is what the checkpoint holds, None where there is none yet."""
+    """Training was interrupted by Ctrl-C. `iteration` is the checkpoint's, or None without one."""
 
     def __init__(self, iteration: int | None):
         super().__init__(iteration)

@@ -1,8 +1,8 @@
 """A training run from its settings to a specialist's folder.
 
-- in: `TrainingSettings`, a folder to write, a `Reporter` that shows what happens
-- out: the folder, calibrated; or, where the run ends early, a checkpoint to go on from
-- the base is in memory only while it is run: with a store, training holds its heads alone
+- in: `TrainingSettings`, a folder to write, a `Reporter` that shows progress
+- out: the folder, or a checkpoint to resume from if the run ends early
+- the base is in memory only while it runs; with a store, training holds only its heads
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from mlx_poe.training.store_folders import Store, base_fingerprint, check_room, 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to: its curve and the iteration that the folder holds, seconds of training,
-    positions trained on a second, the most memory in bytes that training took; the rows that it was
-    measured on, and those to test it on."""
+    """A run's result: its curve, the iteration that the folder holds, the training time in seconds,
+    positions trained on per second, peak memory of training in bytes, and the validation and test
+    rows."""
 
     curve: tuple[Evaluation, ...]
     best_iteration: int
@@ -57,19 +57,19 @@ class Result:
 
     @property
     def best(self) -> Evaluation:
-        """The evaluation of what the folder holds."""
+        """The evaluation of the weights in the folder."""
         return next(e for e in self.curve if e.iteration == self.best_iteration)
 
 
 def checkpoint_file(output: Path) -> Path:
-    """Where a run for the folder `output` keeps its checkpoint: beside it."""
+    """The checkpoint of a run for the folder `output`, which is next to it."""
     return output.with_name(f"{output.name}.checkpoint.safetensors")
 
 
 def resumed_settings(output: Path, given: dict[str, Any]) -> TrainingSettings:
-    """The settings of the run that was broken off, with the changes in `given`.
+    """The settings of an interrupted run, with the changes in `given`.
 
-    Raises CheckpointError where there is no checkpoint, RequestError for what cannot change.
+    Raises CheckpointError if there is no checkpoint, RequestError for a setting that cannot change.
     """
     _, saved = read_training(checkpoint_file(output))
     return resumed(saved["settings"], given)
@@ -84,22 +84,21 @@ def train(
     overwrite: bool = False,
     store_path: Path | None = None,
 ) -> Result:
-    """Train a specialist and write its folder, with the weights of the least validation loss.
+    """Train a specialist and write its folder, with the weights of the lowest validation loss.
 
-    Every `save_every` iterations, and when interrupted, the checkpoint beside `output` is written
-    anew; with `resume` training goes on from it, as if it had never stopped. `overwrite` replaces
-    an older folder, and drops an older checkpoint.
+    Every `save_every` iterations, and on an interrupt, the checkpoint next to `output` is
+    rewritten; with `resume`, training continues from it as if it had never stopped. `overwrite`
+    replaces an existing folder and drops an existing checkpoint.
 
-    Raises RequestError for settings, data or an output that make no sense, CheckpointError for
-    files that are damaged or a disk without room, DivergedError for a loss that is no number, and
-    InterruptedTraining for Ctrl-C.
+    Raises RequestError for invalid settings, data or output, CheckpointError for damaged files or
+    a full disk, DivergedError if the loss is not finite, and InterruptedTraining on Ctrl-C.
     """
     check_target(output, overwrite)
     saved_at = checkpoint_file(output)
     if saved_at.exists() and not resume and not overwrite:
         raise RequestError(
-            f"{saved_at} is a checkpoint of training that was broken off: go on from it "
-            "(--resume), or start anew (--overwrite)"
+            f"{saved_at} is a checkpoint of an interrupted run: continue it (--resume), or start "
+            "over (--overwrite)"
         )
     run = _Run(settings, output, reporter, overwrite, store_path)
     state = run.start
@@ -109,9 +108,9 @@ def train(
         run.check_unchanged(saved)
         if state.iteration > settings.iters:
             raise RequestError(
-                f"iters {settings.iters}: the checkpoint has {state.iteration} iterations behind it"
+                f"iters {settings.iters}: the checkpoint is already at iteration {state.iteration}"
             )
-        reporter.note(f"going on after iteration {state.iteration}")
+        reporter.note(f"resuming after iteration {state.iteration}")
     elif saved_at.exists():
         saved_at.unlink()
     result = run.train(state)
@@ -120,7 +119,7 @@ def train(
 
 
 class _Run:
-    """What the phases of a run share; when it is made, the base has been read for the last time."""
+    """What the phases of a run share. After construction, the base is not read again."""
 
     def __init__(
         self,
@@ -138,7 +137,7 @@ class _Run:
         folder = self.checkpoint.tokenizer_folder
         self.tokenizer = Tokenizer.from_folder(folder, n_vocab=self.config.vocab_size)
         self.train_split, self.valid_split = (self._read(name) for name in ("train", "valid"))
-        # Read now, so that it is refused now if it has to be.
+        # Read it now, so that errors in it are reported before training.
         self.test_split = self._read("test") if settings.test else None
         name = settings.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
         self.dtype = DTYPES[name]
@@ -183,7 +182,7 @@ class _Run:
             f"{name}: {split.rows} rows, {split.tokens} tokens, of which {split.counted} count"
         )
         if split.cut:
-            emptied = f"; {split.emptied} of them are left out, as nothing that counts remains"
+            emptied = f"; {split.emptied} of them are left out, as no counted tokens remain"
             self.reporter.note(
                 f"{name}: {split.cut} rows are longer than {longest} tokens and are cut"
                 f"{emptied if split.emptied else ''}"
@@ -195,11 +194,11 @@ class _Run:
         count = self.settings.val_batches
         if count == -1 or count >= len(batches):
             return batches
-        # Spread over the lengths, by which they are sorted.
+        # Spread over all lengths; the batches are sorted by length.
         return [batches[i * len(batches) // count] for i in range(count)]
 
     def _load(self) -> tuple[PoEModel, PoEModel]:
-        """The base, and a model with the new stage on top of it; no weight is read yet."""
+        """The base, and a model with the new stage on top. No weights are read yet."""
         settings = self.settings
         kind = next(n for n, d in DTYPES.items() if d == self.dtype)
         base, _ = load(settings.model, dtype=kind, revision=settings.revision, lazy=True)
@@ -213,7 +212,7 @@ class _Run:
         return base, stacked(base, self.config, rows, values)
 
     def _activations(self, model: PoEModel, parent: Path | None) -> tuple[Activations, Activations]:
-        """Those of the training rows and of the validation rows."""
+        """The activations of the training rows and of the validation rows."""
         if not self.settings.store:
             live = LiveBase(model)
             return live, live
@@ -223,7 +222,7 @@ class _Run:
         if needed:
             self.reporter.note(f"the base's activations take {size(needed)} in {where}")
         else:
-            self.reporter.note(f"the base's activations are in {where} already")
+            self.reporter.note(f"the base's activations are already in {where}")
         missing = {store.folder: store for store in stores if not store.exists}
         if missing:
             positions = sum(len(text) for store in missing.values() for text in store.texts)
@@ -256,19 +255,19 @@ class _Run:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a checkpoint must have in common with the run that goes on from it."""
+        """What a checkpoint must have in common with the run that resumes from it."""
         splits = {"train": self.train_split, "valid": self.valid_split}
         hashes = {name: fingerprint(split.texts, counted=True) for name, split in splits.items()}
         return {"base": self.base, **hashes}
 
     def check_unchanged(self, saved: dict[str, Any]) -> None:
-        """Raise CheckpointError where base or data are not what the checkpoint was trained with."""
+        """Raise CheckpointError if base or data have changed since the checkpoint."""
         for name, value in self.identity.items():
             if saved.get("identity", {}).get(name) != value:
                 what = f"{name}.jsonl" if name != "base" else f"the model {self.settings.model}"
                 raise CheckpointError(
-                    f"{what} has changed since the checkpoint was written: put back what it was, "
-                    "or start anew (--overwrite)"
+                    f"{what} has changed since the checkpoint was written: restore it, or start "
+                    "over (--overwrite)"
                 )
 
     def save(self, state: Training) -> None:
@@ -277,7 +276,7 @@ class _Run:
         save_training(checkpoint_file(self.output), state, saved)
 
     def train(self, state: Training) -> Result:
-        """Iterations up to the last, then the folder."""
+        """Run the remaining iterations, then write the folder."""
         mx.clear_cache()
         mx.reset_peak_memory()
         started, first = time.perf_counter(), state.iteration
@@ -299,7 +298,7 @@ class _Run:
         try:
             self._write(state)
         except (PoEError, OSError):
-            self.save(state)  # or all of the training would be lost
+            self.save(state)  # otherwise all training would be lost
             raise
         rate = positions / seconds if state.iteration > first else 0.0
         return Result(
@@ -339,7 +338,7 @@ class _Run:
             return f"there was no checkpoint yet; {remedy}"
         kept, _ = read_training(file)
         return (
-            f"the checkpoint of iteration {kept.iteration} is kept, to go on from with --resume; "
+            f"the checkpoint of iteration {kept.iteration} is kept; continue it with --resume; "
             f"{remedy}"
         )
 
@@ -364,7 +363,7 @@ class _Run:
             "validation loss": round(best.valid_loss, 6),
             "validation bits per byte": round(best.bits_per_byte, 6),
         }
-        # A built-in model stays where it is when the specialist's folder is moved.
+        # Moving the specialist's folder does not move a built-in model, so the path is absolute.
         built_in = BUILT_IN.resolve() in source.folder.resolve().parents
         reference = str(source.folder.resolve()) if built_in else reference_to(source, self.output)
         name = source.name if source.from_hub or built_in else source.folder.resolve().name
@@ -382,7 +381,7 @@ class _Run:
 
 
 def _folders(checkpoint: Checkpoint) -> list[Path]:
-    """The folders of a checkpoint and of all that it stands on."""
+    """The folders of a checkpoint and of all checkpoints below it."""
     below = _folders(checkpoint.base) if checkpoint.base else []
     return [checkpoint.source.folder, *below]
 

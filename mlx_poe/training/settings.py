@@ -1,4 +1,4 @@
-"""What a training run can be told: each setting with its default and its check, in one place."""
+"""The settings of a training run, each with its default and its check, in one place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cognica_mlx.training.store import STORE_BITS
 from mlx_poe.load import DEFAULT_MODEL
 
 CHAT_TOKENS = ("auto", "words", "keep")
-# What may change when training goes on from a checkpoint.
+# Settings that may change when training resumes from a checkpoint.
 CHANGEABLE = frozenset(
     {"iters", "learning_rate", "steps_per_eval", "save_every", "store", "store_bits", "test"}
 )
@@ -23,18 +23,18 @@ CHANGEABLE = frozenset(
 class TrainingSettings:
     """A run's settings, named as the command's flags; checks itself on construction.
 
-    model, revision, dtype: as `load`'s. data: the folder with train.jsonl and valid.jsonl.
-    layers: new blocks. head_mode: "dual", "base" or "specialist", by default the model's own.
-    chat_tokens: whether chat tokens get the embeddings of words ("auto": where the base never saw
-    them). iters: batches to train on. batch_size: rows of the data in a batch. learning_rate:
-    Muon's, or AdamW's where `optimizer` says so. grad_accumulation_steps: batches to an update.
-    max_grad_norm: bound on the gradient's norm, 0 for none. max_seq_length: tokens of a row, by
-    default the model's sequence_len. mask_prompt: count only what the assistant says (None: yes,
-    but in plain text everything). pack: join rows up to max_seq_length, each seeing those before
-    it. steps_per_eval, save_every: in iterations. val_batches: validation batches, -1 for all.
-    store: keep the base's activations on disk, in store_bits a value.
+    model, revision, dtype: as in `load`. data: the folder with train.jsonl and valid.jsonl.
+    layers: how many new blocks. head_mode: "dual", "base" or "specialist"; default: the model's
+    own. chat_tokens: whether chat tokens get the embeddings of words ("auto": if the base never saw
+    them). iters: batches to train on. batch_size: rows per batch. learning_rate: Muon's, or AdamW's
+    if that is the `optimizer`. grad_accumulation_steps: batches per update. max_grad_norm: bound on
+    the gradient's norm, 0 for none. max_seq_length: most tokens in a row; default: the model's
+    sequence_len. mask_prompt: count only what the assistant says (None: yes, but plain text counts
+    as a whole). pack: join rows up to max_seq_length; each row sees those before it.
+    steps_per_eval, save_every: in iterations. val_batches: validation batches, -1 for all. store:
+    keep the base's activations on disk, with store_bits per value.
 
-    Raises RequestError naming the setting that makes no sense.
+    Raises RequestError naming an invalid setting.
     """
 
     model: str = DEFAULT_MODEL
@@ -95,12 +95,12 @@ class TrainingSettings:
         for name in ("model", "data", "revision"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name == "revision"):
-                raise RequestError(f"{name} {value!r} is not a text")
+                raise RequestError(f"{name} {value!r} is not a string")
         if not self.data:
             raise RequestError("data: name the folder that holds train.jsonl and valid.jsonl")
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold and `TrainingSettings(**…)` takes."""
+        """A JSON-compatible dictionary for `TrainingSettings(**…)`."""
         return asdict(self)
 
 
@@ -108,15 +108,15 @@ NAMES = tuple(field.name for field in fields(TrainingSettings))
 
 
 def resumed(saved: dict[str, Any], given: dict[str, Any]) -> TrainingSettings:
-    """The settings of a checkpoint, with those changes that can be made half way.
+    """The settings of a checkpoint, with changes that are allowed when resuming.
 
-    Raises RequestError naming a setting that was given and cannot change any more.
+    Raises RequestError naming a setting that cannot change anymore.
     """
     for name, value in given.items():
         if name not in CHANGEABLE and saved.get(name) != value:
             raise RequestError(
                 f"{name} {value!r}: training began with {saved.get(name)!r}, which cannot change "
-                "half way; leave it out, or start anew with --overwrite"
+                "when resuming; leave it out, or start over with --overwrite"
             )
     known = {name: value for name, value in saved.items() if name in NAMES}
     return TrainingSettings(**{**known, **given})

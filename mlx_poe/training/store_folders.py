@@ -1,7 +1,7 @@
-"""Where activation stores lie, and which one belongs to which texts under which base.
+"""Where activation stores are, and which one belongs to which texts and base.
 
-A store's name is a hash of all that its content depends on, so one that is there is the right one,
-whoever made it; it appears whole or not at all.
+A store's name is a hash of everything that its content depends on, so an existing store is always
+the right one. It appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ HEADERS = 4096  # more than the arrays' headers and the description take
 
 
 def base_fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of a base's weights and shape, whatever files they lie in; reads one tensor at a
-    time."""
+    """A hash of a base's weights and shape, independent of the files they are stored in. Reads one
+    tensor at a time."""
     found = hashlib.blake2b(digest_size=16)
     found.update(json.dumps(checkpoint.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(checkpoint.weights.items()):
@@ -50,7 +50,7 @@ def base_fingerprint(checkpoint: Checkpoint) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A set of texts' store: where it is or will be, and what it takes."""
+    """The store of a set of texts: where it is or will be, and its size."""
 
     folder: Path
     texts: Sequence[Text]
@@ -60,12 +60,12 @@ class Store:
 
     @property
     def exists(self) -> bool:
-        """Whether it has been made."""
+        """Whether it is already on disk."""
         return (self.folder / DESCRIPTION).is_file()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes on disk."""
+        """Its size on disk in bytes."""
         return store_bytes(self.texts, self.width, self.bits) + HEADERS
 
     def make(self, model: PoEModel, progress: Callable[[int], None]) -> None:
@@ -74,7 +74,7 @@ class Store:
             write_store(folder, model, self.texts, self.bits, progress)
 
     def open(self) -> StoredActivations:
-        """Its activations. CheckpointError where it is damaged."""
+        """Its activations. CheckpointError if it is damaged."""
         return StoredActivations(self.folder, self.texts, self.width, self.bits, self.dtype)
 
 
@@ -91,9 +91,9 @@ def store_for(
 ) -> Store:
     """The store of `texts` over the base with the fingerprint `base`.
 
-    `windows` are its layers', which a stage on top may change; `embeddings` says which tokens have
-    whose. It lies in `parent`, by default the user's cache folder. Raises CheckpointError for a
-    user without a home.
+    `windows` are those of the base's layers, which a stage on top may change; `embeddings` maps
+    tokens to the tokens whose embeddings they use. The store is in `parent`, by default in the
+    user's cache folder. Raises CheckpointError for a user without a home folder.
     """
     if parent is None:
         cache = cache_folder()
@@ -115,9 +115,9 @@ def store_for(
 
 
 def check_room(stores: Sequence[Store]) -> int:
-    """Bytes that the stores which are not there yet will take.
+    """The bytes that the missing stores will take.
 
-    Raises CheckpointError where the disk lacks them.
+    Raises CheckpointError if the disk lacks the room.
     """
     missing = [store for store in stores if not store.exists]
     needed = sum(store.nbytes for store in missing)

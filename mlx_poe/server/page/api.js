@@ -1,9 +1,9 @@
-// The server's API as the page needs it: the models, and a completion as a stream of events.
-// Chat and text completions differ on the wire; everything beyond this file sees one form.
+// The server's API for the page: the models, and a completion as a stream of events.
+// Chat and text completions differ on the wire; the rest of the page sees a single format.
 
 const KEY = "mlx-poe-key";
 
-// Storage can be switched off in a browser; the key then lives as long as the page.
+// Browsers can disable storage; the key then lasts as long as the page.
 let keptKey = "";
 
 export function useKey(key) {
@@ -11,7 +11,7 @@ export function useKey(key) {
   try {
     sessionStorage.setItem(KEY, key);
   } catch {
-    // Kept in memory only.
+    // Keep it in memory only.
   }
 }
 
@@ -23,7 +23,7 @@ function key() {
   }
 }
 
-/** What went wrong, in words for the reader. `status` is 0 if no answer came at all. */
+/** An error with a message for the user. `status` is 0 if the server did not answer at all. */
 export class ServerError extends Error {
   constructor(message, { status = 0, retryAfter = 0 } = {}) {
     super(message);
@@ -59,10 +59,10 @@ function refusal(status, reason, retryAfter, headers) {
   if (status === 401) {
     message = headers.Authorization
       ? "The server did not accept the key."
-      : "The server asks for a key.";
+      : "The server requires a key.";
   } else if (status === 429) {
     message = `The server is busy: ${sentence(reason)}`;
-    if (retryAfter) message += ` It asks to wait ${retryAfter} s.`;
+    if (retryAfter) message += ` Try again in ${retryAfter} s.`;
   } else if (status >= 500) {
     message = `The server failed: ${sentence(reason)}`;
   }
@@ -75,8 +75,8 @@ export async function listModels() {
 }
 
 /**
- * Streams a completion. `request` has `messages` for a chat, `prompt` for a text, and the fields
- * that both share. Yields {waiting}, {tokens, text}, {finish} and {usage}, as they come. A token is
+ * Streams a completion. `request` has `messages` for a chat or `prompt` for a text, and the fields
+ * that both share. Yields {waiting}, {tokens, text}, {finish} and {usage} as they come. A token is
  * {id, stage, fromDraft, forced, bytes, text, logprob, alternatives: [{text, logprob}]}.
  */
 export async function* complete(request, signal) {
@@ -98,11 +98,11 @@ export async function* complete(request, signal) {
     if (line.startsWith(":")) yield { waiting: true };
     if (!line.startsWith("data:")) continue;
     const data = line.slice(5).trim();
-    // The stream ends right after; reading up to its end leaves the connection usable.
+    // The stream ends right after this; reading to its end keeps the connection usable.
     if (data === "[DONE]") continue;
     const chunk = JSON.parse(data);
     if (chunk.error) {
-      throw new ServerError(`The server gave up: ${sentence(chunk.error.message)}`, { status: 500 });
+      throw new ServerError(`The server failed: ${sentence(chunk.error.message)}`, { status: 500 });
     }
     const choice = chunk.choices?.[0];
     if (choice) {
@@ -133,7 +133,7 @@ async function* lines(body) {
     if (error.name === "AbortError") throw error;
     throw new ServerError("The connection broke before the reply was complete.");
   } finally {
-    // Leaving early must free the server's slot at once.
+    // If we stop early, the server's slot must be freed at once.
     reader.cancel().catch(() => {});
   }
 }

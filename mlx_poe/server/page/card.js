@@ -1,5 +1,5 @@
-// The card of a token: how likely it was, and what else it could have been. It follows the pointer
-// and the keyboard focus.
+// A token's card: its probability and the alternatives. It follows the pointer and the keyboard
+// focus.
 
 import { find, make, stageName } from "./dom.js";
 import { tokensOf } from "./reply.js";
@@ -71,7 +71,7 @@ function describe(token, stages) {
 }
 
 function origin({ stage, fromDraft, forced }, stages) {
-  if (forced) return "forced: the required form allowed nothing else";
+  if (forced) return "forced: the required form allowed no other token";
   return [stage === null ? "" : stageName(stage, stages), fromDraft ? "drafted" : ""]
     .filter(Boolean)
     .join(", ");
@@ -95,12 +95,12 @@ function percent(probability) {
   return `${(100 * probability).toFixed(1)} %`;
 }
 
-/** White space is half of what tells tokens apart, so it gets signs. */
+/** Makes white space visible, since it often distinguishes tokens. */
 function visible(text) {
   return text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "(end)";
 }
 
-/** Arrow keys, Home and End inside a reply: the focused token is its one tab stop. */
+/** Handles arrow keys, Home and End in a reply. The focused token is its only tab stop. */
 function walk(event) {
   const spans = [...event.target.parentElement.querySelectorAll(".token")];
   const at = spans.indexOf(event.target);
@@ -119,7 +119,7 @@ function walk(event) {
   if (!to) return;
   for (const span of spans) if (span.tabIndex === 0) span.tabIndex = -1;
   to.tabIndex = 0;
-  // Scrolling would hide the card that focus brings: scroll first.
+  // Scroll first: scrolling hides the card that focus shows.
   to.scrollIntoView({ block: "nearest" });
   to.focus({ preventScroll: true });
 }

@@ -1,4 +1,4 @@
-// The conversation: turns of a prompt and a reply, kept in memory only.
+// The conversation: turns of prompt and reply, kept in memory only.
 
 import { announce, button, copy, find, make } from "./dom.js";
 import { Reply } from "./reply.js";
@@ -9,7 +9,7 @@ export class Chat {
   #cleared = null;
   #atEnd = true;
 
-  /** `onEdit(text)`: the text of a turn goes back to where it was typed. */
+  /** `onEdit(text)` puts a turn's text back into the composer. */
   constructor({ settings, onRunning, onKeyNeeded, onEdit }) {
     Object.assign(this, { settings, onRunning, onKeyNeeded, onEdit });
     this.element = find("chat");
@@ -38,7 +38,7 @@ export class Chat {
     this.#running?.abort();
   }
 
-  /** Answers again what a missing key has left unanswered. */
+  /** Retries the last turn if it failed for lack of a key. */
   retryRefused() {
     const turn = this.#turns.at(-1);
     if (turn?.refusedKey) this.#answer(turn);
@@ -68,8 +68,7 @@ export class Chat {
   async #answer(turn) {
     if (this.#running) return;
     const { model, modePicker, shared } = this.settings;
-    // Retrying uses the settings of now, but the kind of request stays what it was unless the model
-    // cannot do it.
+    // A retry uses the current settings, but keeps the kind of request unless the model cannot chat.
     const kind = turn.kind === "chat" && !model.poe.chat ? "text" : turn.kind;
     const running = (this.#running = new AbortController());
     turn.answered = turn.refusedKey = false;
@@ -100,7 +99,7 @@ export class Chat {
     this.#follow();
   }
 
-  /** Every answered turn before this one, then this one's prompt. */
+  /** All earlier answered turns, then this turn's prompt. */
   #messages(turn) {
     const messages = [];
     if (this.settings.system) messages.push({ role: "system", content: this.settings.system });

@@ -21,7 +21,7 @@ export function button(label, action, quiet = true) {
   return element;
 }
 
-/** For screen readers: what has just happened. */
+/** Tells screen readers what has just happened. */
 export function announce(text) {
   find("status").textContent = text;
 }
@@ -30,7 +30,7 @@ export async function copy(text, from) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    // The clipboard needs HTTPS or localhost; over a plain network address this still works.
+    // The clipboard API needs HTTPS or localhost; this works on any address.
     const area = make("textarea.unseen", { value: text });
     document.body.append(area);
     area.select();
@@ -47,7 +47,7 @@ export async function copy(text, from) {
 /** Stages count from 0, as everywhere else. */
 export const stageName = (stage, stages) => `stage ${stage} (0 to ${stages - 1})`;
 
-/** Where a stage lies between the first (0) and the last (1): the style sheet makes it a color. */
+/** A stage's position from the first (0) to the last (1); the style sheet turns it into a color. */
 export const depth = (stage, stages) => (stages > 1 ? stage / (stages - 1) : 1);
 
 export const rate = (value) => (value >= 100 ? value.toFixed(0) : value.toFixed(1));

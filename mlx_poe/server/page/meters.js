@@ -1,5 +1,5 @@
-// What is measured about one reply: figures, and a trace with a bar for each token, as high as the
-// stage that emitted it.
+// A reply's measurements: figures, and a trace with a bar for each token, whose height is the stage
+// that emitted it.
 
 import { depth, make, rate, seconds } from "./dom.js";
 
@@ -74,7 +74,7 @@ export class Meters {
     this.#show();
   }
 
-  /** Tokens a second after the first ones, or null while there are none. */
+  /** Tokens per second after the first ones, or null while there are none. */
   get tokensPerSecond() {
     const more = this.count - this.#firstCount;
     return more > 0 && this.#lastAt > this.#firstAt
@@ -95,7 +95,7 @@ export class Meters {
   #show() {
     this.#frame = 0;
     this.#svg.setAttribute("viewBox", `0 0 ${Math.max(this.count, 1)} ${this.stages}`);
-    // SVG attributes are not inline styles: a strict policy lets them pass.
+    // SVG attributes are not inline styles, so a strict content policy allows them.
     this.#svg.setAttribute("width", `${this.count * 5}`);
     for (const { path, bars } of this.#paths) path.setAttribute("d", bars);
     for (const [name, text] of Object.entries(this.#figures())) {
@@ -113,12 +113,12 @@ export class Meters {
       accepted: this.#acceptance(),
       cached: read ? `${read.cached_tokens ?? 0} of ${prompt}` : null,
       first: this.#firstAt && seconds(this.#firstAt - this.#started),
-      // The token that ends a reply is counted, but is not among those that come.
+      // The token that ends a reply is counted in the usage, but is not streamed.
       count: `${this.usage?.completion_tokens ?? this.count}`,
     };
   }
 
-  /** Until the reply ends only the accepted drafts are known. */
+  /** Until the reply ends, only the number of accepted drafts is known. */
   #acceptance() {
     const details = this.usage?.completion_tokens_details;
     if (!details) return this.#accepted ? `${this.#accepted} of …` : null;

@@ -1,4 +1,4 @@
-// Wires the page together: who listens to the composer, which view is open, which theme holds.
+// Ties the page together: the composer, the current view, the theme.
 
 import { listModels, useKey } from "./api.js";
 import { followTokens } from "./card.js";
@@ -16,7 +16,7 @@ const ABOUT = {
   chat:
     "Every stage of this model can predict the next token. The line under a token shows which " +
     "stage emitted it: the deeper the stage, the thicker the line.",
-  race: "One prompt in two modes, side by side. Neither falls back to full depth, whatever it costs.",
+  race: "One prompt in two modes, side by side. Neither falls back to full depth, even if it is slower.",
 };
 
 const prompt = find("prompt");
@@ -36,9 +36,9 @@ function onRunning(now) {
   running = now;
   find("stop").hidden = !now;
   find("send").hidden = now;
-  // A race fixes what runs; switching under it would leave a reply nobody can stop.
+  // Do not switch views during a race: nobody could stop the running reply.
   for (const id of ["view-chat", "view-race", "clear"]) find(id).disabled = now;
-  // A button that is gone leaves the focus nowhere. On a phone, focus would open the keyboard.
+  // Hiding the focused button loses the focus. On a phone, focusing would open the keyboard.
   const lost = document.activeElement === document.body || document.activeElement === find("stop");
   if (!now && lost && matchMedia("(pointer: fine)").matches) prompt.focus();
 }
@@ -66,12 +66,12 @@ function submit() {
   const text = prompt.value;
   if (running || !text.trim()) return;
   if (!settings.model) {
-    start(); // Nothing is known of the server yet; the text waits.
+    start(); // The models are not loaded yet; keep the text.
     return;
   }
   find("examples")?.remove();
   if (racing()) {
-    race.start(text); // The prompt stays: the next race is often the same one.
+    race.start(text); // Keep the prompt: the next race often uses the same one.
     return;
   }
   prompt.value = "";
@@ -94,7 +94,7 @@ function showView(view) {
   prompt.focus();
 }
 
-/** What the composer is for depends on the model and on the view. */
+/** Sets the texts that depend on the model and the view. */
 function showWords() {
   const { model } = settings;
   const talks = model?.poe.chat ?? true;
@@ -103,7 +103,7 @@ function showWords() {
   prompt.placeholder = talks ? "Write a message" : "Write the beginning of a text";
   find("keys").textContent = `Enter ${racing() ? "starts the race" : "sends"}, Shift+Enter starts a new line, Escape stops.`;
   find("base-note").hidden = talks;
-  if (!talks) find("base-note").textContent = `${model.id} is a base model: it does not chat, it continues a text.`;
+  if (!talks) find("base-note").textContent = `${model.id} is a base model. It does not chat; it continues a text.`;
   find("examples")?.remove();
   if (!model || !(racing() ? race : chat).empty) return;
   find(racing() ? "race" : "chat").prepend(
@@ -127,7 +127,7 @@ async function start() {
   find("start-error")?.remove();
   try {
     const models = await listModels();
-    if (!models.length) throw new Error("The server lists no model that this page can use.");
+    if (!models.length) throw new Error("The server has no model that this page can use.");
     settings.setModels(models);
     find("key-form").hidden = true;
     return true;
@@ -163,7 +163,7 @@ function theme(chosen) {
     try {
       localStorage.setItem(THEME, next);
     } catch {
-      // Holds until the page is reloaded.
+      // Lasts until the page is reloaded.
     }
   });
 }

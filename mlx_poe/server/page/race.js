@@ -1,4 +1,4 @@
-// The race: one prompt in two modes, and what came of it in a sentence.
+// The race: one prompt in two modes, and the result in one sentence.
 
 import { announce, find, make, seconds } from "./dom.js";
 import { Reply, tokensOf } from "./reply.js";
@@ -56,9 +56,9 @@ export class Race {
     const asked = {
       ...this.settings.shared,
       ...(model.poe.chat ? { messages } : { prompt }),
-      no_park: true, // A mode that fell back to full depth would race against itself.
+      no_park: true, // If a mode fell back, the race would compare full depth with itself.
     };
-    // What runs is fixed here: the pickers may change before the second lane's turn.
+    // Fix both requests now: the pickers may change before the second lane's turn.
     const runs = this.#lanes.map(({ picker, body }) => {
       const { mode, request } = picker;
       const label = `${model.id} · ${mode}`;
@@ -95,7 +95,7 @@ export class Race {
 function showOrder() {
   find("order-hint").textContent =
     find("order").value === "together"
-      ? "The engine packs both into the same passes, so they slow each other down; modes that emit a token a pass keep step."
+      ? "The engine packs both into the same passes, so they slow each other down. Modes that emit one token per pass stay in step."
       : "Each has the engine to itself. The second may find the prompt in the cache.";
 }
 
@@ -109,7 +109,7 @@ function verdict(left, right, together) {
   return `${speed}; ${comparison(left, right)}.`;
 }
 
-// Differences smaller than this are chance.
+// Smaller differences are noise.
 const close = (a, b) => Math.abs(a - b) < 0.02 * Math.max(a, b);
 
 /** Started together: who finished first. */
@@ -124,7 +124,7 @@ function finish(left, right, names) {
   return `${names[first]} finished first: ${speeds}`;
 }
 
-/** One after the other: the second may find the prompt in the cache, so only the pace counts. */
+/** One after the other: the second may find the prompt in the cache, so compare only tokens/s. */
 function pace(left, right, names) {
   const [a, b] = [left, right].map(({ reply }) => reply.meters.tokensPerSecond ?? 0);
   const faster = a > b ? 0 : 1;
@@ -152,7 +152,7 @@ function comparison(left, right) {
   return `texts differ from token ${at + 1} on`;
 }
 
-/** Shows where the texts part. */
+/** Marks where the texts begin to differ. */
 function mark(reply, at) {
   let count = 0;
   for (const span of reply.spans) {

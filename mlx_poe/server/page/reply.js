@@ -1,17 +1,17 @@
-// One reply: its tokens as they come, painted by stage, its meters and its notes.
+// One reply: its tokens as they come, colored by stage, its meters and its notes.
 
 import { complete } from "./api.js";
 import { depth, make } from "./dom.js";
 import { Meters } from "./meters.js";
 
-/** From a painted span to the tokens behind it, and to how many stages their model has. */
+/** Maps a token's span to its tokens, and to how many stages their model has. */
 export const tokensOf = new WeakMap();
 
 export class Reply {
   #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   // Tokens whose bytes do not complete a character yet.
   #pending = [];
-  // Tokens that wait for the next frame.
+  // Tokens waiting for the next frame.
   #arrived = [];
   #frame = 0;
   #onPaint;
@@ -19,7 +19,7 @@ export class Reply {
   #waiting;
   #notes;
 
-  /** `given`: the beginning of the text that this reply continues, if it does. */
+  /** `given`: the beginning of the text, if this reply continues one. */
   constructor({ stages, label, given = "" }) {
     this.stages = stages;
     this.given = given;
@@ -42,7 +42,7 @@ export class Reply {
     );
   }
 
-  /** Streams the request's answer into this reply. Throws ServerError; false if it was stopped. */
+  /** Streams the answer into this reply. Returns false if stopped; throws ServerError. */
   async run(request, signal, onPaint = () => {}) {
     this.#onPaint = onPaint;
     let content = "";
@@ -59,7 +59,7 @@ export class Reply {
       }
       this.#paint();
       this.#settle(content);
-      if (this.finish === "length") this.note("Stopped at the limit of tokens.");
+      if (this.finish === "length") this.note("Stopped at the token limit.");
       const parked = usage?.poe?.parked;
       if (parked) this.note(`Fell back to full depth: ${parked}`);
       return true;
@@ -84,7 +84,7 @@ export class Reply {
     return [...this.#body.querySelectorAll(".token")];
   }
 
-  /** Tokens can come faster than frames, and each change makes the browser lay the text out anew. */
+  /** Collects tokens for the next frame, since each change makes the browser lay out the text again. */
   #add(tokens) {
     if (!tokens.length) return;
     this.ids.push(...tokens.map((token) => token.id));
@@ -109,7 +109,7 @@ export class Reply {
     this.#onPaint();
   }
 
-  /** A span for the pending tokens. Several share one if only together they make a character. */
+  /** A span for the pending tokens: several if only together they form a character. */
   #span(text) {
     const tokens = this.#pending;
     this.#pending = [];
@@ -127,8 +127,8 @@ export class Reply {
   }
 
   /**
-   * Makes what is shown equal what the server sent as text. They part at the end: a stop string or
-   * a special token is a token like others, but not part of the text.
+   * Makes the shown text equal to the text that the server sent. They can differ at the end: the
+   * tokens of a stop string, or a special token, are not part of the text.
    */
   #settle(content) {
     const ends = [];
@@ -147,7 +147,7 @@ export class Reply {
       ends.push(...tokensOf.get(span).tokens);
     }
     if (rest) this.#body.append(make("span.token", { tabIndex: -1 }, rest));
-    // The token that ended the reply has alternatives too: it gets a mark to point at.
+    // The token that ended the reply has alternatives too, so give it a mark to point at.
     this.#pending.unshift(...ends);
     if (this.#pending.length && this.finish === "stop") {
       const mark = this.#span("");
@@ -157,7 +157,7 @@ export class Reply {
     this.text = content;
   }
 
-  /** One tab stop for the whole reply; arrow keys do the rest. */
+  /** Makes the reply a single tab stop; arrow keys move within it. */
   #reachable() {
     const [first] = this.spans;
     if (first && !this.#body.querySelector('[tabindex="0"]')) first.tabIndex = 0;

@@ -7,9 +7,9 @@ const MODES = {
   stage: "Stops at one stage and takes its prediction.",
   prefix: "Runs the first stages only and combines what they predict.",
   compose: "Combines the predictions of all stages.",
-  wand: "Stops at the first stage that is sure enough. Agrees with full in about 99 of 100 tokens.",
+  wand: "Stops at the first stage that is sure enough. Agrees with full on about 99 of 100 tokens.",
   speculative: "The first stage drafts, all stages verify. Same output as full.",
-  certified: "Drafts like speculative, but verifies only where the draft is not sure. Same output as wand.",
+  certified: "Drafts like speculative, but verifies only if the draft is not sure enough. As accurate as wand.",
 };
 
 const OPTIONS = {
@@ -51,7 +51,7 @@ export class ModePicker {
     return this.#select.value;
   }
 
-  /** The fields for the request. An empty option is the server's to decide. */
+  /** The fields for the request. Empty options are left to the server. */
   get request() {
     const fields = { mode: this.mode };
     for (const input of this.#options.querySelectorAll("input, select")) {
@@ -62,7 +62,7 @@ export class ModePicker {
 
   setModel(model) {
     const { modes } = model.poe;
-    // A mode that was chosen stays, where the new model has it.
+    // Keep a chosen mode if the new model has it.
     const chosen = this.#model && this.mode !== this.wanted(this.#model) ? this.mode : null;
     const mode = [chosen, this.wanted(model), "full"].find((name) => modes.includes(name));
     this.#model = model;
@@ -99,7 +99,7 @@ export class ModePicker {
   }
 }
 
-/** A specialist rarely leaves early but drafts well; a base model does leave early. */
+/** Specialists rarely exit early but draft well; base models do exit early. */
 export const interesting = (model) => (model.poe.kind === "base" ? "wand" : "speculative");
 
 export class Settings {
