@@ -394,7 +394,7 @@ def test_siblings_that_cannot_be():
     chain = Specialists(fixture("flat-d8")[0])
     chain.attach("chain", FIXTURES / "chain-on-stage")
     chain.attach("stage", FIXTURES / "stage-on-flat")
-    with pytest.raises(RequestError, match="right on the base"):
+    with pytest.raises(RequestError, match="directly on the base"):
         chain.compose(["chain", "stage"])
 
 
