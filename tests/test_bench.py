@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -40,7 +41,14 @@ from mlx_poe.commands import bench as command
 
 MACHINE = Machine("a chip", 2, 8.0, "MLX CPU", "an OS", "3.12", {"mlx": "1"}, 1e10)
 CHEAP = Costs((1,), ((1.0,),) * 4, ((0.1,),) * 4, full_boundaries=(3,))
+measured_machine = cache(this_machine)
 MARGINS = [0.05, 0.1, 0.2, 0.4, 0.8, 2.0, 4.0, 5.0, 6.0, 8.0, 9.0]
+
+
+@pytest.fixture(autouse=True)
+def one_look_at_the_machine(monkeypatch) -> None:
+    """Its bandwidth takes seconds to measure, and is the same for all tests."""
+    monkeypatch.setattr(command, "this_machine", measured_machine)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +207,7 @@ def test_rounding_is_that_of_the_loader():
 
 
 def test_this_machine_has_a_name_and_a_bandwidth():
-    machine = this_machine()
+    machine = measured_machine()
     assert machine.bandwidth > 1e8 and machine.cores >= 1
     assert "GB/s" in machine.line() and "mlx" in machine.line()
 

@@ -141,7 +141,7 @@ PROMPTS = ["Once upon a time", "The capital of France is", "A fox", "12 + 5"]
 def test_drafting_gives_what_the_full_model_gives(name):
     model, tokenizer = _model(name)
     rng, forced, drafted = random.Random(3), 0, 0
-    for case in range(25):
+    for case in range(14):
         prompt, form = rng.choice(PROMPTS), rng.choice(FORMS)
         about = {"max_tokens": rng.choice([5, 17, 48]), **form}
         if rng.random() < 0.3:
@@ -160,7 +160,7 @@ def test_drafting_gives_what_the_full_model_gives(name):
         forced += sum(r.forced for r in made)
         drafted += sum(r.from_draft for r in made)
         assert sum(r.from_draft for r in made) <= made[-1].drafted_tokens
-    assert forced > 60 and drafted > 60
+    assert forced > 40 and drafted > 40
 
 
 @lru_cache
