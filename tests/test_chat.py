@@ -10,7 +10,7 @@ from mlx_poe.chat import Chat
 
 @pytest.mark.parametrize("mode", ["full", "speculative", "wand", "certified"])
 def test_every_turn_is_what_a_fresh_prompt_gives(mode):
-    chat = new_chat()
+    chat = new_chat(max_tokens=24)
     chat.set_mode(mode)
     for text in TALK:
         before = chat.tokens
@@ -20,7 +20,7 @@ def test_every_turn_is_what_a_fresh_prompt_gives(mode):
             chat.model,
             chat.tokenizer,
             before + turn.tokens,
-            max_tokens=40,
+            max_tokens=24,
             mode=mode,
             repetition_penalty=1.15,
         )
@@ -239,7 +239,7 @@ def test_wherever_a_reply_is_interrupted_the_next_one_is_right(mode):
     turns = chat.turns
     with Interrupt() as counting:
         list(chat.retry())
-    for at in range(1, counting.events, counting.events // 20):
+    for at in range(1, counting.events, counting.events // 13):
         chat.turns = turns
         say(chat, TALK[1])
         with pytest.raises(KeyboardInterrupt), Interrupt(at):

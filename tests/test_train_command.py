@@ -15,7 +15,7 @@ import pytest
 from checkpoints import write_base
 from conftest import FIXTURES
 from converting import entries
-from training import SMALL_RUN, Watcher, chat, small_run, write_all, write_rows
+from training import SMALL_RUN, Watcher, chat, small_run, write_all, write_data, write_rows
 
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.convert.conversion import prepare
@@ -240,7 +240,8 @@ def test_a_store_is_used_again_where_it_fits(made, tmp_path):
         return watcher.phases
 
     write_all(tmp_path)
-    assert phases()["reading"] > 100
+    write_data(tmp_path / "data", train_rows=8, valid_rows=2)
+    assert phases()["reading"] > 50
     others = {"seed": 3, "layers": 2, "batch_size": 2, "mask_prompt": False}
     assert "reading" not in phases(**others)
     for other in ({"store_bits": 8}, {"max_seq_length": 20}, {"chat_tokens": "words"}):
