@@ -8,6 +8,7 @@ import sys
 import time
 import weakref
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from cognica_mlx.convert.conversion import prepare
 from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import locate
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.training import store
 from cognica_mlx.training.store import StoredActivations
 from cognica_mlx.training.trainer import DivergedError
 from mlx_poe import generate, load
@@ -34,6 +36,14 @@ from mlx_poe.training.run import checkpoint_file
 
 COMMAND = (sys.executable, "-m", "mlx_poe", "train")
 TOKENS = mx.array([[291 + 1, *range(40, 90)]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_chunks() -> Iterator[None]:
+    """A store is filled by whole chunks, mostly of padding where texts are as few as here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "CHUNK", 256)
+        yield
 
 
 @pytest.fixture(scope="module")
