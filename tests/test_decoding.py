@@ -116,7 +116,7 @@ def test_trained_model_matches_its_goldens(entry):
 @pytest.mark.parametrize("name", MODELS)
 def test_speculation_gives_the_full_models_tokens(name):
     model, _ = fixture(name)
-    for which, length in enumerate((24, 12)):
+    for which, length in enumerate((18, 10)):
         prompt, state, full = prompts(name)[which], prefilled(name, which), plain(name, which)
         full = full[:length]
         for draft_stage in range(model.poe_n_stages):
@@ -189,10 +189,10 @@ def test_bounds_of_infinity_mean_full_depth_and_of_zero_stage_0(name, mode):
     steps = model.poe_n_stages - 1
     for which, prompt in enumerate(prompts(name)):
         full, shallow = plain(name, which), plain(name, which, 0)
-        decoded = run(model, prompt, mode, 24, p99_bounds=[INF] * steps)
-        assert ids(decoded) == ids(full)
-        decoded = run(model, prompt, mode, 24, p99_bounds=[0.0] * steps)
-        assert ids(decoded) == ids(shallow) and {d.stage for d in decoded} == {0}
+        decoded = run(model, prompt, mode, 14, p99_bounds=[INF] * steps)
+        assert ids(decoded) == ids(full[:14])
+        decoded = run(model, prompt, mode, 14, p99_bounds=[0.0] * steps)
+        assert ids(decoded) == ids(shallow[:14]) and {d.stage for d in decoded} == {0}
         # Not a number is what infinity times nothing would be.
         state = prefilled(name, which).fork()
         decoded = run(model, prompt, mode, 6, state=state, p99_bounds=[INF] * steps, safety=0.0)

@@ -29,7 +29,7 @@ TEXTS = "/v1/completions"
 tokenizer = fixture("poe-tiny")[1]
 # The evidence in docs/measured.md is from 64 clients and 120 seconds.
 CLIENTS = int(os.environ.get("LOAD_CLIENTS", "12"))
-SECONDS = float(os.environ.get("LOAD_SECONDS", "2"))
+SECONDS = float(os.environ.get("LOAD_SECONDS", "4"))
 LONG = {"model": "poe-tiny", "prompt": text(40), "max_tokens": 3000, "logit_bias": {"2039": -100}}
 
 
