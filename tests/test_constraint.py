@@ -335,7 +335,7 @@ def test_drafts_end_where_the_text_must_and_stretches_may_be_longer_than_a_state
     assert "".join(r.text for r in made) == full
     options |= {"regex": regex, "max_tokens": 1900, "temp": 2.0}
     refused = 0
-    for seed in range(4):
+    for seed in range(2):
         made = list(stream_generate(model, tokenizer, long, seed=seed, **options))
         refused += made[-1].drafted_tokens - sum(r.from_draft for r in made)
     assert refused
