@@ -165,7 +165,7 @@ def plans(draw: st.DrawFn, family: tuple[str, ...]) -> Plan:
         mode,
         options,
         sampling,
-        draw(st.integers(1, 20)),
+        draw(st.integers(1, 14)),
         draw(st.sampled_from([7, 40])),
         draw(st.sampled_from([8, 24])),
         joins=draw(st.integers(0, 12)),

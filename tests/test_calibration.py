@@ -1,5 +1,6 @@
 """Calibration: what is measured, what is kept, what the modes make of it."""
 
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +41,7 @@ from cognica_mlx.decoding.targets import stage_target
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.model import PoEModel
 from mlx_poe import generate, load
+from mlx_poe.commands.calibrate import main as calibrate_command
 from mlx_poe.load import BUILT_IN
 from mlx_poe.specialists import Specialists
 
@@ -377,28 +380,41 @@ def command(
     )
 
 
+@pytest.fixture
+def command_here(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`command` without a process of its own."""
+
+    def run_main(*argv: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((stdin or "").encode())))
+        status = calibrate_command(argv)
+        out, error = capsys.readouterr()
+        return subprocess.CompletedProcess(argv, status, out, error)
+
+    return run_main
+
+
 def test_command_measures_a_text_and_writes_beside_the_model(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(FIXTURES / "flat-d8", folder)
     done = command(
-        "--model", str(folder), "--data", str(FIXTURES / "heldout.txt"), "--num-tokens", "700",
+        "--model", str(folder), "--data", str(FIXTURES / "heldout.txt"), "--num-tokens", "300",
         "--continuations", "2", "--json",
     )  # fmt: skip
     assert done.returncode == 0 and "written to" in done.stderr
     printed = json.loads(done.stdout)
     assert printed == json.loads((folder / CALIBRATION_FILE).read_text())
-    assert printed["text"]["tokens"] <= 700
+    assert printed["text"]["tokens"] <= 300
     model, _ = load(folder, dtype="float32")
     assert model.calibration is not None and len(model.calibration.p99_bounds) == 3
     make_mode(model, "wand", calibration=model.calibration)
 
 
-def test_command_reads_chats_and_prints_tables(tmp_path):
+def test_command_reads_chats_and_prints_tables(command_here, tmp_path):
     data = tmp_path / "chats.jsonl"
     lines = (FIXTURES / "poe-tiny-chat-calibration.jsonl").read_text().splitlines()
     data.write_text("\n".join([*lines[:8], "", '{"text": "The capital of Peru is Lima."}']))
     out = tmp_path / "out.json"
-    done = command(
+    done = command_here(
         "--model", "poe-tiny-chat", "--data", str(data), "--continuations", "1",
         "--output", str(out),
     )  # fmt: skip
@@ -419,33 +435,33 @@ def test_command_reads_chats_and_prints_tables(tmp_path):
         ([], None, 2, "--data"),
     ],
 )
-def test_command_names_what_is_wrong(argv, stdin, status, message):
-    done = command(*argv, stdin=stdin)
+def test_command_names_what_is_wrong(command_here, argv, stdin, status, message):
+    done = command_here(*argv, stdin=stdin)
     assert done.returncode == status and message in done.stderr
     assert "Traceback" not in done.stderr and not done.stdout
 
 
-def test_json_goes_to_stdout_whatever_the_output_is(tmp_path):
+def test_json_goes_to_stdout_whatever_the_output_is(command_here, tmp_path):
     link, kept = tmp_path / "link.json", tmp_path / "kept.json"
     kept.write_text("old")
     link.symlink_to(kept.name)
     flags = ["--data", str(FIXTURES / "heldout.txt"), "--num-tokens", "200", "--json"]
     flags += ["--continuations", "1"]
     for output in (os.devnull, str(link)):
-        done = command(*flags, "--output", output)
+        done = command_here(*flags, "--output", output)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["text"]["tokens"] <= 200
     assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
     assert link.is_symlink() and json.loads(kept.read_text()) == json.loads(done.stdout)
-    done = command(*flags, "--output", str(tmp_path))
+    done = command_here(*flags, "--output", str(tmp_path))
     assert done.returncode == 2 and "is a folder" in done.stderr
 
 
 @pytest.mark.parametrize(
     "line", ['{"words": "?"}', '{"messages": 5}', '{"messages": ["x"]}', "no", "[" * 100_000]
 )
-def test_command_names_the_line_that_is_no_entry(line, tmp_path):
+def test_command_names_the_line_that_is_no_entry(command_here, line, tmp_path):
     data = tmp_path / "bad.jsonl"
     data.write_text('{"text": "one\u2028line"}\n' + line + "\n")
-    done = command("--data", str(data))
+    done = command_here("--data", str(data))
     assert done.returncode == 2 and "bad.jsonl, line 2" in done.stderr

@@ -1,5 +1,6 @@
 """The commands as a user meets them: what is on which stream, how they end, what they survive."""
 
+import io
 import json
 import os
 import pickle
@@ -9,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -43,6 +44,27 @@ def run(
     assert b"Traceback" not in result.stderr, result.stderr.decode()
     assert b"Exception ignored" not in result.stderr, result.stderr.decode()
     return result
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfdbinary) -> Callable[..., subprocess.CompletedProcess[bytes]]:
+    """`run` without a process of its own, for what does not depend on one."""
+
+    def run_main(
+        *args: str, stdin: bytes = b"", **environment: str
+    ) -> subprocess.CompletedProcess[bytes]:
+        with monkeypatch.context() as patch:
+            for name in FOREIGN:
+                patch.delenv(name, raising=False)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            status = generate_command.main([*COMMAND[4:], *args])
+        out, error = capfdbinary.readouterr()
+        assert b"Traceback" not in error, error.decode()
+        return subprocess.CompletedProcess(args, status, out, error)
+
+    return run_main
 
 
 def start(*args: str, **options: Any) -> subprocess.Popen[bytes]:
@@ -105,9 +127,9 @@ def test_the_installed_script_reads_stdin():
     assert (result.stderr, result.returncode) == (b"", 0)
 
 
-def test_json_is_all_that_stdout_holds():
+def test_json_is_all_that_stdout_holds(run_here):
     flags = ("--json", "--verbose", "--mode", "speculative", "--num-draft-tokens", "4", "--no-park")
-    result = run("--prompt", "\u00c0 Paris,", "--max-tokens", "16", *flags)
+    result = run_here("--prompt", "\u00c0 Paris,", "--max-tokens", "16", *flags)
     assert result.stdout.count(b"\n") == 1
     answer = json.loads(result.stdout)
     assert answer["prompt"] == "\u00c0 Paris,"
@@ -139,9 +161,9 @@ def test_json_has_null_for_what_is_not_a_number(monkeypatch, capsys):
     assert answer["peak_memory"] is None and answer["generation_tokens"] == 2
 
 
-def test_statistics_go_to_stderr():
+def test_statistics_go_to_stderr(run_here):
     flags = ("--verbose", "--mode", "speculative", "--no-park")
-    result = run("--prompt", PROMPT, "--max-tokens", "12", *flags)
+    result = run_here("--prompt", PROMPT, "--max-tokens", "12", *flags)
     assert result.stdout.decode() == text_of(PROMPT, max_tokens=12) + "\n"
     lines = result.stderr.decode().splitlines()
     assert lines[1].startswith("Prompt: 6 tokens, ")
@@ -153,8 +175,8 @@ def test_statistics_go_to_stderr():
     )
 
 
-def test_text_ends_before_any_of_the_stop_strings():
-    result = run("--prompt", PROMPT, "--stop", "no such text", "--stop", " French")
+def test_text_ends_before_any_of_the_stop_strings(run_here):
+    result = run_here("--prompt", PROMPT, "--stop", "no such text", "--stop", " French")
     text = text_of(PROMPT, max_tokens=40)
     assert result.stdout.decode() == text[: text.index(" French")] + "\n"
 
@@ -171,9 +193,9 @@ def test_text_ends_before_any_of_the_stop_strings():
     ],
     ids=["chat", "system", "bare"],
 )
-def test_a_specialist_is_spoken_to_in_turns(flags, prompt):
+def test_a_specialist_is_spoken_to_in_turns(run_here, flags, prompt):
     model = ("--model", "poe-tiny-chat", "--max-tokens", "12", "--repetition-penalty", "1")
-    result = run("--prompt", "Say hello.", *model, *flags)
+    result = run_here("--prompt", "Say hello.", *model, *flags)
     model_and_tokenizer = fixture("poe-tiny-chat")
     assert result.stdout.decode() == generate(*model_and_tokenizer, prompt, max_tokens=12) + "\n"
 
@@ -204,8 +226,8 @@ def test_a_specialist_spoken_to_has_its_penalty(monkeypatch, capsys, flags, pena
     assert capsys.readouterr().err == ""
 
 
-def test_help_shows_examples():
-    result = run("--help", LC_ALL="C")
+def test_help_shows_examples(run_here):
+    result = run_here("--help", LC_ALL="C")
     text = result.stdout.decode()
     assert (result.stderr, result.returncode) == (b"", 0)
     examples = text[text.index("examples:") :]
@@ -217,18 +239,18 @@ def test_help_shows_examples():
 # --- colour ---------------------------------------------------------------------------------------
 
 
-def test_colours_are_for_terminals_unless_forced():
+def test_colours_are_for_terminals_unless_forced(run_here):
     plain = text_of(PROMPT, max_tokens=30, mode="wand", safety=0.3) + "\n"
     flags = ("--prompt", PROMPT, "--max-tokens", "30", "--mode", "wand", "--safety", "0.3")
     flags += ("--no-park",)
-    piped = run(*flags, "--color-stages", TERM="xterm")
+    piped = run_here(*flags, "--color-stages", TERM="xterm")
     assert piped.stdout.decode() == plain
-    forced = run(*flags, "--color-stages", FORCE_COLOR="1", TERM="xterm").stdout.decode()
+    forced = run_here(*flags, "--color-stages", FORCE_COLOR="1", TERM="xterm").stdout.decode()
     assert ANSI.sub("", forced) == plain
     assert len(set(ANSI.findall(forced)) - {"\x1b[0m"}) >= 2  # a colour for each depth
-    refused = run(*flags, "--color-stages", FORCE_COLOR="1", NO_COLOR="1", TERM="xterm")
+    refused = run_here(*flags, "--color-stages", FORCE_COLOR="1", NO_COLOR="1", TERM="xterm")
     assert refused.stdout.decode() == plain
-    unasked = run(*flags, FORCE_COLOR="1", TERM="xterm")
+    unasked = run_here(*flags, FORCE_COLOR="1", TERM="xterm")
     assert unasked.stdout.decode() == plain
 
 
@@ -247,11 +269,11 @@ def test_colours_show_on_a_terminal():
     assert "\x1b[" in shown
 
 
-def test_colours_leave_the_text_alone(endless):
+def test_colours_leave_the_text_alone(run_here, endless):
     expected = generate(*load(endless, dtype="float32"), "Once", max_tokens=60)
     assert "\r" in expected and "\v" in expected
     flags = ("--model", str(endless), "--prompt", "Once", "--max-tokens", "60", "--color-stages")
-    colored = run(*flags, FORCE_COLOR="1", TERM="xterm")
+    colored = run_here(*flags, FORCE_COLOR="1", TERM="xterm")
     assert ANSI.sub("", colored.stdout.decode()) == expected + "\n"
 
 
@@ -278,8 +300,8 @@ def test_colours_leave_the_text_alone(endless):
     ],
     ids=str,
 )
-def test_usage_errors_are_one_line_and_status_2(flags, named):
-    assert_one_line(run(*flags), 2, named)
+def test_usage_errors_are_one_line_and_status_2(run_here, flags, named):
+    assert_one_line(run_here(*flags), 2, named)
 
 
 @pytest.mark.parametrize("verb", [(), ("dance",), ("two\nlines",)], ids=str)
@@ -320,11 +342,11 @@ def booby_trap(folder: Path) -> None:
         (booby_trap, "system': refused, nothing was run"),
     ],
 )
-def test_failed_work_is_one_line_and_status_1(tmp_path, damage, named):
+def test_failed_work_is_one_line_and_status_1(run_here, tmp_path, damage, named):
     # A name over two lines is still one line of error.
     folder = Path(shutil.copytree(FIXTURES / "flat-d8", tmp_path / "a\nmodel"))
     damage(folder)
-    result = run("--prompt", "x", "--json", "--model", str(folder))
+    result = run_here("--prompt", "x", "--json", "--model", str(folder))
     assert_one_line(result, 1, named)
     assert not (folder / "ran").exists()
 

@@ -141,7 +141,7 @@ PROMPTS = ["Once upon a time", "The capital of France is", "A fox", "12 + 5"]
 def test_drafting_gives_what_the_full_model_gives(name):
     model, tokenizer = _model(name)
     rng, forced, drafted = random.Random(3), 0, 0
-    for case in range(25):
+    for case in range(14):
         prompt, form = rng.choice(PROMPTS), rng.choice(FORMS)
         about = {"max_tokens": rng.choice([5, 17, 48]), **form}
         if rng.random() < 0.3:
@@ -160,7 +160,7 @@ def test_drafting_gives_what_the_full_model_gives(name):
         forced += sum(r.forced for r in made)
         drafted += sum(r.from_draft for r in made)
         assert sum(r.from_draft for r in made) <= made[-1].drafted_tokens
-    assert forced > 60 and drafted > 60
+    assert forced > 40 and drafted > 40
 
 
 @lru_cache
@@ -335,7 +335,7 @@ def test_drafts_end_where_the_text_must_and_stretches_may_be_longer_than_a_state
     assert "".join(r.text for r in made) == full
     options |= {"regex": regex, "max_tokens": 1900, "temp": 2.0}
     refused = 0
-    for seed in range(4):
+    for seed in range(2):
         made = list(stream_generate(model, tokenizer, long, seed=seed, **options))
         refused += made[-1].drafted_tokens - sum(r.from_draft for r in made)
     assert refused

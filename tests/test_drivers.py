@@ -75,7 +75,7 @@ def test_an_interruption_anywhere_leaves_the_state_usable(mode):
     """Prompt and tokens both; in chunks, so that there is much to interrupt."""
     model, _ = fixture("flat-d8")
     chosen = make_mode(model, mode, options_for(model, mode))
-    options = {"max_tokens": 6, "prefill_step_size": 16}
+    options = {"max_tokens": 4, "prefill_step_size": 16}
     noted = Noted()
     expected = list(decode(model, PROMPT, chosen, driver=noted, **options))
     assert noted.count(Submit) == 2
@@ -216,7 +216,7 @@ def test_what_is_left_of_a_prompt_is_not_the_modes_to_pay():
 
 # Scripts
 
-LENGTH = 24
+LENGTH = 16
 
 
 @st.composite
