@@ -375,7 +375,7 @@ FIELDS = (
 
 
 @settings(
-    max_examples=800, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 @given(
     path=st.sampled_from([CHATS, TEXTS, "/tokenize", "/detokenize"]),
