@@ -60,6 +60,12 @@ class Synthetic:
         return tokens
 
 
+def check_agreement(agreement: float) -> None:
+    """RequestError for an agreement that cannot be planted."""
+    if not 0.5 <= agreement < 1:
+        raise RequestError(f"agreement {agreement} is not between 0.5 and 1")
+
+
 def synthetic_model(
     config: PoEConfig,
     dtype: mx.Dtype,
@@ -72,8 +78,7 @@ def synthetic_model(
 
     Raises RequestError for an agreement outside 0.5 to 1, or a model with a single stage.
     """
-    if not 0.5 <= agreement < 1:
-        raise RequestError(f"agreement {agreement} is not between 0.5 and 1")
+    check_agreement(agreement)
     if config.poe_n_stages < 2:
         raise RequestError("agreement: the model has a single stage")
     model = random_model(config, dtype, seed)

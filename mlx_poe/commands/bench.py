@@ -26,7 +26,7 @@ from cognica_mlx.bench.peers import peers
 from cognica_mlx.bench.report import Report, compare, read, show
 from cognica_mlx.bench.serving import Served, check_installed, serving
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
-from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
+from cognica_mlx.bench.synthetic import Synthetic, check_agreement, synthetic_model
 from cognica_mlx.bench.training import training
 from cognica_mlx.calibration import Calibration
 from cognica_mlx.calibration.measuring import calibrate, recorded_prefix
@@ -236,8 +236,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.model and args.shape:
         raise RequestError("give either --model or --shape, not both")
     check_machines(args)
-    if args.agreement is not None and not args.shape:
-        raise RequestError("--agreement needs --shape; a real model has its own agreement")
+    if args.agreement is not None:
+        if not args.shape:
+            raise RequestError("--agreement needs --shape; a real model has its own agreement")
+        check_agreement(args.agreement)
     for section in args.only or ():
         if section not in SECTIONS:
             raise RequestError(f"--only {section}: choose from {', '.join(SECTIONS)}")
