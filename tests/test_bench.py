@@ -38,11 +38,12 @@ from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from mlx_poe.commands import bench as command
+from mlx_poe.commands import bench_texts
 
 MACHINE = Machine("a chip", 2, 8.0, "MLX CPU", "an OS", "3.12", {"mlx": "1"}, 1e10)
 CHEAP = Costs((1,), ((1.0,),) * 4, ((0.1,),) * 4, full_boundaries=(3,))
 measured_machine, measured_blas = cache(this_machine), cache(command.slow_blas)
-recorded = cache(command._record)
+recorded = cache(bench_texts.recording)
 MARGINS = [0.05, 0.1, 0.2, 0.4, 0.8, 2.0, 4.0, 5.0, 6.0, 8.0, 9.0]
 
 
@@ -51,7 +52,8 @@ def measured_once(monkeypatch) -> None:
     """What takes seconds and is the same for all tests: the machine, and poe-tiny's own text."""
     monkeypatch.setattr(command, "this_machine", measured_machine)
     monkeypatch.setattr(command, "slow_blas", measured_blas)
-    monkeypatch.setattr(command, "_record", recorded)
+    monkeypatch.setattr(command, "recording", recorded)
+    monkeypatch.setattr(bench_texts, "recording", recorded)
 
 
 @pytest.mark.parametrize(
