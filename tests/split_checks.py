@@ -26,8 +26,8 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.state import DecodingState
 from mlx_poe import batch_generate, load
-from mlx_poe.machines import on_machines
 from mlx_poe.specialists import Specialists
+from mlx_poe.split_loading import on_machines
 
 BOUNDS = 0.3
 

@@ -1,29 +1,30 @@
 """Self-speculation: a drafter drafts, the full model verifies the drafts in one pass.
 
 Drafts come from the model's own first stages, from a rounded copy of them, or are looked up in the
-text. A round may take what was looked up and go on with a stage drafter; advice says which, and how
-many. Drafts of the model's own prefix have the real keys, values and activations: verification
-goes on from them through the other stages. Others run through all. What was refused is rolled back.
+text. A round may start with looked-up tokens and go on with a stage drafter; advice decides which
+drafter and how many tokens. Drafts of the model's own stages have the real keys, values and
+activations, so verification only runs the other stages on them. Other drafts run through all
+stages. Refused drafts are rolled back.
 
-Greedy output is the full model's. With a temperature a draft x is kept
-with probability min(1, p(x) / q(x)) and a refused one replaced by a draw from max(p - q, 0)
-(Leviathan et al. 2023, Chen et al. 2023), so the output has the full model's distribution; p and
-q pass through the same penalties and filters. Where nothing is worth drafting tokens come from the
-full model one by one, as in mode `full`, until something is.
+Greedy output is the full model's. With a temperature a draft x is accepted with probability
+min(1, p(x) / q(x)) and a refused one is replaced by a draw from max(p - q, 0) (Leviathan et al.
+2023, Chen et al. 2023), so the output has the full model's distribution; p and q pass through the
+same penalties and filters. While drafting does not pay, the full model decodes token by token as in
+mode `full`.
 
-Certified speculation skips verifications. A draft whose margin clears the WAND bounds that remain
-after the draft stage is certified: the deeper stages would hardly overturn it. A block of certified
-drafts is emitted at once, and its positions stay pending in the deeper stages. A block with an
-uncertified draft is verified as a whole, together with all that is pending; its certified drafts
-count as accepted. The output agrees with the full model's as often as WAND's does; with a
+Certified speculation skips verifications. A draft is certified if its margin exceeds the WAND
+bounds of the stages after the draft stage, so that these would rarely overturn it. A block of
+certified drafts is emitted at once, and its positions stay pending in the deeper stages. A block
+with an uncertified draft is verified as a whole, together with all pending positions; its certified
+drafts count as accepted. The output agrees with the full model's as often as WAND's does; with a
 temperature, certified drafts are drawn from the draft stage's distribution and the others follow
 the full model's.
 
-The host waits once for a verification, and once for a block of drafts that may be certified.
+The host waits once for each verification, and once for each block that may be certified.
 
-Where other machines verify, this one goes on drafting (Butler et al. 2024, PipeInfer): it guesses
-the full model's token after the block and drafts the next block behind that. A refusal, or another
-token than was guessed, takes all of it back.
+While other machines verify, this one goes on drafting (Butler et al. 2024, PipeInfer): it guesses
+the full model's token after the block and drafts the next block after the guess. If a draft is
+refused or the guess is wrong, all of that is rolled back.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ MAX_DRAFTS = 64
 
 
 class Speculative:
-    """Draft with one of `drafters`, verify with `target`, `num_draft_tokens` at most in a round.
+    """Draft up to `num_draft_tokens` a round with one of `drafters`, verify with `target`.
 
-    With `looks_up` what follows the same tokens earlier in the text is drafted too. With `certain`
-    drafts that lead by more than that are not verified for their own sake.
+    With `looks_up` also draft what followed the same tokens earlier in the text. Drafts with a
+    margin above `certain` are not verified for their own sake.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Speculative:
                 yield from self._plain.steps(sequence, lambda: bool(self._plan(sequence, lookup)))
                 continue
             state.append(sequence.text[state.length : -1])
-            # A verification adds a token of its own; certified drafts may have to do without.
+            # A verification adds a token of its own; a block of certified drafts does not.
             room = sequence.budget - (self.certain is None)
             if ahead:
                 draft = ahead
@@ -137,7 +138,7 @@ class Speculative:
             ahead = yield from self._verify(sequence, plan, draft, certified)
 
     def _plan(self, sequence: DecodingSequence, lookup: Lookup | None) -> Plan:
-        """What the next round drafts."""
+        """What to draft in the next round."""
         advice = sequence.advice
         room = sequence.budget - (self.certain is None)
         offered = agreeing = 0
@@ -151,7 +152,7 @@ class Speculative:
             return Plan(count=most) if advice.pays() else Plan()
         plan = advice.plan(offered, agreeing, most)
         if plan.count and self.drafters[plan.drafter].stop_below is not None:
-            return replace(plan, count=most)  # it stops by itself
+            return replace(plan, count=most)  # the drafter itself decides when to stop
         return plan
 
     def verified_elsewhere(self, model: PoEModel) -> bool:
@@ -162,8 +163,8 @@ class Speculative:
     def _draft_meanwhile(
         self, sequence: DecodingSequence, plan: Plan, draft: Draft
     ) -> Generator[Request, Any, Draft | None]:
-        """Draft the next round while this one is being verified, if other machines do that and the
-        full model's own token behind the draft can be guessed."""
+        """Draft the next round while other machines verify this one. None unless they do, and the
+        full model's token after the draft can be guessed."""
         if (
             not plan.count
             or not self.verified_elsewhere(sequence.model)
@@ -180,13 +181,13 @@ class Speculative:
     def _verify(
         self, sequence: DecodingSequence, plan: Plan, draft: Draft, certified: list[bool]
     ) -> Generator[Request | DecodedToken, Any, Draft | None]:
-        """Verify a draft, roll back what is refused, and emit what is kept and one token of the
-        full model's own. Drafts that are `certified` are kept whatever the full model says.
+        """Verify a draft, roll back refused tokens, and emit the accepted ones and one token of the
+        full model's own. Drafts that are `certified` are accepted whatever the full model says.
 
-        Returns what has been drafted meanwhile, if all that it builds on is kept."""
+        Returns the draft of the next round if it was made meanwhile and can be used."""
         state, sampler, constraint = sequence.state, sequence.sampler, sequence.constraint
         rows = len(draft) + 1
-        # What the full model predicts after the last draft comes with the same pass.
+        # One row more than drafts: the same pass predicts the token after the last draft.
         tokens = [as_row(sequence.text[-1]), *draft.tokens]
         for token in tokens[state.length - draft.first :]:
             state.append(token)
@@ -215,7 +216,7 @@ class Speculative:
         chooses = True
         if constraint:
             constraint.rollback(len(draft) - accepted)
-            # Where there is no choice, or nothing can follow, the full model was asked in vain.
+            # The full model's token is dropped if the constraint forces the next one or has ended.
             chooses = not (constraint.ended or constraint.forced())
             if chooses:
                 constraint.commit([chosen[accepted]])
@@ -228,37 +229,37 @@ class Speculative:
     def _emitted(
         self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[float], best: Sequence
     ) -> Iterator[DecodedToken]:
-        """The first of the drafts, as many as there are `tokens`."""
+        """Emit the first `len(tokens)` drafts."""
         numbers = zip(tokens, logprobs, draft.makers, strict=False)
         for row, (token, logprob, maker) in enumerate(numbers):
             if maker == FORCED:
                 yield DecodedToken(token, 0.0, 0, forced=True)
                 continue
-            # What was looked up no stage has proposed: the full model alone has chosen it.
+            # A looked-up token was proposed by no stage: credit the full model.
             stage = self.depth if maker == LOOKED_UP else self.draft_stage
             yield DecodedToken(token, logprob, stage, drafter=maker, top=top_of(best, row))
 
 
 def _tell(advice: Advice, makers: Sequence[str], accepted: int) -> None:
-    """Tell how each drafter's tokens fared, of which the first `accepted` were; those behind
-    another's refusal were not judged."""
+    """Report each drafter's acceptance, given that the first `accepted` tokens were accepted.
+    Tokens after another drafter's refused token were not judged."""
     for maker in dict.fromkeys(makers):
         if maker not in (LOOKED_UP, FORCED) and makers.index(maker) <= accepted:
             advice.judged(maker, makers[:accepted].count(maker), makers.count(maker))
 
 
 def _masks(draft: Draft, constraint: Constraint | None) -> mx.array | None:
-    """What is allowed at each draft's place and after the last: (n + 1, W)."""
+    """The masks at each draft's position and after the last, (n + 1, W)."""
     if constraint is None:
         return None
-    # After the end nothing is asked for: anything may stand there.
+    # After the end the mask is not used.
     last = draft.masks[-1] if constraint.ended else constraint.mask()[None]
     return mx.concatenate([*draft.masks, last])
 
 
 def _read(draft: Draft) -> tuple[list[mx.array], ...]:
-    """What a certified block reads: tokens, log-probabilities, margins, perhaps alternatives;
-    nothing without drafts."""
+    """The arrays that decide about a certified block: tokens, log-probabilities, margins and any
+    alternatives; empty without drafts."""
     if not draft.tokens:
         return ()
     tokens = [token.reshape(-1) for token in draft.tokens]
@@ -268,8 +269,8 @@ def _read(draft: Draft) -> tuple[list[mx.array], ...]:
 def judge(
     sampler: Sampler, scores: Scores, drafted: mx.array, draft: Draft
 ) -> tuple[mx.array, mx.array]:
-    """Which drafts (n,) the full model's scores (n + 1, V) keep, and for every row the token
-    (n + 1,) that follows if it is the first refused (or, in the last row, if none is)."""
+    """Which drafts (n,) the full model's scores (n + 1, V) accept, and for every row (n + 1,) the
+    token to emit if it is the first refused one (in the last row, if none is)."""
     if sampler.greedy:
         return scores.best[:-1] == drafted, scores.best
     p = sampler.log_probs(scores)

@@ -30,8 +30,8 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.shared_base import share_base
 from mlx_poe.commands.bench_texts import margins
 from mlx_poe.commands.split import add_split_flags, check_split
-from mlx_poe.machines import Choose, Loaded, on_machines
 from mlx_poe.specialists import Specialists
+from mlx_poe.split_loading import Choose, Loaded, on_machines
 
 MACHINES = "machines"
 
