@@ -428,7 +428,7 @@ def test_command_reads_chats_and_prints_tables(command_here, tmp_path):
     [
         (["--data", "nowhere.txt"], None, 1, "nowhere.txt"),
         (["--data", "-"], "too short", 2, "at least 100"),
-        (["--data", "-"], "", 2, "stdin has no text in it"),
+        (["--data", "-"], "", 2, "stdin contains no text"),
         (["--data", "~nosuchuser/x"], None, 2, "no such home folder"),
         (["--data", "-", "--num-tokens", "0"], "x", 2, "--num-tokens"),
         (["--data", "-", "--output", "no/such/folder/x.json"], "x", 2, "no/such/folder"),

@@ -348,7 +348,7 @@ def test_upload(tmp_path, monkeypatch):
     out = convert(FIXTURES / "flat-d8", tmp_path / "out", "--upload-repo", "owner/mine")
     assert calls[0] == ("create", "owner/mine")
     assert "model.safetensors" in calls[1][1]  # type: ignore[operator]
-    with pytest.raises(CheckpointError, match=r"as owner/refused .*no route\)$"):
+    with pytest.raises(CheckpointError, match=r"to owner/refused .*no route\)$"):
         upload(out, "owner/refused")
     flags = ["--base", str(out), "--upload-repo", "owner/mine"]
     stage = str(FIXTURES / "stage-on-flat")

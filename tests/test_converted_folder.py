@@ -229,9 +229,9 @@ def test_names_that_are_no_path(tmp_path, monkeypatch, capfd, name):
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("empty.txt", "", "has no text in it"),
-        ("empty.jsonl", "\n", "has no text in it"),
-        ("empty.jsonl", '{"text": ""}', "has no text in it"),
+        ("empty.txt", "", "contains no text"),
+        ("empty.jsonl", "\n", "contains no text"),
+        ("empty.jsonl", '{"text": ""}', "contains no text"),
         ("roles.jsonl", '{"messages": [{"role": "king", "content": "x"}]}', "its role is 'king'"),
     ],
 )

@@ -368,7 +368,7 @@ def test_drafting_aside_leaves_the_state_as_it_is():
     [
         ({"draft_bits": 7}, "draft_bits 7: choose from 2, 3, 4, 5, 6, 8, mxfp4, nvfp4"),
         ({"draft_bits": True}, "draft_bits True"),
-        ({"draft_bits": 4, "draft_rank": 16}, "draft_rank and draft_bits are two ways"),
+        ({"draft_bits": 4, "draft_rank": 16}, "draft_rank and draft_bits both make the head cheaper"),
         ({"num_draft_tokens": 0}, "num_draft_tokens 0 is not between 1 and 64"),
         ({"draft_bits": 4, "draft_stage": 9}, "draft_stage 9"),
     ],
@@ -381,7 +381,7 @@ def test_what_cannot_be_is_refused_by_name(options, message):
 
 def test_rounding_what_is_rounded_already():
     model = rounded_model(fixture("poe-tiny")[0], 4)
-    with pytest.raises(RequestError, match="more than 4 bits"):
+    with pytest.raises(RequestError, match="no matrix that can be rounded to 4 bits"):
         make_mode(model, "speculative", ModeOptions(draft_bits=4))
     # From 4 bits down to 2 there is something to save.
     prompt = [5, 6, 7, 8]
