@@ -1,6 +1,8 @@
 """What the tests share: the fixture models, loaded once in float32."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -10,12 +12,14 @@ import mlx.core as mx
 import pytest
 from servers import COMPOSITION, RunningServer
 
+from cognica_mlx.linear import ON_OPENBLAS
 from cognica_mlx.model import PoEModel
 from mlx_poe import load
 from mlx_poe.tokenizer import Tokenizer
 
 # What commands measure of this machine is kept apart from what the user's own have.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cognica-mlx-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDENS = ("flat-d8", "gqa-logop-d8", "stage-on-flat", "chain-on-stage")
@@ -34,6 +38,14 @@ def goldens(name: str) -> dict[str, mx.array]:
     answers = mx.load(str(FIXTURES / name / "goldens.safetensors"))
     assert isinstance(answers, dict)
     return answers
+
+
+def assert_bits_equal(ours: mx.array, theirs: mx.array) -> None:
+    """Equal to the last bit, or nearly with OpenBLAS, whose last bits depend on the rows."""
+    if ON_OPENBLAS:
+        assert mx.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    else:
+        assert mx.array_equal(ours, theirs)
 
 
 @pytest.fixture(params=GOLDENS)

@@ -368,7 +368,10 @@ def test_drafting_aside_leaves_the_state_as_it_is():
     [
         ({"draft_bits": 7}, "draft_bits 7: choose from 2, 3, 4, 5, 6, 8, mxfp4, nvfp4"),
         ({"draft_bits": True}, "draft_bits True"),
-        ({"draft_bits": 4, "draft_rank": 16}, "draft_rank and draft_bits both make the head cheaper"),
+        (
+            {"draft_bits": 4, "draft_rank": 16},
+            "draft_rank and draft_bits both make the head cheaper",
+        ),
         ({"num_draft_tokens": 0}, "num_draft_tokens 0 is not between 1 and 64"),
         ({"draft_bits": 4, "draft_stage": 9}, "draft_stage 9"),
     ],

@@ -84,7 +84,12 @@ def test_the_command_from_data_to_a_specialist_that_chats(made):
     done = command(*flags(made, "told", log=log, plot=plot), "--test")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    for said in ("train: 20 rows", "valid: 6 rows", "activations are already in", "iteration 3: train"):
+    for said in (
+        "train: 20 rows",
+        "valid: 6 rows",
+        "activations are already in",
+        "iteration 3: train",
+    ):
         assert said in done.stderr, said
     out = done.stdout.splitlines()
     assert [line.split(":")[0].split(" in ")[0] for line in out] == [
