@@ -4,12 +4,14 @@ Every rank writes its checks to its own file in the folder given first, one line
 what went wrong, if anything. Not to stdout: launchers mix up the lines of several ranks.
 """
 
+import gc
 import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -61,16 +63,19 @@ def check(name: str, found: object, expected: object) -> None:
         file.write(json.dumps({"check": name, "wrong": wrong}) + "\n")
 
 
+@contextmanager
 def split_model(name: str, split: str, *specialists: str, **options):
     """A fixture, or a built-in model, on all ranks."""
     folder = FIXTURES / name
     path = folder if folder.is_dir() else name
-    return on_machines(
+    with on_machines(
         lambda part: load(path, dtype="float32", part=part),
         split,
         [(one, lambda over, one=one: over.attach(one, one)) for one in specialists],
         **options,
-    )
+    ) as found:
+        yield found
+        gc.collect()  # states in cycles, as errors leave them, must not outlive the link
 
 
 def every_mode(name: str, split: str, names: Sequence[str] = tuple(MODES)) -> None:
