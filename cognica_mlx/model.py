@@ -43,6 +43,19 @@ def log_op(logits: Sequence[mx.array], weights: Sequence[float]) -> mx.array:
     )
 
 
+# Logits, or a function that waits until another machine has computed them.
+Asked = mx.array | Callable[[], mx.array]
+
+
+def answers(asked: Sequence[Asked]) -> list[mx.array]:
+    """The logits that were asked for. Those of this machine are computed before it waits for
+    others, so that all machines work at the same time."""
+    here = [one for one in asked if isinstance(one, mx.array)]
+    if len(here) < len(asked):
+        mx.eval(here)
+    return [one if isinstance(one, mx.array) else one() for one in asked]
+
+
 class PoEModel(nn.Module):
     """A Cognica Product-of-Experts language model, base or specialist.
 
@@ -168,15 +181,15 @@ class PoEModel(nn.Module):
         the heads of all specialists up to it, with "base" without its own head, with "specialist"
         through its own head alone (which in a merged folder is already the sum).
         """
-        return self.ask_logits(stage, hidden)()
+        return answers([self.ask_logits(stage, hidden)])[0]
 
-    def ask_logits(self, stage: int, hidden: Hidden) -> Callable[[], mx.array]:
-        """A function that returns `stage_logits`. If another machine computes them, it starts now,
-        and only the function waits."""
+    def ask_logits(self, stage: int, hidden: Hidden) -> Asked:
+        """`stage_logits`, or if another machine computes them, which starts now, a function that
+        waits for them; see `answers`."""
         remote = self.stages[stage]
         if isinstance(remote, RemoteStage) and remote.speaks:
             return remote.logits(hidden)
-        return lambda: self._logits_here(stage, hidden)
+        return self._logits_here(stage, hidden)
 
     def _logits_here(self, stage: int, hidden: Hidden) -> mx.array:
         in_base = stage < len(self.config.stage_layers)
@@ -203,16 +216,15 @@ class PoEModel(nn.Module):
 
         (B, T, V) float32. Meaningless for a base model; improves a specialist's drafts.
         """
-        return self.ask_draft_logits(hidden)()
+        return answers([self.ask_draft_logits(hidden)])[0]
 
-    def ask_draft_logits(self, hidden: Hidden) -> Callable[[], mx.array]:
-        """A function that returns `draft_logits`. If another machine computes them, it starts now,
-        and only the function waits."""
+    def ask_draft_logits(self, hidden: Hidden) -> Asked:
+        """`draft_logits`, as `ask_logits` asks for `stage_logits`."""
         remote = self.stages[-1]
         if isinstance(remote, RemoteStage) and remote.speaks:
             return remote.logits(hidden, drafts=True)
         last = len(self.config.specialist_layers) - 1
-        return lambda: self._head_logits(norm(hidden.x), self._final_heads(last))
+        return self._head_logits(norm(hidden.x), self._final_heads(last))
 
     def shallow_scores(self, hidden: Sequence[Hidden]) -> mx.array:
         """Draft scores (B, T, V) float32 of specialists that run on an early stage of the base;

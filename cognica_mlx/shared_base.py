@@ -17,7 +17,7 @@ import mlx.nn as nn
 from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.errors import RequestError
 from cognica_mlx.hidden import Hidden
-from cognica_mlx.model import PoEModel, log_op
+from cognica_mlx.model import PoEModel, answers, log_op
 from cognica_mlx.rounding import Scheme
 from cognica_mlx.stages import Stage
 
@@ -122,12 +122,12 @@ class Siblings(PoEModel):
             return log_op(self._logits(hidden, known), self._shares)
         # Ask all before waiting for any, so that several machines work in parallel.
         asked = [self.ask_logits(k, hidden[k]) for k in self.full_boundaries]
-        return log_op([answer() for answer in asked], self._shares)
+        return log_op(answers(asked), self._shares)
 
     def draft_logits(self, stage: int, hidden: Hidden) -> mx.array:
         """A base stage's activations through each specialist's heads, pooled as `full_scores`."""
         asked = [model.ask_draft_logits(hidden) for model in self._models]
-        return log_op([answer() for answer in asked], self._shares)
+        return log_op(answers(asked), self._shares)
 
     def shallow_scores(self, hidden: Sequence[Hidden]) -> mx.array:
         """See `PoEModel`: pooled as in `full_scores`."""
