@@ -169,12 +169,12 @@ def test_a_guess_is_worth_nothing_behind_a_refused_draft(there, monkeypatch):
 
 
 def test_what_is_drafted_meanwhile_can_be_rolled_back_past_every_window(there):
-    model, tokenizer = there
-    prompt = (tokenizer.encode(PROMPTS[0]) * 80)[:400]
+    model, _ = there
+    prompt = [1 + i * i % 2000 for i in range(400)]  # after which drafts are often refused
     mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=5))
-    state = DecodingState(model, slack=7)
-    expected = decode(model, prompt, make_mode(model), 24)
-    assert decode(model, prompt, mode, 24, state) == expected
+    state = DecodingState(model, slack=8)
+    expected = decode(model, prompt, make_mode(model), 64)
+    assert decode(model, prompt, mode, 64, state) == expected
 
 
 def test_on_one_machine_nothing_is_drafted_meanwhile(rounds):
