@@ -227,8 +227,8 @@ def speculation(
 def _gain_meanwhile(costs: Costs, drafters: Sequence[StageDrafter], agreement: float) -> float:
     """The speedup of drafting while others verify over one machine's better mode, by costs."""
     alone, meanwhile = (
-        RoundCosts(costs, drafters, overlaps=overlaps).best(0, 0, MOST_DRAFTS, [agreement])[1]
-        for overlaps in (False, True)
+        RoundCosts(costs, drafters).best(0, 0, MOST_DRAFTS, [agreement], meanwhile)[1]
+        for meanwhile in (False, True)
     )
     return min(costs.full_token, alone) / meanwhile
 

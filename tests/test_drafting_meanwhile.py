@@ -16,13 +16,14 @@ from cognica_mlx.decoding.drafters import OWN, StageDrafter
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import Metered, Pace, pace_for
 from cognica_mlx.decoding.rounds import RoundCosts
-from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.sequence import DecodingSequence, NoAdvice
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.errors import RequestError
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.state import DecodingState
 from mlx_poe import load
+from mlx_poe.reply_form import make_grammar
 
 PROMPTS = ["Once upon a time", "The capital of France is Paris. The capital of", "3 + 4 ="]
 COSTS = Costs(
@@ -83,7 +84,18 @@ def rounds(monkeypatch):
     return seen
 
 
-def decode(model, prompt, mode, tokens, state=None, sampling=None, pace=None):
+class Told(NoAdvice):
+    """Notes whether it is told that drafting will go on meanwhile."""
+
+    def __init__(self):
+        self.meanwhile = set()
+
+    def plan(self, offered, agreeing, most, meanwhile=False):
+        self.meanwhile.add(meanwhile)
+        return super().plan(offered, agreeing, most, meanwhile)
+
+
+def decode(model, prompt, mode, tokens, state=None, sampling=None, advice=None, constraint=None):
     sequence = DecodingSequence(
         model,
         prompt,
@@ -91,9 +103,11 @@ def decode(model, prompt, mode, tokens, state=None, sampling=None, pace=None):
         max_tokens=tokens,
         state=state,
         sampler=Sampler(sampling),
-        advice=pace,
+        advice=advice,
+        constraint=constraint,
     )
-    steps = drive(sequence.steps(), Metered(Single(), pace) if pace else None)
+    driver = Metered(Single(), advice) if isinstance(advice, Pace) else None
+    steps = drive(sequence.steps(), driver)
     return [(one.token, round(one.logprob, 3)) for one in steps]
 
 
@@ -125,25 +139,34 @@ def check(model, prompt, drafts, tokens, penalty, slack):
 def test_drafts_made_meanwhile_are_used_if_all_before_them_is_kept(there, rounds):
     model, tokenizer = there
     mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=2))
-    decode(model, tokenizer.encode(PROMPTS[0]), mode, 48)
+    told = Told()
+    decode(model, tokenizer.encode(PROMPTS[0]), mode, 48, advice=told)
+    assert told.meanwhile == {True}
     assert sum(one.used for one in rounds) > 4
     assert all(after.drafts == one.made for one, after in pairwise(rounds) if one.used)
     assert {one.made for one in rounds[:-3]} == {2}  # later there is less room
 
 
+@pytest.mark.parametrize(("temp", "regex"), [(0.8, None), (0.0, "[a-z ]{9,}")])
+def test_what_cannot_be_guessed_is_waited_for(there, rounds, temp, regex):
+    model, tokenizer = there
+    told, sampling = Told(), SamplingOptions(temp=temp, seed=1)
+    constraint = regex and make_grammar(tokenizer, regex=regex).start()
+    mode = make_mode(model, "speculative")
+    prompt = tokenizer.encode(PROMPTS[0])
+    decode(model, prompt, mode, 24, None, sampling, told, constraint)
+    assert rounds and all(one.made == 0 for one in rounds)
+    assert told.meanwhile == {False}
+
+
 @pytest.mark.parametrize(
-    ("mode", "options", "sampling"),
-    [
-        ("speculative", {}, {"temp": 0.8, "seed": 1}),
-        ("speculative", {"draft_margin": 0.5}, {}),
-        ("certified", {}, {}),
-    ],
+    ("mode", "options"), [("speculative", {"draft_margin": 0.5}), ("certified", {})]
 )
-def test_what_cannot_be_guessed_is_waited_for(there, rounds, mode, options, sampling):
+def test_drafters_that_look_at_margins_wait(there, rounds, mode, options):
     model, tokenizer = there
     calibration = model.calibration if mode == "certified" else None
     chosen = make_mode(model, mode, ModeOptions(**options), calibration)
-    decode(model, tokenizer.encode(PROMPTS[0]), chosen, 24, sampling=SamplingOptions(**sampling))
+    decode(model, tokenizer.encode(PROMPTS[0]), chosen, 24)
     assert rounds and all(one.made == 0 for one in rounds)
 
 
@@ -187,10 +210,9 @@ def test_what_is_spent_is_what_a_clock_would_show(there, rounds):
     model, tokenizer = there
     mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=3))
     pace = pace_for(model, mode, COSTS)
-    assert pace.overlaps
     pace.park = False
     pace.begins = lambda _: None  # the prompt is one token, and is paid, too
-    decode(model, tokenizer.encode("")[:1], mode, 40, pace=pace)
+    decode(model, tokenizer.encode("")[:1], mode, 40, advice=pace)
     draft, clock, ready = COSTS.stage(0) + COSTS.head(0), 0.0, False
     for drafts, made, used, _ in rounds:
         # The last draft runs through stage 0, too; then others have it while drafting goes on.
@@ -216,7 +238,7 @@ def test_a_round_costs_what_it_takes_on_average(rate, step):
         refused = 1 - rate ** (n + 1)
         clock = refused * (n * draft + step) + max(others, (n + 1) * draft) + costs.head(3, n + 1)
         plans[n] = clock / sum(rate**i for i in range(n + 1))
-    plan, token = RoundCosts(costs, drafters, overlaps=True).best(0, 0.0, 8, [rate])
+    plan, token = RoundCosts(costs, drafters).best(0, 0.0, 8, [rate], meanwhile=True)
     assert token == pytest.approx(min(plans.values())) == pytest.approx(plans[plan.count])
 
 
@@ -226,11 +248,11 @@ def test_it_is_given_up_where_even_so_it_does_not_pay(there):
     # Two rows cost other machines nearly twice as much as one.
     dear = Costs((1, 9), ((1.0, 1.0), (1.0, 8.5), (0.0, 0.0), (0.0, 0.0)), ((0.0, 0.0),) * 4, (3,))
     plans = []
-    for overlaps in (False, True):
-        pace = Pace(dear, mode, overlaps=overlaps)
+    for meanwhile in (False, True):
+        pace = Pace(dear, mode)
         for _ in range(40):
             pace.judged(OWN, 1, 1)
-        plans.append(pace.plan(0, 0, 3).count)
+        plans.append(pace.plan(0, 0, 3, meanwhile).count)
     assert plans[0] == 0 < plans[1]
 
 

@@ -61,15 +61,14 @@ class Pace:
     `spent` is in the unit of the costs (seconds if measured); `tokens` counts the mode's tokens.
     `parked` says why decoding fell back to full depth; modes that draft are tried again later.
     `others` is the number of other sequences' rows in each pass. Passes over positions before
-    `start` belong to the prompt and are not charged to the mode. `overlaps`: other machines verify
-    while drafting goes on.
+    `start` belong to the prompt and are not charged to the mode.
     """
 
-    def __init__(self, costs: Costs, mode: Mode, *, park: bool = True, overlaps: bool = False):
+    def __init__(self, costs: Costs, mode: Mode, *, park: bool = True):
         drafting = mode if isinstance(mode, Speculative) else None
         if drafting and drafting.prefix and not costs.rounded:
             costs = with_bytes_of(costs, drafting.prefix)
-        self.costs, self.park, self.overlaps = costs, park, overlaps
+        self.costs, self.park = costs, park
         self.spent = 0.0
         self.tokens = 0
         self.others = 0
@@ -145,13 +144,13 @@ class Pace:
             return whole * request.rows / total
         return 0.0
 
-    def plan(self, offered: int, agreeing: int, most: int) -> Plan:
+    def plan(self, offered: int, agreeing: int, most: int, meanwhile: bool = False) -> Plan:
         """What to draft in the next round, for the lowest expected cost per token.
 
         If no drafter would pay, drafting is suspended for a while, and `parked` says why.
         """
         if not self.park:
-            return NoAdvice().plan(offered, agreeing, most)
+            return NoAdvice().plan(offered, agreeing, most, meanwhile)
         self._account()
         rounds = self._at_hand()
         hits = self.acceptance(agreeing) if offered else 0.0
@@ -159,7 +158,7 @@ class Pace:
         if self._rests() or not most:
             return plan
         rates = [self.acceptance(drafter.name) for drafter in rounds.drafters]
-        drafting, cost = rounds.best(plan.looked_up, hits, most, rates)
+        drafting, cost = rounds.best(plan.looked_up, hits, most, rates, meanwhile)
         if cost < rounds.plain:
             self.parked = None
         elif not plan:
@@ -223,7 +222,7 @@ class Pace:
     def _at_hand(self) -> RoundCosts:
         if self._rounds is None or self._rounds.others != self.others:
             drafters = self._drafting.drafters if self._drafting else ()
-            self._rounds = RoundCosts(self.costs, drafters, self.others, self.overlaps)
+            self._rounds = RoundCosts(self.costs, drafters, self.others)
         return self._rounds
 
 
@@ -231,9 +230,7 @@ def pace_for(model: PoEModel, mode: Mode, costs: Costs | KnownCosts | None) -> P
     """Advice from `costs`, or from what they return for this mode; None without costs."""
     if costs is None:
         return None
-    overlaps = isinstance(mode, Speculative) and mode.verified_elsewhere(model)
-    costs = costs if isinstance(costs, Costs) else costs(model, mode)
-    return Pace(costs, mode, overlaps=overlaps)
+    return Pace(costs if isinstance(costs, Costs) else costs(model, mode), mode)
 
 
 class Metered:

@@ -28,17 +28,15 @@ WORTH_LEAVING = 0.9
 
 class RoundCosts:
     """Costs of rounds that share passes with `others` rows of other sequences; a sequence pays for
-    its share of a pass. With `overlaps` drafting goes on while other machines verify."""
+    its share of a pass."""
 
     def __init__(
         self,
         costs: Costs,
         drafters: Sequence[StageDrafter],
         others: int = 0,
-        overlaps: bool = False,
     ):
         self.costs, self.drafters, self.others = costs, drafters, others
-        self.overlaps = overlaps
         self.plain = self._share(costs.full_pass, 1)
         # For each drafter, costs by rows: of a draft, and of the verification.
         self._first: list[dict[int, float]] = [{} for _ in drafters]
@@ -54,9 +52,9 @@ class RoundCosts:
             self._full[rows] = self._share(self.costs.full_pass, rows)
         return self._full[rows]
 
-    def cost(self, plan: Plan, reused: float = 0.0) -> float:
-        """The cost of a round. `reused` is the probability that the drafts made while other
-        machines verify are used."""
+    def cost(self, plan: Plan, reused: float | None = None) -> float:
+        """The cost of a round. `reused` is the probability that drafts made while other machines
+        verify are used; None if a drafter waits for them."""
         rows = plan.looked_up + plan.count + 1
         if not plan.count:
             return self._full_pass(rows)
@@ -69,7 +67,7 @@ class RoundCosts:
         if rows not in verify:
             verify[rows] = self._verification(drafter, rows)
         drafting = first[ahead] + (plan.count - 1) * first[1]
-        if not (self.overlaps and drafter.goes_on):
+        if reused is None or not drafter.goes_on:
             return drafting + verify[rows]
         meanwhile = (plan.count + 1) * first[1] - self.hidden(which, rows, plan.count)
         # The last draft has also been run through the drafter's stages already.
@@ -110,10 +108,16 @@ class RoundCosts:
         return best, least if best else self.plain
 
     def best(
-        self, looked_up: int, hits: float, most: int, rates: Sequence[float]
+        self,
+        looked_up: int,
+        hits: float,
+        most: int,
+        rates: Sequence[float],
+        meanwhile: bool = False,
     ) -> tuple[Plan, float]:
         """The best round with a drafter, alone or after `looked_up` tokens, and its cost per token;
-        `rates` are the drafters' acceptance rates."""
+        `rates` are the drafters' acceptance rates. With `meanwhile`, drafting goes on while other
+        machines verify."""
         best, least = Plan(), float("inf")
         for ahead in {0, looked_up}:
             before, reached = sum(hits**i for i in range(ahead + 1)), hits**ahead
@@ -123,6 +127,7 @@ class RoundCosts:
                     likely *= rate
                     tokens += likely
                     plan = Plan(ahead, which, count)
-                    if (cost := self.cost(plan, likely * rate) / tokens) < least:
+                    reused = likely * rate if meanwhile else None
+                    if (cost := self.cost(plan, reused) / tokens) < least:
                         best, least = plan, cost
         return best, least

@@ -60,9 +60,10 @@ class Advice(Protocol):
     def pays(self) -> bool:
         """Whether to go on in this mode."""
 
-    def plan(self, offered: int, agreeing: int, most: int) -> Plan:
+    def plan(self, offered: int, agreeing: int, most: int, meanwhile: bool = False) -> Plan:
         """What to draft in the next round: up to `offered` looked-up tokens, found by a match of
-        `agreeing` tokens, and up to `most` by a drafter."""
+        `agreeing` tokens, and up to `most` by a drafter. `meanwhile`: drafting will go on while
+        other machines verify."""
 
     def judged(self, drafter: str, kept: int, drafted: int) -> None:
         """The first `kept` of `drafted` tokens in a row by `drafter` were accepted."""
@@ -92,7 +93,7 @@ class NoAdvice:
         """See `Advice`."""
         return True
 
-    def plan(self, offered: int, agreeing: int, most: int) -> Plan:
+    def plan(self, offered: int, agreeing: int, most: int, meanwhile: bool = False) -> Plan:
         """See `Advice`."""
         taken = offered if agreeing >= AGREEING else 0
         return Plan(taken, 0, max(most - taken, 0))

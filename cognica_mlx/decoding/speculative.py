@@ -53,7 +53,6 @@ from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
 from cognica_mlx.decoding.sequence import Advice, DecodingSequence, Plan
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, Scores, logprob_of
 
 MAX_DRAFTS = 64
@@ -150,26 +149,25 @@ class Speculative:
         most = min(self.num_draft_tokens, room)
         if self.certain is not None:
             return Plan(count=most) if advice.pays() else Plan()
-        plan = advice.plan(offered, agreeing, most)
+        plan = advice.plan(offered, agreeing, most, self._drafts_meanwhile(sequence))
         if plan.count and self.drafters[plan.drafter].stop_below is not None:
             return replace(plan, count=most)  # the drafter itself decides when to stop
         return plan
 
-    def verified_elsewhere(self, model: PoEModel) -> bool:
-        """Whether other machines verify, so that this one can go on drafting meanwhile."""
-        behind = model.stages[self.draft_stage + 1 : self.depth + 1]
-        return self.certain is None and any(stage.rank for stage in behind)
+    def _drafts_meanwhile(self, sequence: DecodingSequence) -> bool:
+        """Whether other machines verify, and the full model's token after a draft can be guessed,
+        so that this machine can go on drafting meanwhile."""
+        behind = sequence.model.stages[self.draft_stage + 1 : self.depth + 1]
+        guessed = sequence.sampler.greedy and not sequence.constraint
+        return self.certain is None and guessed and any(stage.rank for stage in behind)
 
     def _draft_meanwhile(
         self, sequence: DecodingSequence, plan: Plan, draft: Draft
     ) -> Generator[Request, Any, Draft | None]:
-        """Draft the next round while other machines verify this one. None unless they do, and the
-        full model's token after the draft can be guessed."""
+        """Draft the next round while other machines verify this one, if that can be done."""
         if (
             not plan.count
-            or not self.verified_elsewhere(sequence.model)
-            or sequence.constraint
-            or not sequence.sampler.greedy
+            or not self._drafts_meanwhile(sequence)
             or not self.drafters[plan.drafter].goes_on
         ):
             return None
