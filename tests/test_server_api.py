@@ -369,7 +369,10 @@ def figures(server: Any) -> dict[str, float]:
 
 def test_health_and_metrics(client, server):
     before = figures(server)
-    usage = chat(client, extra_body={"mode": "speculative", "no_park": True}).usage
+    lookup = {"mode": "speculative", "draft_lookup": True, "no_park": True}
+    fact = "The capital of Japan is Tokyo. "
+    talk = [{"role": "user", "content": 2 * fact + "What is the capital of Japan?"}]
+    usage = chat(client, messages=talk, extra_body=lookup).usage
     after = figures(server)
 
     def grown(name: str) -> float:
@@ -378,9 +381,11 @@ def test_health_and_metrics(client, server):
     assert grown('requests_total{endpoint="chat",outcome="ok"}') == 1
     assert grown("completion_tokens_total") == usage.completion_tokens
     assert grown("prompt_tokens_total") == usage.prompt_tokens
-    drafts = usage.completion_tokens_details
-    assert grown('draft_tokens_total{verdict="accepted"}') == drafts.accepted_prediction_tokens
-    assert grown('draft_tokens_total{verdict="rejected"}') == drafts.rejected_prediction_tokens
+    assert {"stages", "lookup"} == set(usage.poe["drafts"])
+    for drafter, verdicts in usage.poe["drafts"].items():
+        for verdict, count in verdicts.items():
+            labels = f'{{drafter="{drafter}",verdict="{verdict}"}}'
+            assert grown(f"draft_tokens_total{labels}") == count
     by_stage = [grown(f'stage_tokens_total{{stage="{k}"}}') for k in range(5)]
     assert by_stage == usage.poe["tokens_per_stage"]
     assert grown("time_to_first_token_seconds_count") == 1

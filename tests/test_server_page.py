@@ -492,6 +492,31 @@ def test_a_reply_that_breaks_off_stays_with_the_reason(page: Page, last: str, sa
     assert page.text(".turn .error p") == said
 
 
+@pytest.mark.parametrize(
+    ("drafter", "said"),
+    [("stages", "drafted"), ("rounded", "drafted by its rounded copy"), ("lookup", "looked up")],
+)
+def test_a_token_says_what_drafted_it(page: Page, drafter: str, said: str) -> None:
+    entry = {"id": 7, "stage": 0, "from_draft": True, "drafter": drafter, "bytes": list(b"Rome")}
+    choice = {"index": 0, "delta": {"content": "Rome"}, "token_stages": [entry]}
+    choice |= {"logprobs": {"content": [{"token": "Rome", "logprob": 0}]}, "finish_reason": "stop"}
+    answer_once(page, 200, f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n")
+    page.choose("chat-mode", "speculative")
+    page.choose("chat-draft_lookup", "true")
+    page.send("What is the capital of Italy?")
+    ActionChains(page.driver).move_to_element(page.one(".token")).perform()
+    how = page.card().splitlines()[1]
+    assert said in how and ("drafted" in how) == (drafter != "lookup")
+
+
+def test_lookup_is_asked_for_when_chosen(page: Page) -> None:
+    for value, expected in [("", None), ("true", True)]:
+        page.choose("chat-mode", "speculative")
+        page.choose("chat-draft_lookup", value)
+        page.send("What is the capital of Italy?")
+        assert page.exchange()[0].get("draft_lookup") is expected
+
+
 def test_markup_from_a_model_is_text(page: Page) -> None:
     text = "<img src=x onerror=alert(1)> & <b>"
     entry = {"id": 7, "stage": 0, "bytes": list(text.encode())}

@@ -50,6 +50,7 @@ def stages_of(tokenizer: Tokenizer, tokens: Iterable[GenerationResponse]) -> lis
             "bytes": list(tokenizer.token_bytes(response.token)),
             "stage": response.stage,
             "from_draft": response.from_draft,
+            "drafter": response.drafter,
             "forced": response.forced,
         }
         for response in tokens

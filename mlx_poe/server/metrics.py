@@ -53,7 +53,9 @@ class Metrics:
             "stage_tokens", "Tokens by the stage that emitted them", "stage"
         )
         self.forced_tokens = self._counter("forced_tokens", "Tokens forced by the reply's form")
-        self.drafts = self._counter("draft_tokens", "Drafts by verdict", "verdict")
+        self.drafts = self._counter(
+            "draft_tokens", "Drafts by drafter and verdict", "drafter", "verdict"
+        )
         about = "Seconds until a request's first token"
         self.first_token = Histogram(
             f"{_PREFIX}_time_to_first_token_seconds",
@@ -107,9 +109,10 @@ class Record:
         metrics.prompt_tokens.inc(usage["prompt_tokens"])
         metrics.cached_tokens.inc(usage["prompt_tokens_details"]["cached_tokens"])
         metrics.completion_tokens.inc(usage["completion_tokens"])
-        details, ours = usage["completion_tokens_details"], usage["poe"]
-        metrics.drafts.labels("accepted").inc(details["accepted_prediction_tokens"])
-        metrics.drafts.labels("rejected").inc(details["rejected_prediction_tokens"])
+        ours = usage["poe"]
+        for drafter, verdicts in ours["drafts"].items():
+            for verdict, count in verdicts.items():
+                metrics.drafts.labels(drafter, verdict).inc(count)
         metrics.forced_tokens.inc(ours["forced_tokens"])
         for stage, count in enumerate(ours["tokens_per_stage"]):
             metrics.stage_tokens.labels(str(stage)).inc(count)

@@ -143,6 +143,7 @@ function token(stage, text, logprob, bytes, alternatives) {
     id: stage?.id ?? null,
     stage: stage?.stage ?? null,
     fromDraft: Boolean(stage?.from_draft),
+    drafter: stage?.drafter ?? null,
     forced: Boolean(stage?.forced),
     bytes: Uint8Array.from(stage?.bytes ?? bytes ?? new TextEncoder().encode(text)),
     text,

@@ -70,9 +70,11 @@ function describe(token, stages) {
   return parts;
 }
 
-function origin({ stage, fromDraft, forced }, stages) {
+const DRAFTED_BY = { rounded: "drafted by its rounded copy", lookup: "looked up in the text" };
+
+function origin({ stage, fromDraft, drafter, forced }, stages) {
   if (forced) return "forced: the required form allowed no other token";
-  return [stage === null ? "" : stageName(stage, stages), fromDraft ? "drafted" : ""]
+  return [stage === null ? "" : stageName(stage, stages), fromDraft ? DRAFTED_BY[drafter] ?? "drafted" : ""]
     .filter(Boolean)
     .join(", ");
 }

@@ -8,7 +8,7 @@ const MODES = {
   prefix: "Runs the first stages only and combines what they predict.",
   compose: "Combines the predictions of all stages.",
   wand: "Stops at the first stage that is sure enough. Agrees with full on about 99 of 100 tokens.",
-  speculative: "The first stage drafts, all stages verify. Same output as full.",
+  speculative: "The first stage drafts, all stages verify. Same output as full. Lookup also drafts what followed the same words before.",
   certified: "Drafts like speculative, but verifies only if the draft is not sure enough. As accurate as wand.",
 };
 
@@ -16,7 +16,7 @@ const OPTIONS = {
   stage: ["stage"],
   prefix: ["max_stages"],
   wand: ["safety"],
-  speculative: ["num_draft_tokens"],
+  speculative: ["num_draft_tokens", "draft_lookup"],
   certified: ["safety", "num_draft_tokens"],
 };
 
@@ -55,7 +55,7 @@ export class ModePicker {
   get request() {
     const fields = { mode: this.mode };
     for (const input of this.#options.querySelectorAll("input, select")) {
-      if (input.value !== "") fields[input.name] = Number(input.value);
+      if (input.value !== "") fields[input.name] = input.value === "true" || Number(input.value);
     }
     return fields;
   }
@@ -94,6 +94,15 @@ export class ModePicker {
       max_stages: () => ["Stages", choices(1, (i) => `first ${i + 1} of ${stages}`, Math.min(2, stages))],
       safety: () => ["Safety factor", make("input", { ...number, min: 0, step: 0.1 })],
       num_draft_tokens: () => ["Draft tokens", make("input", { ...number, min: 1, step: 1 })],
+      draft_lookup: () => [
+        "Lookup",
+        make(
+          "select",
+          { id, name: option },
+          make("option", { value: "" }, "off"),
+          make("option", { value: "true" }, "on"),
+        ),
+      ],
     }[option]();
     return make("div.field", {}, make("label", { htmlFor: id }, label), input);
   }
