@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from hypothesis import HealthCheck, settings
 from servers import COMPOSITION, RunningServer
 
 from cognica_mlx.linear import ON_OPENBLAS
@@ -20,6 +21,10 @@ from mlx_poe.tokenizer import Tokenizer
 # What commands measure of this machine is kept apart from what the user's own have.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cognica-mlx-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# How long an example takes depends on the machine, and on what the first one has to load.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDENS = ("flat-d8", "gqa-logop-d8", "stage-on-flat", "chain-on-stage")

@@ -176,7 +176,7 @@ def plans(draw: st.DrawFn, family: tuple[str, ...]) -> Plan:
 @pytest.mark.parametrize(
     "family", [("flat", "stage"), ("logop",), ("tiny", "chat", "math", "both")], ids=str
 )
-@settings(max_examples=7, deadline=None)
+@settings(max_examples=7)
 @given(data=st.data())
 def test_any_schedule_gives_each_sequence_what_it_has_alone(family, data):
     check(together(data.draw(st.lists(plans(family), min_size=2, max_size=5))))

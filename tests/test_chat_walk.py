@@ -185,7 +185,6 @@ def test_a_walk_through_the_commands_never_loses_the_conversation():
         settings=settings(
             max_examples=WALKS,
             stateful_step_count=STEPS,
-            deadline=None,
             derandomize=True,
             database=None,
             phases=[Phase.generate],

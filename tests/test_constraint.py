@@ -99,7 +99,7 @@ schemas = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     schema=schemas,
     mode=st.sampled_from(MODES),
@@ -224,7 +224,7 @@ def _as_end(tokens, ends) -> tuple[int, ...]:
     return tuple(-1 if token in ends else token for token in tokens)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(schema=schemas, choices=st.lists(st.integers(0, 10**6), min_size=1, max_size=30))
 def test_forced_tokens_are_those_that_masks_leave_and_rollback_forgets(schema, choices):
     grammar = make_grammar(fixture("poe-tiny")[1], json_schema=schema)

@@ -380,7 +380,7 @@ def chi_squared(
     return statistic, cells
 
 
-@settings(max_examples=7, deadline=None)
+@settings(max_examples=7)
 @given(data=st.data())
 def test_modes_share_one_state_and_switch_at_any_time(data):
     """A talk that changes its mode at every turn: each turn equals one from a fresh state."""

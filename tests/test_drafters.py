@@ -110,7 +110,7 @@ def found_by_hand(text: Sequence[int], never: set[int], most: int) -> tuple[int,
     return 0, []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.integers(0, 3), min_size=1, max_size=60),
     st.lists(st.integers(1, 9), max_size=20),
@@ -432,7 +432,7 @@ def rounds_by_hand(costs: Costs, plan: Plan, prefix: bool) -> float:
     st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99)),
     st.integers(0, MOST),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_plan_is_the_cheapest_there_is(step, slope, hits, rates, offered):
     model, _ = fixture("poe-tiny")
     line = (1.0, 1.0 + 31 * slope)

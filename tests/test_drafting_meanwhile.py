@@ -111,7 +111,7 @@ def decode(model, prompt, mode, tokens, state=None, sampling=None, advice=None, 
     return [(one.token, round(one.logprob, 3)) for one in steps]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     st.sampled_from(PROMPTS),
     st.integers(1, 9),

@@ -237,7 +237,7 @@ def scripted(
     return list(drive(sequence.steps(), driver)), sequence
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(recordings())
 def test_wand_leaves_where_the_recording_is_sure(recording):
     hits, margins = recording
@@ -251,7 +251,7 @@ def test_wand_leaves_where_the_recording_is_sure(recording):
         assert (one.stage, one.token) == (stage, RIGHT if right else WRONG)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     recordings(),
     st.integers(0, 2),

@@ -247,7 +247,7 @@ def test_no_stop_strings_at_all():
         assert text_of(stream(max_tokens=40, stop=stop)) == TEXT
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     pieces=st.lists(st.text("ab\u00e9", max_size=4), max_size=12),
     stops=st.lists(st.text("ab\u00e9", min_size=1, max_size=5), max_size=3),

@@ -374,9 +374,7 @@ FIELDS = (
 )
 
 
-@settings(
-    max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
+@settings(max_examples=2000, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     path=st.sampled_from([CHATS, TEXTS, "/tokenize", "/detokenize"]),
     change=st.dictionaries(st.sampled_from(FIELDS), junk, min_size=1, max_size=3),

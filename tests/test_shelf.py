@@ -106,7 +106,7 @@ ACTIONS = (
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     actions=st.lists(
         st.tuples(st.sampled_from(("step", "step", *ACTIONS)), st.integers(0, 30)), max_size=40

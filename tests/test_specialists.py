@@ -220,7 +220,7 @@ def test_a_stage_that_lacks_positions_is_not_run():
     states_agree(other, [*tokens, 2040])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(
         st.one_of(

@@ -44,7 +44,7 @@ class Shown:
         self.position += count
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     window=st.integers(1, 12),
     slack=st.integers(1, 6),
@@ -193,7 +193,7 @@ actions = st.lists(
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(steps=actions)
 def test_any_walk_equals_a_fresh_forward(name, steps):
     walk = Walk(name, slack=16, max_pending=40)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pickles import FIELDS
 
@@ -31,7 +31,6 @@ UTF8_TOKENS = st.text().map(
 # --- text and ids ---------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.text(st.characters()))
 def test_round_trip_of_any_text_with_lone_surrogates_replaced(text: str) -> None:
     expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -43,7 +42,6 @@ def test_round_trip_of_any_text_with_lone_surrogates_replaced(text: str) -> None
         assert tokens == (bare if brings_bos else [2039, *bare])
 
 
-@settings(deadline=None)
 @given(TOKENS | UTF8_TOKENS, st.booleans())
 def test_streamed_pieces_join_to_decode(tokens: list[int], skip: bool) -> None:
     stream = TOKENIZER.detokenizer(skip_special_tokens=skip)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pickles import FIELDS, Calls, short
 
@@ -207,7 +207,6 @@ def test_damaged_bytes_give_an_encoding_or_a_tokenizer_error(tmp_path: Path) -> 
             assert "\n" not in str(error)
 
 
-@settings(deadline=None)
 @given(st.binary())
 def test_replaying_any_bytes_makes_nothing_but_plain_data(data: bytes) -> None:
     try:

@@ -91,7 +91,7 @@ def test_a_special_token_that_is_an_ordinary_one_too_is_refused(tmp_path):
 PLAIN = st.text(alphabet=st.sampled_from("abehilnorst THE'll 12345.,;!?-\n\r\t é世😀\u00a0\u200d"))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.sampled_from(FOLDERS), st.one_of(st.text(), PLAIN))
 @example(TINY, "a<|assistant_end|> b<|bos|><|bos|>")
 def test_the_same_tokens_as_tiktoken(folder, text):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cognica_mlx.errors import RequestError
@@ -209,7 +209,6 @@ def test_text_without_a_call_is_plain(text: str) -> None:
     assert parse(text) == (text, None, None)
 
 
-@settings(deadline=None)
 @given(
     st.text(st.sampled_from("<functioncall> x'{")),
     st.dictionaries(st.text(), st.text(st.sampled_from("\"'\\{}[]:, é\n")) | st.lists(st.none())),
@@ -238,7 +237,6 @@ def test_every_single_cut_gives_the_same() -> None:
     assert all(parse(text, cut) == whole for cut in range(len(text) + 1))
 
 
-@settings(deadline=None)
 @given(st.text(st.sampled_from("\"'\\{}[]:, a1") | st.characters()))
 def test_any_junk_ends_in_a_call_or_a_problem(junk: str) -> None:
     plain, call, problem = parse(f"hm {CALL_MARK}{junk}")

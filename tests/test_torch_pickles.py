@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pickles import Calls, number, row, short, text
 from torch_views import VIEWS, expected_views, refusal
@@ -295,7 +295,6 @@ def test_many_names_for_one_storage_are_no_bomb(tmp_path: Path) -> None:
     assert one.read("w").sum().item() == 0
 
 
-@settings(deadline=None)
 @given(st.binary() | st.lists(st.sampled_from([*map(bytes, zip(range(256)))])).map(b"".join))
 def test_replaying_any_bytes_makes_nothing_but_plain_data(data: bytes) -> None:
     def no_storage(key: object) -> Any:

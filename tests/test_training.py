@@ -374,7 +374,7 @@ def test_the_memory_of_an_iteration_is_known_beforehand(layers, count, length, s
     st.integers(0, 3),
     st.integers(0, 2),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_epoch_has_every_text_once_in_an_order_of_its_own(lengths, batch_size, seed, epoch):
     texts = [
         Text(np.arange(n, dtype=np.int32) + i, np.arange(n) > n // 2, i)
@@ -420,7 +420,7 @@ def test_orders_depend_on_seed_and_epoch():
 
 
 @given(st.integers(0, 10_000), st.sampled_from([16, 8]), st.sampled_from([24, 64, 128, 192]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_stored_value_is_within_half_a_step(seed, bits, width):
     random = np.random.default_rng(seed)
     values = mx.array(
