@@ -13,6 +13,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# Seconds after which a server hangs, however busy the machine is.
+PATIENCE = 300
 COMPOSITION = ("--composition", "both=poe-tiny-chat:1,poe-tiny-math:2")
 
 
@@ -60,13 +62,13 @@ class RunningServer:
 
     def wait(self) -> int:
         """Wait for the end; the exit status."""
-        status = self.process.wait(60)
+        status = self.process.wait(PATIENCE)
         self._reader.join()
         return status
 
     def connect(self) -> http.client.HTTPConnection:
         """A connection of one's own."""
-        return http.client.HTTPConnection(self.host, self.port, timeout=60)
+        return http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
 
     def ask(
         self,
@@ -90,3 +92,8 @@ class RunningServer:
         if found.get("content-type", "").startswith("application/json"):
             content = json.loads(content)
         return response.status, content, found
+
+    def figures(self) -> dict[str, float]:
+        """What /metrics tells, by name."""
+        lines = self.ask("/metrics")[1].splitlines()
+        return {k: float(v) for k, v in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}

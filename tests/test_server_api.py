@@ -362,18 +362,13 @@ def test_another_specialists_turn_uses_what_the_first_has_read(client):
     assert second.prompt_tokens_details.cached_tokens == second.prompt_tokens - 1
 
 
-def figures(server: Any) -> dict[str, float]:
-    lines = server.ask("/metrics")[1].splitlines()
-    return {k: float(v) for k, v in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
-
-
 def test_health_and_metrics(client, server):
-    before = figures(server)
+    before = server.figures()
     lookup = {"mode": "speculative", "draft_lookup": True, "no_park": True}
     fact = "The capital of Japan is Tokyo. "
     talk = [{"role": "user", "content": 2 * fact + "What is the capital of Japan?"}]
     usage = chat(client, messages=talk, extra_body=lookup).usage
-    after = figures(server)
+    after = server.figures()
 
     def grown(name: str) -> float:
         return after[f"cognica_mlx_{name}"] - before.get(f"cognica_mlx_{name}", 0)
