@@ -2,6 +2,7 @@
 
 KIND is `good`; `hangs` or `dies` once two requests are there at the same time; `resets` every
 second connection; `trickles` comments and nothing else; `stumbles`, which breaks off in mid-reply.
+Told at /clients how many there will be, it lets the first of several wait for the second.
 """
 
 import argparse
@@ -16,8 +17,8 @@ USAGE = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"
 
 class Handler(BaseHTTPRequestHandler):
     kind = ""
-    lock = threading.Lock()
-    busy = posts = 0
+    lock = threading.Condition()
+    busy = posts = awaited = 0
 
     def log_message(self, *_: object) -> None:
         pass
@@ -30,10 +31,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/tokenize":
             self._answer(json.dumps({"count": len(body["content"].split())}).encode())
             return
+        if self.path == "/clients":
+            Handler.awaited = self.posts + min(body, 2)
+            self._answer(b"null")
+            return
         with self.lock:
             Handler.busy += 1
             Handler.posts += 1
             posts = self.posts
+            self.lock.notify_all()
+            self.lock.wait_for(lambda: self.posts >= self.awaited)
         try:
             if self.kind != "resets" or posts % 2 == 0:
                 self._stream()
@@ -48,9 +55,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _stream(self) -> None:
         self._answer(b": wait\n\n")
-        time.sleep(0.02)  # until another request is there too
+        time.sleep(0.02)
         if self.busy > 1 and self.kind == "hangs":
-            time.sleep(60)
+            threading.Event().wait()
         if self.busy > 1 and self.kind == "dies":
             os._exit(1)
         while self.kind == "trickles":

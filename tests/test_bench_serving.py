@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +18,8 @@ from mlx_poe.commands import bench as command
 
 FAKE = Path(__file__).parent / "fake_server.py"
 PATH = "/v1/chat/completions"
+# Seconds after which something hangs, however busy the machine is.
+LONG = 300.0
 
 
 def fake(kind: str) -> ServerProcess:
@@ -28,9 +30,17 @@ def fake_command(kind: str) -> list[str]:
     return [sys.executable, str(FAKE), kind]
 
 
+def told_loop(
+    server: ServerProcess, path: str, requests: Sequence[bytes], clients: int, patience: float
+) -> Outcome:
+    """A closed loop whose fake server knows how many clients to expect."""
+    server.get("/clients", clients)
+    return closed_loop(server, path, requests, clients, patience)
+
+
 def test_replies_are_counted_and_timed():
     with fake("good") as server:
-        outcome = closed_loop(server, PATH, [b"{}"] * 5, 2, patience=10)
+        outcome = closed_loop(server, PATH, [b"{}"] * 5, 2, LONG)
     assert len(outcome.replies) == 5
     reply = outcome.replies[0]
     assert reply.text == "Hello, you" and reply.tokens == 2 and reply.cached_tokens == 3
@@ -40,26 +50,24 @@ def test_replies_are_counted_and_timed():
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("kind", "patience", "reason"),
     [
-        ("hangs", "hung"),
-        ("trickles", "hung"),
-        ("dies", "broke the connection"),
-        ("stumbles", "broke the connection"),
+        ("hangs", 0.5, "hung"),
+        ("trickles", 0.5, "hung"),
+        ("dies", LONG, "broke the connection"),
+        ("stumbles", LONG, "broke the connection"),
     ],
 )
-def test_a_server_that_fails_is_stopped_and_holds_nobody(kind, reason):
-    started = time.monotonic()
+def test_a_server_that_fails_is_stopped_and_holds_nobody(kind, patience, reason):
     with fake(kind) as server:
         with pytest.raises(ServerFailed, match=reason):
-            closed_loop(server, PATH, [b"{}"] * 6, 3, patience=1)
+            told_loop(server, PATH, [b"{}"] * 6, 3, patience)
         assert not server.running
-    assert time.monotonic() - started < 20
 
 
 def test_a_reset_connection_is_tried_again_and_counted():
     with fake("resets") as server:
-        reply = server.ask(PATH, b"{}", patience=10)
+        reply = server.ask(PATH, b"{}", LONG)
     assert reply.resets == 1 and reply.text == "Hello, you"
     assert reply.first >= servers.RETRIES[0]
 
@@ -84,7 +92,7 @@ with interruptible(), ServerProcess("fake", {fake_command("good")!r}) as server:
     child = int(bench.stdout.readline())
     os.kill(child, 0)  # it is there
     bench.send_signal(signal.SIGTERM)
-    bench.communicate(timeout=20)
+    bench.communicate(timeout=LONG)
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 
@@ -92,13 +100,23 @@ with interruptible(), ServerProcess("fake", {fake_command("good")!r}) as server:
 @pytest.fixture
 def two_loads(monkeypatch) -> None:
     monkeypatch.setattr(serving, "CLIENTS", (1, 2))
-    monkeypatch.setattr(serving, "LEAST_PATIENCE", 0.5)
 
 
 def compared(theirs: str) -> dict[str, serving.Figure]:
     """The figures of a good server beside one of another kind, by name."""
-    setup = SimpleNamespace(texts=[[0] * 5], trials=2, progress=None)
-    with fake("good") as ours, fake(theirs) as peer:
+    setup = SimpleNamespace(texts=[[0] * 5], trials=1, progress=None)
+
+    def loop(server, path, requests, clients, patience):
+        assert patience >= serving.LEAST_PATIENCE
+        hangs = server is peer and theirs == "hangs" and clients > 1
+        return told_loop(server, path, requests, clients, 0.5 if hangs else LONG)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        fake("good") as ours,
+        fake(theirs) as peer,
+    ):
+        patch.setattr(serving, "closed_loop", loop)
         clients = {
             serving.OURS: serving._Client(ours, 2, chat=True),
             serving.THEIRS: serving._Client(peer, 2, chat=True),
@@ -114,8 +132,8 @@ def test_every_load_has_its_figures_beside_the_peers(two_loads):
     kinds = ("", ", first token", ", slowest first token")
     assert [*found] == [load + kind for load in loads for kind in kinds]
     for figure in found.values():
-        # The same program twice.
-        assert 0.2 < figure.speedup < 5 and figure.notes["peer"] > 0
+        ratio = figure.value / figure.notes["peer"]
+        assert figure.speedup == pytest.approx(ratio if figure.unit == "tokens/s" else 1 / ratio)
     rate = found["2 clients"]
     assert rate.unit == "tokens/s" and rate.notes["agreement"] == 1
     assert "peer_failed" not in rate.notes
@@ -167,7 +185,10 @@ def test_the_command_with_our_own_server(two_loads, tmp_path, monkeypatch, capsy
     # What chat has read is there for math, and all but the last token of it.
     kept = {name: turn["notes"]["cached"] for name, turn in turns.items()}
     assert kept["nobody"] == 0 and kept["another"] == kept["itself"] > 0.95
-    assert turns["another"]["predicted"] > 1
+    # Its own layers, two of ten, are run in any case.
+    cold, again = (turns[name]["value"] for name in ("nobody", "itself"))
+    predicted = cold / (again + 0.2 * (cold - again))
+    assert turns["another"]["predicted"] == pytest.approx(predicted)
     assert not folders[0].exists()
 
 

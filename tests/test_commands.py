@@ -255,7 +255,7 @@ def test_colours_are_for_terminals_unless_forced(run_here):
 
 
 def read_terminal(descriptor: int) -> str:
-    """A part of what has been written, nothing at the end: the kernel passes it on piece by piece."""
+    """A piece of what has been written, as the kernel passes it on; nothing at the end."""
     try:
         return os.read(descriptor, 1000).decode()
     except OSError:  # Linux's way to say that nobody holds the other side

@@ -5,6 +5,8 @@ import random
 import re
 from collections import Counter
 from functools import lru_cache
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -295,13 +297,18 @@ def test_what_is_certain_asks_nobody_and_runs_in_one_pass(mode):
     assert max(passes) > 20 and sum(count > 20 for count in passes) <= 4
 
 
-def test_the_prompts_time_lasts_until_a_token_needs_the_prompt():
+def test_the_prompts_time_lasts_until_a_token_needs_the_prompt(monkeypatch):
     model, tokenizer = fixture("poe-tiny")
+    seconds = count()  # one for each token
+    monkeypatch.setattr(
+        "mlx_poe.responses.time", SimpleNamespace(perf_counter=lambda: next(seconds))
+    )
     made = list(stream_generate(model, tokenizer, "Say " * 50, regex="abcdef(x|y)gh(x|y)"))
     first = next(i for i, r in enumerate(made) if not r.forced)
-    assert first > 0 and made[first + 1].generation_tps > 0
-    assert all(r.generation_tps == 0 for r in made[: first + 1])
-    assert made[0].prompt_tps > 3 * made[-1].prompt_tps
+    assert 0 < first < len(made) - 1
+    read = [r.prompt_tokens / (min(i, first) + 1) for i, r in enumerate(made)]
+    assert [r.prompt_tps for r in made] == read
+    assert [r.generation_tps for r in made] == [float(i > first) for i in range(len(made))]
 
 
 def test_a_budget_ends_in_the_middle_of_what_is_certain():
