@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from servers import RunningServer
+from servers import PATIENCE, RunningServer
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed")
 
@@ -39,6 +39,8 @@ class Page:
         self.driver, self.url = driver, url
         # What the browser has asked for since it was last read.
         self.log: list[dict[str, Any]] = []
+        # The requests whose answers are complete.
+        self.answered: set[str] = set()
 
     def open(self, width: int = 1280, height: int = 860, scheme: str = "light") -> None:
         self.resize(width, height)
@@ -60,7 +62,7 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
     def wait(self, condition: Callable[[], Any], message: str = "") -> Any:
-        waiting = WebDriverWait(self.driver, 20, poll_frequency=0.05)
+        waiting = WebDriverWait(self.driver, PATIENCE, poll_frequency=0.05)
         return waiting.until(lambda _: condition(), message)
 
     def all(self, selector: str) -> list[WebElement]:
@@ -118,12 +120,16 @@ class Page:
             event = json.loads(entry["message"])["message"]
             if event["method"] == "Network.requestWillBeSent":
                 self.log.append(event["params"])
+            elif event["method"] == "Network.loadingFinished":
+                self.answered.add(event["params"]["requestId"])
         return self.log
 
     def exchange(self, path: str = "/v1/") -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The last completion: what the page has asked for, and the events that it was sent."""
         asked = [r for r in self.requests() if r["request"]["method"] == "POST"][-1]
         assert path in asked["request"]["url"]
+        # The page may have read the answer's last part before the browser files it.
+        self.wait(lambda: self.requests() and asked["requestId"] in self.answered)
         answer = self.driver.execute_cdp_cmd(
             "Network.getResponseBody", {"requestId": asked["requestId"]}
         )
@@ -364,10 +370,9 @@ def test_a_race_says_where_texts_part(page: Page) -> None:
 
 def test_escape_stops_a_reply_and_what_is_there_stays(page: Page) -> None:
     page.choose("model", "poe-tiny")
-    # So hot a text does not come to an end.
-    page.fill("temperature", "2")
+    # What the model makes of this goes on for thousands of tokens.
     page.fill("max-tokens", "3000")
-    page.start("Once upon a time")
+    page.start("Count from one to ten:")
     page.wait(lambda: len(page.tokens()) > 5)
     # While it runs, the next prompt can be written, and Enter does not lose it.
     page.type("And then", Keys.ENTER)
@@ -463,12 +468,15 @@ def answer_once(page: Page, status: int, body: str, headers: dict[str, str] | No
 
 def test_a_busy_server_is_asked_again_when_it_says(page: Page) -> None:
     refusal = json.dumps({"error": {"message": "the queue is full", "type": "", "code": None}})
+    # The second passes when the test says so.
+    page.driver.execute_script("window.setTimeout = (call) => { window.passes = call; }")
     answer_once(page, 429, refusal, {"Retry-After": "1"})
     page.send("What is the capital of Italy?")
     assert page.text(".error p") == "The server is busy: the queue is full. Try again in 1 s."
     again = page.one(".error button")
     assert again.text == "Try again in 1 s" and not again.is_enabled()
-    page.wait(again.is_enabled)
+    page.driver.execute_script("window.passes()")
+    assert again.text == "Try again" and again.is_enabled()
     again.click()
     page.wait(lambda: page.all(".turn > div > .actions"))
     assert not page.all(".error")
@@ -558,7 +566,8 @@ def test_light_and_dark_follow_the_system_and_the_button(page: Page) -> None:
 
     assert paper() == LIGHT
     page.prefer("dark")
-    assert paper() == DARK and page.one("#theme").text == "Light"
+    assert paper() == DARK
+    page.wait(lambda: page.one("#theme").text == "Light")
     page.one("#theme").click()
     assert paper() == LIGHT and page.one("#theme").text == "Dark"
     page.driver.refresh()
