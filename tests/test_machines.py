@@ -58,11 +58,11 @@ def ring(count: int, *cases: str, ends: bool, folder: Path) -> tuple[int, str]:
     what it says. With `ends` the others must end well."""
     with_ports = [socket.socket() for _ in range(count)]
     for one in with_ports:
+        # Held until the end, so that nobody else is given the port; the ring shares it.
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         one.bind(("127.0.0.1", 0))
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{one.getsockname()[1]}"] for one in with_ports]))
-    for one in with_ports:
-        one.close()
     ranks: list[subprocess.Popen[str]] = []
     try:
         for rank in reversed(range(count)):
@@ -88,6 +88,8 @@ def ring(count: int, *cases: str, ends: bool, folder: Path) -> tuple[int, str]:
         for one in ranks:
             one.kill()
             one.communicate()
+        for one in with_ports:
+            one.close()
 
 
 @without_mpi
