@@ -10,12 +10,21 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # Seconds after which a server hangs, however busy the machine is.
 PATIENCE = 300
 COMPOSITION = ("--composition", "both=poe-tiny-chat:1,poe-tiny-math:2")
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that must come true."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
 
 
 class RunningServer:

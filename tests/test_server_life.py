@@ -9,8 +9,7 @@ import random
 import signal
 import socket
 import threading
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import fixture
-from servers import PATIENCE, RunningServer
+from servers import PATIENCE, RunningServer, until
 from test_scheduler import models, text
 
 from mlx_poe import stream_generate
@@ -40,13 +39,6 @@ def begin(server: RunningServer, body: dict[str, Any]) -> socket.socket:
     connection = socket.create_connection((server.host, server.port), timeout=PATIENCE)
     connection.sendall(head.encode() + data)
     return connection
-
-
-def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
 
 
 def at_work(server: RunningServer) -> int:
