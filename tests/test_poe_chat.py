@@ -189,7 +189,7 @@ def test_it_ends_quietly_when_nobody_reads_any_more(line, both, tmp_path):
     process.stdout.readline()
     process.stdout.close()
     try:
-        status = process.wait(60)
+        status = process.wait(300)
         said = process.stderr.read() if process.stderr else b""
     finally:
         process.kill()

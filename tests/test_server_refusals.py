@@ -328,7 +328,7 @@ def test_a_port_that_is_taken():
         other.listen()
         port = str(other.getsockname()[1])
         command = [sys.executable, "-m", "mlx_poe", "server", "--port", port]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and f"port {port}" in done.stderr
 
 
