@@ -99,6 +99,15 @@ MIXED: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
+@cache
+def mixed_alone(which: int) -> list[GenerationResponse]:
+    """What a prompt gets alone: the same beside few and many others."""
+    prompt, about = MIXED[which]
+    options = {"model": "base", "max_tokens": 20, **about}
+    model = models()[options.pop("model")]
+    return list(stream_generate(model, tokenizer, prompt, **options))
+
+
 @pytest.mark.parametrize("max_sequences", [3, 16])
 def test_every_prompt_gets_what_it_gets_alone(max_sequences):
     known = [{k: models()[v] if k == "model" else v for k, v in o.items()} for _, o in MIXED]
@@ -106,12 +115,9 @@ def test_every_prompt_gets_what_it_gets_alone(max_sequences):
     result = batch_generate(
         base, tokenizer, prompts, per_prompt=known, max_sequences=max_sequences, max_tokens=20
     )
-    for prompt, options, responses, whole in zip(
-        prompts, known, result.responses, result.texts, strict=True
-    ):
-        options = {"model": base, "max_tokens": 20, **options}
-        alone = list(stream_generate(options.pop("model"), tokenizer, prompt, **options))
-        assert told(responses) == told(alone), (prompt, options)
+    for i, (responses, whole) in enumerate(zip(result.responses, result.texts, strict=True)):
+        alone = mixed_alone(i)
+        assert told(responses) == told(alone), MIXED[i]
         assert whole == "".join(r.text for r in alone)
     counts = [len(responses) for responses in result.responses]
     stats = result.stats
