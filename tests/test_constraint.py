@@ -199,19 +199,20 @@ def test_sampled_drafts_have_the_full_models_distribution_under_the_mask(options
     expected = continuations([])
     counts: Counter[tuple[int, ...]] = Counter()
     draws = 300
-    for seed in range(draws):
-        made = stream_generate(
-            model,
-            tokenizer,
-            prompt,
-            mode="speculative",
-            num_draft_tokens=2,
-            temp=1.0,
-            seed=seed,
-            max_tokens=4,
-            regex="( time| day)?(, there|\\.| in)",
-            **options,
-        )
+    drawn = batch_generate(
+        model,
+        tokenizer,
+        [prompt] * draws,
+        per_prompt=[{"seed": seed} for seed in range(draws)],
+        max_sequences=30,
+        mode="speculative",
+        num_draft_tokens=2,
+        temp=1.0,
+        max_tokens=4,
+        regex="( time| day)?(, there|\\.| in)",
+        **options,
+    )
+    for made in drawn.responses:
         counts[_as_end([r.token for r in made], grammar.start().ends)] += 1
     merged: Counter[tuple[int, ...]] = Counter()
     for path, chance in expected.items():
