@@ -160,7 +160,8 @@ main()
 def test_a_run_that_is_killed_goes_on(tmp_path):
     source = write(tmp_path / "in.jsonl", [f"Once there was a {i}" for i in range(12)])
     output = tmp_path / "out.jsonl"
-    flags = ["--prompts", str(source), "--output", str(output), "--max-tokens", "60"]
+    # So short that several replies fit into a file's buffer.
+    flags = ["--prompts", str(source), "--output", str(output), "--max-tokens", "9"]
     done = subprocess.run([sys.executable, "-c", KILLED, *flags, "--batch", "2"])
     assert done.returncode == -signal.SIGKILL
     before = read(output)
