@@ -190,7 +190,7 @@ def test_draft_length_is_the_cheapest(step, slope, history, most):
     if plan.count:
         assert token(plan.count) == pytest.approx(best) and best < full
     else:
-        assert best >= pytest.approx(full) and pace.parked
+        assert best > full * (1 - 1e-9) and pace.parked
 
 
 def test_a_shortlist_holds_the_best_tokens_and_their_exact_logits():
