@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -45,13 +45,15 @@ Result = TypeVar("Result")
 Choose = Callable[[PoEConfig, mx.Dtype], Part]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loaded:
-    """The model that rank 0 decodes with, and how it is split."""
+    """The model that rank 0 decodes with, and how it is split. `status` is this process's exit
+    status if it has to be ended because a rank is lost; set it before leaving the block."""
 
     specialists: Specialists
     tokenizer: Tokenizer | None
     split: Split
+    status: int = 0
 
     @property
     def model(self) -> PoEModel:
@@ -75,7 +77,7 @@ def on_machines(
     text for `machines.split.parse`. On ranks other than 0 the block runs once rank 0 has left its
     own, and gets None. If a rank takes more than `timeout` seconds for a pass, decoding ends with a
     RankLostError, or with `degrade` goes on with the stages that rank 0 holds. If a rank takes
-    `LOADING` times as long to load its part, rank 0 prints its number and ends the process.
+    `LOADING` times as long to join or to load its part, an error is printed and the process ends.
 
     Raises RequestError if no ranks have been started or the split does not fit them, RankError if
     another rank cannot load its part.
@@ -93,21 +95,43 @@ def on_machines(
         return
     link = Link(rank.wire, timeout, degrade=degrade)
     rank.place(link, model, owned)
-    status = 1
+    loaded, status = Loaded(owned, tokenizer, rank.split), 1
     try:
-        yield Loaded(owned, tokenizer, rank.split)
-        status = 0
-    finally:
-        link.close()
+        yield loaded
+        status = loaded.status
         if link.lost:
-            if not status:
-                print(f"went on without the others: {link.lost}", file=sys.stderr)
-            # The link's thread may still wait for the lost rank, and would keep the process alive.
-            atexit.register(_leave, status)
+            print(f"went on without the others: {link.lost}", file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT  # as shells have it
+        raise
+    finally:
+        known = link.lost
+        try:
+            link.close()  # a second Ctrl-C ends the wait for a rank that hangs
+        finally:
+            if not link.ended:
+                # The link's thread may still wait for the lost rank, and would keep the process
+                # alive.
+                atexit.register(_leave, status)
+        if link.lost and not known:
+            print(f"the others have not ended: {link.lost}", file=sys.stderr)
 
 
-def _give_up(rank: int, limit: float) -> None:
-    print(f"error: rank {rank} has not loaded its part for {limit:g} seconds", file=sys.stderr)
+@contextmanager
+def _limited(problem: str, limit: float) -> Iterator[None]:
+    """End the process if the block takes longer: a call that waits for a rank cannot be
+    interrupted."""
+    timer = threading.Timer(limit, _give_up, (problem, limit))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _give_up(problem: str, limit: float) -> None:
+    print(f"error: {problem} for {limit:g} seconds", file=sys.stderr)
     _leave(1)
 
 
@@ -125,7 +149,7 @@ class _Rank:
     """This process while the ranks work out the split and load their parts."""
 
     def __init__(self, split: str, specialists: Sequence[str], limit: float):
-        self.wire, self._limit = _join(), limit
+        self.wire, self._limit = _join(limit), limit
         self._text, self._specialists = split, specialists
         self.split = Split(())
         self._base = 0
@@ -169,7 +193,10 @@ class _Rank:
         wire = self.wire
         numbers = mx.where(mx.arange(wire.size) == wire.rank, number, 0.0)
         for rank in wire.children():
-            with self._limited(rank):
+            # If a rank that `rank` forwards for hangs, rank 0 cannot tell which of them it is.
+            via = [str(r) for r in range(1, wire.size) if wire.next_hop(r) == rank]
+            late = f"rank {' or '.join(via)} has not loaded its part"
+            with nullcontext() if wire.rank else _limited(late, self._limit):
                 numbers += wire.receive(rank)[1].view(mx.float32)
         if wire.rank:
             wire.send(numbers.view(mx.int32), wire.parent())
@@ -177,21 +204,6 @@ class _Rank:
         for rank in wire.children():
             wire.send(numbers.view(mx.int32), rank)
         return numbers.tolist()  # type: ignore[return-value]
-
-    @contextmanager
-    def _limited(self, rank: int) -> Iterator[None]:
-        """On rank 0, end the process if waiting for another takes too long: a call that waits for a
-        rank cannot be interrupted."""
-        if self.wire.rank:
-            yield
-            return
-        timer = threading.Timer(self._limit, _give_up, (rank, self._limit))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
     def announce(self, models: Sequence[PoEModel]) -> None:
         """Print on rank 0's stderr how much each rank holds."""
@@ -257,12 +269,14 @@ def _speaker(model: PoEModel) -> Speaker:
     return predict
 
 
-def _join() -> Wire:
-    """This process's connections with the others. RequestError if there are none."""
+def _join(limit: float) -> Wire:
+    """This process's connections with the others. RequestError if there are none; if others have
+    not joined within `limit` seconds, the process ends."""
     ring = RING_VARIABLE in os.environ
     backend = "ring" if ring else "jaccl" if JACCL_VARIABLE in os.environ else "mpi"
     try:
-        group = mx.distributed.init(strict=True, backend=backend)
+        with _limited("not all ranks have connected", limit):
+            group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
         raise RequestError(f"{_ALONE} ({error})") from None
     if group.size() < 2:

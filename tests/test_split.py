@@ -3,19 +3,13 @@
 import mlx.core as mx
 import pytest
 from conftest import fixture
+from ranks import Group
 
 from cognica_mlx.errors import RequestError
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.machines.messages import Reader, Wire, encode, hidden_parts, read_hidden
 from cognica_mlx.machines.split import Absent, Split, balanced, parse
 from cognica_mlx.model import PoEModel
-
-
-class Group:
-    """Where a process stands among others that are not there."""
-
-    def __init__(self, rank: int, size: int):
-        self.rank, self.size = lambda: rank, lambda: size
 
 
 def test_a_split_is_read_as_it_is_written():
@@ -42,6 +36,17 @@ def test_the_slower_machine_gets_less():
     assert balanced(config, [1.0, 4.0]).ranks == (0, 0, 0, 1)
     with pytest.raises(RequestError, match="5 machines have been started for 4 stages"):
         balanced(config, [1.0] * 5)
+
+
+def test_a_split_counts_every_head_that_a_token_reads():
+    # Rank 0 reads two heads for each of the four stages: nearly as much as all layers.
+    config = fixture("gqa-logop-d8")[0].config
+    assert balanced(config, [0.6, 1.0]).ranks == (0, 1, 1, 1)
+
+
+def test_when_rank_0_is_the_slowest_in_any_case_the_others_are_balanced():
+    config = fixture("gqa-logop-d8")[0].config
+    assert balanced(config, [1.0, 1.0, 2.0]).ranks == (0, 1, 1, 2)
 
 
 def test_specialists_have_machines_of_their_own_as_far_as_there_are_any():

@@ -14,9 +14,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from queue import Full, Queue
@@ -29,18 +30,22 @@ from cognica_mlx.machines.messages import Inbox, Kind, Reader, Wire, encode
 TIMEOUT = 60.0
 # How many messages may wait to be sent, and how many statuses may be left unread.
 WAITING, UNREAD = 8, 8
+# Messages have numbers below this; after so many they start over.
+NUMBERS = 1 << 31
 # Seconds between looks at the clock.
 TICK = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """A message, where its answer goes, and how to undo its effects on rank 0 if it fails."""
+    """A message, where its answer goes, how to undo its effects on rank 0 if it fails, and a second
+    message that belongs to it."""
 
     rank: int
     words: mx.array
     answer: Future[Reader] | None = None
     undo: Callable[[], None] | None = None
+    then: _Task | None = None
 
 
 class Link:
@@ -70,11 +75,12 @@ class Link:
 
     def number(self) -> int:
         """A new unique number, for a sequence's cache or for activations."""
-        return next(self._numbers)
+        return next(self._numbers) % NUMBERS
 
     def tell(self, rank: int, *numbers: int) -> None:
         """Send housekeeping to a rank, along with its next message."""
-        self._news[rank].extend(numbers)
+        if not self.lost:
+            self._news[rank].extend(numbers)
 
     def post(
         self,
@@ -83,10 +89,17 @@ class Link:
         numbers: Sequence[int],
         arrays: Sequence[mx.array] = (),
         undo: Callable[[], None] | None = None,
+        then: tuple[int, Kind, Sequence[int]] | None = None,
     ) -> None:
         """Send a message that has no answer, once `arrays` are computed. If the pass it asks for
-        fails, `undo` is called in the thread that decodes."""
-        self._put(_Task(rank, self._words(rank, kind, numbers, arrays), None, undo))
+        fails, `undo` is called in the thread that decodes. `then` is a second message: an
+        interruption stops both, or neither."""
+        with self._worded(rank, kind, numbers, arrays) as words:
+            if then is None:
+                self._put(_Task(rank, words, None, undo))
+                return
+            with self._worded(*then) as more:
+                self._put(_Task(rank, words, None, undo, _Task(then[0], more)))
 
     def ask(
         self, rank: int, kind: Kind, numbers: Sequence[int], arrays: Sequence[mx.array] = ()
@@ -96,8 +109,9 @@ class Link:
         That function raises RankError if this request or an earlier pass failed (failed passes have
         then been undone), RankLostError if a rank is gone.
         """
-        task = _Task(rank, self._words(rank, kind, numbers, arrays), Future())
-        self._put(task)
+        with self._worded(rank, kind, numbers, arrays) as words:
+            task = _Task(rank, words, Future())
+            self._put(task)
         return lambda: self._wait(task)
 
     def close(self) -> None:
@@ -113,16 +127,28 @@ class Link:
                 self._thread.join(TICK)
                 self._check()
         except RankLostError:
-            return  # the caller looks at `lost`
+            return  # the caller looks at `ended`
 
-    def _words(
-        self, rank: int, kind: Kind, numbers: Sequence[int], arrays: Sequence[mx.array]
-    ) -> mx.array:
+    @property
+    def ended(self) -> bool:
+        """Whether `close` has ended the loops of all other ranks."""
+        return not self.lost and not self._thread.is_alive()
+
+    @contextmanager
+    def _worded(
+        self, rank: int, kind: Kind, numbers: Sequence[int], arrays: Sequence[mx.array] = ()
+    ) -> Iterator[mx.array]:
+        """A message to be sent in the block, with the rank's housekeeping in front, which the next
+        message takes over if the block is interrupted."""
         news = self._news[rank]
         told = [news.popleft() for _ in range(len(news))]
-        words = encode([len(told), *told, kind, *numbers], arrays)
-        mx.eval(words)
-        return words
+        try:
+            words = encode([len(told), *told, kind, *numbers], arrays)
+            mx.eval(words)
+            yield words
+        except BaseException:
+            news.extendleft(reversed(told))
+            raise
 
     def _put(self, task: _Task | None) -> None:
         while True:
@@ -196,6 +222,8 @@ class Link:
                 task.answer.set_result(message)
         elif task.undo:
             self._unread.append(task)
+        if task.then:
+            self._carry_out(task.then)
 
     def _read_status(self) -> None:
         task = self._unread.popleft()

@@ -85,8 +85,8 @@ class RemoteStage(Stage):
             link.post(self.rank, Kind.RUN, [*numbers, OWN, *hidden.named()], undo=undo)
         elif isinstance(hidden, Elsewhere) and not hidden.fetched and hidden.goes_to(self.rank):
             # The receiver is told first: the activations may come by the same way as the message.
-            link.post(self.rank, Kind.RUN, [*numbers, FROM, hidden.rank], undo=undo)
-            link.post(hidden.rank, Kind.PASS, [self.rank, *hidden.named()])
+            forward = hidden.rank, Kind.PASS, [self.rank, *hidden.named()]
+            link.post(self.rank, Kind.RUN, [*numbers, FROM, hidden.rank], undo=undo, then=forward)
         else:
             about, arrays = hidden_parts(hidden)
             link.post(self.rank, Kind.RUN, [*numbers, BODY, *about], arrays, undo)

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.costs import bytes_read
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 
@@ -106,8 +109,9 @@ def balanced(config: PoEConfig, seconds: Sequence[float], specialists: Sequence[
     """A split by the `seconds` that each rank needs for the same work.
 
     Each specialist gets its own rank while there are ranks left, the other specialists stay on
-    rank 0. Without specialists the stages are divided so that the slowest rank takes least time.
-    RequestError if there are more ranks than stages.
+    rank 0. Without specialists the stages are divided so that the slowest rank takes least time for
+    a token: by the bytes that its stages read, and on rank 0 the heads. RequestError if there are
+    more ranks than stages.
     """
     size, stages = len(seconds), config.poe_n_stages
     if size > stages + len(specialists):
@@ -124,37 +128,23 @@ def balanced(config: PoEConfig, seconds: Sequence[float], specialists: Sequence[
                 "specialists: start at most one for each, or give --split"
             )
         return Split((*[0] * (stages + here), *range(1, others + 1)))
-    layers = [*config.stage_layers, *config.specialist_layers]
-    heads = (config.n_head + config.n_kv_head) * config.head_dim
-    matrices = 2 * config.n_embd * (heads + config.intermediate_size)  # of a layer
-    head = config.padded_vocab_size * config.n_embd / matrices  # in layers
-    best: tuple[float, tuple[int, ...]] | None = None
-    for ends in _cuts(stages, size):
-        starts = (0, *ends[:-1])
-        times = [
-            seconds[rank] * (sum(layers[start:end]) + (0 if rank else head))
-            for rank, (start, end) in enumerate(zip(starts, ends, strict=True))
-        ]
-        ranks = tuple(
-            rank
-            for rank, (start, end) in enumerate(zip(starts, ends, strict=True))
-            for _ in range(start, end)
-        )
-        if best is None or max(times) < best[0]:
-            best = max(times), ranks
-    assert best is not None
-    return Split(best[1])
+    costs = bytes_read(PoEModel(config))  # a model without weights
+
+    def times(split: Split) -> list[float]:
+        """What a token takes on each rank, the slowest first."""
+        found = []
+        for rank in range(size):
+            layers = sum(map(costs.stage, split.stages(rank)))
+            found.append(seconds[rank] * (layers + (0 if rank else costs.full_head())))
+        return sorted(found, reverse=True)
+
+    return min((Split(ranks) for ranks in _runs(stages, size)), key=times)
 
 
-def _cuts(stages: int, size: int, start: int = 0) -> list[tuple[int, ...]]:
-    """All ways to cut the stages into `size` runs, none of them empty, by the ends of the runs."""
-    if size == 1:
-        return [(stages,)]
-    return [
-        (end, *rest)
-        for end in range(start + 1, stages - size + 2)
-        for rest in _cuts(stages, size - 1, end)
-    ]
+def _runs(stages: int, size: int) -> Iterator[tuple[int, ...]]:
+    """All ways to give `size` ranks runs of the stages in order, none of them empty."""
+    for cuts in combinations(range(1, stages), size - 1):
+        yield tuple(bisect(cuts, stage) for stage in range(stages))
 
 
 def seconds_here(config: PoEConfig, dtype: mx.Dtype) -> float:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 
 from rich.color import ColorSystem
 from rich.console import Console
@@ -39,7 +40,7 @@ from mlx_poe.commands.options import (
     taken,
     taken_constraints,
 )
-from mlx_poe.commands.split import add_split_flags, check_split, split_over_machines
+from mlx_poe.commands.split import add_split_flags, check_split, over_machines
 from mlx_poe.generate import GenerationResponse, Prompt, stream_generate
 from mlx_poe.load import load
 from mlx_poe.machine import known_costs
@@ -124,8 +125,7 @@ def _generate(args: argparse.Namespace) -> int:
             _check_text(args.prompt)
         work = _reply
     if args.split:
-        with split_over_machines(args, [(n, n) for n in args.specialists or ()]) as found:
-            return work(args, *found) if found else 0
+        return over_machines(args, [(n, n) for n in args.specialists or ()], partial(work, args))
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands.chat import STARTER_SPECIALISTS
 from mlx_poe.commands.options import add_model_flags, add_specialist_flag, make_parser, run
-from mlx_poe.commands.split import add_split_flags, check_split, split_over_machines
+from mlx_poe.commands.split import add_split_flags, check_split, over_machines
 from mlx_poe.engine import Engine
 from mlx_poe.load import DEFAULT_MODEL, load
 from mlx_poe.machine import known_costs
@@ -154,12 +154,13 @@ def _serve(args: argparse.Namespace) -> int:
         specialists = [(f"{args.model}-{one}",) * 2 for one in STARTER_SPECIALISTS]
     _check_names(args.model, specialists, args.composition)
     check_split(args)
+
+    def serve(tokenizer: Tokenizer, attached: Specialists) -> int:
+        with _listen(args.host, args.port) as listening:
+            return _listened(args, tokenizer, attached, key, listening)
+
     if args.split:
-        with split_over_machines(args, specialists) as found:
-            if not found:
-                return 0
-            with _listen(args.host, args.port) as listening:
-                return _listened(args, *found, key, listening)
+        return over_machines(args, specialists, serve)
     with _listen(args.host, args.port) as listening:
         print("loading …", file=sys.stderr)
         model, tokenizer = load(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from cognica_mlx.errors import RequestError
@@ -45,11 +44,13 @@ def check_split(args: argparse.Namespace) -> None:
         raise RequestError(f"--rank-timeout {args.rank_timeout} is not above 0")
 
 
-@contextmanager
-def split_over_machines(
-    args: argparse.Namespace, specialists: Sequence[tuple[str, str]] = ()
-) -> Iterator[tuple[Tokenizer, Specialists] | None]:
-    """The model and specialists that `args` name, on all machines: see `on_machines`."""
+def over_machines(
+    args: argparse.Namespace,
+    specialists: Sequence[tuple[str, str]],
+    work: Callable[[Tokenizer, Specialists], int],
+) -> int:
+    """Do `work` on rank 0 with the model and specialists that `args` name, which all machines hold
+    together: see `on_machines`. Returns the exit status, 0 on other ranks."""
     options = {name: getattr(args, name) for name in ("revision", "dtype", "quantize")}
     attached = [
         (name, partial(Specialists.attach, name=name, path_or_hf_repo=path, quantize=args.quantize))
@@ -63,7 +64,7 @@ def split_over_machines(
         degrade=args.degrade,
     ) as found:
         if not found:
-            yield None
-            return
+            return 0
         assert found.tokenizer is not None, "a model that was loaded has one"
-        yield found.tokenizer, found.specialists
+        found.status = work(found.tokenizer, found.specialists)
+        return found.status
