@@ -25,6 +25,8 @@ import mlx.core as mx
 from cognica_mlx.decoding.modes import MODES, PACED_MODES
 from cognica_mlx.decoding.pace import KnownCosts
 from cognica_mlx.errors import RequestError
+from cognica_mlx.machines.link import Link
+from cognica_mlx.machines.remote import lost_link
 from cognica_mlx.model import PoEModel
 from mlx_poe.engine_request import EngineClosedError, EngineRequest, Item, Prepared
 from mlx_poe.generate import DEFAULT_MAX_TOKENS, Prompt, read_request
@@ -178,6 +180,12 @@ class Engine:
     def specialists(self) -> tuple[str, ...]:
         """The names of the specialists attached, in the order of attaching."""
         return self._specialists.names
+
+    @property
+    def lost_link(self) -> Link | None:
+        """The connection with the machines that hold other stages, if one of them is lost."""
+        special = self._specialists
+        return lost_link([special.base, *map(special.use, special.names)])
 
     def close(self) -> None:
         """End all requests and wait for the thread. Does nothing if already closed.

@@ -16,9 +16,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from cognica_mlx import whole_file
-from cognica_mlx.costs import Costs, measure, measure_drafter
+from cognica_mlx.costs import Costs, bytes_read, measure, measure_drafter
 from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.errors import RankLostError
+from cognica_mlx.machines.remote import stage_left
 from cognica_mlx.model import PoEModel
 
 MEASURE_SECONDS = 2.0
@@ -34,7 +36,13 @@ def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
     They are cached in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache), by shapes,
     types, device, MLX version and preloaded libraries.
     """
-    costs = _remembered(_fingerprint(model), lambda: measure(model, seconds=MEASURE_SECONDS))
+    try:
+        costs = _remembered(_fingerprint(model), lambda: measure(model, seconds=MEASURE_SECONDS))
+    except RankLostError:
+        if stage_left(model) is None:
+            raise
+        # Nothing can be measured, and nothing needs to be: every reply ends in its last resort.
+        return bytes_read(model)
     prefix = mode.prefix if isinstance(mode, Speculative) else None
     if prefix is None:
         return costs

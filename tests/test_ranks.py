@@ -8,10 +8,16 @@ from conftest import fixture
 from ranks import on_threads
 from split_checks import modes, reply
 
-from cognica_mlx.decoding.modes import make_mode
+from cognica_mlx.decoding.modes import last_resort, make_mode
+from cognica_mlx.decoding.pace import pace_for
 from cognica_mlx.decoding.single import advance_through, decode, prefill
+from cognica_mlx.errors import RankLostError
 from cognica_mlx.machines import link as links
 from cognica_mlx.state import DecodingState
+from mlx_poe import batch_generate
+from mlx_poe.batch import plan
+from mlx_poe.machine import known_costs
+from mlx_poe.scheduler import Scheduler
 
 TEXT = [1 + i * 7 % 60 for i in range(40)]
 
@@ -99,3 +105,93 @@ def test_what_an_interrupted_message_was_to_tell_is_told_with_the_next(monkeypat
         prefill(alone, [5], 3)
         assert mx.array_equal(*(s.boundary(3, 40, 41).x for s in (other, alone)))
         del state, other
+
+
+def lose(ranks, how):
+    """From now on rank 1 is silent, or its connection broken."""
+    if how == "stop":
+        ranks.cables.stop()
+    else:
+        ranks.cables.dead.add(1)
+
+
+LOST = {"stop": "rank 1 has not answered for 0.2 seconds", "kill": "connection with rank 1 is lost"}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_a_lost_rank_is_named(how):
+    with on_threads(fixture("flat-d8")[0], "0|1,2|3", timeout=0.2) as ranks:
+        assert last_resort(ranks.model) is None
+        steps = decode(ranks.model, TEXT, make_mode(ranks.model), max_tokens=9)
+        next(steps)
+        lose(ranks, how)
+        with pytest.raises(RankLostError, match=LOST[how]):
+            list(steps)
+        ranks.cables.go_on()
+
+
+@pytest.mark.parametrize("how", LOST)
+@pytest.mark.parametrize("split", ["0|1,2,3", "0,1|2,3"])
+def test_with_degrade_a_batch_goes_on_with_rank_0s_stages(split, how):
+    (whole, tokenizer), left = fixture("flat-d8"), split.index("|") // 2
+    with on_threads(whole, split, timeout=0.2, degrade=True) as ranks:
+        prompts = [[*TEXT[:n]] for n in (3, 9, 30)]
+        finished = []
+
+        def one_is_done(index, _):
+            if not finished:
+                lose(ranks, how)
+            finished.append(index)
+
+        per = [{"max_tokens": 3}, {"max_tokens": 30}, {"mode": "speculative", "max_tokens": 30}]
+        result = batch_generate(
+            ranks.model, tokenizer, prompts, per_prompt=per, finished=one_is_done
+        )
+        ranks.cables.go_on()
+        assert ranks.link.lost
+        for prompt, replies in zip(prompts[1:], result.responses[1:], strict=True):
+            tokens, stages = [r.token for r in replies], [r.stage for r in replies]
+            first = len(stages) - stages[::-1].index(3)  # the last token with everything there
+            assert set(stages[first:]) == {left}
+            rest = reply(whole, "stage", {"stage": left}, prompt + tokens[:first], 30 - first)
+            assert tokens[first:] == [token for token, *_ in rest][: len(tokens) - first]
+
+
+def test_costs_are_not_needed_once_a_rank_is_lost(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    whole = fixture("flat-d8")[0]
+    for degrade in (True, False):
+        with on_threads(whole, "0|1,2,3", timeout=0.2, degrade=degrade) as ranks:
+            lose(ranks, "kill")
+            mode = make_mode(ranks.model, "speculative")
+            if degrade:
+                assert pace_for(ranks.model, mode, known_costs)
+            else:
+                with pytest.raises(RankLostError):
+                    known_costs(ranks.model, mode)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_batch_reports_what_failed_on_the_rank():
+    whole, tokenizer = fixture("poe-tiny")
+    with on_threads(whole, "0|1,2,3") as ranks:
+        scheduler = Scheduler(tokenizer)
+        prompts = TEXT[:4], TEXT[:5], TEXT[:6]
+        tasks = [plan(tokenizer, text, model=ranks.model, max_tokens=9) for text in prompts]
+        scheduler.add(*tasks[:2])
+        tokens, errors = [[], [], []], ["", "", ""]
+        while len(scheduler):
+            for update in scheduler.step():
+                index = tasks.index(update.task)
+                if update.response:
+                    tokens[index].append(update.response.token)
+                errors[index] = str(update.error or "")
+            if len(tokens[0]) == 3 and not errors[0]:
+                # As if its owner had lost the first sequence.
+                scheduler._running[tasks[0]].state.caches[-1].number = 10**6
+        # Not what went wrong after it, when each was tried alone.
+        assert errors == ["rank 1: a sequence holds 0 of 7 positions"] * 2 + [""]
+        scheduler.add(tasks[2])
+        later = [update.response.token for _ in range(99) for update in scheduler.step()]
+        assert later == [token for token, *_ in reply(whole, "full", {}, prompts[2], 9)]
+        scheduler.close()

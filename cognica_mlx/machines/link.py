@@ -39,13 +39,14 @@ TICK = 0.5
 @dataclass(frozen=True, eq=False)
 class _Task:
     """A message, where its answer goes, how to undo its effects on rank 0 if it fails, and a second
-    message that belongs to it."""
+    message that belongs to it. `last` says that its rank ends with it."""
 
     rank: int
     words: mx.array
     answer: Future[Reader] | None = None
     undo: Callable[[], None] | None = None
     then: _Task | None = None
+    last: bool = False
 
 
 class Link:
@@ -121,7 +122,8 @@ class Link:
         try:
             for rank in range(1, self.wire.size)[::-1]:
                 # The furthest first: a rank that has ended no longer forwards messages.
-                self.post(rank, Kind.END, ())
+                with self._worded(rank, Kind.END, ()) as words:
+                    self._put(_Task(rank, words, last=True))
             self._put(None)
             while self._thread.is_alive():
                 self._thread.join(TICK)
@@ -201,13 +203,15 @@ class Link:
                 self._carry_out(task)
             except Exception as error:
                 rank = self._busy[0] if self._busy else task.rank
-                self.lost = RankLostError(f"the connection with rank {rank} is lost: {error}")
+                said = f"the connection with rank {rank} is lost: {error!r}"
+                self.lost = error if isinstance(error, RankLostError) else RankLostError(said)
                 return
         # A stream that outlives its thread crashes the process at exit.
         mx.clear_streams()
 
     def _carry_out(self, task: _Task) -> None:
-        while len(self._unread) >= UNREAD:
+        # A rank that has ended answers no more, nor does it forward what others answer.
+        while len(self._unread) >= (1 if task.last else UNREAD):
             self._read_status()
         hop = self.wire.next_hop(task.rank)
         with _Waiting(self, task.rank):

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from itertools import accumulate, islice, pairwise
 
 import mlx.core as mx
 import numpy as np
 
-from cognica_mlx.errors import RankError
+from cognica_mlx.errors import RankError, RankLostError, one_line
 from cognica_mlx.hidden import Hidden
 
 # Words of 4 bytes in a first block; two of them are the message's length and destination.
@@ -175,12 +176,23 @@ class Wire:
         self.send(words, self.parent(), self.rank if rank is None else rank)
 
     def _send(self, words: mx.array, rank: int) -> None:
-        mx.eval(mx.distributed.send(words, rank, group=self.group, stream=mx.cpu))
+        with _connected(rank):
+            mx.eval(mx.distributed.send(words, rank, group=self.group, stream=mx.cpu))
 
     def _receive(self, size: int, rank: int) -> mx.array:
-        words = mx.distributed.recv((size,), mx.int32, rank, group=self.group, stream=mx.cpu)
-        mx.eval(words)
+        with _connected(rank):
+            words = mx.distributed.recv((size,), mx.int32, rank, group=self.group, stream=mx.cpu)
+            mx.eval(words)
         return words
+
+
+@contextmanager
+def _connected(rank: int) -> Iterator[None]:
+    """A call to MLX that raises RankLostError if there is no connection with `rank`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLostError(f"the connection with rank {rank} is lost: {one_line(error)}") from None
 
 
 class Inbox:

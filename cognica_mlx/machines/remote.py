@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from cognica_mlx.attention import AttentionCache
 from cognica_mlx.cache import Content, Done, Span, StageCache
-from cognica_mlx.errors import RequestError
+from cognica_mlx.errors import RankLostError, RequestError
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.machines.link import Link
 from cognica_mlx.machines.messages import DROP, FORGET, FORK, Kind, hidden_parts, read_hidden
@@ -116,6 +116,15 @@ def stage_left(model: PoEModel) -> int | None:
     for k, stage in enumerate(model.stages):
         if isinstance(stage, RemoteStage):
             return k - 1 if stage.link.degrade else None
+    return None
+
+
+def lost_link(models: Iterable[PoEModel]) -> Link | None:
+    """The connection with the machines that hold stages of these models, if one of them is lost."""
+    for model in models:
+        for stage in model.stages:
+            if isinstance(stage, RemoteStage) and stage.link.lost:
+                return stage.link
     return None
 
 
@@ -224,7 +233,10 @@ class Elsewhere(Hidden):
         """See `Hidden`; the owner makes the copy."""
         part = self[start:stop]
         handle = Handle(self.stage, stop - start)
-        self.stage.link.post(self.rank, Kind.COPY, [handle.number, *part.named()])
+        try:
+            self.stage.link.post(self.rank, Kind.COPY, [handle.number, *part.named()])
+        except RankLostError:
+            return part  # there is nothing left to copy; whoever needs it gets the error
         return Elsewhere([Piece(handle, 0, stop - start)])
 
     def arrays(self) -> list[mx.array]:

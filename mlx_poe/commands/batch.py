@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from cognica_mlx import strict_json
 from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions
-from cognica_mlx.errors import CheckpointError, PoEError, RequestError
+from cognica_mlx.errors import CheckpointError, PoEError, RankError, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import SamplingOptions
 from mlx_poe.batch import BatchStats, plan, run_tasks, trunk_to_keep
@@ -296,6 +296,8 @@ def _named(line: Line) -> Iterator[None]:
     """Add the line number to errors raised inside."""
     try:
         yield
+    except RankError:
+        raise  # not the line's fault
     except (PoEError, TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"line {line.number}: {error}") from None
 

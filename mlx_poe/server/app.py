@@ -122,8 +122,12 @@ class Server:
         """`GET /health`."""
         if self.engine.closed or self.service.closing:
             return Json({"status": "shutting down"}, 503)
-        stats = self.engine.stats
-        return Json({"status": "ok", "running": stats.running, "waiting": stats.waiting})
+        stats, lost = self.engine.stats, self.engine.lost_link
+        about = {"running": stats.running, "waiting": stats.waiting}
+        if not lost:
+            return Json({"status": "ok", **about})
+        status, code = ("degraded", 200) if lost.degrade else ("unavailable", 503)
+        return Json({"status": status, "problem": str(lost.lost), **about}, code)
 
     async def metrics_text(self, request: Request) -> Response:
         """`GET /metrics`."""

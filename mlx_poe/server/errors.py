@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from cognica_mlx.decoding.modes import ModeOptions
-from cognica_mlx.errors import PoEError
+from cognica_mlx.errors import PoEError, RankError
 from cognica_mlx.sampling import SamplingOptions
 from mlx_poe.engine import EngineClosedError
 from mlx_poe.reply_form import FORM_OPTIONS
@@ -64,6 +64,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, EngineClosedError):
         return ApiError(503, "the server is shutting down", headers={"retry-after": "10"})
+    if isinstance(error, RankError):
+        return ApiError(503, str(error))
     if isinstance(error, PoEError):
         name = str(error).split(maxsplit=1)[0].rstrip(":")
         return ApiError(400, str(error), _FIELDS.get(name))
