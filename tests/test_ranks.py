@@ -1,11 +1,14 @@
 """What ranks say to each other, and what is left when one of them is lost: ranks are threads."""
 
+import asyncio
 import gc
+import json
+from itertools import count
 
 import mlx.core as mx
 import pytest
 from conftest import fixture
-from ranks import on_threads
+from ranks import Group, on_threads
 from split_checks import modes, reply
 
 from cognica_mlx.decoding.modes import last_resort, make_mode
@@ -13,11 +16,17 @@ from cognica_mlx.decoding.pace import pace_for
 from cognica_mlx.decoding.single import advance_through, decode, prefill
 from cognica_mlx.errors import RankLostError
 from cognica_mlx.machines import link as links
+from cognica_mlx.machines.messages import Wire, encode
 from cognica_mlx.state import DecodingState
 from mlx_poe import batch_generate
 from mlx_poe.batch import plan
+from mlx_poe.engine import Engine
 from mlx_poe.machine import known_costs
 from mlx_poe.scheduler import Scheduler
+from mlx_poe.server.app import make_app
+from mlx_poe.server.catalog import make_catalog
+from mlx_poe.server.errors import as_api_error
+from mlx_poe.server.options import Limits
 
 TEXT = [1 + i * 7 % 60 for i in range(40)]
 
@@ -69,10 +78,10 @@ def test_a_prompt_that_is_interrupted_can_be_read_again(put, monkeypatch):
     with on_threads(whole, "0|1|2|3", timeout=5) as ranks:
         mode, state = make_mode(ranks.model), DecodingState(ranks.model)
         first = reply(ranks.model, "full", {}, TEXT[:5], 4)
-        posts, count = links.Link._put, iter(range(100))
+        posts, calls = links.Link._put, count()
 
         def interrupted(link, task):
-            if next(count) == put:
+            if next(calls) == put:
                 raise KeyboardInterrupt
             posts(link, task)
 
@@ -195,3 +204,82 @@ def test_a_batch_reports_what_failed_on_the_rank():
         later = [update.response.token for _ in range(99) for update in scheduler.step()]
         assert later == [token for token, *_ in reply(whole, "full", {}, prompts[2], 9)]
         scheduler.close()
+
+
+@pytest.mark.parametrize("degrade", [True, False])
+def test_a_server_tells_that_a_rank_is_lost(degrade):
+    whole, tokenizer = fixture("flat-d8")
+    with (
+        on_threads(whole, "0|1,2,3", timeout=0.2, degrade=degrade) as ranks,
+        Engine(ranks.model, tokenizer) as engine,
+    ):
+        limits = Limits(10**6, 10**4, 8, 8)
+        app = make_app(engine, make_catalog(engine, "base", [], []), limits, host="127.0.0.1")
+
+        def health():
+            answer = asyncio.run(app.state.server.health(None))
+            return answer.status_code, json.loads(answer.body)
+
+        assert health() == (200, {"status": "ok", "running": 0, "waiting": 0})
+        first, second = (engine.submit(TEXT[:n], max_tokens=50) for n in (3, 4))
+        next(iter(first))
+        lose(ranks, "kill")
+        if degrade:
+            assert [r.stage for r in first][-1] == 0
+            assert list(second)[-1].finish_reason
+            assert [r.stage for r in engine.submit(TEXT[:3], max_tokens=3)] == [0] * 3
+        else:
+            for request in (first, second, engine.submit(TEXT[:3])):
+                with pytest.raises(RankLostError) as raised:
+                    list(request)
+            assert as_api_error(raised.value).status == 503
+        code, about = health()
+        assert (code, about["status"]) == ((200, "degraded") if degrade else (503, "unavailable"))
+        assert about["problem"] == str(ranks.link.lost)
+
+
+def test_a_broken_connection_is_a_lost_rank(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("[ring] connection to a peer was lost")
+
+    wire = Wire(Group(1, 3), neighbors_only=True)
+    for call, work in (
+        ("send", lambda: wire.send(encode([1]), 2)),
+        ("recv", lambda: wire.receive(2)),
+    ):
+        monkeypatch.setattr(mx.distributed, call, broken)
+        with pytest.raises(RankLostError, match=r"rank 2 is lost: \[ring\] connection"):
+            work()
+
+
+def test_numbers_of_messages_start_over_before_they_overflow():
+    with on_threads(fixture("flat-d8")[0], "0|1,2,3") as ranks:
+        expected = reply(ranks.model, "full", {}, TEXT, 3)
+        ranks.link._numbers = count(links.NUMBERS - 2)
+        assert reply(ranks.model, "full", {}, TEXT, 3) == expected
+
+
+def test_nothing_is_kept_for_a_rank_that_is_lost():
+    with on_threads(fixture("flat-d8")[0], "0|1,2,3", timeout=0.2, degrade=True) as ranks:
+        lose(ranks, "kill")
+        mode = make_mode(ranks.model)
+        for _ in range(3):
+            tokens = decode(
+                ranks.model, TEXT, mode, max_tokens=3, last_resort=last_resort(ranks.model)
+            )
+            assert [token.stage for token in tokens] == [0] * 3
+            kept = len(ranks.link._news[1])
+            del tokens
+            gc.collect()
+        assert len(ranks.link._news[1]) == kept
+
+
+def test_statuses_are_read_before_ranks_end():
+    # On a ring a rank that has ended does not forward what the others answer.
+    with on_threads(fixture("flat-d8")[0], "0|1|2|3", ring=True) as ranks:
+        state = DecodingState(ranks.model)
+        state.append(TEXT)
+        advance_through(state, 3)
+        assert ranks.link._unread or ranks.link._tasks.qsize()
+        del state
+    assert ranks.link.ended and not ranks.link._unread
