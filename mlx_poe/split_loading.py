@@ -22,7 +22,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.errors import RankError, RequestError
+from cognica_mlx.errors import RankError, RequestError, one_line
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.machines.link import TIMEOUT, Link
 from cognica_mlx.machines.messages import Wire
@@ -77,7 +77,7 @@ def on_machines(
     text for `machines.split.parse`. On ranks other than 0 the block runs once rank 0 has left its
     own, and gets None. If a rank takes more than `timeout` seconds for a pass, decoding ends with a
     RankLostError, or with `degrade` goes on with the stages that rank 0 holds. If a rank takes
-    `LOADING` times as long to join or to load its part, an error is printed and the process ends.
+    `LOADING` times as long to load its part, rank 0 prints its number and ends the process.
 
     Raises RequestError if no ranks have been started or the split does not fit them, RankError if
     another rank cannot load its part.
@@ -118,10 +118,10 @@ def on_machines(
 
 
 @contextmanager
-def _limited(problem: str, limit: float) -> Iterator[None]:
-    """End the process if the block takes longer: a call that waits for a rank cannot be
-    interrupted."""
-    timer = threading.Timer(limit, _give_up, (problem, limit))
+def _limited(late: str, limit: float) -> Iterator[None]:
+    """End the process if waiting for the rank `late` takes longer: a call that waits for a rank
+    cannot be interrupted."""
+    timer = threading.Timer(limit, _give_up, (late, limit))
     timer.daemon = True
     timer.start()
     try:
@@ -130,8 +130,8 @@ def _limited(problem: str, limit: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _give_up(problem: str, limit: float) -> None:
-    print(f"error: {problem} for {limit:g} seconds", file=sys.stderr)
+def _give_up(late: str, limit: float) -> None:
+    print(f"error: {late} has not loaded its part for {limit:g} seconds", file=sys.stderr)
     _leave(1)
 
 
@@ -149,7 +149,7 @@ class _Rank:
     """This process while the ranks work out the split and load their parts."""
 
     def __init__(self, split: str, specialists: Sequence[str], limit: float):
-        self.wire, self._limit = _join(limit), limit
+        self.wire, self._limit = _join(), limit
         self._text, self._specialists = split, specialists
         self.split = Split(())
         self._base = 0
@@ -195,7 +195,7 @@ class _Rank:
         for rank in wire.children():
             # If a rank that `rank` forwards for hangs, rank 0 cannot tell which of them it is.
             via = [str(r) for r in range(1, wire.size) if wire.next_hop(r) == rank]
-            late = f"rank {' or '.join(via)} has not loaded its part"
+            late = f"rank {' or '.join(via)}"
             with nullcontext() if wire.rank else _limited(late, self._limit):
                 numbers += wire.receive(rank)[1].view(mx.float32)
         if wire.rank:
@@ -269,15 +269,16 @@ def _speaker(model: PoEModel) -> Speaker:
     return predict
 
 
-def _join(limit: float) -> Wire:
-    """This process's connections with the others. RequestError if there are none; if others have
-    not joined within `limit` seconds, the process ends."""
+def _join() -> Wire:
+    """This process's connections with the others. RequestError if none have been started, RankError
+    if they cannot be reached."""
     ring = RING_VARIABLE in os.environ
     backend = "ring" if ring else "jaccl" if JACCL_VARIABLE in os.environ else "mpi"
     try:
-        with _limited("not all ranks have connected", limit):
-            group = mx.distributed.init(strict=True, backend=backend)
+        group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
+        if backend != "mpi":
+            raise RankError(f"the other ranks cannot be reached: {one_line(error)}") from None
         raise RequestError(f"{_ALONE} ({error})") from None
     if group.size() < 2:
         raise RequestError(_ALONE)

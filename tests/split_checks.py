@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -238,7 +238,8 @@ def siblings(split: str) -> None:
 
 
 def lost(how: str) -> None:
-    """A rank is killed, or stopped, between two tokens: rank 0 says which, or goes on."""
+    """A rank is killed, or stopped, between two tokens: rank 0 says which, or goes on. Then it ends
+    with a status of its own, or by Ctrl-C."""
     with split_model("flat-d8", "0,1|2,3", timeout=PATIENCE, degrade=True) as found:
         if not found:
             return
@@ -262,6 +263,9 @@ def lost(how: str) -> None:
             list(decode(model, prompt, mode, max_tokens=4))
         except RankLostError as error:
             check(f"{how}: the rank is named", "rank 1" in str(error), True)
+        if how == "stop":
+            raise KeyboardInterrupt
+        found.status = 7
 
 
 def late() -> None:
@@ -292,7 +296,8 @@ def main(cases: list[str]) -> None:
     for case in cases:
         name, _, rest = case.partition(":")
         if name == "lost":
-            lost(rest)
+            with suppress(KeyboardInterrupt):
+                lost(rest)
         elif name == "some":
             every_mode(*rest.split(":"), ("full", "wand", "compose"))
         elif name == "siblings":

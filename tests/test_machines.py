@@ -47,8 +47,8 @@ def by_mpi(count: int, *cases: str, folder: Path) -> list[str]:
     return results(folder, run.stderr)
 
 
-def by_ring(count: int, *cases: str, ends: bool = True, folder: Path) -> list[str]:
-    status, err = ring(count, *cases, ends=ends, folder=folder)
+def by_ring(count: int, *cases: str, folder: Path) -> list[str]:
+    status, err = ring(count, *cases, ends=True, folder=folder)
     assert status == 0, err[-2000:]
     return results(folder, err)
 
@@ -110,9 +110,13 @@ def test_a_ring_passes_messages_on(tmp_path):
     assert len(by_ring(4, "some:stage-on-flat:0,1|2|3|4", folder=tmp_path)) == 3 + 3
 
 
-@pytest.mark.parametrize("how", ["kill", "stop"])
-def test_a_rank_that_is_lost_is_named_and_done_without(how, tmp_path):
-    assert len(by_ring(2, f"lost:{how}", ends=False, folder=tmp_path)) == 4
+@pytest.mark.parametrize(("how", "ends"), [("kill", 7), ("stop", 130)])
+def test_a_rank_that_is_lost_is_named_and_done_without(how, ends, tmp_path):
+    status, err = ring(2, f"lost:{how}", ends=False, folder=tmp_path)
+    assert status == ends, err[-2000:]
+    assert len(results(tmp_path, err)) == 4
+    went_on = "went on without the others: " in err
+    assert went_on == (ends == 7)
 
 
 def test_a_rank_that_never_loads_its_part_is_named(tmp_path):
