@@ -3,22 +3,23 @@
 import asyncio
 import gc
 import json
+import re
 from itertools import count
 
 import mlx.core as mx
 import pytest
 from conftest import fixture
-from ranks import Group, on_threads
+from ranks import Cable, Cables, Group, on_threads
 from split_checks import modes, reply
 
 from cognica_mlx.decoding.modes import last_resort, make_mode
 from cognica_mlx.decoding.pace import pace_for
 from cognica_mlx.decoding.single import advance_through, decode, prefill
-from cognica_mlx.errors import RankLostError
+from cognica_mlx.errors import RankError, RankLostError, RequestError
 from cognica_mlx.machines import link as links
 from cognica_mlx.machines.messages import Wire, encode
 from cognica_mlx.state import DecodingState
-from mlx_poe import batch_generate
+from mlx_poe import batch_generate, split_loading, stream_generate
 from mlx_poe.batch import plan
 from mlx_poe.engine import Engine
 from mlx_poe.machine import known_costs
@@ -27,6 +28,7 @@ from mlx_poe.server.app import make_app
 from mlx_poe.server.catalog import make_catalog
 from mlx_poe.server.errors import as_api_error
 from mlx_poe.server.options import Limits
+from mlx_poe.split_loading import _Rank
 
 TEXT = [1 + i * 7 % 60 for i in range(40)]
 
@@ -283,3 +285,56 @@ def test_statuses_are_read_before_ranks_end():
         assert ranks.link._unread or ranks.link._tasks.qsize()
         del state
     assert ranks.link.ended and not ranks.link._unread
+
+
+def test_ranks_that_may_be_late_are_named(monkeypatch):
+    # On a ring of four, rank 1 hands on the number of rank 2.
+    rank, said = object.__new__(_Rank), []
+    cables = Cables()
+    rank.wire, rank._limit = Cable(0, 4, cables, neighbors_only=True), 0.01
+
+    def give_up(late, limit):
+        said.append((late, limit))
+        hop = 1 if len(said) == 1 else 3
+        Cable(hop, 4, cables, neighbors_only=True).send(mx.zeros(4).view(mx.int32), 0)
+
+    monkeypatch.setattr(split_loading, "_give_up", give_up)
+    assert rank._exchange(5.0) == [5, 0, 0, 0]
+    assert said == [("rank 1 or 2", 0.01), ("rank 3", 0.01)]
+
+
+def test_ranks_that_cannot_be_reached_are_no_request_error(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("[ring] Couldn't connect (error: 111)")
+
+    monkeypatch.setattr(mx.distributed, "init", broken)
+    with pytest.raises(RequestError, match="mpirun -n 2"):
+        split_loading._join()
+    monkeypatch.setenv(split_loading.RING_VARIABLE, "hosts.json")
+    with pytest.raises(RankError, match=r"cannot be reached: \[ring\] Couldn't connect"):
+        split_loading._join()
+
+
+def test_a_constrained_reply_keeps_its_form_when_a_rank_is_lost():
+    whole, tokenizer = fixture("poe-tiny")
+    with on_threads(whole, "0|1,2,3", timeout=0.2, degrade=True) as ranks:
+        words = stream_generate(
+            ranks.model, tokenizer, "Once", regex=r"[a-z]{9}, [a-z]{9}\.", mode="speculative"
+        )
+        text, stages = "", []
+        for response in words:
+            text += response.text
+            stages.append(response.stage)
+            if len(stages) == 2:
+                lose(ranks, "kill")
+        assert re.fullmatch(r"[a-z]{9}, [a-z]{9}\.", text), text
+        assert ranks.link.lost and stages[-1] == 0
+
+
+def test_a_prompt_that_was_to_be_scored_in_full_ends_with_the_error():
+    whole, tokenizer = fixture("flat-d8")
+    with on_threads(whole, "0|1,2,3", timeout=0.2, degrade=True) as ranks:
+        lose(ranks, "kill")
+        with pytest.raises(RankLostError):
+            list(stream_generate(ranks.model, tokenizer, TEXT, prompt_logprobs=True))
+        assert list(stream_generate(ranks.model, tokenizer, TEXT, max_tokens=2))
