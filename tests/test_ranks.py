@@ -17,7 +17,7 @@ from cognica_mlx.decoding.pace import pace_for
 from cognica_mlx.decoding.single import advance_through, decode, prefill
 from cognica_mlx.errors import RankError, RankLostError, RequestError
 from cognica_mlx.machines import link as links
-from cognica_mlx.machines.messages import Wire, encode
+from cognica_mlx.machines.messages import FORK, Reader, Wire, encode
 from cognica_mlx.state import DecodingState
 from mlx_poe import batch_generate, split_loading, stream_generate
 from mlx_poe.batch import plan
@@ -338,3 +338,18 @@ def test_a_prompt_that_was_to_be_scored_in_full_ends_with_the_error():
         with pytest.raises(RankLostError):
             list(stream_generate(ranks.model, tokenizer, TEXT, prompt_logprobs=True))
         assert list(stream_generate(ranks.model, tokenizer, TEXT, max_tokens=2))
+
+
+def test_a_sequence_that_is_copied_twice_is_the_first_copy():
+    # An interruption on rank 0 may repeat what it has said, when the copy has gone on.
+    with on_threads(fixture("flat-d8")[0], "0,1,2|3") as ranks:
+        state = DecodingState(ranks.model)
+        prefill(state, TEXT, 3)
+        other = state.fork()
+        prefill(other, [5, 6], 3)
+        (owner,) = ranks.owners
+        numbers = other.caches[3].number, state.caches[3].number
+        mx.eval(other.boundary(3, 41, 42).x)
+        owner._keep_house(Reader(encode([3, FORK, *numbers])))
+        assert owner.caches[numbers[0]].offset == 42
+        del state, other
