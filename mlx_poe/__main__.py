@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from mlx_poe.commands.options import open_missing_streams
+from mlx_poe.commands.entry import open_missing_streams
 
 VERBS = {
     "generate": "mlx_poe.commands.generate",

@@ -83,7 +83,7 @@ def test_no_server_outlives_a_benchmark_that_is_told_to_end(tmp_path):
     script = f"""
 import time
 from cognica_mlx.bench.servers import ServerProcess
-from mlx_poe.commands.options import interruptible
+from mlx_poe.commands.entry import interruptible
 with interruptible(), ServerProcess("fake", {fake_command("good")!r}) as server:
     print(server._process.pid, flush=True)
     time.sleep(60)

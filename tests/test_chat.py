@@ -1,5 +1,7 @@
 """Chats: turns whose state carries over, changes in mid-conversation, settings."""
 
+import itertools
+
 import pytest
 from chats import FUNCTIONS, TALK, Interrupt, new_chat, say
 
@@ -271,6 +273,25 @@ def test_a_state_left_half_way_by_an_interruption_goes_on_rightly(where):
     else:
         for cache in state.caches[2:]:
             cache.rollback(state.length - 5)
+    assert say(chat, TALK[1]) == say(expected, TALK[1])
+
+
+def test_after_an_error_the_next_reply_begins_with_a_new_state(monkeypatch):
+    chat, expected = new_chat(), new_chat()
+    for one in (chat, expected):
+        say(one, TALK[0])
+    state, before = chat.state, list(chat.turns)
+
+    def failing(model, tokenizer, prompt, *, state, **options):
+        yield from itertools.islice(stream_generate(model, tokenizer, prompt, state=state), 0)
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlx_poe.chat.stream_generate", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            say(chat, TALK[1])
+    assert chat.state is not state and chat.state.length == 0
+    assert chat.turns == before
     assert say(chat, TALK[1]) == say(expected, TALK[1])
 
 

@@ -432,6 +432,23 @@ def test_a_closed_stdin_takes_nothing_from_the_model(command):
     assert result.stdout.decode() == text_of(PROMPT, max_tokens=12) + "\n"
 
 
+def test_a_forked_worker_is_ended_by_its_pool_without_a_word():
+    """lm-eval forks workers for its bootstrap; SIGTERM is Ctrl-C to the command alone."""
+    script = (
+        "import os, signal\n"
+        "from mlx_poe.commands.entry import interruptible\n"
+        "with interruptible():\n"
+        "    if not (child := os.fork()):\n"
+        "        signal.pause()\n"
+        "    os.kill(child, signal.SIGTERM)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    result = run(command=(sys.executable, "-c", script))
+    assert result.stdout.split() == [b"-15"]
+    assert result.stderr.count(b"Traceback") == 1 and b"KeyboardInterrupt" in result.stderr
+
+
 @pytest.mark.parametrize("closed", ["0 1 2", "1", "2"])
 def test_closed_streams_are_the_null_device(closed):
     """Seen from within: every descriptor is open, and none leads to another file."""
@@ -439,7 +456,7 @@ def test_closed_streams_are_the_null_device(closed):
         "import os, sys\n"
         f"for number in map(int, '{closed}'.split()): os.close(number)\n"
         "if '1' in sys.argv[1]: sys.stdout = None\n"
-        "from mlx_poe.commands.options import open_missing_streams\n"
+        "from mlx_poe.commands.entry import open_missing_streams\n"
         "open_missing_streams()\n"
         "null = os.stat(os.devnull).st_rdev\n"
         f"assert all(os.fstat(n).st_rdev == null for n in map(int, '{closed}'.split()))\n"

@@ -259,6 +259,8 @@ def test_replies_alone_are_scored_with_a_mask(capsys, tmp_path):
         (("--tasks", "x", "--mask-prompt"), "--mask-prompt"),
         (("--tasks", "x", "--num-tokens", 3), "--num-tokens"),
         (("--tasks", "x", "--limit", 0), "--limit"),
+        (("--tasks", "x", "--limit", "nan"), "--limit"),
+        (("--tasks", "x", "--limit", "inf"), "--limit"),
         (("--tasks", "x", "--num-fewshot", -1), "--num-fewshot"),
         (("--tasks", "x", "--log-samples"), "--log-samples"),
         (("--tasks", "x", "--output", HELD_OUT), "heldout.txt"),

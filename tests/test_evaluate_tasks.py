@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import mlx.core as mx
 import pytest
 from conftest import fixture
 from lm_eval.api.instance import Instance
+from rich.console import Console
 
 from cognica_mlx.errors import RequestError
 from cognica_mlx.sampling import logprob_of
@@ -209,6 +211,18 @@ def test_samples_can_be_repeated_but_differ_from_each_other():
     assert first == again and len(set(first)) == 2
 
 
+def test_samples_stay_the_same_among_other_tasks():
+    given = {"temperature": 1.0, "max_gen_toks": 6}
+    (first, *again), (_, *among) = (
+        PredictorLM(shared("full"), 0).generate_until(asked(*args, kind="generate_until"))
+        for args in (
+            [("Once upon a time", given), ("The king", given), ("The king", given)],
+            [("In winter", given), ("The king", given), ("Once upon a time", given)],
+        )
+    )
+    assert among == [again[0], first]
+
+
 def test_chat_turns_are_the_specialists_own():
     specialist = fixture("poe-tiny-chat")[0]
     lm = PredictorLM(shared("full", model=specialist, chat=True), 0)
@@ -330,6 +344,43 @@ def test_the_command_goes_on_where_it_was_ended(folder, tmp_path, capsys, monkey
         row = next(line for line in printed.splitlines() if line.startswith(f"│ {name}"))
         assert f"{found['capitals']['acc,none']:.4f}" in row
         assert f"{found['reading']['bits_per_byte,none']:.4f}" in row
+
+
+def test_a_group_shows_its_metrics_or_else_its_members():
+    acc = {"alias": "x", "sample_len": 4, "acc,none": 0.5, "acc_stderr,none": 0.1}
+    found = {
+        "results": {"whole": acc, "a": acc, "loose": {"alias": "loose"}, "b": acc, "c": acc},
+        "group_subtasks": {"whole": ["a"], "loose": ["whole", "b"], "a": []},
+    }
+    assert list(command._metrics(found, ["loose"])) == ["whole", "b"]
+    assert list(command._metrics(found, ["c", "whole"])) == ["c", "whole"]
+    assert list(command._metrics(found, ["a_tag"])) == ["whole", "a", "b", "c"]
+
+
+def test_a_perplexity_fits_into_its_column_and_no_digit_is_lost(capsys):
+    values = {"alias": "x", "sample_len": 4, "perplexity,none": 3.0179e12, "hits,none": 3}
+    found = {"full": {"task": {**values, "perplexity_stderr,none": 12.0}}}
+    for width in (80, 30):
+        Console(width=width).print(command._task_table(found))
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        cells = ["".join(cell).split() for cell in zip(*(r.split("│") for r in rows), strict=True)]
+        assert ["".join(cell) for cell in cells[1:-1]] == ["full", "3.018e+12±12.0000", "3.0000"]
+
+
+def test_nothing_but_the_result_is_printed_on_stdout(folder, capsys):
+    # lm-eval prints a line for each metric that it bootstraps.
+    (folder / "sure.yaml").write_text(
+        (folder / "reading.yaml")
+        .read_text()
+        .replace("task: reading", "task: sure")
+        .replace("loglikelihood_rolling", "loglikelihood")
+        .replace("bits_per_byte", "perplexity")
+    )
+    flags = ["--tasks", "sure", "--include-path", str(folder), "--stages", "full", "--json", "-"]
+    assert command.main(flags) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["results"]["full"]["sure"]["perplexity,none"] > 1
+    assert "bootstrapping" in err
 
 
 def test_tasks_without_lm_eval_are_refused_with_the_remedy(monkeypatch, capsys):

@@ -422,6 +422,7 @@ def test_what_cannot_be_written_in_the_end_is_not_lost(made, monkeypatch):
         (["--layers", "0"], "layers 0 is not a whole number of at least 1"),
         (["--learning-rate", "-1"], "learning_rate -1.0 is not a positive number"),
         (["--learning-rate", "nan"], "learning_rate nan is not a positive number"),
+        (["--max-grad-norm", "-1"], "max_grad_norm -1.0 is not a number below 1e6, or 0 for no"),
         (["--val-batches", "0"], "val_batches 0"),
         (["--data", "nowhere"], "nowhere/train.jsonl is missing"),
         (["--test"], "test.jsonl is missing"),

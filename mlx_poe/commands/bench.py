@@ -45,15 +45,13 @@ from mlx_poe.commands.bench_machines import (
 )
 from mlx_poe.commands.bench_texts import long_text, margins, prompts, recording
 from mlx_poe.commands.chat import STARTER_SPECIALISTS
+from mlx_poe.commands.entry import interruptible, make_parser, run
 from mlx_poe.commands.options import (
     add_specialist_flag,
     check_output,
     file_path,
-    interruptible,
-    make_parser,
     names,
     numbers,
-    run,
 )
 from mlx_poe.load import DEFAULT_MODEL, find_model, load
 

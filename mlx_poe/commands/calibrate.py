@@ -13,7 +13,8 @@ from rich.table import Table
 from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
 from cognica_mlx.calibration.measuring import calibrate
 from cognica_mlx.errors import RequestError
-from mlx_poe.commands.options import add_model_flags, check_output, file_path, make_parser, run
+from mlx_poe.commands.entry import make_parser, run
+from mlx_poe.commands.options import add_model_flags, check_output, file_path
 from mlx_poe.commands.texts import read_texts, replies, segments
 from mlx_poe.load import find_model, load
 

@@ -21,14 +21,13 @@ from cognica_mlx.sampling import SamplingOptions
 from mlx_poe.chat import Chat
 from mlx_poe.commands.chat_commands import COMMANDS, mean_depth, perform, printable
 from mlx_poe.commands.chat_terminal import ChatHistory, CommandCompleter, key_bindings
+from mlx_poe.commands.entry import make_parser, run
 from mlx_poe.commands.generate import PromptProgress, paint, print_legend
 from mlx_poe.commands.options import (
     add_mode_flags,
     add_model_flags,
     add_sampling_flags,
     add_specialist_flag,
-    make_parser,
-    run,
     taken,
 )
 from mlx_poe.load import DEFAULT_MODEL, load

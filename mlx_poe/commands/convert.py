@@ -22,7 +22,8 @@ from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.convert.whole_folder import check_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.rounding import BITS, DRAFT_BITS, MODES, Scheme
-from mlx_poe.commands.options import file_path, interruptible, make_parser, run
+from mlx_poe.commands.entry import interruptible, make_parser, run
+from mlx_poe.commands.options import file_path
 from mlx_poe.commands.texts import Text, read_texts, segments
 from mlx_poe.load import find_model, load
 from mlx_poe.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from cognica_mlx import whole_file
 from mlx_poe.commands.bars import progress_bars
-from mlx_poe.commands.options import check_output, file_path, interruptible, make_parser, run
+from mlx_poe.commands.entry import interruptible, make_parser, run
+from mlx_poe.commands.options import check_output, file_path
 from mlx_poe.doctor.examination import examine
 from mlx_poe.load import DEFAULT_MODEL
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,16 +18,8 @@ from cognica_mlx.calibration import published_bounds
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from mlx_poe.commands.bars import progress_bars
-from mlx_poe.commands.options import (
-    add_model_flags,
-    check_output,
-    file_path,
-    interruptible,
-    make_parser,
-    names,
-    numbers,
-    run,
-)
+from mlx_poe.commands.entry import interruptible, make_parser, run
+from mlx_poe.commands.options import add_model_flags, check_output, file_path, names, numbers
 from mlx_poe.commands.texts import read_texts, replies, segments
 from mlx_poe.evaluation.answers import Answers, fingerprint
 from mlx_poe.evaluation.on_text import Measured, measure_text
@@ -178,8 +171,8 @@ def _check(args: argparse.Namespace) -> None:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1")
     if args.max_length is not None and args.max_length < 2:
         raise RequestError("--max-length must be at least 2")
-    if args.limit is not None and args.limit <= 0:
-        raise RequestError("--limit must be more than 0")
+    if args.limit is not None and not 0 < args.limit < math.inf:
+        raise RequestError("--limit must be a number above 0")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise RequestError("--num-fewshot must be at least 0")
     only = {
@@ -275,10 +268,24 @@ def _on_tasks(
 
 
 def _metrics(found: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    """The metrics of each task named, or of all tasks that a pattern matches."""
-    everything = found["results"]
-    shown = [name for name in tasks if name in everything] or list(everything)
-    return {name: everything[name] for name in shown}
+    """The metrics of each task named, or of all tasks that a pattern or a tag matches. A group
+    without metrics of its own stands for its members."""
+    everything, members = found["results"], found.get("group_subtasks", {})
+    waiting = [name for name in tasks if name in everything] or list(everything)
+    shown: dict[str, Any] = {}
+    while waiting:
+        name, *waiting = waiting
+        if members.get(name) and not any(_is_metric(*item) for item in everything[name].items()):
+            waiting = [*members[name], *waiting]
+        else:
+            shown[name] = everything[name]
+    return shown
+
+
+def _is_metric(key: str, value: Any) -> bool:
+    """Whether an entry of lm-eval's results is a metric, rather than its error or other facts."""
+    metric, comma, _ = key.partition(",")
+    return bool(comma) and not metric.endswith("_stderr") and isinstance(value, (int, float))
 
 
 def _task_table(metrics: dict[str, dict[str, Any]]) -> Table:
@@ -287,20 +294,25 @@ def _task_table(metrics: dict[str, dict[str, Any]]) -> Table:
     columns = []
     for task, values in next(iter(metrics.values())).items():
         for key, value in values.items():
-            metric, _, chosen_filter = key.partition(",")
-            if metric.endswith("_stderr") or not isinstance(value, float):
+            if not _is_metric(key, value):
                 continue
+            metric, _, chosen_filter = key.partition(",")
             label = metric if chosen_filter in ("", "none") else f"{metric} ({chosen_filter})"
             columns.append((task, key, f"{metric}_stderr,{chosen_filter}"))
-            table.add_column(f"{task}\n{label}", justify="right")
+            table.add_column(f"{task}\n{label}", justify="right", overflow="fold")
     for name, found in metrics.items():
         cells = []
         for task, key, error in columns:
             spread = found[task].get(error)
-            give = f" ± {spread:.4f}" if isinstance(spread, float) else ""
-            cells.append(f"{found[task][key]:.4f}{give}")
+            give = f" ± {_short(spread)}" if isinstance(spread, float) else ""
+            cells.append(f"{_short(found[task][key])}{give}")
         table.add_row(name, *cells)
     return table
+
+
+def _short(number: float) -> str:
+    """Four decimals, or as a power of ten if it is large, as a perplexity may be."""
+    return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4g}"
 
 
 def _text_table(measured: Measured) -> Table:

@@ -26,17 +26,14 @@ from mlx_poe.commands.batch import (
     check_file_flags,
     generate_file,
 )
+from mlx_poe.commands.entry import INTERRUPTED, make_parser, read_stdin, run
 from mlx_poe.commands.options import (
-    INTERRUPTED,
     add_constraint_flags,
     add_mode_flags,
     add_model_flags,
     add_sampling_flags,
-    make_parser,
     names,
     numbers,
-    read_stdin,
-    run,
     taken,
     taken_constraints,
 )

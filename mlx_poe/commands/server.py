@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands.chat import STARTER_SPECIALISTS
-from mlx_poe.commands.options import add_model_flags, add_specialist_flag, make_parser, run
+from mlx_poe.commands.entry import make_parser, run
+from mlx_poe.commands.options import add_model_flags, add_specialist_flag
 from mlx_poe.commands.split import add_split_flags, check_split, over_machines
 from mlx_poe.engine import Engine
 from mlx_poe.load import DEFAULT_MODEL, load

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cognica_mlx.errors import RequestError
-from mlx_poe.commands.options import read_stdin
+from mlx_poe.commands.entry import read_stdin
 from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.training.data import first_texts, read_split
 

@@ -30,15 +30,8 @@ from cognica_mlx.errors import RequestError, one_line
 from cognica_mlx.training.optimizer import OPTIMIZERS
 from cognica_mlx.training.store import STORE_BITS
 from cognica_mlx.training.trainer import Evaluation
-from mlx_poe.commands.options import (
-    INTERRUPTED,
-    add_checkpoint_flags,
-    check_output,
-    file_path,
-    interruptible,
-    make_parser,
-    run,
-)
+from mlx_poe.commands.entry import INTERRUPTED, interruptible, make_parser, run
+from mlx_poe.commands.options import add_checkpoint_flags, check_output, file_path
 from mlx_poe.load import DEFAULT_MODEL
 from mlx_poe.paths import user_path
 from mlx_poe.training import InterruptedTraining, TrainingSettings, train

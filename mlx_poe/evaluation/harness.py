@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -220,12 +221,15 @@ class PredictorLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """See `LM`."""
-        asked = []
-        for i, request in enumerate(requests):
+        asked, repeats = [], Counter[str]()
+        for request in requests:
             context, given = request.args
             options = generation_options(given)
             if options.get("temp"):
-                options["seed"] = i  # repeats differ, and later runs reproduce them
+                # Repeats differ, and later runs reproduce them, also among other tasks.
+                same = key_of(context, options)
+                options["seed"] = repeats[same]
+                repeats[same] += 1
             room = self.max_length - options["max_tokens"]
             if room < 1:
                 raise RequestError(

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,18 +77,20 @@ def run_tasks(
             if output:
                 tracker = EvaluationTracker(output_path=aside)
             try:
-                results = simple_evaluate(
-                    PredictorLM(shared, row),
-                    model_args=arguments,
-                    tasks=manager.match_tasks(run.tasks),
-                    num_fewshot=run.num_fewshot,
-                    limit=run.limit,
-                    batch_size=shared.batch,
-                    log_samples=log_samples,
-                    evaluation_tracker=tracker,
-                    apply_chat_template=run.chat,
-                    task_manager=manager,
-                )
+                # lm-eval and tasks print; stdout is for the result alone.
+                with redirect_stdout(sys.stderr):
+                    results = simple_evaluate(
+                        PredictorLM(shared, row),
+                        model_args=arguments,
+                        tasks=manager.match_tasks(run.tasks),
+                        num_fewshot=run.num_fewshot,
+                        limit=run.limit,
+                        batch_size=shared.batch,
+                        log_samples=log_samples,
+                        evaluation_tracker=tracker,
+                        apply_chat_template=run.chat,
+                        task_manager=manager,
+                    )
             except (PoEError, OSError):
                 raise
             except Exception as error:  # a task's own code may raise anything

@@ -121,7 +121,7 @@ def _read_tools(body: Fields, options: Options) -> bool:
         if choice not in [tool["name"] for tool in tools]:
             raise refused("tool_choice", f"there is no function {shown(choice)} among the tools")
     elif choice not in (None, "none", "auto", "required"):
-        raise refused("tool_choice", f"{shown(choice)} is none of none, auto, required")
+        raise refused("tool_choice", f"{shown(choice)} is not auto, required or none")
     if not tools:
         if choice not in (None, "none", "auto"):
             raise refused("tool_choice", "it needs tools")

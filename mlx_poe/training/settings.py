@@ -74,11 +74,14 @@ class TrainingSettings:
                 raise RequestError(f"{name} {value!r} is not a whole number of at least {least}")
         if type(self.val_batches) is not int or (self.val_batches < 1 and self.val_batches != -1):
             raise RequestError(f"val_batches {self.val_batches!r}: at least 1, or -1 for all")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name, what in (
+            ("learning_rate", "a positive number below 1e6"),
+            ("max_grad_norm", "a number below 1e6, or 0 for no bound"),
+        ):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 0 <= value < 1e6 or (name == "learning_rate" and not value):
-                raise RequestError(f"{name} {value!r} is not a positive number")
+                raise RequestError(f"{name} {value!r} is not {what}")
         for name in ("pack", "grad_checkpoint", "store", "test", "mask_prompt"):
             value = getattr(self, name)
             if type(value) is not bool and not (value is None and name == "mask_prompt"):

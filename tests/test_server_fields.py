@@ -1,0 +1,77 @@
+"""A request's fields, read without a server; and JSON on its way back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mlx_poe.server.errors import ApiError
+from mlx_poe.server.fields import Fields, shown
+from mlx_poe.server.options import _mode
+from mlx_poe.server.wire import event, to_json
+
+
+@pytest.mark.parametrize(
+    ("read", "value"),
+    [
+        (lambda body: body.whole("x", 0, 9), True),
+        (lambda body: body.number("x", 0, 9), False),
+        (lambda body: body.number("x", 0, 9), True),
+        (lambda body: body.flag("x"), 1),
+        (lambda body: body.flag("x"), 0),
+        (lambda body: body.only("x", False), 0),
+        (lambda body: body.only("x", 1), True),
+        (lambda body: body.text("x"), True),
+    ],
+)
+def test_true_is_no_number_and_one_is_not_true(read, value):
+    with pytest.raises(ApiError, match=rf"x: .*{shown(value)}"):
+        read(Fields({"x": value}))
+
+
+def test_true_and_numbers_are_read_as_what_they_are():
+    body = Fields({"yes": True, "no": False, "one": 1, "half": 0.5})
+    assert body.flag("yes") is True and body.flag("no") is False
+    assert body.flag("absent") is False and body.flag("absent", default=True) is True
+    assert body.whole("one", 0, 9) == 1 and body.number("half", 0, 1) == 0.5
+    body.only("no", False)
+    assert [shown(value) for value in (True, False, None, 1)] == ["true", "false", "null", "1"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mode": "compose", "stages": [0, True]},
+        {"mode": "compose", "stages": [0.5]},
+        {"mode": "compose", "stages": ["0"]},
+        {"mode": "compose", "stage_weights": [1, False]},
+        {"mode": "compose", "stage_weights": [[1]]},
+        {"mode": "speculative", "draft_bits": True},
+        {"mode": "speculative", "draft_bits": 4.0},
+    ],
+)
+def test_what_is_no_number_in_a_mode_s_option_is_refused(given):
+    with pytest.raises(ApiError, match=f"{list(given)[1]}: expected"):
+        _mode(Fields(given))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mode": "compose", "stages": [0, 1], "stage_weights": [1, 0.5]},
+        {"mode": "speculative", "draft_bits": 4},
+        {"mode": "speculative", "draft_bits": "mxfp4"},
+    ],
+)
+def test_numbers_in_a_mode_s_option_are_taken(given):
+    assert _mode(Fields(given)) == given
+
+
+@pytest.mark.parametrize("text", ["naïve 日本 🎉", "\ud83c", "\u2028", "\x00"])
+def test_any_text_goes_back_as_ascii(text):
+    value: dict[str, Any] = {"text": text}
+    sent = to_json(value)
+    assert sent.isascii() and json.loads(sent) == value
+    assert event(value) == b"data: " + sent + b"\n\n" and sent.count(b"\n") == 0
