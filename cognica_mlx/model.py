@@ -68,6 +68,7 @@ class PoEModel(nn.Module):
     def __init__(self, config: PoEConfig):
         super().__init__()
         self.config = config
+        # Bounds belong to these weights, so they travel with them to every mode and command.
         self.calibration: Calibration | None = None
         # Why the calibration file beside the model cannot be used.
         self.calibration_problem: str | None = None

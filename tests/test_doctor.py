@@ -25,6 +25,7 @@ from mlx_poe.doctor import agreement, examination, hardware
 from mlx_poe.doctor.agreement import Verdict
 from mlx_poe.doctor.recorded import BITS, MODELS, read_recording, recorded_model
 from mlx_poe.doctor.report import FAILED, OK, WARNING, Line, Report
+from mlx_poe.tokenizer import Tokenizer
 
 base, tokenizer = fixture("poe-tiny")
 SOME = ("Once upon a time", "There was a child called", "In the morning", "A long time ago")
@@ -67,6 +68,23 @@ def test_answers_pass_in_every_type_on_this_machine(monkeypatch):
     lines = list(examination.answer_lines())
     assert [line.status for line in lines] == [OK] * 8
     assert all(0 < line.numbers["apart"] < 0.4 for line in lines)
+
+
+def test_a_tokenizer_that_lacks_a_merge_or_decodes_wrongly_is_found(monkeypatch):
+    assert examination.tokenizer_line().status == OK
+    encode, decode = Tokenizer.encode, Tokenizer.decode
+
+    def parted(self: Tokenizer, text: str) -> list[int]:
+        """As if no token crossed the tenth character, which is within a word."""
+        return [*encode(self, text[:10]), *encode(self, text[10:], add_special_tokens=False)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokenizer, "encode", parted)
+        line = examination.tokenizer_line()
+    assert line.status == FAILED and "report" in line.advice and "the text back" in line.value
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: decode(self, ids).lower())
+    line = examination.tokenizer_line()
+    assert line.status == FAILED and "another text" in line.value
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,6 +13,7 @@ from mlx_poe.doctor import agreement, hardware
 from mlx_poe.doctor.agreement import REPORT
 from mlx_poe.doctor.recorded import (
     BITS,
+    BUILT_IN,
     MODELS,
     difference,
     read_recording,
@@ -20,6 +21,7 @@ from mlx_poe.doctor.recorded import (
 )
 from mlx_poe.doctor.report import FAILED, OK, WARNING, Line, Report
 from mlx_poe.load import load
+from mlx_poe.verify import SAMPLE
 
 # For each type and number of bits: how far logits may be from the recorded ones to pass, how far
 # before a check fails, and the share of positions where the best token must be the same. On the CPU
@@ -38,7 +40,7 @@ def examine(model: str, progress: Progress | None = None) -> Report:
     prepare(mx.float32)
     kinds = ["float32"] if mx.default_device() == mx.cpu else ["bfloat16", "float32"]
     machine = this_machine()
-    total = 6 + len(MODELS) * len(TOLERANCES) + 9 * len(kinds)  # fewer without WAND
+    total = 7 + len(MODELS) * len(TOLERANCES) + 9 * len(kinds)  # fewer without WAND
     lines = []
     for line in _all_lines(machine, model, kinds):
         lines.append(line)
@@ -51,6 +53,7 @@ def examine(model: str, progress: Progress | None = None) -> Report:
 
 def _all_lines(machine: Machine, model: str, kinds: Sequence[str]) -> Iterator[Line]:
     yield from hardware.machine_lines(machine)
+    yield tokenizer_line()
     yield from answer_lines()
     for kind in kinds:
         loaded, tokenizer = load(model, dtype=kind)
@@ -58,6 +61,21 @@ def _all_lines(machine: Machine, model: str, kinds: Sequence[str]) -> Iterator[L
         yield from agreement.modes(loaded, tokenizer)
     loaded, tokenizer = load(model)
     yield from hardware.cost_lines(loaded, tokenizer)
+
+
+def tokenizer_line() -> Line:
+    """Check the built-in tokenizer: the recorded token ids of a text, and the text from its ids."""
+    tokenizer, recorded = load(BUILT_IN[0])[1], read_recording(BUILT_IN[0]).tokens.tolist()
+    ids = tokenizer.encode(SAMPLE)
+    same = sum(a == b for a, b in zip(ids, recorded, strict=False))
+    back = tokenizer.decode(ids[1:]) == SAMPLE
+    value = f"{same} of {len(recorded)} token ids are as recorded; " + (
+        "decoding gives the text back" if back else "decoding gives another text"
+    )
+    right = same == len(recorded) and back
+    status, advice = (OK, "") if right else (FAILED, REPORT)
+    numbers = {"tokens": len(recorded), "same": same}
+    return Line("recorded answers", "tokenizer", status, value, advice, numbers)
 
 
 def answer_lines() -> Iterator[Line]:
