@@ -442,11 +442,13 @@ def test_a_forked_worker_is_ended_by_its_pool_without_a_word():
         "        signal.pause()\n"
         "    os.kill(child, signal.SIGTERM)\n"
         "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted')\n"
     )
     result = run(command=(sys.executable, "-c", script))
-    assert result.stdout.split() == [b"-15"]
-    assert result.stderr.count(b"Traceback") == 1 and b"KeyboardInterrupt" in result.stderr
+    assert result.stdout.split() == [b"-15", b"interrupted"]
 
 
 @pytest.mark.parametrize("closed", ["0 1 2", "1", "2"])

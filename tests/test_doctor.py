@@ -103,6 +103,21 @@ def test_one_wrong_weight_is_found(name, value, monkeypatch):
     assert line.status == FAILED and "report" in line.advice
 
 
+def test_one_wrong_scale_of_a_quantized_matrix_is_found(monkeypatch):
+    def broken(name: str, dtype: str, bits: int | None) -> PoEModel:
+        model = recorded_model(name, dtype, bits)
+        if bits:
+            scales = model.h[1].mlp.c_fc.scales
+            model.h[1].mlp.c_fc.scales = scales.at[3].multiply(1.5)
+        return model
+
+    monkeypatch.setattr(examination, "MODELS", ("own heads",))
+    monkeypatch.setattr(examination, "recorded_model", broken)
+    found = {line.name: line.status for line in examination.answer_lines()}
+    assert [name for name, status in found.items() if status != OK] == ["own heads, 4 bits"]
+    assert found["own heads, 4 bits"] == FAILED
+
+
 def test_a_few_wrong_places_are_found_where_no_logit_is_far_off():
     limits = (1e-3, 1e-2, 0.99)
     found = [

@@ -30,7 +30,7 @@ TOLERANCES: dict[tuple[str, int | None], tuple[float, float, float]] = {
     ("float32", None): (1e-3, 1e-2, 0.99),
     ("bfloat16", None): (0.4, 1.0, 0.96),
     ("float16", None): (0.05, 0.2, 0.98),
-    ("float32", BITS): (0.01, 0.5, 0.97),
+    ("float32", BITS): (0.01, 0.1, 0.98),
 }
 
 
