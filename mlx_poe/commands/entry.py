@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from cognica_mlx.calibration import CalibrationWarning
@@ -79,26 +78,48 @@ def run(
         return 2 if isinstance(error, RequestError) else 1
 
 
+_ENDINGS = signal.SIGTERM, signal.SIGHUP
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that it cleans up."""
     # nohup ignores SIGHUP, and so should we.
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    owner = os.getpid()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:
-            signal.default_int_handler(number, frame)
-        # A forked worker of lm-eval's: its pool ends it with SIGTERM, so leave no traceback.
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
-    before = {number: signal.signal(number, end) for number in numbers}
+    numbers = [number for number in _ENDINGS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# A pool, of lm-eval's say, ends its forked workers with SIGTERM: they should end without a
+# traceback. The signals are held back while a process forks, so that none is lost before the child
+# has its own way with them.
+
+
+def _hold() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _taken())
+
+
+def _release() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _taken())
+
+
+def _release_child() -> None:
+    taken = _taken()
+    for number in taken:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)
+
+
+def _taken() -> list[signal.Signals]:
+    """The signals that now end a block of `interruptible`."""
+    return [n for n in _ENDINGS if signal.getsignal(n) is signal.default_int_handler]
+
+
+os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_release_child)
 
 
 def open_missing_streams() -> None:
