@@ -133,7 +133,7 @@ def test_a_terminal_session(capsys, tmp_path, monkeypatch):
         keys.send_text("\x04")
         Repl(new_chat()).run()
     printed = capsys.readouterr().out
-    assert "1 exchanges" in printed
+    assert "1 exchange, " in printed
     assert "half" not in (tmp_path / "cognica-mlx" / "chat_history").read_text()
 
 
@@ -386,7 +386,7 @@ def test_without_a_usable_history_the_chat_goes_on_and_says_so(capsys, tmp_path,
     assert len(chat.turns) == 1
     captured = capsys.readouterr()
     assert captured.err.count("input history will not be saved") == 1
-    assert "1 exchanges" in captured.out
+    assert "1 exchange, " in captured.out
 
 
 def test_a_history_that_fails_later_is_given_up(capsys, tmp_path, monkeypatch):

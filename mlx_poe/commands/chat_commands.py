@@ -22,6 +22,7 @@ from mlx_poe.paths import user_path
 from mlx_poe.responses import drafts_in_words
 
 if TYPE_CHECKING:
+    from mlx_poe.chat import Chat
     from mlx_poe.commands.chat import Repl
 
 
@@ -222,10 +223,15 @@ def _load(repl: Repl, argument: str) -> None:
     chat = repl.chat
     ready = chat.load(user_path(argument))
     again = "" if ready else "; its state cannot be used, so the next reply reruns the conversation"
-    repl.note(f"{len(chat.turns)} exchanges{again}")
+    repl.note(f"{_exchanges(chat)}{again}")
     for turn in chat.turns[-2:]:
         repl.show(f">>> {printable(turn.user)}", style="dim")
         repl.show(printable(turn.reply))
+
+
+def _exchanges(chat: Chat) -> str:
+    count = len(chat.turns)
+    return "1 exchange" if count == 1 else f"{count} exchanges"
 
 
 def _stats(repl: Repl, argument: str) -> None:
@@ -242,7 +248,7 @@ def _stats(repl: Repl, argument: str) -> None:
         if drafted := last[-1].drafted_tokens:
             kept = sum(r.from_draft for r in last)
             table.add_row("drafts", f"{kept} of {drafted} accepted: {drafts_in_words(last)}")
-    table.add_row("conversation", f"{len(chat.turns)} exchanges, {len(chat.tokens)} tokens")
+    table.add_row("conversation", f"{_exchanges(chat)}, {len(chat.tokens)} tokens")
     table.add_row("state", f"{chat.nbytes / 1e6:.1f} MB")
     repl.show(table)
 
