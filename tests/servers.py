@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# Seconds after which a server hangs, however busy the machine is.
+# Seconds after which something hangs, however busy the machine is.
 PATIENCE = 300
 COMPOSITION = ("--composition", "both=poe-tiny-chat:1,poe-tiny-math:2")
 

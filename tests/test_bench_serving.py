@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from servers import PATIENCE
 
 from cognica_mlx.bench import servers, serving
 from cognica_mlx.bench.servers import Outcome, Reply, ServerFailed, ServerProcess, closed_loop
@@ -18,8 +19,6 @@ from mlx_poe.commands import bench as command
 
 FAKE = Path(__file__).parent / "fake_server.py"
 PATH = "/v1/chat/completions"
-# Seconds after which something hangs, however busy the machine is.
-LONG = 300.0
 
 
 def fake(kind: str) -> ServerProcess:
@@ -40,7 +39,7 @@ def told_loop(
 
 def test_replies_are_counted_and_timed():
     with fake("good") as server:
-        outcome = closed_loop(server, PATH, [b"{}"] * 5, 2, LONG)
+        outcome = closed_loop(server, PATH, [b"{}"] * 5, 2, PATIENCE)
     assert len(outcome.replies) == 5
     reply = outcome.replies[0]
     assert reply.text == "Hello, you" and reply.tokens == 2 and reply.cached_tokens == 3
@@ -54,8 +53,8 @@ def test_replies_are_counted_and_timed():
     [
         ("hangs", 0.5, "hung"),
         ("trickles", 0.5, "hung"),
-        ("dies", LONG, "broke the connection"),
-        ("stumbles", LONG, "broke the connection"),
+        ("dies", PATIENCE, "broke the connection"),
+        ("stumbles", PATIENCE, "broke the connection"),
     ],
 )
 def test_a_server_that_fails_is_stopped_and_holds_nobody(kind, patience, reason):
@@ -67,7 +66,7 @@ def test_a_server_that_fails_is_stopped_and_holds_nobody(kind, patience, reason)
 
 def test_a_reset_connection_is_tried_again_and_counted():
     with fake("resets") as server:
-        reply = server.ask(PATH, b"{}", LONG)
+        reply = server.ask(PATH, b"{}", PATIENCE)
     assert reply.resets == 1 and reply.text == "Hello, you"
     assert reply.first >= servers.RETRIES[0]
 
@@ -92,7 +91,7 @@ with interruptible(), ServerProcess("fake", {fake_command("good")!r}) as server:
     child = int(bench.stdout.readline())
     os.kill(child, 0)  # it is there
     bench.send_signal(signal.SIGTERM)
-    bench.communicate(timeout=LONG)
+    bench.communicate(timeout=PATIENCE)
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 
@@ -109,7 +108,7 @@ def compared(theirs: str) -> dict[str, serving.Figure]:
     def loop(server, path, requests, clients, patience):
         assert patience >= serving.LEAST_PATIENCE
         hangs = server is peer and theirs == "hangs" and clients > 1
-        return told_loop(server, path, requests, clients, 0.5 if hangs else LONG)
+        return told_loop(server, path, requests, clients, 0.5 if hangs else PATIENCE)
 
     with (
         pytest.MonkeyPatch.context() as patch,

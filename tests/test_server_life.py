@@ -157,7 +157,7 @@ def test_a_reader_who_takes_no_more_is_dropped(monkeypatch, leaves):
         return {"type": "http.disconnect"}
 
     stream = serving.EventStream(run)  # type: ignore[arg-type]
-    asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), 300))
+    asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), PATIENCE))
     assert run.closed and sent == 50
 
 
