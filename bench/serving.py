@@ -104,9 +104,13 @@ def our_command(model: str, *flags: str) -> list[str]:
     return [*command, "--max-sequences", str(max(CLIENTS)), *flags]
 
 
+# Importing cognica_mlx gives mlx-lm's server the same BLAS as ours.
+_THEIRS = "import cognica_mlx, runpy; runpy.run_module('mlx_lm', run_name='__main__')"
+
+
 def their_command(folder: str) -> list[str]:
     """The command line of mlx-lm's server, without a log line for every request."""
-    command = [sys.executable, "-m", "mlx_lm", "server", "--model", folder]
+    command = [sys.executable, "-c", _THEIRS, "server", "--model", folder]
     return [*command, "--trust-remote-code", "--log-level", "WARNING"]
 
 

@@ -1,5 +1,9 @@
 """The engine, on token ids: model, cache, state, sampling and decoding modes."""
 
+from cognica_mlx import blas
+
+blas.open_fast()  # before MLX looks for one
+
 try:
     import mlx.core  # noqa: F401
 except ImportError as error:

@@ -6,6 +6,7 @@ import os
 
 import mlx.core as mx
 
+from cognica_mlx import blas
 from cognica_mlx.model import PoEModel
 
 
@@ -16,7 +17,10 @@ def prepare(dtype: mx.Dtype) -> None:
       verification would differ: turned off for a float32 model
     - cuDNN's attention mistakes views of some cache buffers for the whole buffer and reads wrong
       rows: turned off
+
+    Raises RequestError if the user chose a BLAS that cannot be used (see `blas`).
     """
+    blas.check()
     if mx.default_device() == mx.cpu:
         return
     if dtype == mx.float32:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import mlx.core as mx
 import mlx.nn as nn
 
+from cognica_mlx import blas
+
 # How to pass a few rows to OpenBLAS, if MLX's CPU back end uses it: see `Linear`.
-ON_OPENBLAS = hasattr(ctypes.CDLL(None), "openblas_get_config")
+ON_OPENBLAS = blas.is_openblas()
 COLUMNS, FULL_ROWS, BLOCK = 3, 16, 4096
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from cognica_mlx import whole_file
+from cognica_mlx import blas, whole_file
 from cognica_mlx.costs import Costs, bytes_read, measure, measure_drafter
 from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.speculative import Speculative
@@ -34,7 +34,7 @@ def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
     call measures them, for about two seconds.
 
     They are cached in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache), by shapes,
-    types, device, MLX version and preloaded libraries.
+    types, device, MLX version and BLAS.
     """
     try:
         costs = _remembered(_fingerprint(model), lambda: measure(model, seconds=MEASURE_SECONDS))
@@ -92,8 +92,7 @@ def _fingerprint(model: PoEModel, *more: str) -> str:
         *map(str, (model.config, [(stage.source, stage.rank) for stage in model.stages])),
         *map(str, (version("mlx"), mx.default_device())),
         *(f"{key} {device[key]}" for key in _DEVICE_KEYS if key in device),
-        os.environ.get("LD_PRELOAD", ""),
-        os.environ.get("OPENBLAS_NUM_THREADS", ""),
+        blas.in_use(),
         *more,
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

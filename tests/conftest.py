@@ -1,7 +1,14 @@
 """What the tests share: the fixture models, loaded once in float32."""
+# ruff: noqa: I001
+
+import os
+
+# Pytest starts a worker for each core. Child processes inherit this.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import cognica_mlx  # noqa: F401  before MLX: it opens a fast BLAS
 
 import atexit
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator

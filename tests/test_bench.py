@@ -394,4 +394,4 @@ def test_drawing_without_matplotlib_says_what_to_install(monkeypatch, capsys):
 def test_every_shape_has_a_help_entry(capsys):
     assert command.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(shape in out for shape in SHAPES) and "LD_PRELOAD" in out
+    assert all(shape in out for shape in SHAPES)

@@ -153,9 +153,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    # Not with a BLAS preloaded: the browser's processes crash with it.
-    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    driver = Chrome(options=options, service=ChromeService(DRIVER, env=env))
+    driver = Chrome(options=options, service=ChromeService(DRIVER))
     yield driver
     driver.quit()
 

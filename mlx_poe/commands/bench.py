@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from cognica_mlx import whole_file
+from cognica_mlx import blas, whole_file
 from cognica_mlx.bench import figures
 from cognica_mlx.bench.batch import batches
 from cognica_mlx.bench.constrained import constrained
@@ -73,10 +73,7 @@ EXAMPLES = """\
   mlx_poe.bench --only drafts --model poe-tiny-chat    # drafters rounded to 2 to 8 bits
   mlx_poe.bench --only drafts --shape 1.3b --agreement 0.88
   mpirun -n 2 mlx_poe.bench --shape 1.3b --only machines --split stages --prompt-tokens 2048
-  mlx_poe.bench --compare old.json
-
-On Linux without a GPU, MLX comes with a slow BLAS, which makes the figures meaningless. Install
-OpenBLAS (Debian: libopenblas0-pthread) and run with LD_PRELOAD=libopenblas.so.0."""
+  mlx_poe.bench --compare old.json"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -170,10 +167,10 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         text = args.compare.read_text(encoding="utf-8", errors="replace")
         old = read(text, str(args.compare))
     remarks = []
-    if mx.default_device() == mx.cpu and slow_blas():
+    if mx.default_device() == mx.cpu and (blas.advice or slow_blas()):
         remarks.append(
             "warning: this BLAS is slow, and a batch of rows costs as much as the rows one by "
-            "one: the figures mean little. Preload OpenBLAS (mlx_poe.bench --help says how)"
+            f"one: the figures mean little. {blas.advice or blas.REMEDY}"
         )
         print(f"mlx_poe.bench: {remarks[0]}", file=sys.stderr)
     with progress_bars() as progress:

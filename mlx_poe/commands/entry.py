@@ -17,6 +17,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cognica_mlx import blas
 from cognica_mlx.calibration import CalibrationWarning
 from cognica_mlx.errors import PoEError, RequestError
 
@@ -56,7 +57,9 @@ def run(
     try:
         with _warnings_as_lines(parser.prog):
             try:
-                status = command(parser.parse_args(argv))
+                args = parser.parse_args(argv)
+                blas.check()
+                status = command(args)
             except SystemExit as done:
                 status = int(done.code or 0)
         sys.stdout.flush()

@@ -52,8 +52,7 @@ Then: poe-chat --specialist mine=my-math
 
 The data folder holds train.jsonl, valid.jsonl and, for --test, test.jsonl; a row is
 {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, or
-{"prompt": "…", "completion": "…"}, or {"text": "…"}. The loss counts what the assistant says.
-On Linux without a GPU, run with LD_PRELOAD=libopenblas.so.0 (Debian: libopenblas0-pthread)."""
+{"prompt": "…", "completion": "…"}, or {"text": "…"}. The loss counts what the assistant says."""
 
 _DEFAULTS = TrainingSettings(data="…")
 

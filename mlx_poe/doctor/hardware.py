@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-from pathlib import Path
-
 import mlx.core as mx
 
+from cognica_mlx import blas
 from cognica_mlx.bench.machine import Machine, slow_blas
 from cognica_mlx.costs import Costs, measure
 from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions, make_mode
@@ -43,30 +39,14 @@ def blas_line() -> Line:
     """The BLAS in use, and whether a batch of rows pays with it."""
     if mx.default_device() != mx.cpu:
         return Line("machine", "BLAS", OK, "not used: products run on the GPU")
-    name = blas_in_use()
+    if blas.advice:
+        return Line("machine", "BLAS", WARNING, blas.in_use(), blas.advice)
     # A single slow result may be chance, if something else is running.
     if not all(slow_blas() for _ in range(TRIALS)):
-        return Line("machine", "BLAS", OK, name)
-    advice = (
-        "install OpenBLAS (Debian: libopenblas0-pthread) and run with "
-        "LD_PRELOAD=libopenblas.so.0; with this BLAS everything is slow, and drafts do not pay"
-    )
-    value = f"{name}; eight rows cost about as much as eight single ones"
+        return Line("machine", "BLAS", OK, blas.in_use())
+    advice = "with this BLAS everything is slow, and drafts do not pay; " + blas.REMEDY
+    value = f"{blas.in_use()}; eight rows cost about as much as eight single ones"
     return Line("machine", "BLAS", WARNING, value, advice)
-
-
-def blas_in_use() -> str:
-    """The BLAS that MLX calls on the CPU; a preloaded one takes precedence over its own."""
-    if platform.system() == "Darwin":
-        return "Accelerate"
-    maps = Path("/proc/self/maps")
-    paths = re.findall(r"/\S+", maps.read_text()) if maps.is_file() else []
-    names = dict.fromkeys(Path(path).name for path in paths if "blas" in Path(path).name.lower())
-    # NumPy loads its own.
-    loaded = [name for name in names if not name.startswith("libscipy_")]
-    preloaded = Path(os.environ.get("LD_PRELOAD", "").partition(":")[0]).name.partition(".")[0]
-    loaded.sort(key=lambda name: not (preloaded and name.startswith(preloaded)))
-    return loaded[0] if loaded else "unknown"
 
 
 def cost_lines(model: PoEModel, tokenizer: Tokenizer) -> list[Line]:
