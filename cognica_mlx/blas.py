@@ -47,13 +47,19 @@ class _Library:
     def address(self, name: str) -> int:
         return ctypes.cast(self[name], ctypes.c_void_p).value or 0
 
-    def path(self) -> str:
-        """The file that its products come from, or ""."""
+    def says(self, name: str) -> str:
+        """The text that a function returns."""
+        function = self[name]
+        function.restype = ctypes.c_char_p
+        return (function() or b"").decode()
+
+    def file(self) -> str:
+        """The name of the file that its products come from, or ""."""
         where = _Where()
         address = ctypes.c_void_p(self.address(PRODUCTS[0]))
         if not ctypes.CDLL(None).dladdr(address, ctypes.byref(where)) or not where.file:
             return ""
-        return str(Path(os.fsdecode(where.file)).resolve())
+        return Path(os.fsdecode(where.file)).name
 
 
 class _Where(ctypes.Structure):
@@ -94,7 +100,7 @@ def open_fast() -> None:
             "import mlx_poe or cognica_mlx before mlx"
         )
     else:
-        paths = [chosen] if chosen else [_packaged(), SYSTEM]
+        paths = [chosen] if chosen else [packaged(), SYSTEM]
         _library = next((library for path in paths if (library := _open_for_all(path))), None)
         if _library is None and not _wrong:
             advice = f"MLX multiplies with the slow BLAS of its wheel: {REMEDY}"
@@ -112,17 +118,20 @@ def is_openblas() -> bool:
 
 
 def in_use() -> str:
-    """The library that MLX multiplies with on the CPU: its path, and what OpenBLAS says of itself.
-    "unknown" if it cannot be found."""
+    """The library that MLX multiplies with on the CPU, by its file's name, with OpenBLAS's version,
+    processor and threads. "unknown" if it cannot be found."""
     if sys.platform == "darwin":
         return "Accelerate"
     library = _library or _mlx_own()
-    path = library.path() if library else ""
+    name = library.file() if library else ""
     if library is None or not is_openblas():
-        return path or "unknown"
-    config, threads = library["openblas_get_config"], library["openblas_get_num_threads"]()
-    config.restype = ctypes.c_char_p
-    return f"{path} ({config().decode()}, threads in use: {threads})"
+        return name or "unknown"
+    version, core = (
+        library.says("openblas_get_config").split()[1],
+        library.says("openblas_get_corename"),
+    )
+    threads = library["openblas_get_num_threads"]()
+    return f"{name} (OpenBLAS {version}, {core}, threads: {threads})"
 
 
 def _open_for_all(path: str) -> _Library | None:
@@ -149,7 +158,7 @@ def _opened(path: str) -> _Library | None:
     return next((one for one in libraries if all(map(one.has, PRODUCTS))), None)
 
 
-def _packaged() -> str:
+def packaged() -> str:
     """The path of the package's library, or ""."""
     try:
         return str(distribution(PACKAGE).locate_file(IN_PACKAGE))

@@ -1,17 +1,17 @@
 """Other names for functions of a shared library, for everything that is loaded later (Linux).
 
 The loader finds a function by its name, and cannot be told another one. So this makes the smallest
-library that it accepts, in memory: a table of names with the addresses of functions that are
-loaded already. Formats: ELF-64, System V gABI, chapters 4 and 5.
+library that it accepts: a table of names with the addresses of functions that are loaded already.
+Formats: ELF-64, System V gABI, chapters 4 and 5.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import struct
 from collections.abc import Mapping
+from tempfile import NamedTemporaryFile
 
 MACHINES = {"x86_64": 62, "aarch64": 183}
 LOAD, DYNAMIC, STACK = 1, 2, 0x6474E551
@@ -25,18 +25,15 @@ PAGE = 0x1000
 def name_for_all(addresses: Mapping[str, int]) -> ctypes.CDLL:
     """Give the functions at `addresses` global names. They must stay loaded.
 
-    Raises OSError if this system does not load libraries from memory.
+    Raises OSError if no temporary file can be written or loaded.
     """
-    file = os.memfd_create("names")
-    try:
-        with open(file, "wb", closefd=False) as out:
-            out.write(_library(addresses))
-        return ctypes.CDLL(f"/proc/self/fd/{file}", mode=ctypes.RTLD_GLOBAL)
-    finally:
-        os.close(file)
+    with NamedTemporaryFile(suffix=".so") as file:
+        file.write(library_of_names(addresses))
+        file.flush()
+        return ctypes.CDLL(file.name, mode=ctypes.RTLD_GLOBAL)
 
 
-def _library(addresses: Mapping[str, int]) -> bytes:
+def library_of_names(addresses: Mapping[str, int]) -> bytes:
     """A shared library that consists of a symbol table: every symbol's value is an address in this
     process, not in the library."""
     strings, symbols = b"\0", bytes(24)  # the first symbol stands for none
