@@ -107,7 +107,8 @@ def test_without_the_package_the_systems_library_is_next_and_then_the_remedy(lac
     """Either way: the package is not installed, or the system has no room for the names."""
     before = (
         "import importlib.metadata, tempfile\n"
-        "def missing(*_, **__): raise (importlib.metadata.PackageNotFoundError if %r else OSError)\n"
+        "error = importlib.metadata.PackageNotFoundError if %r else OSError\n"
+        "def missing(*_, **__): raise error\n"
         "%s\n"
         "import ctypes; whole = ctypes.CDLL\n"
         "tried = []\n"
