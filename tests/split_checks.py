@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import cognica_mlx  # noqa: F401, I001  before MLX: it opens a fast BLAS
 import mlx.core as mx
 from conftest import FIXTURES, fixture
 

@@ -23,9 +23,9 @@ from mlx_poe import load
 COMMITS = {"main": "a1" * 20, "v0": "b2" * 20}
 LOADER = """
 import json, sys
-import mlx.core as mx
-from cognica_mlx.errors import PoEError
 from mlx_poe import load
+from cognica_mlx.errors import PoEError
+import mlx.core as mx
 for options in json.loads(sys.argv[1]):
     try:
         model, _ = load(options.pop("name"), dtype="float32", **options)
