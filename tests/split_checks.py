@@ -4,6 +4,8 @@ Every rank writes its checks to its own file in the folder given first, one line
 what went wrong, if anything. Not to stdout: launchers mix up the lines of several ranks.
 """
 
+# ruff: noqa: I001
+
 import gc
 import json
 import os
@@ -14,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import cognica_mlx  # noqa: F401, I001  before MLX: it opens a fast BLAS
+import cognica_mlx  # noqa: F401  before MLX: it opens a fast BLAS
 import mlx.core as mx
 from conftest import FIXTURES, fixture
 
