@@ -6,11 +6,7 @@ holds a lock on it, so that a later run can recognize and remove what a dead pro
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +14,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.whole_file import PARTIAL, leftovers, lock, locked_new
 
+_OLD = ".old"
 # What a replaceable model folder may contain: only files that are not a user's only copy.
 _REPLACEABLE = (
     *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"),
@@ -77,7 +75,7 @@ def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
                 "make room, or choose another place"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked_folder(target) as partial:
+        with locked_new(target, Path.mkdir) as partial:
             old = partial.with_suffix(_OLD)
             try:
                 yield partial
@@ -105,64 +103,15 @@ def remove_leftovers(target: Path) -> None:
     Folders of a run that may still be alive are left alone.
     """
     target = _resolved(target)
-    if not target.parent.is_dir():
-        return
-    name = re.compile(rf"{re.escape(_prefix(target))}[0-9a-f]{{8}}(\{_PARTIAL}|\{_OLD})")
-    left = [entry for entry in target.parent.iterdir() if name.fullmatch(entry.name)]
-    for partial in {entry.with_suffix(_PARTIAL) for entry in left}:
+    # An old folder may be all that is left, if its run was killed between the renames.
+    moved = {old.with_suffix(PARTIAL) for old in leftovers(target, ending=_OLD)}
+    for partial in moved.union(leftovers(target)):
         old = partial.with_suffix(_OLD)
-        with suppress(OSError), _lock(partial, wait=False):
+        with suppress(OSError), lock(partial, wait=False):
             if old.exists() and not target.exists():
                 old.rename(target)
             shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(partial, ignore_errors=True)
-
-
-_PARTIAL, _OLD = ".partial", ".old"
-
-
-def _prefix(target: Path) -> str:
-    """The prefix of hidden folders for `target`; a hash replaces a very long name."""
-    name = target.name
-    if len(os.fsencode(name)) > 200:
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return f".{name}."
-
-
-@contextmanager
-def _locked_folder(target: Path) -> Iterator[Path]:
-    """A new hidden folder beside `target`, locked while the block runs."""
-    while True:
-        partial = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}{_PARTIAL}")
-        partial.mkdir()
-        with _lock(partial, wait=True):
-            # Another run may have cleaned it up before it was locked.
-            if partial.exists():
-                yield partial
-                return
-
-
-@contextmanager
-def _lock(folder: Path, wait: bool) -> Iterator[None]:
-    """Hold the lock on a folder for the block; it ends with the process at the latest.
-
-    With `wait`, wait for the lock, and go on without it if the file system does not support locks.
-    Otherwise raise OSError unless the lock is free. A folder that does not exist needs no lock.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        yield
-        return
-    try:
-        if wait:
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _resolved(path: Path) -> Path:

@@ -13,7 +13,8 @@ from conftest import FIXTURES
 from converting import convert, entries
 
 from cognica_mlx.convert import safetensors_files
-from cognica_mlx.convert.whole_folder import _locked_folder, new_folder
+from cognica_mlx.convert.whole_folder import new_folder
+from cognica_mlx.whole_file import locked_new
 from mlx_poe import load
 from mlx_poe.commands.convert import main
 
@@ -190,7 +191,7 @@ def test_a_folder_removed_before_it_was_locked_is_made_again(tmp_path, monkeypat
             self.rmdir()
 
     monkeypatch.setattr(Path, "mkdir", removed)
-    with _locked_folder(tmp_path / "out") as folder:
+    with locked_new(tmp_path / "out", Path.mkdir) as folder:
         assert folder.is_dir() and folder != made[0]
 
 

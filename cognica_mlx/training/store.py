@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,43 +95,60 @@ def write_store(
     """Run the base over `texts` and write the last stage's input to an existing folder.
 
     `progress` is called with the number of positions of every batch done. Raises CheckpointError
-    if an activation is not finite.
+    if an activation is not finite, OSError if the disk is full.
     """
-    positions, width = sum(map(len, texts)), model.config.n_embd
-    shapes = dict.fromkeys(PARTS, (positions, width))
-    arrays: dict[str, np.ndarray] = {}
-    for name, shape in shapes.items():
-        arrays[name] = _create(folder / f"{name}.npy", _NUMPY[bits], shape)
-        scales = (positions, groups(width))
-        arrays[f"{name}.scales"] = _create(folder / f"{name}.scales.npy", np.float32, scales)
-    starts = _starts(texts)
-    longest = max(map(len, texts))
-    for batch in Batches(texts, max(CHUNK // longest, 1), seed=0).in_order():
-        hidden = below(model, mx.array(batch.tokens))
-        encoded = {name: encode(getattr(hidden, name), bits) for name in PARTS}
-        mx.eval(encoded)
-        there = [(row, i) for row, i in enumerate(batch.which) if i >= 0]
-        for name, (integers, scales_of) in encoded.items():
-            both = ((name, np.array(integers)), (f"{name}.scales", np.array(scales_of)))
-            for key, values in both:
-                for row, i in there:
-                    part = values[row, : len(texts[i])]
-                    if part.dtype == np.float32 and not np.isfinite(part).all():
-                        raise CheckpointError(
-                            "the base's activations contain a value that is not finite: are its "
-                            "weights damaged?"
-                        )
-                    arrays[key][starts[i] : starts[i] + len(texts[i])] = part
-        if progress:
-            progress(sum(len(texts[i]) for _, i in there))
-    for array in arrays.values():
-        array.flush()  # type: ignore[attr-defined]
+    width, starts = model.config.n_embd, _starts(texts)
+    positions, longest = int(starts[-1]), max(map(len, texts))
+    with ExitStack() as opened:
+        files: dict[str, _Rows] = {}
+        for name in PARTS:
+            for key, kind, count in (
+                (name, _NUMPY[bits], width),
+                (f"{name}.scales", np.float32, groups(width)),
+            ):
+                rows = _Rows(folder / f"{key}.npy", kind, (positions, count))
+                files[key] = opened.enter_context(rows)
+        for batch in Batches(texts, max(CHUNK // longest, 1), seed=0).in_order():
+            hidden = below(model, mx.array(batch.tokens))
+            encoded = {name: encode(getattr(hidden, name), bits) for name in PARTS}
+            mx.eval(encoded)
+            there = [(row, i) for row, i in enumerate(batch.which) if i >= 0]
+            for name, (integers, scales_of) in encoded.items():
+                both = ((name, np.array(integers)), (f"{name}.scales", np.array(scales_of)))
+                for key, values in both:
+                    for row, i in there:
+                        part = values[row, : len(texts[i])]
+                        if part.dtype == np.float32 and not np.isfinite(part).all():
+                            raise CheckpointError(
+                                "the base's activations contain a value that is not finite: are "
+                                "its weights damaged?"
+                            )
+                        files[key].write(starts[i], part)
+            if progress:
+                progress(sum(len(texts[i]) for _, i in there))
     description = {"positions": positions, "n_embd": width, "bits": bits}
     (folder / DESCRIPTION).write_text(json.dumps(description) + "\n", encoding="utf-8")
 
 
-def _create(path: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+class _Rows:
+    """A .npy file of `shape`, to be filled in any order. It is written rather than mapped: on a
+    full disk, writing to a map kills the process."""
+
+    def __init__(self, path: Path, kind: Any, shape: tuple[int, ...]):
+        self._file = path.open("xb")
+        fields = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, fields)
+        self._start, self._stride = self._file.tell(), np.dtype(kind).itemsize * shape[1]
+
+    def __enter__(self) -> _Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, row: int, values: np.ndarray) -> None:
+        self._file.seek(self._start + int(row) * self._stride)
+        self._file.write(np.ascontiguousarray(values))
 
 
 def _starts(texts: Sequence[Text]) -> np.ndarray:

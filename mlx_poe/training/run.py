@@ -38,7 +38,13 @@ from mlx_poe.training.data import Split, fingerprint, read_split
 from mlx_poe.training.delta import Delta
 from mlx_poe.training.reporter import InterruptedTraining, Reporter
 from mlx_poe.training.settings import TrainingSettings, resumed
-from mlx_poe.training.store_folders import Store, base_fingerprint, check_room, store_for
+from mlx_poe.training.store_folders import (
+    Store,
+    base_fingerprint,
+    check_room,
+    remove_unfinished,
+    store_for,
+)
 
 
 @dataclass(frozen=True)
@@ -217,8 +223,11 @@ class _Run:
             live = LiveBase(model)
             return live, live
         stores = [self._store(split, parent) for split in (self.train_split, self.valid_split)]
-        needed = check_room(stores)
         where = stores[0].folder.parent
+        remove_unfinished(where)
+        for store in stores:
+            store.wait(self.reporter.note)
+        needed = check_room(stores)
         if needed:
             self.reporter.note(f"the base's activations take {size(needed)} in {where}")
         else:

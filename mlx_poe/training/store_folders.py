@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.convert.checkpoint import Checkpoint
-from cognica_mlx.convert.whole_folder import new_folder
-from cognica_mlx.errors import CheckpointError
+from cognica_mlx.convert.whole_folder import new_folder, remove_leftovers
+from cognica_mlx.errors import CheckpointError, PoEError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.training.store import (
     DESCRIPTION,
@@ -27,9 +28,11 @@ from cognica_mlx.training.store import (
     write_store,
 )
 from cognica_mlx.training.texts import Text
+from cognica_mlx.whole_file import PARTIAL, leftovers, lock
 from mlx_poe.machine import cache_folder
 from mlx_poe.training.data import fingerprint
 
+_UNFINISHED = re.compile(rf"\.([0-9a-f]{{20}})\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 HEADERS = 4096  # more than the arrays' headers and the description take
 
 
@@ -68,10 +71,31 @@ class Store:
         """Its size on disk in bytes."""
         return store_bytes(self.texts, self.width, self.bits) + HEADERS
 
+    def wait(self, note: Callable[[str], None]) -> None:
+        """Wait for other processes that are making it."""
+        for partial in leftovers(self.folder):
+            try:
+                with lock(partial, wait=False):
+                    continue
+            except OSError:
+                note("another run is reading the same texts: waiting for its activations")
+            with lock(partial, wait=True):
+                pass
+
     def make(self, model: PoEModel, progress: Callable[[int], None]) -> None:
-        """Run the base below the last stage of `model` over the texts, and keep the result."""
-        with new_folder(self.folder, self.nbytes, overwrite=False) as folder:
-            write_store(folder, model, self.texts, self.bits, progress)
+        """Run the base below the last stage of `model` over the texts, and keep the result.
+
+        Another process may make it at the same time: whichever ends first has made it. Raises
+        CheckpointError if it cannot be written.
+        """
+        if self.folder.exists() and not self.exists:
+            raise CheckpointError(f"{self.folder} lacks {DESCRIPTION}: delete it, to have it made")
+        try:
+            with new_folder(self.folder, self.nbytes, overwrite=False) as folder:
+                write_store(folder, model, self.texts, self.bits, progress)
+        except PoEError:
+            if not self.exists:
+                raise
 
     def open(self) -> StoredActivations:
         """Its activations. CheckpointError if it is damaged."""
@@ -112,6 +136,13 @@ def store_for(
     }
     name = hashlib.blake2b(json.dumps(key).encode(), digest_size=10).hexdigest()
     return Store(parent / name, texts, width, bits, dtype)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what killed runs left in a folder of stores, whatever their texts were."""
+    for partial in parent.glob(f".*{PARTIAL}"):
+        if name := _UNFINISHED.fullmatch(partial.name):
+            remove_leftovers(parent / name[1])
 
 
 def check_room(stores: Sequence[Store]) -> int:
