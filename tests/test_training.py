@@ -431,7 +431,8 @@ def test_a_stored_value_is_within_half_a_step(seed, bits, width):
     group = 64 if width % 64 == 0 else width
     most = mx.abs(values.reshape(3, 5, -1, group)).max(axis=-1, keepdims=True)
     error = mx.abs(back - values).reshape(3, 5, -1, group)
-    assert bool((error <= most * (0.501 / (2 ** (bits - 1) - 1)) + 1e-30).all())
+    # 32767 times a float32 scale is off by a few thousandths of a step.
+    assert bool((error <= most * (0.51 / (2 ** (bits - 1) - 1)) + 1e-30).all())
     assert mx.array_equal(
         decode(*encode(mx.zeros((1, width)), bits), mx.float32), mx.zeros((1, width))
     )

@@ -39,8 +39,12 @@ def save_training(path: Path, state: Training, settings: dict[str, Any]) -> None
             mx.save_safetensors(str(temporary), arrays, {"training": json.dumps(content)})
             with safe_open(temporary, framework="np"):
                 pass  # a full disk may leave a short file without an error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written: {one_line(error)}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be written; is the disk full? ({one_line(error)})"
+        ) from None
 
 
 def read_training(path: Path) -> tuple[Training, dict[str, Any]]:

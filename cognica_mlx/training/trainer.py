@@ -130,33 +130,38 @@ class Trainer:
         )
         if state.gradients:
             gradients = {k: g + state.gradients[k] for k, g in gradients.items()}
-        iteration, counted = state.iteration + 1, state.counted + batch.counted
-        parameters, optimizer, size = state.parameters, state.optimizer, mx.array(0.0)
-        if iteration % self.accumulation == 0 or iteration == self.iterations:
-            mean = {k: g / max(counted, 1) for k, g in gradients.items()}
-            parameters, optimizer, size = self.optimizer.update(
-                parameters, mean, optimizer, self.rate(state.iteration)
-            )
-            gradients, counted = {}, 0
-        # Row-major, as in a checkpoint: sums depend on the order in memory.
-        parameters, optimizer, gradients = (
-            {name: mx.contiguous(array) for name, array in arrays.items()}
-            for arrays in (parameters, optimizer, gradients)
-        )
-        mx.eval(loss, size, parameters, optimizer, gradients)
-        for what, value in (("loss", float(loss)), ("gradient", float(size))):
-            if not math.isfinite(value):
-                raise DivergedError(f"the {what} of iteration {iteration} is not a finite number")
-        return replace(
+        state = replace(
             state,
-            iteration=iteration,
-            parameters=parameters,
-            optimizer=optimizer,
+            iteration=state.iteration + 1,
             gradients=gradients,
-            counted=counted,
-            loss=state.loss + float(loss),
-            loss_tokens=state.loss_tokens + batch.counted,
+            counted=state.counted + batch.counted,
         )
+        size = mx.array(0.0)
+        if state.iteration % self.accumulation == 0:
+            state, size = self._updated(state)
+        state = _evaluated(state, loss=loss, gradient=size)
+        return replace(
+            state, loss=state.loss + float(loss), loss_tokens=state.loss_tokens + batch.counted
+        )
+
+    def finish(self, state: Training) -> Training:
+        """The state with an update by the gradients that still wait for one, when training ends.
+
+        Raises DivergedError if the gradient is not finite.
+        """
+        if not state.gradients:
+            return state
+        state, size = self._updated(state)
+        return _evaluated(state, gradient=size)
+
+    def _updated(self, state: Training) -> tuple[Training, mx.array]:
+        """The state after an update, and the gradient's norm; not evaluated yet."""
+        mean = {k: g / max(state.counted, 1) for k, g in state.gradients.items()}
+        parameters, optimizer, size = self.optimizer.update(
+            state.parameters, mean, state.optimizer, self.rate(state.iteration - 1)
+        )
+        changes = {"parameters": parameters, "optimizer": optimizer, "gradients": {}, "counted": 0}
+        return replace(state, **changes), size
 
     def saved(self, parameters: Parameters) -> Parameters:
         """The parameters in the form in which they are saved."""
@@ -207,6 +212,20 @@ class Trainer:
             loss=0.0,
             loss_tokens=0,
         )
+
+
+def _evaluated(state: Training, **finite: mx.array) -> Training:
+    """The state, evaluated. DivergedError names any of `finite` that is not."""
+    # Row-major, as in a checkpoint: sums depend on the order in memory.
+    arrays = {
+        kind: {name: mx.contiguous(array) for name, array in getattr(state, kind).items()}
+        for kind in ("parameters", "optimizer", "gradients")
+    }
+    mx.eval(finite, arrays)
+    for what, value in finite.items():
+        if not math.isfinite(float(value)):
+            raise DivergedError(f"the {what} of iteration {state.iteration} is not a finite number")
+    return replace(state, **arrays)
 
 
 def _nbytes(arrays: dict[str, mx.array]) -> int:

@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from cognica_mlx.convert.conversion import reference_to
 from cognica_mlx.convert.stored import DTYPES
 from cognica_mlx.convert.whole_folder import check_target
 from cognica_mlx.device import prepare
-from cognica_mlx.errors import CheckpointError, PoEError, RequestError
+from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.training.checkpoint import fitted, read_training, save_training
 from cognica_mlx.training.optimizer import MuonAdamW
@@ -93,8 +93,9 @@ def train(
     """Train a specialist and write its folder, with the weights of the lowest validation loss.
 
     Every `save_every` iterations, and on an interrupt, the checkpoint next to `output` is
-    rewritten; with `resume`, training continues from it as if it had never stopped. `overwrite`
-    replaces an existing folder and drops an existing checkpoint.
+    rewritten; with `resume`, training continues from it as if it had never stopped. The checkpoint
+    is removed once the folder is whole. `overwrite` replaces an existing folder and, without
+    `resume`, drops an existing checkpoint.
 
     Raises RequestError for invalid settings, data or output, CheckpointError for damaged files or
     a full disk, DivergedError if the loss is not finite, and InterruptedTraining on Ctrl-C.
@@ -280,9 +281,12 @@ class _Run:
                 )
 
     def save(self, state: Training) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint. If it cannot be written, CheckpointError says what is kept."""
         saved = {"settings": self.settings.to_dict(), "identity": self.identity}
-        save_training(checkpoint_file(self.output), state, saved)
+        try:
+            save_training(checkpoint_file(self.output), state, saved)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {self._kept()}") from None
 
     def train(self, state: Training) -> Result:
         """Run the remaining iterations, then write the folder."""
@@ -298,17 +302,22 @@ class _Run:
                 while state.iteration < self.settings.iters:
                     positions += self._positions(state.iteration)
                     state = self._next(state)
+                state = self.trainer.finish(state)
+                # Not yet, if the run was interrupted here and is told to stop here.
+                if state.curve[-1].iteration < state.iteration:
+                    state = self._evaluate(state)
+                seconds = time.perf_counter() - started
+                self._conclude(state)
             except KeyboardInterrupt:
                 self.save(state)
                 raise InterruptedTraining(state.iteration) from None
             except DivergedError as error:
-                raise DivergedError(f"{error}: {self._last_good(state)}") from None
-        seconds = time.perf_counter() - started
-        try:
-            self._write(state)
-        except (PoEError, OSError):
-            self.save(state)  # otherwise all training would be lost
-            raise
+                remedy = "a lower --learning-rate may help"
+                raise DivergedError(f"{error}: {self._kept()}; {remedy}") from None
+            except Exception:  # a disk that is full, memory that is short
+                self.save(state)
+                self.reporter.note(self._kept())
+                raise
         rate = positions / seconds if state.iteration > first else 0.0
         return Result(
             curve=state.curve,
@@ -323,12 +332,12 @@ class _Run:
     def _next(self, state: Training) -> Training:
         settings = self.settings
         state = self.trainer.step(state)
-        last = state.iteration == settings.iters
         self.reporter.advance(1, f"loss {state.loss / max(state.loss_tokens, 1):.4f}")
-        if last or state.iteration % settings.steps_per_eval == 0:
-            state = self._evaluate(state)
-        if not last and state.iteration % settings.save_every == 0:
-            self.save(state)
+        if state.iteration < settings.iters:
+            if state.iteration % settings.steps_per_eval == 0:
+                state = self._evaluate(state)
+            if state.iteration % settings.save_every == 0:
+                self.save(state)
         return state
 
     def _evaluate(self, state: Training) -> Training:
@@ -340,16 +349,18 @@ class _Run:
     def _positions(self, iteration: int) -> int:
         return sum(len(self.batches.texts[i]) for i in self.batches.texts_at(iteration))
 
-    def _last_good(self, state: Training) -> str:
+    def _kept(self) -> str:
         file = checkpoint_file(self.output)
-        remedy = "a lower --learning-rate may help"
         if not file.is_file():
-            return f"there was no checkpoint yet; {remedy}"
+            return "there was no checkpoint yet"
         kept, _ = read_training(file)
-        return (
-            f"the checkpoint of iteration {kept.iteration} is kept; continue it with --resume; "
-            f"{remedy}"
-        )
+        return f"the checkpoint of iteration {kept.iteration} is kept; continue it with --resume"
+
+    def _conclude(self, state: Training) -> None:
+        """Write the folder. Until it is whole, the checkpoint holds everything."""
+        with suppress(CheckpointError):  # there may be room for the folder, which is smaller
+            self.save(state)
+        self._write(state)
 
     def _write(self, state: Training) -> None:
         settings, source = self.settings, self.checkpoint.source
