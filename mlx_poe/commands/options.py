@@ -38,7 +38,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         "--model",
         metavar="MODEL",
         default=DEFAULT_MODEL,
-        help="folder, hub id, or built-in poe-tiny, poe-tiny-chat … (default: %(default)s)",
+        help=f"folder, hub id, or built-in poe-tiny, poe-tiny-chat … (default: {DEFAULT_MODEL})",
     )
     group.add_argument("--revision", help="branch, tag or commit of a hub repository")
     group.add_argument(

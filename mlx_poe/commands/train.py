@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +32,7 @@ from cognica_mlx.training.optimizer import OPTIMIZERS
 from cognica_mlx.training.store import STORE_BITS
 from cognica_mlx.training.trainer import Evaluation
 from mlx_poe.commands.entry import INTERRUPTED, interruptible, make_parser, run
-from mlx_poe.commands.options import add_checkpoint_flags, check_output, file_path
-from mlx_poe.load import DEFAULT_MODEL
+from mlx_poe.commands.options import add_checkpoint_flags, check_output, file_path, taken
 from mlx_poe.paths import user_path
 from mlx_poe.training import InterruptedTraining, TrainingSettings, train
 from mlx_poe.training.after import bits_per_byte, calibrate_folder
@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         EXAMPLES,
     )
     add_checkpoint_flags(parser)
+    parser.set_defaults(model=None)
     group = parser.add_argument_group("input and output")
     group.add_argument("--data", metavar="FOLDER", help="folder with train.jsonl and valid.jsonl")
     group.add_argument(
@@ -88,7 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--plot", type=file_path, metavar="FILE", help="draw the losses (.png, .svg)"
     )
-    group.add_argument("--test", action="store_true", help="measure on test.jsonl at the end")
+    group.add_argument(
+        "--test", action="store_true", default=None, help="measure on test.jsonl at the end"
+    )
     group = parser.add_argument_group("the stage")
     _add(group, "--layers", "--num-layers", type=int, help="how many new layers")
     _add(
@@ -186,7 +189,7 @@ def _train(args: argparse.Namespace) -> int:
     given = {**(_read_config(args.config) if args.config else {}), **_flags(args)}
     known = resumed_settings(args.output, given) if args.resume else None
     settings = known or TrainingSettings(**given)
-    with Watch(args.log, append=args.resume) as watch:
+    with Watch(args.log) as watch:
         try:
             result = train(
                 settings,
@@ -198,10 +201,9 @@ def _train(args: argparse.Namespace) -> int:
             )
         except InterruptedTraining as stopped:
             watch.done()
-            again = f"mlx_poe.train --output {shlex.quote(str(args.output))} --resume"
             print(
                 f"\nmlx_poe.train: interrupted after iteration {stopped.iteration}, which is "
-                f"saved; continue with: {again}",
+                f"saved; continue with: {_again(args)}",
                 file=sys.stderr,
             )
             return INTERRUPTED
@@ -230,15 +232,18 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _again(args: argparse.Namespace) -> str:
+    """The command that continues an interrupted run: what is not a setting is not saved."""
+    words = ["mlx_poe.train", "--output", str(args.output), "--resume"]
+    words += ["--overwrite"] if args.overwrite else []
+    for name, value in taken(args, ("log", "plot", "store_path")).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     """The settings given as flags."""
-    given = {name: getattr(args, name) for name in NAMES}
-    # These flags do have parser defaults.
-    if not args.test:
-        del given["test"]
-    if args.model == DEFAULT_MODEL:
-        del given["model"]
-    return _absolute({name: value for name, value in given.items() if value is not None})
+    return _absolute(taken(args, NAMES))
 
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
@@ -314,9 +319,10 @@ def _measure(output: Path, settings: TrainingSettings, result: Result, watch: Wa
 class Watch:
     """Shows a run on stderr (a bar on a terminal, a line per evaluation anywhere) and logs it."""
 
-    def __init__(self, log: Path | None, append: bool):
+    def __init__(self, log: Path | None):
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._log = log.open("a" if append else "w", encoding="utf-8") if log else None
+        # What it holds is replaced once a new run has something to say.
+        self._log = log.open("a", encoding="utf-8") if log else None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._started = time.perf_counter()
@@ -327,7 +333,8 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.done()
         if self._log:
-            self._log.close()
+            with suppress(OSError):  # which was raised when the line was written
+                self._log.close()
 
     def note(self, text: str) -> None:
         """See `Reporter`."""
@@ -370,4 +377,10 @@ class Watch:
         if self._log:
             seconds = round(time.perf_counter() - self._started, 3)
             line = {**asdict(evaluation), "learning_rate": rate, "seconds": seconds}
-            print(strict_json.dumps(line), file=self._log, flush=True)
+            try:
+                if evaluation.iteration == 0 and Path(self._log.name).is_file():
+                    self._log.truncate(0)
+                print(strict_json.dumps(line), file=self._log, flush=True)
+            except OSError as error:
+                error.filename = self._log.name
+                raise
