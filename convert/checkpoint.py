@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from cognica_mlx.config import SUMMED, PoEConfig, flatten
+from cognica_mlx.convert import lineage
 from cognica_mlx.convert.quantization import Plan, apply_plan, from_fields
 from cognica_mlx.convert.safetensors_files import read_json, read_tensors
 from cognica_mlx.convert.sources import Source, locate_base
@@ -42,8 +43,6 @@ _PREFIXES = ("_orig_mod.", "gpt.", "model.")
 _BUFFERS = re.compile(r"(.*\.)?(cos|sin|inv_freq)")
 # Tensors with padded rows, to a multiple of 64 or otherwise; logits are cropped to vocab_size.
 _VOCAB_ROWS = re.compile(r"wte\.|lm_head|.*\.value_embed\.")
-# Trained, small and never packed: these distinguish bases of the same shape.
-FINGERPRINT = ("smear_lambda", "backout_lambda", "smear_gate.weight")
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,10 @@ class Checkpoint:
         biases = read(f"{path}.biases") if f"{path}.biases" in self.weights else None
         how = asdict(self.plan[path])
         return mx.dequantize(read(name), read(f"{path}.scales"), biases, **how).astype(dtype)
+
+    def sketch(self) -> lineage.Sketch:
+        """What tells it from other models of its shape; reads a few weights."""
+        return lineage.sketch(self.config, lambda name: self.unpacked(name, mx.float32))
 
 
 def read_checkpoint(source: Source, step: int | None = None) -> Checkpoint:
@@ -200,6 +203,7 @@ def _stack(
     plan = _plan(_renamed_head(fields, head), delta, source)
     completed = {"frozen_layers": base.config.n_layer, **_with_depth(fields, delta)}
     config = PoEConfig.from_dict(completed, base=base.config)
+    _check_lineage(source, fields, base)
     expected = {f"{head}.weight", "wte.weight", "resid_lambdas", "x0_lambdas"}
     modules = {name.rpartition(".")[0] for name in delta}
     for name in delta:
@@ -218,6 +222,19 @@ def _stack(
     check_weights(config, weights, plan, source.name)
     folder = _tokenizer_folder(source) or base.tokenizer_folder
     return Checkpoint(source, config, weights, plan, folder, base)
+
+
+def _check_lineage(source: Source, fields: Mapping[str, Any], base: Checkpoint) -> None:
+    """Raise CheckpointError if the delta was trained on another model than `base`."""
+    try:
+        trained_on = lineage.recorded(fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.name}: {error}") from None
+    if trained_on and (odd := lineage.difference(trained_on, base.sketch())):
+        raise CheckpointError(
+            f"{source.name} was trained on another model than {base.source.name}: its {odd} "
+            "differs; put back the model that it was trained on"
+        )
 
 
 def _renamed_head(fields: Mapping[str, Any], head: str) -> Mapping[str, Any]:

@@ -24,13 +24,9 @@ from mlx.utils import tree_flatten
 
 from cognica_mlx.calibration import CALIBRATION_FILE, CalibrationWarning, read_calibration
 from cognica_mlx.config import SUMMED, PoEConfig
+from cognica_mlx.convert import lineage
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END
-from cognica_mlx.convert.checkpoint import (
-    FINGERPRINT,
-    Checkpoint,
-    eos_token_ids,
-    read_checkpoint,
-)
+from cognica_mlx.convert.checkpoint import Checkpoint, eos_token_ids, read_checkpoint
 from cognica_mlx.convert.draft_copy import write_copy
 from cognica_mlx.convert.model_card import model_card
 from cognica_mlx.convert.quantization import Plan, Rule, make_plan, mixed, pack, to_fields
@@ -58,9 +54,9 @@ SHIM = """\
 from cognica_mlx.mlx_lm_model import Model, ModelArgs
 """
 
+_HEAD = "lm_head.weight"
 _HEADS = ("wte", "lm_head", "value_embed")
 _SMALL_FILES_BYTES = 32 * 2**20  # more than the tokenizer, card and other small files take
-_FINGERPRINT_MATRICES = ("h.0.attn.c_q.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -228,7 +224,8 @@ class Conversion:
         if self.base is None:
             fields["model_file"] = SHIM_FILE
         else:
-            fields = delta_fields(self.config, reference_to(self.base, target))
+            reference = reference_to(self.base, target)
+            fields = delta_fields(self.config, reference, read_checkpoint(self.base))
         floats = [tensor.dtype for name, tensor in self.weights.items() if name.startswith("h.0.")]
         kind = self.dtype or next((d for d in floats if d in DTYPES.values()), mx.bfloat16)
         fields["torch_dtype"] = next(name for name, d in DTYPES.items() if d == kind)
@@ -303,8 +300,8 @@ def reference_to(base: Source, target: Path) -> str:
     return os.path.relpath(base.folder.resolve(), target.resolve())
 
 
-def delta_fields(config: PoEConfig, reference: str) -> dict[str, Any]:
-    """The configuration of a delta with one stage of its own, on the base named by `reference`.
+def delta_fields(config: PoEConfig, reference: str, base: Checkpoint) -> dict[str, Any]:
+    """The configuration of a delta with one stage of its own, on `base`, named by `reference`.
 
     It describes the delta's own layers; its base describes the rest.
     """
@@ -315,6 +312,7 @@ def delta_fields(config: PoEConfig, reference: str) -> dict[str, Any]:
     fields["base_model_name_or_path"] = reference
     fields["new_layers"] = new_layers
     fields["frozen_layers"] = config.n_layer - new_layers
+    fields[lineage.FIELD] = lineage.record(base.sketch())
     return fields
 
 
@@ -354,12 +352,12 @@ def _check_base(checkpoint: Checkpoint, base: Source) -> None:
             raise CheckpointError(
                 f"{base.name} is not the base of {name}: {field} is {other}, not {value}"
             )
-    for tensor in (*FINGERPRINT, "resid_lambdas", *_FINGERPRINT_MATRICES):
-        ours, theirs = (c.unpacked(tensor, mx.float32)[:64] for c in (expected, converted))
-        rounding = mx.abs(ours - theirs).max() / mx.abs(ours).max()
-        # Matrices may have been rounded to few bits; other tensors keep at least 16.
-        if not rounding.item() < (0.5 if tensor in _FINGERPRINT_MATRICES else 0.01):  # type: ignore[operator]
-            raise CheckpointError(f"{base.name} is not the base of {name}: its {tensor} differs")
+    ours, theirs = (
+        one.sketch() | {_HEAD: lineage.some(one.unpacked(_HEAD, mx.float32))}
+        for one in (expected, converted)
+    )
+    if odd := lineage.difference(ours, theirs):
+        raise CheckpointError(f"{base.name} is not the base of {name}: its {odd} differs")
 
 
 def _with_summed_heads(checkpoint: Checkpoint) -> dict[str, StoredTensor]:

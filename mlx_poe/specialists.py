@@ -13,9 +13,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from cognica_mlx.calibration import read_calibration
-from cognica_mlx.convert.checkpoint import FINGERPRINT, Checkpoint, read_checkpoint
+from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
+from cognica_mlx.convert.lineage import difference, sketch
 from cognica_mlx.convert.quantization import fill, make_plan, scheme
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.linear import unpacked
 from cognica_mlx.machines.split import NOTHING, Absent
 from cognica_mlx.model import PoEModel
 from cognica_mlx.shared_base import Siblings, share_base
@@ -114,16 +116,20 @@ class Specialists:
         name = checkpoint.source.name
         if link is None:
             raise CheckpointError(f"{name} does not belong to the model in memory: shapes differ")
-        ours = dict(tree_flatten(self.base.parameters()))
-        for tensor in FINGERPRINT:
-            theirs = link.weights[tensor].read().astype(mx.float32)
-            # The tolerance allows for a cast to 16 bits.
-            if not mx.allclose(ours[tensor].astype(mx.float32), theirs, rtol=0.01, atol=1e-4):
-                raise CheckpointError(
-                    f"{name} belongs to {link.source.name}, which is not the model in memory: "
-                    f"its {tensor} differs"
-                )
+        if odd := difference(link.sketch(), sketch(link.config, self._weight)):
+            raise CheckpointError(
+                f"{name} belongs to {link.source.name}, which is not the model in memory: its "
+                f"{odd} differs"
+            )
         return link
+
+    def _weight(self, name: str) -> mx.array | None:
+        """A weight of the base in memory, dequantized; None if another machine holds it."""
+        path, _, leaf = name.rpartition(".")
+        module = dict(self.base.named_modules()).get(path, {})
+        if leaf not in module:
+            return None
+        return unpacked(module) if leaf == "weight" else module[leaf]
 
     def _stack(
         self, checkpoint: Checkpoint, link: Checkpoint, quantize: int | None, here: bool

@@ -22,7 +22,7 @@ from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.elementwise import compiles, mixed
 from cognica_mlx.errors import RequestError
 from cognica_mlx.hidden import Hidden
-from cognica_mlx.linear import Linear
+from cognica_mlx.linear import Linear, unpacked
 from cognica_mlx.model import PoEModel
 from cognica_mlx.shared_base import share_base
 from cognica_mlx.training.loss import cross_entropy
@@ -135,7 +135,7 @@ class NewStage:
                 parameters[path] = mx.random.uniform(-limit, limit, array.shape, key=own)
         head = mx.zeros((self.config.padded_vocab_size, width))
         if self.config.head_mode == "specialist":
-            head = sum((matrix(one) for one in base.heads(base.poe_n_stages - 1)), start=head)
+            head = sum((unpacked(one) for one in base.heads(base.poe_n_stages - 1)), start=head)
         parameters[self._head] = head
         for name, begin in zip(LAMBDAS, (mx.ones, mx.zeros), strict=True):
             parameters[name] = begin((len(self.layers),))
@@ -222,13 +222,3 @@ def _arrays(hidden: Hidden) -> tuple[mx.array, ...]:
 def _named(module: nn.Module) -> Parameters:
     found: Parameters = dict(tree_flatten(module.parameters()))
     return found
-
-
-def matrix(module: nn.Module) -> mx.array:
-    """The weights (rows, D) of a head or embedding table in float32, dequantized if need be."""
-    weight = module.weight
-    if hasattr(module, "scales"):
-        weight = mx.dequantize(
-            weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode
-        )
-    return weight.astype(mx.float32)

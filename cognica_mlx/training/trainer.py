@@ -160,8 +160,10 @@ class Trainer:
         parameters, optimizer, size = self.optimizer.update(
             state.parameters, mean, state.optimizer, self.rate(state.iteration - 1)
         )
-        changes = {"parameters": parameters, "optimizer": optimizer, "gradients": {}, "counted": 0}
-        return replace(state, **changes), size
+        updated = replace(
+            state, parameters=parameters, optimizer=optimizer, gradients={}, counted=0
+        )
+        return updated, size
 
     def saved(self, parameters: Parameters) -> Parameters:
         """The parameters in the form in which they are saved."""
@@ -217,15 +219,15 @@ class Trainer:
 def _evaluated(state: Training, **finite: mx.array) -> Training:
     """The state, evaluated. DivergedError names any of `finite` that is not."""
     # Row-major, as in a checkpoint: sums depend on the order in memory.
-    arrays = {
-        kind: {name: mx.contiguous(array) for name, array in getattr(state, kind).items()}
-        for kind in ("parameters", "optimizer", "gradients")
-    }
-    mx.eval(finite, arrays)
+    parameters, optimizer, gradients = (
+        {name: mx.contiguous(array) for name, array in arrays.items()}
+        for arrays in (state.parameters, state.optimizer, state.gradients)
+    )
+    mx.eval(finite, parameters, optimizer, gradients)
     for what, value in finite.items():
         if not math.isfinite(float(value)):
             raise DivergedError(f"the {what} of iteration {state.iteration} is not a finite number")
-    return replace(state, **arrays)
+    return replace(state, parameters=parameters, optimizer=optimizer, gradients=gradients)
 
 
 def _nbytes(arrays: dict[str, mx.array]) -> int:

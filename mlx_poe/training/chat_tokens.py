@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from cognica_mlx.linear import unpacked
 from cognica_mlx.model import PoEModel
-from cognica_mlx.training.stage import matrix
 from mlx_poe.tokenizer import Tokenizer
 
 WORDS = {
@@ -52,7 +52,7 @@ def word_rows(base: PoEModel, tokenizer: Tokenizer, choice: str) -> dict[int, in
 def never_seen(base: PoEModel, tokens: list[int]) -> frozenset[int]:
     """Those of `tokens` that the base never had to predict: their rows in its head point in the
     same direction, or are still zero."""
-    rows = matrix(base.lm_head)[mx.array(tokens)]
+    rows = unpacked(base.lm_head)[mx.array(tokens)]
     lengths = mx.linalg.norm(rows, axis=-1, keepdims=True)
     unit = rows / mx.maximum(lengths, 1e-12)
     alike = unit @ unit.T - 2 * mx.eye(len(tokens))

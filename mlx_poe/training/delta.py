@@ -117,7 +117,7 @@ class Delta:
         tokens = {"bos_token_id": special.get(BOS), "eos_token_id": stops}
         kind = next(k for k, a in self.parameters.items() if k.startswith("h."))
         dtype = next(n for n, d in DTYPES.items() if d == self.parameters[kind].dtype)
-        fields = delta_fields(self.config, self.reference) | {
+        fields = delta_fields(self.config, self.reference, self.base) | {
             "dual_head": self.config.head_mode == "dual",
             "torch_dtype": dtype,
             "stage_training": self.training,
