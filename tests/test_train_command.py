@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoints import write_base
+from checkpoints import change_config, write_base
 from conftest import FIXTURES
 from converting import entries
 from training import SMALL_RUN, Watcher, chat, small_run, write_all, write_data, write_rows
@@ -24,6 +24,7 @@ from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import locate
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.training import store
+from cognica_mlx.training.checkpoint import read_training
 from cognica_mlx.training.store import StoredActivations
 from cognica_mlx.training.trainer import DivergedError
 from mlx_poe import generate, load
@@ -196,6 +197,43 @@ def test_on_a_specialist_and_at_any_head_mode(made, tmp_path, head_mode):
     assert result.curve[-1].valid_loss < result.curve[0].valid_loss
 
 
+def test_a_stage_belongs_to_the_specialist_that_it_was_trained_on(made, tmp_path):
+    small_run(made, "sibling", seed=1)
+    top = made / "top"
+    small_run(made, "top", model=str(made / "mine"), iters=1)
+    # However its base is rounded in memory, but no other of the same shape.
+    for options in ({"dtype": "float16"}, {"quantize": 2}, {"dtype": "bfloat16", "quantize": 8}):
+        Specialists(load(made / "mine", **options)[0]).attach("top", top)
+        with pytest.raises(CheckpointError, match=r"mine, which is not the model in memory: its"):
+            Specialists(load(made / "sibling", **options)[0]).attach("top", top)
+    # On disk too.
+    moved = shutil.copytree(top, made / "moved")
+    change_config(moved, base_model_name_or_path="../sibling")
+    for use in (load, lambda folder: prepare(locate(folder))):
+        with pytest.raises(CheckpointError, match=r"was trained on another model than .*sibling"):
+            use(moved)
+    packed = tmp_path / "packed"
+    prepare(locate(made / "base"), quantization=scheme(2)).write(tmp_path / "base")
+    over = {"quantization": scheme(2), "base": locate(tmp_path / "base")}
+    prepare(locate(made / "mine"), **over).write(packed)
+    prepare(locate(top), base=locate(packed)).write(tmp_path / "top")
+    with pytest.raises(CheckpointError, match=r"packed is not the base of .*moved: its"):
+        prepare(locate(unrecorded(moved)), base=locate(packed))
+    change_config(top, base_model_name_or_path=str(packed))
+    for folder in (top, tmp_path / "top"):
+        assert load(folder)[0].config.specialist_layers == (1, 1)
+    change_config(top, trained_on={"x0_lambdas": "?"})
+    with pytest.raises(CheckpointError, match="trained_on is damaged"):
+        load(top)
+
+
+def unrecorded(folder: Path) -> Path:
+    """As older versions wrote it, and as deltas are released: it loads."""
+    change_config(folder, trained_on=None)
+    load(folder)
+    return folder
+
+
 def test_a_quantised_base_keeps_its_bits(made, tmp_path):
     packed = made / "packed"
     prepare(locate(made / "base"), quantization=scheme(8)).write(packed)
@@ -286,6 +324,74 @@ def test_a_broken_off_store_leaves_nothing(made, tmp_path, monkeypatch):
     assert not any((tmp_path / "stores").glob("*")) and not (tmp_path / "mine").exists()
 
 
+OTHER_RUN = """
+import sys
+from pathlib import Path
+from training import Watcher, small_run
+class Pauses(Watcher):
+    def advance(self, count, text=""):
+        if self.name == "reading" and not self.phases["reading"]:
+            print("reading", flush=True)
+            sys.stdin.readline()
+        super().advance(count, text)
+small_run(Path(sys.argv[1]), "theirs", Pauses(), iters=1)
+"""
+
+
+def test_a_second_run_waits_for_the_firsts_activations(tmp_path):
+    write_all(tmp_path)
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER_RUN, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    assert other.stdout is not None and other.stdout.readline() == "reading\n"
+
+    class Resumes(Watcher):
+        def note(self, text):
+            super().note(text)
+            if "another run" in text and not other.stdin.closed:
+                other.stdin.close()
+
+    watcher = Resumes()
+    small_run(tmp_path, "ours", watcher, iters=1)
+    assert any("another run is reading the same texts" in note for note in watcher.notes)
+    assert other.wait() == 0
+    assert delta(tmp_path / "ours") == delta(tmp_path / "theirs")
+    assert len(list((tmp_path / "stores").iterdir())) == 2
+
+
+def test_a_store_that_another_run_has_made_first_is_used(made, tmp_path):
+    write_all(tmp_path)
+    stores = tmp_path / "stores"
+
+    class Overtaken(Watcher):
+        def advance(self, count, text=""):
+            super().advance(count, text)
+            if self.name == "reading":
+                shutil.copytree(made / "stores", stores, dirs_exist_ok=True)
+
+    small_run(tmp_path, "mine", Overtaken())
+    assert delta(tmp_path / "mine") == delta(made / "mine")
+    assert not list(stores.glob(".*"))
+
+
+def test_what_a_killed_run_left_among_the_stores_is_removed(made, tmp_path):
+    write_all(tmp_path)
+    stores = tmp_path / "stores"
+    left, other = stores / f".{'a' * 20}.0123abcd.partial", stores / ".notes.partial"
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+    small_run(tmp_path, "mine", iters=1)
+    assert not left.exists() and other.exists()
+    store = next(folder for folder in stores.iterdir() if folder != other)
+    (store / "store.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"{store.name} lacks store\.json: delete it"):
+        small_run(tmp_path, "again", iters=1)
+
+
 # --- going on -----------------------------------------------------------------------------------
 
 
@@ -333,7 +439,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(made, capsys, uncalibrated):
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert error.splitlines()[-1].endswith(
-        f"continue with: mlx_poe.train --output {made / 'stopped'} --resume"
+        f"continue with: mlx_poe.train --output {made / 'stopped'} --resume --log {log} "
+        f"--store-path {made / 'stores'}"
     )
     assert checkpoint_file(made / "stopped").is_file() and not (made / "stopped").exists()
     # A new run does not throw it away in passing; a finished one does.
@@ -342,6 +449,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(made, capsys, uncalibrated):
         (flags(made, "stopped"), "--resume"),
         (["--resume", *store, "--batch-size", "5"], "batch_size 5"),
         (["--resume", *store, "--iters", "1"], "iters 1"),
+        (["--resume", *store, "--model", "poe-tiny"], "model 'poe-tiny': training began with"),
     ):
         assert main(wrong) == 2
         assert said in capsys.readouterr().err
@@ -367,6 +475,11 @@ def test_changed_data_or_a_changed_base_is_not_gone_on_with(tmp_path):
     with pytest.raises(CheckpointError, match=r"train\.jsonl has changed"):
         small_run(tmp_path, "mine", resume=True)
     (tmp_path / "data" / "train.jsonl").write_text(data)
+    data = (tmp_path / "data" / "valid.jsonl").read_text()
+    write_rows(tmp_path / "data" / "valid.jsonl", [chat("a", "b")] * 6)
+    with pytest.raises(CheckpointError, match=r"valid\.jsonl has changed"):
+        small_run(tmp_path, "mine", resume=True)
+    (tmp_path / "data" / "valid.jsonl").write_text(data)
     write_base(tmp_path / "base", seed=5)
     with pytest.raises(CheckpointError, match=r"the model .* has changed"):
         small_run(tmp_path, "mine", resume=True)
@@ -399,18 +512,74 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(made,
     assert (made / "diverged").is_dir()
 
 
-def test_what_cannot_be_written_in_the_end_is_not_lost(made, monkeypatch):
-    def full(self, target, overwrite):
-        raise CheckpointError("the disk is full")
+@pytest.mark.parametrize("fault", [CheckpointError("the disk is full"), KeyboardInterrupt()])
+def test_what_cannot_be_written_in_the_end_is_not_lost(made, tmp_path, monkeypatch, fault):
+    output = tmp_path / "unwritten"
 
-    monkeypatch.setattr(run.Delta, "write", full)
-    with pytest.raises(CheckpointError, match="the disk is full"):
-        small_run(made, "unwritten", save_every=100)
-    monkeypatch.undo()
+    def failing(self, target, overwrite):
+        # Nor would it be if the process were killed here.
+        assert read_training(checkpoint_file(output))[0].iteration == 6
+        raise fault
+
     watcher = Watcher()
-    small_run(made, "unwritten", watcher, resume=True, save_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Delta, "write", failing)
+        with pytest.raises((CheckpointError, InterruptedTraining)):
+            small_run(made, output, watcher, save_every=100)
+    if isinstance(fault, CheckpointError):
+        assert watcher.notes[-1].startswith("the checkpoint of iteration 6 is kept; continue it")
+    small_run(made, output, watcher, resume=True, save_every=100)
     assert watcher.notes[-1] == "resuming after iteration 6"
-    assert delta(made / "unwritten") == delta(made / "mine")
+    assert delta(output) == delta(made / "mine")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["unwritten"]
+
+
+def test_a_run_told_to_stop_where_it_is_writes_that_iteration(made, tmp_path):
+    output = tmp_path / "early"
+
+    def interrupt(iteration: int) -> None:
+        if iteration == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedTraining):
+        small_run(made, output, Watcher(interrupt), steps_per_eval=3)
+    reached = read_training(checkpoint_file(output))[0]
+    assert (reached.iteration, reached.best_iteration) == (4, 3)
+    result = small_run(made, output, resume=True, iters=4)
+    assert [e.iteration for e in result.curve] == [0, 3, 4] and result.best_iteration == 4
+    written = mx.load(str(output / "delta.safetensors"))
+    for name, array in reached.parameters.items():
+        if name.startswith("h."):
+            assert mx.array_equal(written[f"transformer.{name}"], array.astype(mx.bfloat16)), name
+    assert "| iterations | 4 |" in (output / "README.md").read_text()
+
+
+def test_a_checkpoint_that_cannot_be_written_says_what_is_kept(made, tmp_path, monkeypatch):
+    save, count = run.save_training, [0]
+
+    def full(path, state, settings):
+        count[0] += 1
+        if count[0] != 1:
+            raise CheckpointError(f"{path} cannot be written: No space left on device")
+        save(path, state, settings)
+
+    monkeypatch.setattr(run, "save_training", full)
+    output = tmp_path / "full"
+    said = r"full\.checkpoint.*No space left.*; the checkpoint of iteration 2 is kept; continue it"
+    with pytest.raises(CheckpointError, match=said):
+        small_run(made, output)
+    # There is room for the folder, if not for another checkpoint.
+    small_run(made, output, resume=True, save_every=100)
+    assert delta(output) == delta(made / "mine") and not checkpoint_file(output).exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_that_cannot_be_written_loses_nothing(made, capsys):
+    assert main(flags(made, "unlogged", log="/dev/full")) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert "No space left on device: '/dev/full'" in error[-1]
+    assert error[-2].startswith("the checkpoint of iteration 0 is kept")
+    assert checkpoint_file(made / "unlogged").is_file()
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -444,8 +613,11 @@ def test_what_makes_no_sense_is_one_line(tmp_path, capsys, extra, said):
 
 def test_an_output_that_is_there_is_not_replaced(made, capsys):
     before = entries(made / "mine")
-    assert main(flags(made, "mine")) == 2
+    log = made / "earlier.jsonl"
+    log.write_text("of an earlier run")
+    assert main(flags(made, "mine", log=log)) == 2
     assert "--overwrite" in capsys.readouterr().err
+    assert log.read_text() == "of an earlier run"
     assert main([*flags(made, "base"), "--overwrite"]) == 2
     assert main([*flags(made, "data"), "--overwrite"]) == 2
     assert entries(made / "mine") == before
@@ -473,6 +645,10 @@ def test_settings_from_a_file_and_flags_that_win(made, capsys, uncalibrated):
     assert main([*base, "--output", str(made / "yaml"), "--iters", "2"]) == 0
     fields = json.loads((made / "yaml" / "config.json").read_text())["stage_training"]
     assert (fields["iterations"], fields["learning_rate"], fields["seed"]) == (2, 0.001, 4)
+    # A flag that equals its default is given as well.
+    assert main([*base, "--output", str(made / "tiny"), "--model", "poe-tiny", "--iters", "1"]) == 0
+    fields = json.loads((made / "tiny" / "config.json").read_text())
+    assert Path(fields["base_model_name_or_path"]).name == "poe-tiny"
     for text, said in (
         ("batchsize: 4", "'batchsize' is not a setting"),
         ("- 4", "must contain settings"),

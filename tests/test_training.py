@@ -1,6 +1,8 @@
 """The pieces of training: gradients, optimizer, batches, stores, and where a stage starts."""
 
 import gc
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -324,14 +326,19 @@ def test_gradients_that_add_up_are_those_of_one_large_batch():
         state = trainer.start(start)
         for _ in range(iterations):
             state = trainer.step(state)
-        assert state.gradients == {}
+        assert bool(state.gradients) == (iterations < accumulation)
+        state = trainer.finish(state)
+        assert state.gradients == {} and state.counted == 0
         return state.parameters
 
-    large, small = trained(8, 1, 1), trained(2, 4, 4)
-    assert all(mx.allclose(large[k], small[k], rtol=1e-3, atol=1e-5) for k in large)
+    large = trained(8, 1, 1)
     assert not mx.array_equal(large["resid_lambdas"], start["resid_lambdas"])
-    one, summed = seen
-    assert all(mx.allclose(one[k], summed[k], rtol=1e-3, atol=1e-5) for k in one)
+    # Whether the update is due or training ends before it is.
+    for accumulation in (4, 8):
+        small = trained(2, accumulation, 4)
+        assert all(mx.allclose(large[k], small[k], rtol=1e-3, atol=1e-5) for k in large)
+        assert all(mx.allclose(seen[0][k], seen[-1][k], rtol=1e-3, atol=1e-5) for k in large)
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize(
@@ -483,3 +490,25 @@ def test_a_base_that_gives_no_numbers_makes_no_store(tmp_path):
     model.h[0].mlp.c_fc.weight = mx.full(model.h[0].mlp.c_fc.weight.shape, mx.nan)
     with pytest.raises(CheckpointError, match="not finite"):
         write_store(tmp_path, model, some_texts(3), 16)
+
+
+FULL = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_training import some_texts, tiny_stage, write_store
+try:
+    write_store(Path(sys.argv[1]), tiny_stage()[1], some_texts(400), 16)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_disk_that_fills_up_is_an_error_and_does_not_kill(tmp_path):
+    mount = 'mount -t tmpfs -o size=1m none "$1" && exec "$0" -c "$3" "$1" "$2"'
+    alone = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+    if subprocess.run([*alone, 'mount -t tmpfs none "$0"', str(tmp_path)]).returncode:
+        pytest.skip("needs a file system of its own")
+    arguments = (sys.executable, str(tmp_path), str(Path(__file__).parent), FULL)
+    done = subprocess.run([*alone, mount, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "No space left on device\n"), done.stderr

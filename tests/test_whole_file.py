@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and never over what is not a file."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -63,3 +64,26 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/kept'"),
+        replacing(tmp_path / "kept"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as from a write
+    with pytest.raises(OSError, match=r"directory: '.*/nowhere/file'"):
+        write_text(tmp_path / "nowhere" / "file", "text")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed_but_not_what_another_writes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    left, other = (tmp_path / f".{name}.0123abcd.partial" for name in ("file", "file.json"))
+    for file in (left, other):
+        file.write_text("half")
+    with replacing(path) as temporary:
+        temporary.write_text("slow")
+        write_text(path, "fast")
+    assert path.read_text() == "slow"
+    assert sorted(tmp_path.iterdir()) == sorted([path, other])

@@ -148,7 +148,7 @@ class _Rows:
 
     def write(self, row: int, values: np.ndarray) -> None:
         self._file.seek(self._start + int(row) * self._stride)
-        self._file.write(np.ascontiguousarray(values))
+        self._file.write(np.ascontiguousarray(values).data)
 
 
 def _starts(texts: Sequence[Text]) -> np.ndarray:
