@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from cognica_mlx.convert.conversion import prepare
+from cognica_mlx.convert.lineage import difference, some
 from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import locate
 from cognica_mlx.costs import bytes_read
@@ -138,6 +139,16 @@ def test_a_specialist_of_another_base_is_refused(tmp_path, seed):
         with pytest.raises(PoEError):
             specialists.attach("stage", wrong)
     assert specialists.names == ()
+
+
+def test_a_cast_does_not_make_another_model_but_two_percent_do():
+    values = mx.random.normal((100,), key=mx.random.key(0))
+    one = {"x0_lambdas": some(values)}
+    for dtype in (mx.bfloat16, mx.float16):
+        assert difference(one, {"x0_lambdas": some(values.astype(dtype))}) is None
+    assert difference(one, {}) is None  # on another machine
+    for factor in (1.02, 0.0, float("nan")):
+        assert difference(one, {"x0_lambdas": factor * one["x0_lambdas"]}) == "x0_lambdas"
 
 
 # States
