@@ -426,7 +426,7 @@ def test_command_reads_chats_and_prints_tables(command_here, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "stdin", "status", "message"),
     [
-        (["--data", "nowhere.txt"], None, 1, "nowhere.txt"),
+        (["--data", "nowhere.txt"], None, 2, "nowhere.txt"),
         (["--data", "-"], "too short", 2, "at least 100"),
         (["--data", "-"], "", 2, "stdin contains no text"),
         (["--data", "~nosuchuser/x"], None, 2, "no such home folder"),

@@ -100,8 +100,8 @@ def test_packed_rows_follow_each_other(tmp_path):
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "where user is expected"),
         ('{"prompt": "a", "completion": 7}', "its content is int"),
         ('{"text": ""}', "its text is empty"),
-        ('{"text": 7}', "its text is empty, or not a string"),
-        ('{"messages": [{"role": "user", "content": "\ud800"}', "not a JSON object"),
+        ('{"text": 7}', "its text is not a string but int"),
+        ('{"messages": [{"role": "user", "content": "\ud800"}', "not UTF-8 text at"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_by_its_line(tmp_path, line, said):

@@ -77,13 +77,13 @@ def _calibrate(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1")
     check_output(args.output)
-    data = [] if args.mask_prompt else read_texts(args.data)
+    data = read_texts(args.data, args.mask_prompt)
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )
     texts, counted = segments(data, tokenizer, args.num_tokens), None
     if args.mask_prompt:
-        texts, counted = replies(args.data, tokenizer, args.num_tokens)
+        texts, counted = replies(data, tokenizer, args.num_tokens)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     _check(args)
-    data = [] if args.tasks or args.mask_prompt else read_texts(args.data)
+    data = [] if args.tasks else read_texts(args.data, args.mask_prompt)
     model, tokenizer = load(
         args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
     )
@@ -138,7 +138,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     else:
         limit, counted = args.num_tokens or sys.maxsize, None
         if args.mask_prompt:
-            texts, counted = replies(args.data, tokenizer, limit, longest)
+            texts, counted = replies(data, tokenizer, limit, longest)
         else:
             texts = segments(data, tokenizer, limit, longest)
         sizes = tokenizer.token_byte_lengths(model.config.vocab_size)
