@@ -13,6 +13,13 @@ def dumps(value: Any, **options: Any) -> str:
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
+def line(value: Any) -> bytes:
+    """A line of JSON in UTF-8, whatever the locale. Lone surrogates, which UTF-8 lacks, stay
+    escaped."""
+    # Python writes a surrogate's escape just as JSON does.
+    return dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import fixture
+from conftest import FIXTURES, fixture
 
 import mlx_poe.commands.batch as command
 from mlx_poe import stream_generate
@@ -89,7 +93,7 @@ def test_the_output_is_what_json_prints(tmp_path, capsys):
     capsys.readouterr()
     assert main(["--prompt", "Once there was a", "--max-tokens", "3", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert list(record) == ["index", *printed]
+    assert list(record) == ["index", "options", *printed]
     for name in ("model", "mode", "prompt", "text", "finish_reason", "cached_tokens"):
         assert record[name] == printed[name]
 
@@ -130,6 +134,127 @@ def test_a_prompt_that_has_changed_is_generated(tmp_path):
     assert run(tmp_path, ["Once", "Then"], "--max-tokens", "2") == 0
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sorted(record["prompt"] for record in records) == ["Once", "Then", "There"]
+
+
+CHANGES = [
+    ("model", ["--model", "poe-tiny-math", "--ignore-chat-template"]),
+    ("dtype", ["--dtype", "bfloat16"]),
+    ("quantize", ["--quantize", "8"]),
+    ("mode", ["--mode", "stage"]),
+    ("temp", ["--temp", "0.5"]),
+    ("seed", ["--seed", "3"]),
+    ("max_tokens", ["--max-tokens", "3"]),
+    ("stop", ["--stop", "x"]),
+    ("presence_penalty", ["--presence-penalty", "1"]),
+    ("top_logprobs", ["--top-logprobs", "1"]),
+    ("regex", ["--regex", "[a-z ]+"]),
+    ("ignore_chat_template", ["--ignore-chat-template"]),
+]
+
+
+@pytest.mark.parametrize(("name", "flags"), CHANGES)
+def test_a_reply_made_with_other_options_is_never_taken_for_this_one(tmp_path, capsys, name, flags):
+    usual = ["--max-tokens", "2"]
+    assert run(tmp_path, ["Once"], *usual) == 0
+    output, said = tmp_path / "out.jsonl", "another model" if name == "model" else f"{name} "
+    before = output.read_bytes()
+    capsys.readouterr()
+    assert run(tmp_path, ["Once"], *usual, *flags) == 2
+    shown = capsys.readouterr().err
+    assert f"reply 0 was made with {said}" in shown, shown
+    assert shown.count("\n") == 1 and "another --output" in shown
+    assert output.read_bytes() == before
+    output.unlink()
+    assert run(tmp_path, ["Once"], *usual, *flags) == run(tmp_path, ["Once"], *usual, *flags) == 0
+    assert "1 of 1 are already in" in capsys.readouterr().err
+
+
+def test_a_lines_own_options_and_specialists_are_compared_too(tmp_path, capsys):
+    line = {"prompt": "Hi", "specialist": ["poe-tiny-chat", "poe-tiny-math"], "stop": ["\ud83d"]}
+    flags = ["--max-tokens", "2", "--system-prompt", "Be brief. " * 90]
+    long = "[a-z]" * 99
+    first = {**line, "weights": [1, 2], "regex": long}
+    assert run(tmp_path, [first], *flags) == run(tmp_path, [first], *flags) == 0
+    assert "1 of 1" in capsys.readouterr().err
+    # Long texts are recorded by their hashes.
+    assert len(json.dumps(read(tmp_path / "out.jsonl")[0]["options"])) < 900
+    for changed, name in (
+        ({**first, "weights": [2, 1]}, "weights [1, 2]"),
+        ({**first, "regex": long + "?"}, "regex "),
+        ({**first, "specialist": "poe-tiny-chat", "weights": None}, "another model"),
+        ({**first, "mode": "wand"}, "calibration"),
+    ):
+        assert run(tmp_path, [changed], *flags) == 2
+        assert name in capsys.readouterr().err
+    assert run(tmp_path, [first], *flags[:3], "Be brief.") == 2
+    assert "system_prompt" in capsys.readouterr().err
+
+
+def test_another_model_in_the_same_folder_is_another_model(tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(FIXTURES / "flat-d8", folder)
+    flags = ["--model", str(folder), "--max-tokens", "2"]
+    assert run(tmp_path, ["Once"], *flags) == 0
+    shutil.rmtree(folder)
+    shutil.copytree(FIXTURES / "gqa-logop-d8", folder)
+    assert run(tmp_path, ["Once"], *flags) == 2
+    assert "made with another model" in capsys.readouterr().err
+
+
+def test_replies_that_do_not_say_how_they_were_made_are_unknown(tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    write(output, [{"index": 0, "prompt": "Once", "text": " upon"}])
+    assert run(tmp_path, ["Once"]) == 2
+    assert "does not say with which options" in capsys.readouterr().err
+
+
+def test_a_prompt_with_half_a_character_is_recorded_as_it_is(tmp_path, capsys):
+    prompts = ["Once \ud83d", {"prompt": "Caf\xe9 \ud83d", "id": "\udc00"}]
+    for _ in range(2):
+        assert run(tmp_path, prompts, "--max-tokens", "2") == 0
+    assert "2 of 2 are already in" in capsys.readouterr().err
+    first, second = (read(tmp_path / "out.jsonl")[i] for i in range(2))
+    assert (first["prompt"], second["prompt"]) == (prompts[0], prompts[1]["prompt"])
+    assert second["id"] == "\udc00" and "Caf\xe9" in (tmp_path / "out.jsonl").read_text()
+
+
+# --- pipes ----------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_replies_in_order_and_is_never_read(tmp_path):
+    pipe = tmp_path / "out.jsonl"
+    os.mkfifo(pipe)
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.extend(pipe.read_text().splitlines()))
+    reader.start()
+    prompts = [{"prompt": "Once", "max_tokens": count} for count in (9, 2, 5, 1)]
+    assert run(tmp_path, prompts, "--batch", "4") == 0
+    reader.join()
+    assert [json.loads(line)["index"] for line in received] == [0, 1, 2, 3]
+
+
+def test_a_dash_is_stdin_and_stdout(tmp_path, capsys, monkeypatch):
+    assert run(tmp_path, ["Once", "Caf\xe9"], "--max-tokens", "2") == 0
+    lines = (tmp_path / "in.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--max-tokens", "2", "--dtype", "float32"]
+    assert main(["--prompts", "-", "--output", "-", *flags]) == 0
+    shown = capsys.readouterr()
+    printed = {record["index"]: record for record in map(json.loads, shown.out.splitlines())}
+    texts = {i: record["text"] for i, record in read(tmp_path / "out.jsonl").items()}
+    assert {i: record["text"] for i, record in printed.items()} == texts
+    assert not shown.err and not (tmp_path / "-").exists()
+
+
+def test_null_device_and_stdouts_own_name_are_written_and_not_read(tmp_path):
+    source = write(tmp_path / "in.jsonl", ["Once"])
+    for output, count in ((os.devnull, 0), ("/dev/stdout", 1)):
+        flags = ["--prompts", str(source), "--output", output, "--max-tokens", "1"]
+        command_line = [sys.executable, "-m", "mlx_poe", "generate", *flags]
+        done = subprocess.run(command_line, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == count
 
 
 @pytest.mark.parametrize("content", [b"notes\n", b'{"index": 0}\n', b"[1]\n", b"my notes"])

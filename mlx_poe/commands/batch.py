@@ -1,40 +1,45 @@
 """mlx_poe.generate --prompts: a file of prompts in, a file of replies out.
 
 - in: lines of JSON, one prompt each, with its own options
-- out: one line of JSON per reply, as `--json` prints it, with the prompt's index and id; appended
-  as soon as it is finished, in any order
-- a killed run can be restarted: replies already in the output are not generated again
+- out: one line of JSON per reply, as `--json` prints it, with the prompt's index and id and the
+  options that decide the reply
+- a killed run can be restarted: see `replies_file`
 - every line is checked before any work begins; errors name the line number
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from cognica_mlx import strict_json
-from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions
-from cognica_mlx.errors import CheckpointError, PoEError, RankError, RequestError
+from cognica_mlx.errors import PoEError, RankError, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import SamplingOptions
 from mlx_poe.batch import BatchStats, plan, run_tasks, trunk_to_keep
-from mlx_poe.commands.options import check_output, file_path, taken, taken_constraints
+from mlx_poe.commands.options import file_path, taken, taken_constraints
+from mlx_poe.commands.replies_file import (
+    check_replies_file,
+    finished_replies,
+    is_answered,
+    open_replies,
+    recorded,
+)
+from mlx_poe.evaluation.answers import fingerprint, key_of
 from mlx_poe.generate import Prompt
 from mlx_poe.machine import known_costs
 from mlx_poe.penalty import default_repetition_penalty
 from mlx_poe.reply_form import CONSTRAINTS, FORM_OPTIONS
 from mlx_poe.responses import GenerationResponse
+from mlx_poe.rows import json_lines, named
 from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Task
 from mlx_poe.specialists import Specialists
 from mlx_poe.tokenizer import Tokenizer
@@ -44,8 +49,6 @@ PROMPTS = ("prompt", "messages", "tokens")
 OPTIONS = tuple(f.name for f in (*fields(SamplingOptions), *fields(ModeOptions)))
 ABOUT = ("id", "mode", "max_tokens", "stop", "specialist", "weights")
 NAMES = (*PROMPTS, *OPTIONS, *FORM_OPTIONS, *ABOUT)
-# Every line that we write begins with this.
-OURS = b'{"index": '
 SHOWN = (
     *("finish_reason", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps"),
     *("peak_memory", "drafted_tokens", "drafts", "parked", "cached_tokens"),
@@ -70,13 +73,14 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
         type=file_path,
         metavar="FILE.jsonl",
         help='one prompt per line: a JSON string, or an object with "prompt", "messages" or '
-        '"tokens" and optionally "id", "specialist" and options by their Python names',
+        '"tokens" and optionally "id", "specialist" and options by their Python names; - for stdin',
     )
     group.add_argument(
         "--output",
         type=file_path,
         metavar="OUT.jsonl",
-        help="append replies to this file; prompts already answered in it are skipped",
+        help="append replies to this file, - for stdout; prompts already answered in it with the "
+        "same options are skipped",
     )
     group.add_argument(
         "--batch",
@@ -93,44 +97,40 @@ def check_file_flags(args: argparse.Namespace) -> None:
         raise RequestError("--prompts needs --output, a file for the replies")
     if args.batch < 1:
         raise RequestError(f"--batch {args.batch} must be at least 1")
-    check_output(args.output)
+    check_replies_file(args.output)
 
 
 def generate_file(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Specialists) -> int:
     """Reply to every line of `args.prompts` that has no reply in `args.output` yet."""
     lines, output = read_lines(args.prompts), args.output
     constraints = taken_constraints(args)
-    done = finished_lines(output)
+    done = finished_replies(output)
     models = _Models(args, specialists)
     tasks = [_task(args, tokenizer, models, line, constraints) for line in lines]
     scheduler = Scheduler(
         tokenizer,
         max_sequences=args.batch,
-        keep_trunk=trunk_to_keep([task.model for task in tasks]),
+        keep_trunk=trunk_to_keep([task.model for task, _ in tasks]),
     )
-    for line, task in zip(lines, tasks, strict=True):
-        with _named(line):
+    for line, (task, _) in zip(lines, tasks, strict=True):
+        with _at(line):
             scheduler.check(task)
     left = [
-        (line, task)
-        for line, task in zip(lines, tasks, strict=True)
-        if done.get(line.index) != line.prompt
+        (line, task, options)
+        for line, (task, options) in zip(lines, tasks, strict=True)
+        if not is_answered(output, line.index, done.get(line.index), line.prompt, options)
     ]
     if len(left) < len(lines):
         print(f"{len(lines) - len(left)} of {len(lines)} are already in {output}", file=sys.stderr)
-    with open_output(output) as file, _bar(len(lines), len(lines) - len(left)) as progress:
+    with open_replies(output) as write, _bar(len(lines), len(lines) - len(left)) as progress:
 
         def finished(i: int, responses: list[GenerationResponse]) -> None:
-            line, task = left[i]
+            line, task, options = left[i]
             record = as_json(models.name_of(task.model), _mode(args, line), line.prompt, responses)
             about = {k: line.fields[k] for k in ("id", "specialist") if k in line.fields}
-            whole = {"index": line.index, **about, **record}
-            text = strict_json.dumps(whole, ensure_ascii=False)
-            # Write each line whole and flush it, so that a kill loses none.
-            file.write(text.encode("utf-8", errors="replace") + b"\n")
-            file.flush()
+            write(i, {"index": line.index, **about, "options": options, **record})
 
-        result = run_tasks(scheduler, [task for _, task in left], progress, finished)
+        result = run_tasks(scheduler, [task for _, task, _ in left], progress, finished)
     if args.verbose:
         _print_statistics(result.stats, len(left))
     return 0
@@ -138,18 +138,10 @@ def generate_file(args: argparse.Namespace, tokenizer: Tokenizer, specialists: S
 
 def read_lines(path: Path) -> list[Line]:
     """The prompts in a file. RequestError names the first invalid line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read: {error}") from None
     lines: list[Line] = []
-    # Not splitlines: JSON strings may contain other line separators.
-    for number, content in enumerate(text.split("\n"), 1):
-        if content.strip():
-            try:
-                lines.append(_line(number, len(lines), json.loads(content)))
-            except (ValueError, RecursionError) as error:
-                raise RequestError(f"{path}, line {number}: {error}") from None
+    for number, content in json_lines(path):
+        with named(f"{path}, line {number}"):
+            lines.append(_line(number, len(lines), content))
     if not lines:
         raise RequestError(f"{path} contains no prompts")
     return lines
@@ -174,33 +166,6 @@ def _line(number: int, index: int, content: Any) -> Line:
     return Line(number, index, prompt, rest)
 
 
-def finished_lines(path: Path) -> dict[int, Any]:
-    """The prompts already answered in a file of replies, by index. Cuts off a torn last line.
-
-    Raises RequestError, changing nothing, if the file contains anything else.
-    """
-    if not path.exists():
-        return {}
-    data = path.read_bytes()
-    whole, newline, torn = data.rpartition(b"\n")
-    done = {}
-    for number, content in enumerate(whole.split(b"\n") if newline else [], 1):
-        try:
-            record = json.loads(content)
-            done[record["index"]] = record["prompt"]
-        except (ValueError, KeyError, TypeError):
-            raise RequestError(
-                f"{path}, line {number} was not written by this command; give another --output"
-            ) from None
-    if torn:
-        if not torn.startswith(OURS[: len(torn)]):
-            raise RequestError(
-                f"the end of {path} was not written by this command; give another --output"
-            )
-        os.truncate(path, len(data) - len(torn))
-    return done
-
-
 class _Models:
     """The models that lines may ask for, each loaded once."""
 
@@ -208,7 +173,7 @@ class _Models:
         self._args, self._specialists = args, specialists
         self._names = {id(specialists.base): args.model}
         self._composed: dict[Any, PoEModel] = {}
-        self._costs: dict[int, Costs] = {}
+        self._facts: dict[int, dict[str, Any]] = {}
         names = args.specialists or None
         if args.weights and len(names or ()) < 2:
             raise RequestError("--weights needs several --specialists")
@@ -238,7 +203,15 @@ class _Models:
             model = self._composed[key]
         if names != [None]:
             self._names.setdefault(id(model), "+".join(map(str, names)))
+        if id(model) not in self._facts:
+            base = self._specialists.base
+            known = fingerprint(base) + (fingerprint(model, base) if model is not base else "")
+            self._facts[id(model)] = {"model": key_of(known), "weights": weights}
         return model
+
+    def facts_of(self, model: PoEModel) -> Mapping[str, Any]:
+        """What distinguishes a model's replies from another's, as options."""
+        return self._facts[id(model)]
 
     def name_of(self, model: PoEModel) -> str:
         """A model's name in the output."""
@@ -251,10 +224,11 @@ def _task(
     models: _Models,
     line: Line,
     constraints: Mapping[str, Any],
-) -> Task:
+) -> tuple[Task, dict[str, Any]]:
+    """The task for a line, and every option that decides its reply, for the record."""
     own = {k: v for k, v in line.fields.items() if k not in ("id", "specialist", "weights")}
     mode, common = _mode(args, line), taken(args, OPTIONS)
-    with _named(line):
+    with _at(line):
         if mode != args.mode and mode in MODES:
             # Mode options on the command line apply to the command line's mode only.
             others = {f.name for f in fields(ModeOptions)} - set(MODES[mode])
@@ -270,7 +244,28 @@ def _task(
             # A chat: the same default penalty as `--prompt`.
             formal = any(name in options for name in CONSTRAINTS)
             options.setdefault("repetition_penalty", default_repetition_penalty(model, formal))
-        return plan(tokenizer, prompt, model=model, **options)
+        task = plan(tokenizer, prompt, model=model, **options)
+    forms = {name: options.get(name) for name in FORM_OPTIONS}
+    stop = [task.stop] if isinstance(task.stop, str) else task.stop
+    facts = {
+        # In the order in which differences are named: these three change the weights too.
+        "dtype": str(model.resid_lambdas.dtype).removeprefix("mlx.core."),
+        **{name: getattr(args, name) for name in ("quantize", "split", "degrade")},
+        **models.facts_of(model),
+        "mode": mode,
+        **asdict(task.asked.mode_options),
+        "max_tokens": task.max_tokens,
+        "stop": stop or None,
+        **asdict(task.asked.sampling),
+        **forms,
+    }
+    if mode in PACED_MODES:
+        facts["no_park"] = args.no_park
+        facts["calibration"] = model.calibration and key_of(model.calibration.to_json())
+    if isinstance(line.prompt, str):
+        facts["system_prompt"] = args.system_prompt or None
+        facts["ignore_chat_template"] = args.ignore_chat_template
+    return task, recorded(facts)
 
 
 def _mode(args: argparse.Namespace, line: Line) -> str:
@@ -292,7 +287,7 @@ def _prompt(args: argparse.Namespace, model: PoEModel, prompt: Prompt) -> Prompt
 
 
 @contextmanager
-def _named(line: Line) -> Iterator[None]:
+def _at(line: Line) -> Iterator[None]:
     """Add the line number to errors raised inside."""
     try:
         yield
@@ -300,17 +295,6 @@ def _named(line: Line) -> Iterator[None]:
         raise  # not the line's fault
     except (PoEError, TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"line {line.number}: {error}") from None
-
-
-@contextmanager
-def open_output(path: Path) -> Iterator[Any]:
-    """Open the file of replies to append bytes."""
-    try:
-        file = path.open("ab")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from None
-    with file:
-        yield file
 
 
 @contextmanager

@@ -169,7 +169,7 @@ def _reply(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Speciali
         )
     if args.json:
         record = as_json(args.model, args.mode, text, responses)
-        print(strict_json.dumps(record, ensure_ascii=False))
+        sys.stdout.buffer.write(strict_json.line(record))
     if args.verbose and responses:
         _print_statistics(model, responses)
     return status

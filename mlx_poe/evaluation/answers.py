@@ -82,12 +82,17 @@ def key_of(*parts: Any) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def fingerprint(model: PoEModel) -> str:
+def fingerprint(model: PoEModel, base: PoEModel | None = None) -> str:
     """A hash of a model's configuration, weights and device, to keep different models' answers
-    apart."""
+    apart; without the weights that it shares with `base`."""
     found = hashlib.blake2b(repr((model.config, mx.default_device())).encode(), digest_size=16)
-    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    for name, array in arrays.items():
-        found.update(f"{name} {array.shape} {array.dtype}".encode())
-        found.update(np.ascontiguousarray(np.array(array.view(mx.uint8))).data)
+    shared = set(map(id, _arrays(base).values())) if base else set()
+    for name, array in _arrays(model).items():
+        if id(array) not in shared:
+            found.update(f"{name} {array.shape} {array.dtype}".encode())
+            found.update(np.ascontiguousarray(np.array(array.view(mx.uint8))).data)
     return found.hexdigest()
+
+
+def _arrays(model: PoEModel) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))

@@ -1,0 +1,140 @@
+"""The output of mlx_poe.generate --prompts: one line of JSON per reply.
+
+- in: records, each with the index of its prompt and every option that decides the reply
+- out: a file to resume from, where replies are appended as soon as they are finished; a pipe or
+  a device gets them in the prompts' order, and is never read
+- a reply made with other options is never taken for the one asked for
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cognica_mlx import strict_json
+from cognica_mlx.errors import CheckpointError, RequestError
+from mlx_poe.commands.options import check_output
+from mlx_poe.evaluation.answers import key_of
+
+# Every line that we write begins with this.
+_OURS = b'{"index": '
+# Longer values, such as schemas, are recorded as their hash.
+_LONGEST = 200
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A reply in the file: its prompt and options (None: the file does not say)."""
+
+    prompt: Any
+    options: Mapping[str, Any] | None
+
+
+def is_stdout(path: Path) -> bool:
+    """Whether a path stands for stdout."""
+    return str(path) == "-"
+
+
+def check_replies_file(path: Path) -> None:
+    """Raise RequestError, before any work, if replies cannot be written there."""
+    if not is_stdout(path):
+        check_output(path)
+
+
+def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a record holds them: without those that are off, and long ones as a hash."""
+    plain = json.loads(json.dumps(options))
+    return {
+        name: value if len(json.dumps(value)) <= _LONGEST else f"hash {key_of(value)}"
+        for name, value in plain.items()
+        if value is not None and value is not False
+    }
+
+
+def finished_replies(path: Path) -> dict[int, Finished]:
+    """The replies already in a file, by index. Cuts off a torn last line.
+
+    Raises RequestError, changing nothing, if the file contains anything else.
+    """
+    if is_stdout(path) or not path.is_file():
+        return {}
+    done, end = {}, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                if line.startswith(_OURS[: len(line)]):
+                    break
+                raise RequestError(
+                    f"the end of {path} was not written by this command; give another --output"
+                )
+            try:
+                record = json.loads(line)
+                done[record["index"]] = Finished(record["prompt"], record.get("options"))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise RequestError(
+                    f"{path}, line {number} was not written by this command; give another --output"
+                ) from None
+            end += len(line)
+    if end < path.stat().st_size:
+        os.truncate(path, end)
+    return done
+
+
+def is_answered(
+    path: Path, index: int, finished: Finished | None, prompt: Any, options: Mapping[str, Any]
+) -> bool:
+    """Whether `finished` is the reply to this prompt with these `recorded` options.
+
+    A changed prompt is not answered yet. RequestError for a reply made with other options.
+    """
+    if finished is None or finished.prompt != prompt:
+        return False
+    if not isinstance(finished.options, Mapping):
+        raise RequestError(
+            f"{path} does not say with which options its reply {index} was made, as in files of "
+            "version 0.2; give another --output"
+        )
+    for name in {**options, **finished.options}:
+        before, now = (each.get(name) for each in (finished.options, options))
+        if before != now:
+            other = f"{name} {_shown(before)}, not {_shown(now)}"
+            raise RequestError(
+                f"{path}: reply {index} was made with "
+                f"{'another model' if name == 'model' else other}; give another --output"
+            )
+    return True
+
+
+def _shown(value: Any) -> str:
+    return "off" if value is None else json.dumps(value)
+
+
+@contextmanager
+def open_replies(path: Path) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """A function that writes the n-th reply. CheckpointError if the file cannot be opened."""
+    try:
+        target = nullcontext(sys.stdout.buffer) if is_stdout(path) else path.open("ab")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from None
+    in_order = is_stdout(path) or not path.is_file()
+    waiting: dict[int, Mapping[str, Any]] = {}
+    following = 0
+    with target as file:
+
+        def write(n: int, record: Mapping[str, Any]) -> None:
+            nonlocal following
+            waiting[n] = record
+            while waiting and (not in_order or following in waiting):
+                each = waiting.pop(following if in_order else n)
+                following += 1
+                # Whole and flushed, so that a kill loses none.
+                file.write(strict_json.line(each))
+                file.flush()
+
+        yield write
