@@ -206,11 +206,16 @@ def test_only_counted_tokens_count():
     text = tokenizer.encode("The capital of France is Paris.")
     sizes = tokenizer.token_byte_lengths(2048)
     marks = [False] * (len(text) - 2) + [True, False]
-    measured = measure_text(Predictors(model, [full(model)]), [text], sizes, counted=[marks])
+    predictors = Predictors(model, [full(model), stage(model, 0)])
+    measured = measure_text(predictors, [text], sizes, counted=[marks])
     logprob = plainly(model, text)["full"][len(text) - 3, text[-2]]
     assert measured.tokens == 1 and measured.bytes == sizes[text[-2]]
     bits = -logprob / math.log(2) / measured.bytes
     assert measured.worths[0].bits_per_byte == pytest.approx(bits, rel=1e-4)
+    # Reading the others reads weights too, the same for each position.
+    everything = measure_text(predictors, [text], sizes)
+    shares = [one.weights_read for one in measured.worths]
+    assert shares == [one.weights_read for one in everything.worths] and shares[0] == 1 > shares[1]
     with pytest.raises(RequestError, match="nothing to score"):
         measure_text(Predictors(model, [full(model)]), [text[:1]], sizes)
 

@@ -201,6 +201,15 @@ def test_generation_is_asked_for_in_our_words():
     assert greedy == {"max_tokens": 256, "stop": []}
     with pytest.raises(RequestError, match="num_beams"):
         generation_options({"num_beams": 4})
+    # Several tasks say it in Hugging Face's words, and that there is one beam.
+    assert generation_options({"max_new_tokens": 150, "num_beams": 1}) == {
+        "max_tokens": 150,
+        "stop": [],
+    }
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    for i in range(4):
+        given = {name: number for number, name in reversed([*enumerate(names, 1)][i:])}
+        assert generation_options({**given, names[0]: given.get(names[0])})["max_tokens"] == i + 1
 
 
 def test_samples_can_be_repeated_but_differ_from_each_other():

@@ -31,6 +31,8 @@ from mlx_poe.responses import GenerationResponse
 from mlx_poe.tokenizer import Tokenizer
 
 MAX_GEN_TOKS = 256
+# lm-eval's names for the most tokens of a reply; the first one given counts, as in its own models.
+MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # A task's generation settings, and our names for them.
 SAMPLING = {
     "temperature": "temp",
@@ -267,8 +269,11 @@ def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Convert lm-eval's options to `stream_generate`'s. RequestError for one that we lack."""
     rest = dict(given)
     until = rest.pop("until", None) or []
-    options: dict[str, Any] = {"max_tokens": int(rest.pop("max_gen_toks", MAX_GEN_TOKS))}
+    most = [count for name in MOST if (count := rest.pop(name, None)) is not None]
+    options: dict[str, Any] = {"max_tokens": int(most[0] if most else MAX_GEN_TOKS)}
     options["stop"] = [until] if isinstance(until, str) else list(until)
+    if rest.get("num_beams") == 1:
+        del rest["num_beams"]  # no beam search
     sampled = rest.pop("do_sample", None)
     for name, value in rest.items():
         if name not in SAMPLING:
