@@ -25,14 +25,15 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+def replacing(path: Path, suffix: str = "", *, private: bool = False) -> Iterator[Path]:
     """A temporary path ending in `suffix`; its file becomes `path` if the block succeeds.
 
     Symbolic links are followed, so a link keeps pointing where it did. A device, a pipe or
     anything else that is not a regular file is written to, never replaced. An existing file keeps
-    its permissions; a new one gets those that the umask allows. If the block raises, the temporary
-    file is removed and `path` is unchanged; after a kill, the next call for `path` removes it.
-    Raises OSError naming `path` if the file cannot be written.
+    its permissions, and a new one gets those that the umask allows; only the user can read a
+    `private` one, new or not. If the block raises, the temporary file is removed and `path` is
+    unchanged; after a kill, the next call for `path` removes it. Raises OSError naming `path` if
+    the file cannot be written.
     """
     exists = path.exists()
     in_place = exists and not path.is_file()
@@ -52,8 +53,9 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
                     with temporary.open("rb") as source, path.open("wb") as sink:
                         shutil.copyfileobj(source, sink)
                 else:
-                    mode = target.stat().st_mode & 0o7777 if exists else 0o666 & ~_umask()
-                    temporary.chmod(mode)
+                    if not private:
+                        mode = target.stat().st_mode & 0o7777 if exists else 0o666 & ~_umask()
+                        temporary.chmod(mode)
                     temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -123,6 +125,16 @@ def _prefix(target: Path) -> str:
     if len(os.fsencode(name)) > 200:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return f".{name}"
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for the user alone.
+
+    Folders that exist stay as they are. Raises OSError if one cannot be made.
+    """
+    for each in (*reversed(folder.parents), folder):
+        if not each.is_dir():
+            each.mkdir(mode=0o700, exist_ok=True)
 
 
 def _umask() -> int:

@@ -52,7 +52,8 @@ class SavedChat:
 
 
 def write_chat(path: Path, chat: SavedChat) -> None:
-    """Write `chat` to `path`, whole or not at all. CheckpointError if that fails."""
+    """Write `chat` to `path`, whole or not at all, readable for the user alone. CheckpointError if
+    that fails."""
     content = {
         "format": _FORMAT,
         "model": chat.model,
@@ -67,7 +68,7 @@ def write_chat(path: Path, chat: SavedChat) -> None:
     arrays = chat.arrays or {_PLACEHOLDER: mx.zeros((1,))}
     try:
         # MLX appends .safetensors to any other name.
-        with replacing(path, suffix=".safetensors") as temporary:
+        with replacing(path, suffix=".safetensors", private=True) as temporary:
             mx.save_safetensors(str(temporary), arrays, metadata)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be written: {_first_line(error)}") from None

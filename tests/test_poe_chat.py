@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from chats import FUNCTIONS, TALK, new_chat
-from prompt_toolkit.application import create_app_session
+from prompt_toolkit.application import Application, create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
@@ -135,6 +136,54 @@ def test_a_terminal_session(capsys, tmp_path, monkeypatch):
     printed = capsys.readouterr().out
     assert "1 exchange, " in printed
     assert "half" not in (tmp_path / "cognica-mlx" / "chat_history").read_text()
+
+
+def test_ctrl_z_suspends_and_is_no_part_of_the_message(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    suspended: list[str] = []
+    # The real one would suspend the tests.
+    monkeypatch.setattr(
+        Application,
+        "suspend_to_background",
+        lambda self: suspended.append(self.current_buffer.text),
+    )
+    chat = new_chat()
+    session(chat, "What is the capital\x1a of Italy?")
+    assert suspended == ["What is the capital"]
+    assert [turn.user for turn in chat.turns] == ["What is the capital of Italy?"]
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_the_history_is_private_and_folders_that_exist_keep_their_mode(tmp_path, monkeypatch):
+    there = tmp_path / "there"
+    there.mkdir(mode=0o755)
+    monkeypatch.setenv("XDG_STATE_HOME", str(there / "new" / "state"))
+    before = os.umask(0o022)
+    try:
+        ChatHistory().store_string("a secret")
+    finally:
+        os.umask(before)
+    folder = there / "new" / "state" / "cognica-mlx"
+    assert [mode_of(f) for f in (folder, folder.parent, folder.parent.parent)] == [0o700] * 3
+    assert mode_of(there) == 0o755 and mode_of(folder / "chat_history") == 0o600
+    # As version 0.2 left them.
+    folder.chmod(0o755)
+    (folder / "chat_history").chmod(0o644)
+    assert list(ChatHistory().load_history_strings()) == ["a secret"]
+    assert mode_of(folder) == 0o755 and mode_of(folder / "chat_history") == 0o600
+
+
+def test_a_history_in_the_null_device_leaves_it_alone(tmp_path, monkeypatch):
+    changed: list[int] = []
+    monkeypatch.setattr(os, "fchmod", lambda *_: changed.append(1))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "cognica-mlx").mkdir()
+    (tmp_path / "cognica-mlx" / "chat_history").symlink_to(os.devnull)
+    ChatHistory().store_string("gone")
+    assert not changed
 
 
 def test_ctrl_c_stops_the_reply_and_not_the_program(repl, capsys, monkeypatch):

@@ -132,7 +132,7 @@ class Repl:
             bottom_toolbar=self.status,
             key_bindings=key_bindings(),
             prompt_continuation="… ",
-            color_depth=None,
+            enable_suspend=True,  # else Ctrl-Z is typed into the message
         )
         told = False
         while not self.leaving:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.errors import PoEError
+from cognica_mlx.whole_file import private_folder
 from mlx_poe.chat import Chat
 from mlx_poe.commands.chat_commands import COMMANDS
 from mlx_poe.paths import user_path
@@ -31,8 +33,10 @@ class ChatHistory(FileHistory):
             self.filename = _history_file()
             # Open it now, so that the user sees a problem before the first prompt. Mode "ab+"
             # fails on a pipe, where opening it to read would wait forever.
-            with self.filename.open("ab+"):
-                pass
+            with open(self.filename, "ab+", opener=_private) as file:
+                # Version 0.2 let everybody read it. It may be a link to the null device.
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    os.fchmod(file.fileno(), 0o600)
         except (OSError, PoEError) as error:
             self._give_up(error)
 
@@ -58,8 +62,12 @@ class ChatHistory(FileHistory):
 
 def _history_file() -> Path:
     folder = user_path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "cognica-mlx"
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     return folder / "chat_history"
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def key_bindings() -> KeyBindings:
