@@ -61,7 +61,7 @@ def _remembered(fingerprint: str, measured: Callable[[], Costs]) -> Costs:
     costs = measured()
     if cache:
         with suppress(OSError):
-            cache.mkdir(parents=True, exist_ok=True)
+            whole_file.private_folder(cache)
             whole_file.write_text(path, json.dumps(asdict(costs)))
     return costs
 
