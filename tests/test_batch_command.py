@@ -152,21 +152,25 @@ CHANGES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory) -> bytes:
+    """An output that holds the reply to "Once"."""
+    folder = tmp_path_factory.mktemp("answered")
+    assert run(folder, ["Once"], "--max-tokens", "2") == 0
+    return (folder / "out.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize(("name", "flags"), CHANGES)
-def test_a_reply_made_with_other_options_is_never_taken_for_this_one(tmp_path, capsys, name, flags):
-    usual = ["--max-tokens", "2"]
-    assert run(tmp_path, ["Once"], *usual) == 0
-    output, said = tmp_path / "out.jsonl", "another model" if name == "model" else f"{name} "
-    before = output.read_bytes()
-    capsys.readouterr()
-    assert run(tmp_path, ["Once"], *usual, *flags) == 2
+def test_a_reply_made_with_other_options_is_never_taken_for_this_one(
+    tmp_path, capsys, answered, name, flags
+):
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(answered)
+    assert run(tmp_path, ["Once"], "--max-tokens", "2", *flags) == 2
     shown = capsys.readouterr().err
-    assert f"reply 0 was made with {said}" in shown, shown
-    assert shown.count("\n") == 1 and "another --output" in shown
-    assert output.read_bytes() == before
-    output.unlink()
-    assert run(tmp_path, ["Once"], *usual, *flags) == run(tmp_path, ["Once"], *usual, *flags) == 0
-    assert "1 of 1 are already in" in capsys.readouterr().err
+    said = "another model" if name == "model" else f"{name} "
+    assert f"reply 0 was made with {said}" in shown and "another --output" in shown, shown
+    assert shown.count("\n") == 1 and output.read_bytes() == answered
 
 
 def test_a_lines_own_options_and_specialists_are_compared_too(tmp_path, capsys):
@@ -174,7 +178,8 @@ def test_a_lines_own_options_and_specialists_are_compared_too(tmp_path, capsys):
     flags = ["--max-tokens", "2", "--system-prompt", "Be brief. " * 90]
     long = "[a-z]" * 99
     first = {**line, "weights": [1, 2], "regex": long}
-    assert run(tmp_path, [first], *flags) == run(tmp_path, [first], *flags) == 0
+    # How many run together decides nothing.
+    assert run(tmp_path, [first], *flags) == run(tmp_path, [first], *flags, "--batch", "3") == 0
     assert "1 of 1" in capsys.readouterr().err
     # Long texts are recorded by their hashes.
     assert len(json.dumps(read(tmp_path / "out.jsonl")[0]["options"])) < 900
@@ -218,6 +223,12 @@ def test_a_prompt_with_half_a_character_is_recorded_as_it_is(tmp_path, capsys):
     assert second["id"] == "\udc00" and "Caf\xe9" in (tmp_path / "out.jsonl").read_text()
 
 
+def test_a_file_gets_a_reply_as_soon_as_it_is_finished(tmp_path):
+    prompts = [{"prompt": "Once", "max_tokens": count} for count in (9, 1)]
+    assert run(tmp_path, prompts, "--batch", "2") == 0
+    assert [*read(tmp_path / "out.jsonl")] == [1, 0]
+
+
 # --- pipes ----------------------------------------------------------------------------------------
 
 
@@ -245,16 +256,28 @@ def test_a_dash_is_stdin_and_stdout(tmp_path, capsys, monkeypatch):
     texts = {i: record["text"] for i, record in read(tmp_path / "out.jsonl").items()}
     assert {i: record["text"] for i, record in printed.items()} == texts
     assert not shown.err and not (tmp_path / "-").exists()
+    assert main(["--prompts", "in.jsonl", "--output", os.devnull, *flags]) == 0
 
 
-def test_null_device_and_stdouts_own_name_are_written_and_not_read(tmp_path):
+def test_a_full_disk_is_named(tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", ["Once"])
-    for output, count in ((os.devnull, 0), ("/dev/stdout", 1)):
-        flags = ["--prompts", str(source), "--output", output, "--max-tokens", "1"]
-        command_line = [sys.executable, "-m", "mlx_poe", "generate", *flags]
-        done = subprocess.run(command_line, capture_output=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert len(done.stdout.splitlines()) == count
+    flags = ["--prompts", str(source), "--output", "/dev/full", "--max-tokens", "1"]
+    assert main(flags) == 1
+    assert "/dev/full cannot be written: No space left" in capsys.readouterr().err
+
+
+def test_process_substitutions_are_read_and_written_once():
+    flags = ["--max-tokens", "1"]
+    pipes = [os.pipe() for _ in range(2)]
+    (prompts, feed), (received, output) = pipes
+    os.write(feed, b'"Once"\n')
+    os.close(feed)
+    # As a shell names them; /dev/stdout is one of these.
+    assert main(["--prompts", f"/dev/fd/{prompts}", "--output", f"/dev/fd/{output}", *flags]) == 0
+    os.close(output)
+    os.close(prompts)
+    with open(received) as replies:
+        assert [json.loads(line)["prompt"] for line in replies] == ["Once"]
 
 
 @pytest.mark.parametrize("content", [b"notes\n", b'{"index": 0}\n', b"[1]\n", b"my notes"])

@@ -45,6 +45,8 @@ def test_a_byte_order_mark_is_no_part_of_text_or_rows(tmp_path):
     assert read_texts(written(tmp_path / "a.jsonl", rows)) == ["Once"]
     assert list(json_lines(tmp_path / "a.jsonl")) == [(1, {"text": "Once"})]
     assert read_split(tmp_path / "a.jsonl", TOKENIZER, longest=9).rows == 1
+    with pytest.raises(RequestError, match=r"b\.jsonl, line 2: not a JSON object"):
+        read_texts(written(tmp_path / "b.jsonl", rows + rows))
     # Only at the beginning; elsewhere it is a character like any other.
     assert read_texts(written(tmp_path / "b.txt", b"a" + mark)) == ["a\ufeff"]
 

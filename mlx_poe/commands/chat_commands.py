@@ -20,6 +20,7 @@ from cognica_mlx.rounding import DRAFT_BITS
 from mlx_poe.generate import GenerationResponse
 from mlx_poe.paths import user_path
 from mlx_poe.responses import drafts_in_words
+from mlx_poe.rows import read_text
 
 if TYPE_CHECKING:
     from mlx_poe.chat import Chat
@@ -166,7 +167,7 @@ def _file_or_off(argument: str) -> str | None:
     path = user_path(argument)
     if not path.is_file():
         raise RequestError(f"{path} is not a regular file")
-    return path.read_text(encoding="utf-8", errors="replace")
+    return read_text(path)
 
 
 def _use(repl: Repl, argument: str) -> None:

@@ -117,24 +117,31 @@ def _shown(value: Any) -> str:
 
 @contextmanager
 def open_replies(path: Path) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-    """A function that writes the n-th reply. CheckpointError if the file cannot be opened."""
-    try:
-        target = nullcontext(sys.stdout.buffer) if is_stdout(path) else path.open("ab")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from None
-    in_order = is_stdout(path) or not path.is_file()
+    """A function that writes the n-th reply. CheckpointError if the file cannot be written."""
     waiting: dict[int, Mapping[str, Any]] = {}
     following = 0
-    with target as file:
+    writing = True
+    try:
+        with nullcontext(sys.stdout.buffer) if is_stdout(path) else path.open("ab") as file:
+            writing, in_order = False, is_stdout(path) or not path.is_file()
 
-        def write(n: int, record: Mapping[str, Any]) -> None:
-            nonlocal following
-            waiting[n] = record
-            while waiting and (not in_order or following in waiting):
-                each = waiting.pop(following if in_order else n)
-                following += 1
-                # Whole and flushed, so that a kill loses none.
-                file.write(strict_json.line(each))
-                file.flush()
+            def write(n: int, record: Mapping[str, Any]) -> None:
+                nonlocal following, writing
+                waiting[n] = record
+                while waiting and (not in_order or following in waiting):
+                    each = waiting.pop(following if in_order else n)
+                    following += 1
+                    writing = True
+                    # Whole and flushed, so that a kill loses none.
+                    file.write(strict_json.line(each))
+                    file.flush()
+                    writing = False
 
-        yield write
+            yield write
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if not writing:
+            raise
+        name = "stdout" if is_stdout(path) else path
+        raise CheckpointError(f"{name} cannot be written: {error.strerror}") from None
