@@ -152,6 +152,8 @@ def test_documents_are_cut_up_to_the_number_of_tokens_and_no_further(monkeypatch
     cut = segments(documents, TOKENIZER, 3 * len(whole) + 2, longest=len(whole))
     assert cut == [whole] * 3 + [whole[:2]]
     assert len(encoded) <= 5
+    # A <|bos|> with nothing after it would say nothing.
+    assert segments(documents, TOKENIZER, 3 * len(whole) + 1, longest=len(whole)) == [whole] * 3
 
 
 def test_a_pipe_is_read_once(tmp_path):
