@@ -41,9 +41,9 @@ _OTHERS = {
 }
 
 
-def is_stdin(file: Path) -> bool:
-    """Whether a path stands for stdin."""
-    return str(file) == "-"
+def file_name(file: Path) -> str:
+    """A file's name in messages; - is stdin."""
+    return "stdin" if _is_stdin(file) else str(file)
 
 
 def read_text(file: Path) -> str:
@@ -72,11 +72,11 @@ def read_rows(file: Path) -> Iterator[tuple[str, Text]]:
     else:
         text = read_text(file)
         if ending or not _begins_with_row(text):
-            yield _name(file), text
+            yield file_name(file), text
             return
         values = _values(file, enumerate(text.split("\n"), 1))
     for number, value in values:
-        place = f"{_name(file)}, line {number}"
+        place = f"{file_name(file)}, line {number}"
         with named(place):
             row = _row(value)
         yield place, row
@@ -133,7 +133,7 @@ def _values(file: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int,
         except (ValueError, RecursionError) as error:
             hint = " (name it .txt to read it as text)" if file.suffix.lower() == ".json" else ""
             raise RequestError(
-                f"{_name(file)}, line {number}: not a JSON object: {one_line(error)}{hint}"
+                f"{file_name(file)}, line {number}: not a JSON object: {one_line(error)}{hint}"
             ) from None
         yield number, value
 
@@ -151,14 +151,14 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
     try:
-        with nullcontext(sys.stdin.buffer) if is_stdin(file) else file.open("rb") as stream:
+        with nullcontext(sys.stdin.buffer) if _is_stdin(file) else file.open("rb") as stream:
             yield stream
     except OSError as error:
-        raise RequestError(f"{_name(file)} cannot be read: {error.strerror or error}") from None
+        raise RequestError(f"{file_name(file)} cannot be read: {error.strerror or error}") from None
 
 
-def _name(file: Path) -> str:
-    return "stdin" if is_stdin(file) else str(file)
+def _is_stdin(file: Path) -> bool:
+    return str(file) == "-"
 
 
 def _decoded(file: Path, data: bytes, begins: bytes, at: int = 0, line: int = 1) -> str:
@@ -180,6 +180,6 @@ def _decoded(file: Path, data: bytes, begins: bytes, at: int = 0, line: int = 1)
             kind, remedy = f" (the file is {other})", tool
     line += data.count(b"\n", 0, wrong)
     raise RequestError(
-        f"{_name(file)}, line {line}: not UTF-8 text at position {at + wrong}{kind}; convert it "
-        f"with {remedy}"
+        f"{file_name(file)}, line {line}: not UTF-8 text at position {at + wrong}{kind}; "
+        f"convert it with {remedy}"
     )

@@ -17,8 +17,10 @@ import pytest
 from conftest import FIXTURES, fixture
 
 import mlx_poe.commands.batch as command
+from cognica_mlx.calibration import CALIBRATION_FILE
 from mlx_poe import stream_generate
 from mlx_poe.commands.generate import main
+from mlx_poe.load import BUILT_IN
 
 PROMPTS: list[Any] = [
     "Once there was a",
@@ -187,7 +189,6 @@ def test_a_lines_own_options_and_specialists_are_compared_too(tmp_path, capsys):
         ({**first, "weights": [2, 1]}, "weights [1, 2]"),
         ({**first, "regex": long + "?"}, "regex "),
         ({**first, "specialist": "poe-tiny-chat", "weights": None}, "another model"),
-        ({**first, "mode": "wand"}, "calibration"),
     ):
         assert run(tmp_path, [changed], *flags) == 2
         assert name in capsys.readouterr().err
@@ -204,6 +205,19 @@ def test_another_model_in_the_same_folder_is_another_model(tmp_path, capsys):
     shutil.copytree(FIXTURES / "gqa-logop-d8", folder)
     assert run(tmp_path, ["Once"], *flags) == 2
     assert "made with another model" in capsys.readouterr().err
+
+
+def test_bounds_from_another_calibration_make_another_reply(tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(BUILT_IN / "poe-tiny", folder)
+    flags = ["--model", str(folder), "--max-tokens", "2", "--mode", "wand"]
+    assert run(tmp_path, ["Once"], *flags) == 0
+    file = folder / CALIBRATION_FILE
+    content = json.loads(file.read_text())
+    content["p99_bounds"][0] += 1
+    file.write_text(json.dumps(content))
+    assert run(tmp_path, ["Once"], *flags) == 2
+    assert "reply 0 was made with calibration " in capsys.readouterr().err
 
 
 def test_replies_that_do_not_say_how_they_were_made_are_unknown(tmp_path, capsys):
@@ -257,6 +271,9 @@ def test_a_dash_is_stdin_and_stdout(tmp_path, capsys, monkeypatch):
     assert {i: record["text"] for i, record in printed.items()} == texts
     assert not shown.err and not (tmp_path / "-").exists()
     assert main(["--prompts", "in.jsonl", "--output", os.devnull, *flags]) == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'"Once"\n5\n')))
+    assert main(["--prompts", "-", "--output", "-", *flags]) == 2
+    assert "stdin, line 2: expected an object" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_named(tmp_path, capsys):

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from mlx_poe.machine import known_costs
 from mlx_poe.penalty import default_repetition_penalty
 from mlx_poe.reply_form import CONSTRAINTS, FORM_OPTIONS
 from mlx_poe.responses import GenerationResponse
-from mlx_poe.rows import json_lines, named
+from mlx_poe.rows import file_name, json_lines, named
 from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Task
 from mlx_poe.specialists import Specialists
 from mlx_poe.tokenizer import Tokenizer
@@ -140,10 +141,10 @@ def read_lines(path: Path) -> list[Line]:
     """The prompts in a file. RequestError names the first invalid line."""
     lines: list[Line] = []
     for number, content in json_lines(path):
-        with named(f"{path}, line {number}"):
+        with named(f"{file_name(path)}, line {number}"):
             lines.append(_line(number, len(lines), content))
     if not lines:
-        raise RequestError(f"{path} contains no prompts")
+        raise RequestError(f"{file_name(path)} contains no prompts")
     return lines
 
 
@@ -205,9 +206,13 @@ class _Models:
             self._names.setdefault(id(model), "+".join(map(str, names)))
         if id(model) not in self._facts:
             base = self._specialists.base
-            known = fingerprint(base) + (fingerprint(model, base) if model is not base else "")
-            self._facts[id(model)] = {"model": key_of(known), "weights": weights}
+            own = fingerprint(model, base) if model is not base else None
+            self._facts[id(model)] = {"model": key_of(self._base, own), "weights": weights}
         return model
+
+    @cached_property
+    def _base(self) -> str:
+        return fingerprint(self._specialists.base)
 
     def facts_of(self, model: PoEModel) -> Mapping[str, Any]:
         """What distinguishes a model's replies from another's, as options."""

@@ -33,8 +33,8 @@ class ChatHistory(FileHistory):
             self.filename = _history_file()
             # Open it now, so that the user sees a problem before the first prompt. Mode "ab+"
             # fails on a pipe, where opening it to read would wait forever.
-            with open(self.filename, "ab+", opener=_private) as file:
-                # Version 0.2 let everybody read it. It may be a link to the null device.
+            with self.filename.open("ab+") as file:
+                # Private before anything is in it. It may be a link to the null device.
                 if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     os.fchmod(file.fileno(), 0o600)
         except (OSError, PoEError) as error:
@@ -64,10 +64,6 @@ def _history_file() -> Path:
     folder = user_path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "cognica-mlx"
     private_folder(folder)
     return folder / "chat_history"
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def key_bindings() -> KeyBindings:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cognica_mlx.errors import RequestError
-from mlx_poe.rows import Text, read_rows
+from mlx_poe.rows import Text, file_name, read_rows
 from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.training.data import checked, encoded, first_texts
 
@@ -20,7 +20,7 @@ def read_texts(file: Path, mask_prompt: bool = False) -> list[Text]:
     """
     texts = list(checked(file, True)) if mask_prompt else [text for _, text in read_rows(file)]
     if not any(texts):
-        raise RequestError(f"{'stdin' if str(file) == '-' else file} contains no text")
+        raise RequestError(f"{file_name(file)} contains no text")
     return texts
 
 
