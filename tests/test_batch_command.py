@@ -188,7 +188,7 @@ def test_a_lines_own_options_and_specialists_are_compared_too(tmp_path, capsys):
     for changed, name in (
         ({**first, "weights": [2, 1]}, "weights [1, 2]"),
         ({**first, "regex": long + "?"}, "regex "),
-        ({**first, "specialist": "poe-tiny-chat", "weights": None}, "another model"),
+        ({**first, "specialist": ["poe-tiny-chat", "poe-tiny-tool"]}, "another model"),
     ):
         assert run(tmp_path, [changed], *flags) == 2
         assert name in capsys.readouterr().err

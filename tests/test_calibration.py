@@ -431,6 +431,7 @@ def test_command_reads_chats_and_prints_tables(command_here, tmp_path):
         (["--data", "-"], "", 2, "stdin contains no text"),
         (["--data", "~nosuchuser/x"], None, 2, "no such home folder"),
         (["--data", "-", "--num-tokens", "0"], "x", 2, "--num-tokens"),
+        (["--data", "-", "--output", "-"], "x", 2, "- is stdout, which this flag does not"),
         (["--data", "-", "--output", "no/such/folder/x.json"], "x", 2, "no/such/folder"),
         ([], None, 2, "--data"),
     ],

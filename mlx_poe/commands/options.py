@@ -236,6 +236,8 @@ def check_output(file: Path | None) -> None:
     """Raise RequestError, before any work, if a file to be written later cannot be."""
     if file is None:
         return
+    if str(file) == "-":
+        raise RequestError("- is stdout, which this flag does not write to: name a file")
     if file.is_dir():
         raise RequestError(f"{file} is a folder: name a file to write")
     if not file.absolute().parent.is_dir():
