@@ -14,8 +14,10 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.errors import CheckpointError
 from cognica_mlx.hidden import Hidden
 from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import is_finite
 
 ModelArgs = PoEConfig
 
@@ -36,6 +38,13 @@ class RotatingCache:
 
 class Model(PoEModel):
     """A Cognica-PoE model with the call and the caches that mlx-lm expects."""
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The weights as mlx-lm has read them. CheckpointError if one holds NaN or infinity."""
+        for name, array in weights.items():
+            if not is_finite(name, array):
+                raise CheckpointError(f"{name} holds NaN or infinity: convert the model again")
+        return weights
 
     @property
     def layers(self) -> list[Any]:

@@ -44,6 +44,33 @@ class Scheme:
         return dict(zip(SUFFIXES, parts, strict=False))
 
 
+# The bits of infinity, and the integers with and without sign of the same size.
+_INFINITY = {
+    mx.float32: (0x7F800000, mx.int32, mx.uint32),
+    mx.bfloat16: (0x7F80, mx.int16, mx.uint16),
+    mx.float16: (0x7C00, mx.int16, mx.uint16),
+}
+
+
+def is_finite(name: str, array: mx.array, mode: str = "affine") -> bool:
+    """Whether a parameter has no NaN and no infinity. Reads it twice and copies nothing.
+
+    `mode` is how its module is packed: some keep scales or weights as one-byte floats.
+    """
+    suffix = name.rpartition(".")[2]
+    if array.dtype in _INFINITY and array.size:
+        # As integers, because numbers of one sign are in the same order as their bits.
+        infinity, signed, unsigned = _INFINITY[array.dtype]
+        above, below = mx.max(array.view(signed)), mx.max(array.view(unsigned))
+        negative = 1 << (8 * array.dtype.size - 1)
+        return above.item() < infinity and below.item() < infinity | negative
+    if mode.startswith("mx") and suffix == "scales":
+        return mx.max(array).item() < 0xFE  # E8M0: 0xFE is 2^127, times at least 2; 0xFF is NaN
+    if (mode, suffix) in (("nvfp4", "scales"), ("mxfp8", "weight")):
+        return not mx.any((array.view(mx.uint8) & 0x7F) == 0x7F).item()  # E4M3's NaN, either sign
+    return True
+
+
 def draft_scheme(bits: int | str) -> Scheme:
     """A drafter's scheme: a number of bits in groups of 64, or "mxfp4" or "nvfp4".
 

@@ -28,6 +28,7 @@ from cognica_mlx.convert.tokenizer_files import has_tokenizer
 from cognica_mlx.convert.torch_files import TorchFile
 from cognica_mlx.errors import CheckpointError, ConfigError
 from cognica_mlx.model import PoEModel
+from cognica_mlx.rounding import is_finite
 
 _META = re.compile(r"meta_(\d{1,9})\.json")
 _LAYER = re.compile(r"h\.(\d{1,6})\.")
@@ -66,11 +67,30 @@ class Checkpoint:
         inherited = self.base.weights if self.base else {}
         return {k: v for k, v in self.weights.items() if inherited.get(k) is not v}
 
+    def read(self, name: str) -> mx.array:
+        """A weight as it is stored. CheckpointError if it holds NaN or infinity."""
+        array = self.weights[name].read()
+        self.check(name, array)
+        return array
+
+    def check(self, name: str, array: mx.array) -> None:
+        """Raise CheckpointError if the values read for a weight hold NaN or infinity."""
+        how = self.plan.get(name.rpartition(".")[0])
+        if is_finite(name, array, how.mode if how else "affine"):
+            return
+        link = self
+        while link.base and link.base.weights.get(name) is link.weights[name]:
+            link = link.base
+        raise CheckpointError(
+            f"{link.source.name}: {name} holds NaN or infinity: its file is damaged, or its "
+            "training diverged; get another copy"
+        )
+
     def unpacked(self, name: str, dtype: mx.Dtype) -> mx.array:
         """A weight in `dtype`, dequantized if it is packed."""
 
         def read(name: str) -> mx.array:
-            array = self.weights[name].read()
+            array = self.read(name)
             return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
         path = name.removesuffix(".weight")

@@ -29,7 +29,15 @@ from cognica_mlx.convert.chat_layout import BOS, REPLY_END
 from cognica_mlx.convert.checkpoint import Checkpoint, eos_token_ids, read_checkpoint
 from cognica_mlx.convert.draft_copy import write_copy
 from cognica_mlx.convert.model_card import model_card
-from cognica_mlx.convert.quantization import Plan, Rule, make_plan, mixed, pack, to_fields
+from cognica_mlx.convert.quantization import (
+    Plan,
+    Rule,
+    check_range,
+    make_plan,
+    mixed,
+    pack,
+    to_fields,
+)
 from cognica_mlx.convert.safetensors_files import (
     Spec,
     TensorWriter,
@@ -165,8 +173,12 @@ class Conversion:
 
     def _tensors(self) -> Iterator[tuple[str, mx.array]]:
         for name, tensor in self.weights.items():
-            packed = self._packed(name, tensor.read())
+            array = tensor.read()
+            self.checkpoint.check(name, array)
+            packed = self._packed(name, array)
             mx.eval(packed)
+            check_range(array, packed)
+            del array
             while packed:
                 first = next(iter(packed))
                 yield first, packed.pop(first)

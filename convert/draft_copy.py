@@ -18,9 +18,10 @@ import mlx.nn as nn
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert.stored import StoredTensor
 from cognica_mlx.decoding.rounded_prefix import round_prefix
-from cognica_mlx.errors import CheckpointError
+from cognica_mlx.errors import CheckpointError, one_line
+from cognica_mlx.git_lfs import pointer_problem
 from cognica_mlx.model import PoEModel
-from cognica_mlx.rounding import SUFFIXES, Scheme, copies_of, draft_scheme, rounded
+from cognica_mlx.rounding import SUFFIXES, Scheme, copies_of, draft_scheme, is_finite, rounded
 
 DRAFT_FILE = "draft.safetensors"
 _BITS = "draft_bits"
@@ -83,6 +84,10 @@ def _take_up(model: PoEModel, path: Path) -> None:
                 raise CheckpointError(
                     f"{path} does not fit its model at {place}: delete it, or convert again"
                 )
+            if not is_finite(suffix, part, expected.mode):
+                raise CheckpointError(
+                    f"{path}: {place}.{suffix} holds NaN or infinity: delete it, or convert again"
+                )
             kept = mx.issubdtype(part.dtype, mx.integer)
             packed[suffix] = part if kept else part.astype(dtype)
         mx.eval(packed.parameters())
@@ -107,7 +112,5 @@ def _load(path: Path) -> tuple[dict[str, mx.array], str]:
         arrays, metadata = loaded
         return arrays, metadata[_BITS]
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} is not a rounded copy ({reason}): delete it, or convert again"
-        ) from None
+        problem = f"is not a rounded copy ({one_line(error)}): delete it, or convert again"
+        raise CheckpointError(f"{path} {pointer_problem(path) or problem}") from None

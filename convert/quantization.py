@@ -20,7 +20,7 @@ from mlx.utils import tree_unflatten
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.rounding import BITS, GROUP_SIZES, MODES, Scheme
+from cognica_mlx.rounding import BITS, GROUP_SIZES, MODES, Scheme, is_finite
 
 # mlx-lm's mixed recipes: the bits of most matrices, and of those that rounding hurts most.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
@@ -157,6 +157,16 @@ def pack(
     return {f"{module}.{key}": part for key, part in plan[module].quantize(array).items()}
 
 
+def check_range(array: mx.array, packed: Mapping[str, mx.array]) -> None:
+    """Raise RequestError if `pack` made an infinity of finite numbers."""
+    for name, part in packed.items():
+        if part is not array and not is_finite(name, part):
+            raise RequestError(
+                f"{name} has numbers too large for {str(part.dtype).removeprefix('mlx.core.')}: "
+                "choose another dtype"
+            )
+
+
 def apply_plan(model: PoEModel, plan: Plan) -> None:
     """Replace the modules in `plan` with quantized ones, their weights unevaluated."""
     if plan:
@@ -184,6 +194,7 @@ def fill(
         packed = pack(name, array, plan, dtype)
         if not lazy:
             mx.eval(packed)
+            check_range(array, packed)
         weights.update(packed)
         del array  # before the next is read
     model.update(tree_unflatten(list(weights.items())))

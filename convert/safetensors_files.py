@@ -21,7 +21,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cognica_mlx.convert.stored import StoredTensor
-from cognica_mlx.errors import CheckpointError
+from cognica_mlx.errors import CheckpointError, one_line
+from cognica_mlx.git_lfs import pointer_problem
 
 SHARD_BYTES = 5 * 10**9  # as in mlx-lm and on the hub
 
@@ -44,7 +45,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+        problem = pointer_problem(path) or f"cannot be read as JSON: {error}"
+        raise CheckpointError(f"{path} {problem}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return content
@@ -91,10 +93,7 @@ class _SafetensorsFile:
                 pass
             self._unread = self._load()
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(
-                f"{path} is damaged or incomplete ({reason}): download it again"
-            ) from None
+            raise CheckpointError(f"{path} {pointer_problem(path) or _damage(error)}") from None
         if not self._unread:
             raise CheckpointError(f"{path} holds no tensors")
 
@@ -114,6 +113,10 @@ class _SafetensorsFile:
         if name not in self._unread:
             self._unread = self._load()
         return self._unread.pop(name)
+
+
+def _damage(error: Exception) -> str:
+    return f"is damaged or incomplete ({one_line(error)}): download it again"
 
 
 def _read_file(path: Path) -> dict[str, StoredTensor]:

@@ -18,6 +18,7 @@ import tiktoken
 from cognica_mlx.convert import tokenizer_json
 from cognica_mlx.convert.plain_pickle import BYTES, INTEGERS, TEXT, Dialect, Global, replay
 from cognica_mlx.errors import TokenizerError, one_line
+from cognica_mlx.git_lfs import pointer_problem
 
 FILE_NAME = "tokenizer.pkl"
 MOST_BYTES = 64 * 2**20  # 48000 tokens take half a megabyte
@@ -50,7 +51,10 @@ def read_encoding(folder: Path) -> tiktoken.Encoding:
             f"{path} is missing: a model folder needs the {FILE_NAME} that was released with it,"
             f" or a converted model's {converted.name}"
         )
-    if not path.is_file():
+    used = path if path.is_file() else converted
+    if problem := pointer_problem(used):
+        raise TokenizerError(f"{used} {problem}")
+    if used == converted:
         fields = tokenizer_json.read_fields(converted)
         return _checked(converted, lambda: fields)
     try:

@@ -36,6 +36,7 @@ from cognica_mlx.convert.plain_pickle import (
     replay,
 )
 from cognica_mlx.errors import CheckpointError, one_line
+from cognica_mlx.git_lfs import pointer_problem
 
 MOST_DIRECTORY_BYTES = 4 * 2**20  # 300 storages take 30 thousand bytes
 MOST_PICKLE_BYTES = 16 * 2**20  # and 30 thousand in the pickle
@@ -139,6 +140,8 @@ class _Archive:
     def __init__(self, path: Path) -> None:
         if not path.is_file() or not path.stat().st_size:
             raise CheckpointError("is empty" if path.is_file() else "is missing or not a file")
+        if problem := pointer_problem(path):
+            raise CheckpointError(problem)
         with _CarefulFile(path) as file:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if self.data[:1] == b"\x80":

@@ -93,7 +93,10 @@ def load(
         own.strip(model)
         weights = {name: tensor for name, tensor in weights.items() if own.holds(name)}
         plan = {path: how for path, how in plan.items() if own.holds(f"{path}.weight")}
-    arrays = ((name, tensor.read()) for name, tensor in weights.items())
+    if lazy:
+        for name in weights:
+            checkpoint.read(name)  # reads it to check it, and keeps nothing
+    arrays = ((n, t.read() if lazy else checkpoint.read(n)) for n, t in weights.items())
     fill(model, arrays, plan, kind, lazy=lazy)
     if not lazy:
         lay_out(model)

@@ -24,6 +24,7 @@ import mlx.core as mx
 
 from cognica_mlx.decoding.modes import ModeOptions
 from cognica_mlx.errors import CheckpointError, PoEError
+from cognica_mlx.git_lfs import pointer_problem
 from cognica_mlx.sampling import SamplingOptions
 from cognica_mlx.whole_file import replacing
 from mlx_poe.conversation import Settings, Turn
@@ -105,7 +106,8 @@ def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
             raise ValueError("its format is unknown")
         mx.eval(arrays)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a saved chat: {_first_line(error)}") from None
+        problem = pointer_problem(path) or f"is not a saved chat: {_first_line(error)}"
+        raise CheckpointError(f"{path} {problem}") from None
     arrays.pop(_PLACEHOLDER, None)
     return arrays, content
 

@@ -148,7 +148,7 @@ class Specialists:
             NOTHING.strip(model)
             own = {name: tensor for name, tensor in own.items() if NOTHING.holds(name)}
             plan = {}
-        fill(model, ((name, tensor.read()) for name, tensor in own.items()), plan, dtype)
+        fill(model, ((name, checkpoint.read(name)) for name in own), plan, dtype)
         share_base(model, self.base, *self._changed_rows(checkpoint, link))
         return model
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import (
@@ -21,10 +22,17 @@ from checkpoints import (
     write_tokenizer,
 )
 from conftest import FIXTURES
+from mlx_lm.utils import load_model
 from pickles import Calls
 
+from cognica_mlx.convert.conversion import prepare
+from cognica_mlx.convert.quantization import scheme
+from cognica_mlx.convert.sources import locate
 from cognica_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from mlx_poe import load
+from mlx_poe.commands.convert import main as convert
+from mlx_poe.saved_chat import read_chat
+from mlx_poe.specialists import Specialists
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +72,23 @@ def written(file: str, content: str | bytes) -> Callable[[Path], None]:
 
 def without(file: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).unlink()
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 12\n"
+
+
+def pointer(file: str) -> Callable[[Path], None]:
+    return written(file, POINTER)
+
+
+def spoiled(name: str, value: float) -> Callable[[Path], None]:
+    """Set one number in the middle of a tensor."""
+
+    def spoil(t: dict[str, np.ndarray]) -> None:
+        t[name] = t[name].copy()
+        t[name].flat[t[name].size // 2] = value
+
+    return tensors(spoil)
 
 
 def header_cut(folder: Path) -> None:
@@ -177,6 +202,30 @@ BASE_FAULTS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = 
         CheckpointError,
         "has lm_head.weight of shape (300, 64), not (320, 64)",
     ),
+    "NaN": (
+        spoiled("transformer.h.1.mlp.c_fc.weight", np.nan),
+        CheckpointError,
+        "h.1.mlp.c_fc.weight holds NaN or infinity",
+    ),
+    "infinity in a table": (
+        spoiled("transformer.wte.weight", np.inf),
+        CheckpointError,
+        "wte.weight holds NaN or infinity",
+    ),
+    "minus infinity in a scalar": (
+        spoiled("resid_lambdas", -np.inf),
+        CheckpointError,
+        "resid_lambdas holds NaN or infinity",
+    ),
+    **{
+        f"{file} is a pointer": (pointer(file), kind, f"{file} is a Git LFS pointer")
+        for file, kind in (
+            (W, CheckpointError),
+            (C, CheckpointError),
+            ("generation_config.json", CheckpointError),
+            ("tokenizer.pkl", TokenizerError),
+        )
+    },
     "tensor in integers": (in_integers, CheckpointError, "lm_head.weight in mlx.core.int16"),
     "no tokenizer": (without("tokenizer.pkl"), TokenizerError, "tokenizer.pkl is missing"),
     "tokenizer is cut": (cut(0.5, "tokenizer.pkl"), TokenizerError, "tokenizer.pkl is damaged"),
@@ -243,6 +292,11 @@ SHARD_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         f"lists no.such.tensor in {SECOND}",
     ),
+    "shard is a pointer": (pointer(SECOND), f"{SECOND} is a Git LFS pointer"),
+    "index is a pointer": (
+        pointer("model.safetensors.index.json"),
+        "index.json is a Git LFS pointer",
+    ),
     "no weight_map": (written("model.safetensors.index.json", "{}"), "has no weight_map"),
     "weight_map a list": (
         written("model.safetensors.index.json", '{"weight_map": ["x"]}'),
@@ -284,6 +338,21 @@ DELTA_FAULTS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] =
         )
         for name in ("lm_head_stage.weight", "transformer.wte.weight", "x0_lambdas")
     },
+    "delta is a pointer": (
+        pointer("delta.safetensors"),
+        CheckpointError,
+        "delta.safetensors is a Git LFS pointer",
+    ),
+    "NaN in its head": (
+        spoiled("lm_head_stage.weight", np.nan),
+        CheckpointError,
+        "model: lm_head_specialists.0.weight holds NaN or infinity",
+    ),
+    "infinity in its base": (
+        lambda folder: spoiled("transformer.h.1.attn.c_q.weight", np.inf)(folder.parent / "base"),
+        CheckpointError,
+        "base: h.1.attn.c_q.weight holds NaN or infinity",
+    ),
     "lacks a block's matrix": (
         tensors(lambda t: t.pop("transformer.h.4.attn.c_proj.weight")),
         CheckpointError,
@@ -346,6 +415,84 @@ def test_a_damaged_delta_is_refused_by_name(sound, tmp_path, damage, kind, named
     damage(folder)
     message = assert_refused(folder, kind, named)
     assert str(folder) in message or str(folder.parent) in message
+
+
+@pytest.mark.parametrize("way", ["lazily", "quantized", "attached", "converted", "under mlx-lm"])
+def test_whatever_reads_weights_looks_for_nan(sound, tmp_path, way, capsys):
+    shutil.copytree(sound / "base", tmp_path / "base")
+    stage = Path(shutil.copytree(sound / "stage", tmp_path / "stage"))
+    spoiled("transformer.h.4.mlp.c_fc.weight", np.nan)(stage)
+    named = "h.4.mlp.c_fc.weight holds NaN"
+    if way == "attached":
+        with pytest.raises(CheckpointError, match=named):
+            Specialists(load(sound / "base")[0]).attach("stage", stage)
+    elif way == "converted":
+        assert convert(["--hf-path", str(stage), "--mlx-path", str(tmp_path / "out")]) == 1
+        assert named in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    elif way == "under mlx-lm":
+        prepare(locate(sound / "base")).write(tmp_path / "out")
+        spoiled_file(tmp_path / "out", "lm_head.weight", lambda a: a * np.inf)
+        with pytest.raises(CheckpointError, match="lm_head.weight holds NaN"):
+            load_model(tmp_path / "out", trust_remote_code=True)
+    else:
+        assert_refused(
+            stage, CheckpointError, named, **{"lazy": True} if way == "lazily" else {"quantize": 4}
+        )
+
+
+def spoiled_file(folder: Path, name: str, change: Callable[[mx.array], mx.array]) -> None:
+    """Change one tensor of a converted folder."""
+    arrays = mx.load(str(folder / W))
+    assert isinstance(arrays, dict)
+    arrays[name] = change(arrays[name])
+    mx.save_safetensors(str(folder / W), arrays)
+
+
+@pytest.mark.parametrize(
+    ("mode", "part", "byte"),
+    [("affine", "scales", None), ("affine", "biases", None), ("mxfp4", "scales", 0xFF)]
+    + [("mxfp8", "scales", 0xFE), ("mxfp8", "weight", 0xFF), ("nvfp4", "scales", 0x7F)],
+)
+def test_packed_matrices_are_looked_at_too(sound, tmp_path, mode, part, byte):
+    prepare(locate(sound / "base"), quantization=scheme(mode=mode)).write(tmp_path / "out")
+    load(tmp_path / "out")
+
+    def spoil(array: mx.array) -> mx.array:
+        if byte is None:
+            return array * float("inf")
+        numbers = np.array(array).view(np.uint8)
+        numbers[3, 1] = byte
+        return mx.array(numbers.view(np.uint32) if part == "weight" else numbers)
+
+    name = f"h.2.attn.c_v.{part}"
+    spoiled_file(tmp_path / "out", name, spoil)
+    assert_refused(tmp_path / "out", CheckpointError, f"{name} holds NaN or infinity")
+
+
+def test_numbers_too_large_for_a_type_are_named(tmp_path):
+    write_base(tmp_path / "base")
+    spoiled("transformer.h.0.mlp.c_fc.weight", 1e9)(tmp_path / "base")
+    load(tmp_path / "base", dtype="bfloat16")
+    named = "h.0.mlp.c_fc.weight has numbers too large for float16"
+    assert_refused(tmp_path / "base", RequestError, named, dtype="float16")
+    with pytest.raises(RequestError, match=named):
+        prepare(locate(tmp_path / "base"), dtype="float16").write(tmp_path / "out")
+
+
+def test_pointers_beside_a_converted_model_are_named(tmp_path):
+    folder = tmp_path / "out"
+    prepare(locate(FIXTURES / "flat-d8"), draft_bits="4").write(folder)
+    written("draft.safetensors", POINTER)(folder)
+    assert_refused(folder, CheckpointError, "draft.safetensors is a Git LFS pointer")
+    (folder / "draft.safetensors").unlink()
+    written("poe_calibration.json", POINTER)(folder)
+    assert "json is a Git LFS pointer" in str(load(folder)[0].calibration_problem)
+    written("tokenizer.json", POINTER)(folder)
+    assert_refused(folder, TokenizerError, "tokenizer.json is a Git LFS pointer")
+    written("chat.safetensors", POINTER)(folder)
+    with pytest.raises(CheckpointError, match="chat.safetensors is a Git LFS pointer"):
+        read_chat(folder / "chat.safetensors")
 
 
 def test_a_missing_base_is_named_with_the_chain_so_far(tmp_path):

@@ -163,7 +163,7 @@ HOSTILE = {
     "no fields": (ENCODING + b")\x81.", "does not hold a tiktoken Encoding"),
     "bad UTF-8 text": (b"\x8c\x01\xff.", "is damaged"),
     "not a pickle": (b"<!DOCTYPE html><html>", "is damaged or not a tokenizer"),
-    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "is damaged or not"),
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "empty": (b"", "is damaged or not a tokenizer"),
     "a name of a public encoding": (pickled("gpt2"), "only names the public encoding 'gpt2'"),
 }

@@ -267,7 +267,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     path.unlink()
     for data, complaint in (
         (b"", "is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is not a checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "install git-lfs"),
         (b"<!DOCTYPE html>", "is not a checkpoint"),
         (b"PK\5\6" + b"\0" * 18, "does not hold one data.pkl"),
         (b"PK\5\6" + b"\xff" * 18, "truncated or damaged"),

@@ -16,6 +16,7 @@ from typing import Any
 from cognica_mlx import whole_file
 from cognica_mlx.config import MAX_NUMBER, PoEConfig
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.git_lfs import pointer_problem
 from cognica_mlx.rounding import draft_scheme
 
 CALIBRATION_FILE = "poe_calibration.json"
@@ -66,6 +67,8 @@ class Calibration:
             content = json.loads(path.read_text(encoding="utf-8"))
             _check(content, config)
         except (OSError, ValueError, RecursionError) as error:
+            if problem := pointer_problem(path):
+                raise CheckpointError(f"{path} {problem}") from None
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
             raise CheckpointError(
                 f"{path} is not a usable calibration ({reason}): delete it, or make a new one "
