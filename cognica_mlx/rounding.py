@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -38,6 +38,11 @@ class Scheme:
     group_size: int
     mode: str = "affine"
 
+    def fits(self, width: int) -> bool:
+        """Whether rows of this length can be packed, and unpacked: in "nvfp4" MLX unpacks only
+        rows of an even number of groups."""
+        return width % max(self.group_size, min(GROUP_SIZES)) == 0
+
     def quantize(self, matrix: mx.array) -> dict[str, mx.array]:
         """`matrix` (rows, columns) as a module's packed "weight", "scales" and perhaps "biases"."""
         parts = mx.quantize(matrix, self.group_size, self.bits, mode=self.mode)
@@ -63,9 +68,11 @@ def is_finite(name: str, array: mx.array, mode: str = "affine") -> bool:
         infinity, signed, unsigned = _INFINITY[array.dtype]
         above, below = mx.max(array.view(signed)), mx.max(array.view(unsigned))
         negative = 1 << (8 * array.dtype.size - 1)
-        return above.item() < infinity and below.item() < infinity | negative
+        return int(above.item()) < infinity and int(below.item()) < infinity | negative
     if mode.startswith("mx") and suffix == "scales":
-        return mx.max(array).item() < 0xFE  # E8M0: 0xFE is 2^127, times at least 2; 0xFF is NaN
+        return (
+            int(mx.max(array).item()) < 0xFE
+        )  # E8M0: 0xFE is 2^127, times at least 2; 0xFF is NaN
     if (mode, suffix) in (("nvfp4", "scales"), ("mxfp8", "weight")):
         return not mx.any((array.view(mx.uint8) & 0x7F) == 0x7F).item()  # E4M3's NaN, either sign
     return True
@@ -119,7 +126,7 @@ def _rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
     group_size = scheme.group_size
     if scheme.mode == "affine" and width % group_size:
         group_size = min(GROUP_SIZES)
-    if width % group_size:
+    if not replace(scheme, group_size=group_size).fits(width):
         return module
     return matrix.to_quantized(group_size, scheme.bits, mode=scheme.mode)
 

@@ -27,7 +27,7 @@ from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.convert import lineage
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END
 from cognica_mlx.convert.checkpoint import Checkpoint, eos_token_ids, read_checkpoint
-from cognica_mlx.convert.draft_copy import write_copy
+from cognica_mlx.convert.draft_copy import copied_matrices, write_copy
 from cognica_mlx.convert.model_card import model_card
 from cognica_mlx.convert.quantization import (
     Plan,
@@ -141,7 +141,8 @@ class Conversion:
             self._write_small_files(folder, target)
             self._write_weights(folder, progress or (lambda _: None))
             if self.draft_bits:
-                write_copy(folder, self.config, self.weights, self.draft_bits, self.dtype)
+                matrices = copied_matrices(self.config, self.draft_bits, self.plan)
+                write_copy(folder, matrices, self.weights, self.draft_bits, self.dtype)
 
     def _base_folder(self) -> list[Path]:
         return [self.base.folder] if self.base else []
@@ -278,9 +279,11 @@ def prepare(
             f"{source.name} is already quantized: convert what it was made from instead"
         )
     config, weights = checkpoint.config, checkpoint.weights
-    if draft_bits and (base is not None or checkpoint.plan):
-        what = "a delta has no stage of the base" if base else "its matrices are already rounded"
-        raise RequestError(f"draft-bits: {what}: store the copy with what it was made from")
+    if draft_bits and base is not None:
+        raise RequestError(
+            "draft-bits: a delta has no stage of the base: store the copy with what it was made "
+            "from"
+        )
     if base is not None:
         _check_base(checkpoint, base)
         weights = checkpoint.own_weights
@@ -299,6 +302,11 @@ def prepare(
             rules = [*of_recipe, *rules]
         plan = make_plan(config, quantization, rules)
     plan = {path: scheme for path, scheme in plan.items() if f"{path}.weight" in weights}
+    if draft_bits and not copied_matrices(config, draft_bits, plan):
+        raise RequestError(
+            "draft-bits: the matrices that draft are quantized themselves, so the copy would not "
+            "be used: leave out --draft-bits"
+        )
     weights = {name: weights[name] for name in sorted(weights, key=_place)}
     return Conversion(
         checkpoint, config, weights, plan, DTYPES[dtype] if dtype else None, base, draft_bits

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.convert.quantization import Plan
 from cognica_mlx.convert.stored import StoredTensor
 from cognica_mlx.decoding.rounded_prefix import round_prefix
 from cognica_mlx.errors import CheckpointError, one_line
@@ -27,19 +28,23 @@ DRAFT_FILE = "draft.safetensors"
 _BITS = "draft_bits"
 
 
+def copied_matrices(config: PoEConfig, bits: str, plan: Plan) -> dict[str, Any]:
+    """The rounded matrices of a model's copy by their paths, unevaluated; none of those that `plan`
+    quantizes, as the model drafts from its own. RequestError if rounding would change nothing."""
+    found = _matrices(PoEModel(config), draft_scheme(bits))
+    return {path: matrix for path, matrix in found.items() if path not in plan}
+
+
 def write_copy(
     folder: Path,
-    config: PoEConfig,
+    matrices: Mapping[str, Any],
     weights: Mapping[str, StoredTensor],
     bits: str,
     dtype: mx.Dtype | None,
 ) -> None:
-    """Write the rounded copy of a model with these tensors to `folder`.
-
-    Raises RequestError if rounding would change nothing.
-    """
+    """Write the rounded `matrices` of a model with these tensors to `folder`."""
     arrays: dict[str, mx.array] = {}
-    for path, module in _matrices(PoEModel(config), draft_scheme(bits)).items():
+    for path, module in matrices.items():
         matrix = weights[f"{path}.weight"].read()
         matrix = matrix[: module.weight.shape[0]]
         way = Scheme(module.bits, module.group_size, module.mode)

@@ -88,7 +88,7 @@ def make_plan(config: PoEConfig, default: Scheme, rules: Sequence[Rule] = ()) ->
     return {
         path: scheme
         for path, scheme in schemes.items()
-        if scheme.bits != UNQUANTIZED and matrices[path] % scheme.group_size == 0
+        if scheme.bits != UNQUANTIZED and scheme.fits(matrices[path])
     }
 
 
@@ -169,6 +169,11 @@ def check_range(array: mx.array, packed: Mapping[str, mx.array]) -> None:
 
 def apply_plan(model: PoEModel, plan: Plan) -> None:
     """Replace the modules in `plan` with quantized ones, their weights unevaluated."""
+    for path, module in model.named_modules():
+        if path in plan and isinstance(module, nn.Embedding):
+            width = module.weight.shape[-1]
+            if not plan[path].fits(width):
+                raise ValueError(f"{plan[path].mode} for {path}, whose rows have {width} numbers")
     if plan:
         nn.quantize(
             model, class_predicate=lambda path, _: asdict(plan[path]) if path in plan else False

@@ -24,6 +24,7 @@ from cognica_mlx.machines.remote import stage_left
 from cognica_mlx.model import PoEModel
 
 MEASURE_SECONDS = 2.0
+MAX_SECONDS = 1e6  # for one part of a pass; a file with more is not one of ours
 
 # These stay the same from run to run, unlike a GPU's free memory.
 _DEVICE_KEYS = ("device_name", "architecture", "memory_size", "total_memory")
@@ -36,8 +37,11 @@ def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
     They are cached in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache), by shapes,
     types, device, MLX version and BLAS.
     """
+    count = model.poe_n_stages
     try:
-        costs = _remembered(_fingerprint(model), lambda: measure(model, seconds=MEASURE_SECONDS))
+        costs = _remembered(
+            _fingerprint(model), lambda: measure(model, seconds=MEASURE_SECONDS), count, count
+        )
     except RankLostError:
         if stage_left(model) is None:
             raise
@@ -49,15 +53,17 @@ def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
     about = [f"{a.shape} {a.dtype}" for a in prefix.arrays]
     made = f"{prefix.of} {prefix.target.scheme} {prefix.target.key[0]}"
     fingerprint = _fingerprint(model, made, *about)
-    return replace(costs, rounded=_remembered(fingerprint, lambda: measure_drafter(prefix)))
+    count = len(prefix.stages)
+    rounded = _remembered(fingerprint, lambda: measure_drafter(prefix), count, 1)
+    return replace(costs, rounded=rounded)
 
 
-def _remembered(fingerprint: str, measured: Callable[[], Costs]) -> Costs:
+def _remembered(fingerprint: str, measured: Callable[[], Costs], stages: int, heads: int) -> Costs:
     # If the cache cannot be found, read or written, measuring again costs only two seconds.
     cache = cache_folder()
     path = cache / f"costs-{fingerprint}.json" if cache else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        return _from_json(json.loads(path.read_text(encoding="utf-8")), stages, heads)
     costs = measured()
     if cache:
         with suppress(OSError):
@@ -75,13 +81,31 @@ def cache_folder() -> Path | None:
     return Path(base) / "cognica-mlx"
 
 
-def _from_json(fields: dict[str, Any]) -> Costs:
-    return Costs(
-        rows=tuple(map(int, fields["rows"])),
-        stages=tuple(tuple(map(float, costs)) for costs in fields["stages"]),
-        heads=tuple(tuple(map(float, costs)) for costs in fields["heads"]),
-        full_boundaries=tuple(map(int, fields["full_boundaries"])),
+def _from_json(fields: Any, stages: int, heads: int) -> Costs:
+    """The costs in a file for so many stages and heads. ValueError if they cannot be used."""
+    costs = Costs(
+        rows=tuple(fields["rows"]),
+        stages=tuple(map(tuple, fields["stages"])),
+        heads=tuple(map(tuple, fields["heads"])),
+        full_boundaries=tuple(fields["full_boundaries"]),
     )
+    counts = (*costs.rows, *costs.full_boundaries)
+    if not costs.rows or not all(type(count) is int for count in counts):
+        raise ValueError("its counts are not whole numbers")
+    if sorted({0, *costs.rows}) != [0, *costs.rows]:
+        raise ValueError("its rows do not ascend")
+    if (len(costs.stages), len(costs.heads)) != (stages, heads):
+        raise ValueError("it is for another number of stages")
+    if not costs.full_boundaries or not set(costs.full_boundaries) <= set(range(heads)):
+        raise ValueError("its boundaries are not the model's")
+    for each in (*costs.stages, *costs.heads):
+        if len(each) != len(costs.rows) or not all(map(_is_cost, each)):
+            raise ValueError("its costs are not a positive number for each row")
+    return costs
+
+
+def _is_cost(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < MAX_SECONDS
 
 
 def _fingerprint(model: PoEModel, *more: str) -> str:

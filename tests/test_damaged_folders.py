@@ -433,7 +433,7 @@ def test_whatever_reads_weights_looks_for_nan(sound, tmp_path, way, capsys):
     elif way == "under mlx-lm":
         prepare(locate(sound / "base")).write(tmp_path / "out")
         spoiled_file(tmp_path / "out", "lm_head.weight", lambda a: a * np.inf)
-        with pytest.raises(CheckpointError, match="lm_head.weight holds NaN"):
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight holds NaN"):
             load_model(tmp_path / "out", trust_remote_code=True)
     else:
         assert_refused(
@@ -451,8 +451,10 @@ def spoiled_file(folder: Path, name: str, change: Callable[[mx.array], mx.array]
 
 @pytest.mark.parametrize(
     ("mode", "part", "byte"),
-    [("affine", "scales", None), ("affine", "biases", None), ("mxfp4", "scales", 0xFF)]
-    + [("mxfp8", "scales", 0xFE), ("mxfp8", "weight", 0xFF), ("nvfp4", "scales", 0x7F)],
+    [
+        *(("affine", "scales", None), ("affine", "biases", None), ("mxfp4", "scales", 0xFF)),
+        *(("mxfp8", "scales", 0xFE), ("mxfp8", "weight", 0xFF), ("nvfp4", "scales", 0x7F)),
+    ],
 )
 def test_packed_matrices_are_looked_at_too(sound, tmp_path, mode, part, byte):
     prepare(locate(sound / "base"), quantization=scheme(mode=mode)).write(tmp_path / "out")
@@ -491,7 +493,7 @@ def test_pointers_beside_a_converted_model_are_named(tmp_path):
     written("tokenizer.json", POINTER)(folder)
     assert_refused(folder, TokenizerError, "tokenizer.json is a Git LFS pointer")
     written("chat.safetensors", POINTER)(folder)
-    with pytest.raises(CheckpointError, match="chat.safetensors is a Git LFS pointer"):
+    with pytest.raises(CheckpointError, match=r"chat\.safetensors is a Git LFS pointer"):
         read_chat(folder / "chat.safetensors")
 
 

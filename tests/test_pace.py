@@ -1,6 +1,7 @@
 """Costs, paces and parking; the few-rows path of matrices; drafts from a shortlist."""
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -260,6 +261,32 @@ def test_costs_are_measured_once(monkeypatch, tmp_path):
     monkeypatch.setattr(machine.blas, "in_use", lambda: "another")
     machine.known_costs(model)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *([], {}, {"rows": None}, {"rows": []}, {"rows": [8, 1]}, {"rows": [1, 1]}),
+        *({"rows": [1]}, {"rows": [1, "8"]}, {"rows": "18"}, {"rows": [0, 8]}),
+        *({"stages": [[1.0, 1.0]] * 3}, {"heads": [[0.1, 0.1]] * 5}, {"stages": {"0": 1}}),
+        *({"full_boundaries": []}, {"full_boundaries": [4]}, {"full_boundaries": [-1]}),
+        *({"full_boundaries": [True]}, {"stages": [[1.0]] * 4}, {"heads": [[0.1, -0.1]] * 4}),
+        *({"heads": [[0.0, 0.1]] * 4}, {"heads": [[0.1, math.nan]] * 4}, {"heads": ["12"] * 4}),
+        *({"stages": [[1.0, math.inf]] * 4}, {"stages": [[1.0, 10**400]] * 4}),
+        *({"stages": [[1.0, True]] * 4}, {"stages": [[1.0, None]] * 4}),
+    ],
+)
+def test_a_wrong_costs_file_is_measured_again_and_replaced(monkeypatch, tmp_path, wrong):
+    model, _ = fixture("poe-tiny")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "measure", lambda *_, **__: CHEAP)
+    assert machine.known_costs(model) == CHEAP
+    (kept,) = (tmp_path / "cognica-mlx").iterdir()
+    right = kept.read_text()
+    content = {**json.loads(right), **wrong} if wrong else wrong
+    kept.write_text(json.dumps(content))
+    assert machine.known_costs(model) == CHEAP
+    assert kept.read_text() == right
 
 
 def test_costs_are_known_by_what_stays_the_same(monkeypatch, tmp_path):

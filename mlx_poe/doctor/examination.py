@@ -35,7 +35,11 @@ TOLERANCES: dict[tuple[str, int | None], tuple[float, float, float]] = {
 
 
 def examine(model: str, progress: Progress | None = None) -> Report:
-    """Run all checks: recorded answers with the models that have them, the rest with `model`."""
+    """Run all checks: recorded answers with the models that have them, the rest with `model`.
+
+    Raises the errors of `load` for `model`, before any check.
+    """
+    load(model, lazy=True)
     # MLX reads its settings once, so set them before the first product, in the bandwidth test.
     prepare(mx.float32)
     kinds = ["float32"] if mx.default_device() == mx.cpu else ["bfloat16", "float32"]
