@@ -1,8 +1,12 @@
-"""Every error that this project raises on purpose; commands show each as one line."""
+"""Every error that this project raises on purpose, and the warnings."""
 
 
 class PoEError(Exception):
     """Base class for every error below; the message says what went wrong and what to do."""
+
+
+class PoEWarning(UserWarning):
+    """Base class for every warning that this project gives; commands show each as one line."""
 
 
 class ConfigError(PoEError, ValueError):

@@ -72,6 +72,8 @@ class PoEModel(nn.Module):
         self.calibration: Calibration | None = None
         # Why the calibration file beside the model cannot be used.
         self.calibration_problem: str | None = None
+        # The hub commits that it was loaded from, as `--revision` takes them.
+        self.revision: str | None = None
         self._shortlists: dict[int, ShortlistHead] = {}
         # The model in memory that this one shares its lower stages with: see `share_base`.
         self._base: PoEModel | None

@@ -68,11 +68,10 @@ def is_finite(name: str, array: mx.array, mode: str = "affine") -> bool:
         infinity, signed, unsigned = _INFINITY[array.dtype]
         above, below = mx.max(array.view(signed)), mx.max(array.view(unsigned))
         negative = 1 << (8 * array.dtype.size - 1)
-        return int(above.item()) < infinity and int(below.item()) < infinity | negative
+        return bool((above < infinity) & (below < (infinity | negative)))
     if mode.startswith("mx") and suffix == "scales":
-        return (
-            int(mx.max(array).item()) < 0xFE
-        )  # E8M0: 0xFE is 2^127, times at least 2; 0xFF is NaN
+        # E8M0: 0xFF is NaN, and 0xFE is 2^127, which any weight but 1 takes out of range.
+        return bool(mx.max(array) < 0xFE)
     if (mode, suffix) in (("nvfp4", "scales"), ("mxfp8", "weight")):
         return not mx.any((array.view(mx.uint8) & 0x7F) == 0x7F).item()  # E4M3's NaN, either sign
     return True

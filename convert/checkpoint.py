@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from cognica_mlx.convert.sources import Source, locate_base
 from cognica_mlx.convert.stored import DTYPES, StoredTensor
 from cognica_mlx.convert.tokenizer_files import has_tokenizer
 from cognica_mlx.convert.torch_files import TorchFile
-from cognica_mlx.errors import CheckpointError, ConfigError
+from cognica_mlx.errors import CheckpointError, ConfigError, PoEWarning
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import is_finite
 
@@ -60,6 +61,13 @@ class Checkpoint:
     plan: Plan
     tokenizer_folder: Path
     base: Checkpoint | None = None
+
+    @property
+    def revision(self) -> str | None:
+        """The commits from the hub of this checkpoint and its bases, as `locate` takes them."""
+        of_base = self.base.revision if self.base else None
+        own = self.source.revision or ""
+        return (f"{own}:{of_base}" if of_base else own) or None
 
     @property
     def own_weights(self) -> dict[str, StoredTensor]:
@@ -123,14 +131,29 @@ def _read(source: Source, step: int | None, chain: tuple[Source, ...]) -> Checkp
     chain = (*chain, source)
     fields = _read_config(source, step)
     reference = fields.get("base_model_name_or_path") or fields.get("base_model_dir")
+    revision = source.base_revision or fields.get("base_model_revision")
     try:
         if not reference:
+            if source.base_revision:
+                raise CheckpointError(
+                    f"{source.name} is a base: it has none of revision {source.base_revision}"
+                )
             return _read_base(source, step, fields)
+        if not isinstance(revision, str | None):
+            raise ConfigError(f"base_model_revision: {revision!r} is not text")
         try:
-            base_source = locate_base(str(reference), source)
+            base_source = locate_base(str(reference), source, revision)
         except CheckpointError as error:
             raise CheckpointError(f"{error} (chain so far: {_walk(*chain)})") from None
-        return _stack(source, step, fields, _read(base_source, None, chain))
+        base = _read(base_source, None, chain)
+        if source.pinned and base_source.from_hub and not revision:
+            warnings.warn(
+                f"{source.name} names no revision of its base {base_source.name}, which is now at "
+                f"{base.revision}; to keep it, add :{base.revision} to the revision",
+                PoEWarning,
+                stacklevel=2,
+            )
+        return _stack(source, step, fields, base)
     except ConfigError as error:
         raise ConfigError(f"{source.name}: {error}") from None
 

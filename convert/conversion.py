@@ -80,7 +80,7 @@ class Conversion:
     weights: dict[str, StoredTensor]
     plan: Plan
     dtype: mx.Dtype | None
-    base: Source | None
+    base: Checkpoint | None
     draft_bits: str | None = None
 
     @property
@@ -145,7 +145,7 @@ class Conversion:
                 write_copy(folder, matrices, self.weights, self.draft_bits, self.dtype)
 
     def _base_folder(self) -> list[Path]:
-        return [self.base.folder] if self.base else []
+        return [self.base.source.folder] if self.base else []
 
     def _packed(self, name: str, array: mx.array) -> dict[str, mx.array]:
         """A parameter's tensors by their names in the files, packed by the plan."""
@@ -209,7 +209,8 @@ class Conversion:
         for name in ("LICENSE", *([CALIBRATION_FILE] if calibrated else [])):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-        card = model_card(checkpoint, target.resolve().name, self.settings(), self.base, calibrated)
+        base = self.base.source if self.base else None
+        card = model_card(checkpoint, target.resolve().name, self.settings(), base, calibrated)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
     def settings(self) -> dict[str, str]:
@@ -225,7 +226,7 @@ class Conversion:
             for s, count in sorted(counts.items(), key=lambda item: -item[1])
         ]
         return {
-            "result": f"delta on {self.base.name}" if self.base else "whole model",
+            "result": f"delta on {self.base.source.name}" if self.base else "whole model",
             "dtype": dtype,
             "quantized": "; ".join(quantized) or "no",
             "bits per weight": f"{self.bits_per_weight:.3f}",
@@ -237,8 +238,8 @@ class Conversion:
         if self.base is None:
             fields["model_file"] = SHIM_FILE
         else:
-            reference = reference_to(self.base, target)
-            fields = delta_fields(self.config, reference, read_checkpoint(self.base))
+            reference = reference_to(self.base.source, target)
+            fields = delta_fields(self.config, reference, self.base)
         floats = [tensor.dtype for name, tensor in self.weights.items() if name.startswith("h.0.")]
         kind = self.dtype or next((d for d in floats if d in DTYPES.values()), mx.bfloat16)
         fields["torch_dtype"] = next(name for name, d in DTYPES.items() if d == kind)
@@ -284,8 +285,9 @@ def prepare(
             "draft-bits: a delta has no stage of the base: store the copy with what it was made "
             "from"
         )
+    converted = None
     if base is not None:
-        _check_base(checkpoint, base)
+        converted = _read_converted_base(checkpoint, base)
         weights = checkpoint.own_weights
     elif config.specialist_layers and config.head_mode == "dual":
         if any(path.startswith("lm_head") for path in checkpoint.plan):
@@ -309,7 +311,13 @@ def prepare(
         )
     weights = {name: weights[name] for name in sorted(weights, key=_place)}
     return Conversion(
-        checkpoint, config, weights, plan, DTYPES[dtype] if dtype else None, base, draft_bits
+        checkpoint,
+        config,
+        weights,
+        plan,
+        DTYPES[dtype] if dtype else None,
+        converted,
+        draft_bits,
     )
 
 
@@ -321,7 +329,8 @@ def reference_to(base: Source, target: Path) -> str:
 
 
 def delta_fields(config: PoEConfig, reference: str, base: Checkpoint) -> dict[str, Any]:
-    """The configuration of a delta with one stage of its own, on `base`, named by `reference`.
+    """The configuration of a delta with one stage of its own, on `base`, named by `reference`; it
+    pins the base's commit if that is on the hub.
 
     It describes the delta's own layers; its base describes the rest.
     """
@@ -330,6 +339,8 @@ def delta_fields(config: PoEConfig, reference: str, base: Checkpoint) -> dict[st
     for name in ("stage_layers", "value_embed_layers", "per_stage_head", "poe_alpha"):
         del fields[name]
     fields["base_model_name_or_path"] = reference
+    if base.revision:
+        fields["base_model_revision"] = base.revision
     fields["new_layers"] = new_layers
     fields["frozen_layers"] = config.n_layer - new_layers
     fields[lineage.FIELD] = lineage.record(base.sketch())
@@ -356,8 +367,8 @@ def _folders(checkpoint: Checkpoint) -> list[Path]:
     return [checkpoint.source.folder, *(_folders(checkpoint.base) if checkpoint.base else [])]
 
 
-def _check_base(checkpoint: Checkpoint, base: Source) -> None:
-    """Raise CheckpointError unless `base` is a conversion of the base under `checkpoint`."""
+def _read_converted_base(checkpoint: Checkpoint, base: Source) -> Checkpoint:
+    """`base`, which is a conversion of the base under `checkpoint`; CheckpointError if not."""
     name, expected = checkpoint.source.name, checkpoint.base
     if expected is None:
         raise RequestError(f"{name} is itself a base: it has no other to refer to")
@@ -378,6 +389,7 @@ def _check_base(checkpoint: Checkpoint, base: Source) -> None:
     )
     if odd := lineage.difference(ours, theirs):
         raise CheckpointError(f"{base.name} is not the base of {name}: its {odd} differs")
+    return converted
 
 
 def _with_summed_heads(checkpoint: Checkpoint) -> dict[str, StoredTensor]:

@@ -37,7 +37,10 @@ def model_card(
         tags=["mlx", "cognica-poe"],
         base_model=source.name if source.from_hub else None,
     )
-    rows = {"source": " on ".join(_links(checkpoint)), "revision": source.revision or "local files"}
+    rows = {
+        "source": " on ".join(_links(checkpoint)),
+        "revision": checkpoint.revision or "local files",
+    }
     rows |= settings
     rows["license"] = license_name or "the source names none: its own terms apply"
     rows["made with"] = f"cognica-mlx {version('cognica-mlx')}, MLX {version('mlx')}"

@@ -2,6 +2,9 @@
 
 Only the files that a PoE model needs are downloaded, never code. A delta's base is found here too:
 relative to a local delta's folder, but only on the hub for a delta that came from there.
+
+A revision is a branch, tag or commit. After a colon it may go on with that of a delta's base, and
+of the base's own base: "v1:5a0f3c1". A name may end in one: "owner/name@v1:5a0f3c1".
 """
 
 from __future__ import annotations
@@ -22,46 +25,56 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class Source:
     """A checkpoint's folder on this machine, and whether it came from the hub.
 
-    `revision` is the commit that was downloaded.
+    `revision` is the commit that was downloaded, `pinned` whether a certain one was asked for, and
+    `base_revision` the revision that was asked for its base.
     """
 
     folder: Path
     name: str
     from_hub: bool
     revision: str | None = None
+    pinned: bool = False
+    base_revision: str | None = None
 
 
 def locate(name: str | Path, revision: str | None = None) -> Source:
     """Find a checkpoint by its folder or its hub id, downloading it if need be.
 
-    `revision` is a branch, tag or commit of the hub repository. huggingface_hub's own variables
-    (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) apply. Raises CheckpointError if there is none.
+    `revision` is one of the hub repository, and perhaps of its base. huggingface_hub's own
+    variables (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) apply. Raises CheckpointError if there is none.
     """
     folder = _existing(name)
     if folder is None:
-        return _fetch(str(name), revision)
+        hub_id, _, named = str(name).partition("@")
+        if named and revision:
+            raise CheckpointError(f"{name} names a revision, so leave out the revision {revision}")
+        return _fetch(hub_id, named or revision)
     if not folder.is_dir():
         raise CheckpointError(f"{name} is a file: give the folder that holds config.json")
-    if revision:
-        raise CheckpointError(f"{name} is a local folder, which has no revision {revision}")
-    return Source(folder, str(folder), from_hub=False)
+    return _local(folder, str(name), revision)
 
 
-def locate_base(reference: str, delta: Source) -> Source:
-    """Find the base that `delta` names: relative to its folder, or by hub id."""
+def locate_base(reference: str, delta: Source, revision: str | None) -> Source:
+    """Find the base that `delta` names: relative to its folder, or by hub id and `revision`."""
     if not delta.from_hub:
         beside = _existing(reference, delta.folder)
         if beside and beside.is_dir():
-            beside = beside.resolve()
-            return Source(beside, str(beside), from_hub=False)
+            return _local(beside.resolve(), reference, revision)
         # Never relative to the current folder, whatever is there.
-        return _fetch(reference, None)
+        return _fetch(reference, revision)
     if not _is_hub_id(reference):
         raise CheckpointError(
             f"{delta.name} comes from the hub and names {reference!r} as its base, "
             "which is not a hub id"
         )
-    return _fetch(reference, None)
+    return _fetch(reference, revision)
+
+
+def _local(folder: Path, name: str, revision: str | None) -> Source:
+    own, _, base = (revision or "").partition(":")
+    if own:
+        raise CheckpointError(f"{name} is a local folder, which has no revision {own}")
+    return Source(folder, str(folder), from_hub=False, base_revision=base or None)
 
 
 def _existing(name: str | Path, beside: Path = Path()) -> Path | None:
@@ -81,16 +94,24 @@ def _is_hub_id(text: str) -> bool:
 def _fetch(hub_id: str, revision: str | None) -> Source:
     if not _is_hub_id(hub_id):
         raise CheckpointError(f"{hub_id}: no such folder, and not a hub id of the form owner/name")
+    own, _, base = (revision or "").partition(":")
     try:
         # A pattern's * matches subfolders too, which we do not need.
         snapshot = snapshot_download(
-            hub_id, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"]
+            hub_id, revision=own or None, allow_patterns=list(FILES), ignore_patterns=["*/*"]
         )
     except Exception as error:
         raise CheckpointError(
             f"{hub_id}: no such folder here, and the download failed ({hub_reason(error)})"
         ) from None
-    return Source(Path(snapshot), hub_id, from_hub=True, revision=Path(snapshot).name)
+    return Source(
+        Path(snapshot),
+        hub_id,
+        from_hub=True,
+        revision=Path(snapshot).name,
+        pinned=bool(own),
+        base_revision=base or None,
+    )
 
 
 def hub_reason(error: Exception) -> str:

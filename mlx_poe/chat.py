@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import mlx.core as mx
 from cognica_mlx.constraint import read_schema
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END, REPLY_START, with_system
 from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions, make_mode
-from cognica_mlx.errors import CheckpointError, PoEError, RequestError
+from cognica_mlx.errors import CheckpointError, PoEError, PoEWarning, RequestError
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.saved_state import from_arrays, to_arrays
@@ -289,11 +290,16 @@ class Chat:
         """
         arrays, fields = to_arrays(self.state)
         probe = _probe(self.model)
-        saved = SavedChat(self.name, self.settings, self.turns, probe, fields, arrays)
+        revisions = self._revisions(self.model)
+        saved = SavedChat(self.name, self.settings, self.turns, revisions, probe, fields, arrays)
         write_chat(user_path(path), saved)
 
+    def _revisions(self, model: PoEModel) -> list[str | None]:
+        return [self.specialists.base.revision, model.revision]
+
     def load(self, path: Path) -> bool:
-        """Continue a saved conversation. Returns True if its state fits and nothing is rerun.
+        """Continue a saved conversation. Returns True if its state fits and nothing is rerun. Warns
+        if it was saved with other commits of the models.
 
         Raises CheckpointError, changing nothing, for a file that is not a saved chat, and
         RequestError for settings that this model does not support.
@@ -320,12 +326,22 @@ class Chat:
         state = state or self._new_state(model)
         self.settings, self.turns, self.model, self.last = settings, turns, model, []
         self.state = state
+        for then, now in zip(saved.revisions, self._revisions(model), strict=True):
+            if then and then != now:
+                warnings.warn(
+                    f"{path} was saved with revision {then} of {saved.model} or its specialist, "
+                    f"and this is {now or 'another model'}: start with {then} to continue with it",
+                    PoEWarning,
+                    stacklevel=2,
+                )
         return ready
 
     def _saved_state(self, model: PoEModel, saved: SavedChat) -> DecodingState | None:
         """The state in a saved chat; None if it does not belong to `model` as configured now."""
         fresh = self._new_state(model)
         sizes = {"slack": SLACK, "max_pending": MAX_PENDING, "keep_trunk": fresh.keep_trunk}
+        if saved.revisions != self._revisions(model) and any(saved.revisions):
+            return None
         if saved.probe != _probe(model) or any(saved.state.get(k) != v for k, v in sizes.items()):
             return None
         try:

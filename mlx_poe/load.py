@@ -48,7 +48,8 @@ def load(
     half precision is slow, and bfloat16 on a GPU. `quantize` is the number of bits (2, 3, 4, 5, 6
     or 8) to quantize the matrices to, in memory. `head_mode` picks a specialist's head: "dual",
     "base" or "specialist". `revision` is a hub branch, tag or commit, `step` a step of a nanochat
-    folder. With `lazy`, weights are read on first use, which must be in the thread that loaded
+    folder; a specialist's base may follow after a colon, and "owner/name@revision" names both at
+    once. With `lazy`, weights are read on first use, which must be in the thread that loaded
     them: MLX's streams belong to threads. `part(config, dtype)` gives the part to load here if
     other machines hold the rest.
 
@@ -101,6 +102,7 @@ def load(
     if not lazy:
         lay_out(model)
     offer_copy(model, source.folder)
+    model.revision = checkpoint.revision
     model.calibration, model.calibration_problem = read_calibration(source.folder, config)
     return model, tokenizer
 

@@ -41,12 +41,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SavedChat:
-    """The content of a file. `arrays` and `state` come from `saved_state.to_arrays`; `probe` is a
+    """The content of a file. `revisions` are the hub commits of the base and of the specialist in
+    use. `arrays` and `state` come from `saved_state.to_arrays`; `probe` is a
     few of the model's logits, by which the caller can tell which model the state belongs to."""
 
     model: str
     settings: Settings
     turns: list[Turn]
+    revisions: list[str | None]
     probe: Any
     state: dict[str, Any]
     arrays: dict[str, mx.array]
@@ -60,6 +62,7 @@ def write_chat(path: Path, chat: SavedChat) -> None:
         "model": chat.model,
         "settings": asdict(chat.settings),
         "turns": [asdict(turn) for turn in chat.turns],
+        "revisions": chat.revisions,
         "probe": chat.probe,
         "state": chat.state,
         "checksum": _checksum(chat.arrays),
@@ -90,7 +93,10 @@ def read_chat(path: Path) -> SavedChat:
     if not isinstance(state, dict) or content.get("checksum") != _checksum(arrays):
         state, arrays = {}, {}
     model = content.get("model")
-    return SavedChat(str(model), settings, turns, content.get("probe"), state, arrays)
+    revisions: Any = content.get("revisions")  # absent before version 0.3
+    if not _fits(revisions, list[str | None]) or len(revisions) != 2:
+        revisions = [None, None]
+    return SavedChat(str(model), settings, turns, revisions, content.get("probe"), state, arrays)
 
 
 def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:

@@ -64,6 +64,7 @@ class Specialists:
         model.calibration, model.calibration_problem = read_calibration(
             checkpoint.source.folder, model.config
         )
+        model.revision = checkpoint.revision
         self.add(name, model)
         return model
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import pytest
 from checkpoints import (
     assert_refused,
     change_config,
+    read_config,
     write_base,
     write_stage,
 )
 
-from cognica_mlx.errors import CheckpointError
+from cognica_mlx.convert.conversion import prepare
+from cognica_mlx.convert.sources import locate
+from cognica_mlx.errors import CheckpointError, PoEWarning
 from mlx_poe import load
+from mlx_poe.chat import Chat
 
 COMMITS = {"main": "a1" * 20, "v0": "b2" * 20}
 LOADER = """
@@ -157,3 +162,87 @@ def test_only_a_models_own_files_are_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr("cognica_mlx.convert.sources.snapshot_download", fetch)
     load("org/name")
     assert fetched == stored
+
+
+def pinned(folder: Path, hub: Path) -> None:
+    """In a hub cache: stages whose base moves, one of which names its base's commit."""
+    for name, fields in (("loose", {}), ("fixed", {"base_model_revision": COMMITS["v0"]})):
+        copy = Path(shutil.copytree(folder / "stage", folder / f"{name}-stage"))
+        change_config(copy, base_model_name_or_path="org/base", **fields)
+        cache_repository(hub, f"org/{name}", copy)
+    write_stage(folder / "on-old", seed=2, base="../old")
+
+
+def test_the_commit_of_a_base_is_pinned_by_the_delta_or_by_the_user(hub, tmp_path):
+    pinned(hub, hub / "hub")
+    new, old = last_logits(hub / "stage"), last_logits(hub / "on-old")
+    both = f"{COMMITS['main']}:{COMMITS['v0']}"
+    calls: dict[str, dict[str, str]] = {
+        "newest": {"name": "org/loose"},
+        "asked": {"name": "org/loose", "revision": "main:v0"},
+        "asked in the name": {"name": f"org/loose@{both}"},
+        "only the base": {"name": "org/loose", "revision": ":v0"},
+        "recorded": {"name": "org/fixed"},
+        "asked against the record": {"name": "org/fixed", "revision": ":main"},
+        "a local delta": {"name": str(hub / "loose-stage"), "revision": ":v0"},
+        "a base of a base": {"name": "org/base", "revision": "main:v0"},
+        "twice": {"name": "org/base@v0", "revision": "v0"},
+        "a local folder": {"name": str(hub / "loose-stage"), "revision": "v0:v0"},
+    }
+    found = dict(zip(calls, load_offline(hub / "hub", list(calls.values())), strict=True))
+    assert new != old
+    for name, logits in found.items():
+        if not isinstance(logits, str):
+            assert logits == (new if name in ("newest", "asked against the record") else old), name
+    assert "org/base is a base: it has none of revision v0" in found["a base of a base"]
+    assert "names a revision, so leave out" in found["twice"]
+    assert "is a local folder, which has no revision v0" in found["a local folder"]
+
+
+@pytest.fixture
+def cached(hub, monkeypatch) -> None:
+    """Repositories are found in the hub cache by this process too."""
+
+    def fetch(name: str, revision: str | None, **_: object) -> str:
+        commit = COMMITS[revision or "main"] if revision in (None, *COMMITS) else revision
+        return str(hub / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / commit)
+
+    monkeypatch.setattr("cognica_mlx.convert.sources.snapshot_download", fetch)
+
+
+def test_a_pinned_delta_warns_that_its_base_may_move(cached):
+    with pytest.warns(PoEWarning, match=f"org/stage .* add :{COMMITS['main']} to the revision"):
+        model, _ = load("org/stage", revision="main")
+    assert model.revision == f"{COMMITS['main']}:{COMMITS['main']}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load("org/stage", revision=model.revision)
+        load("org/stage")
+
+
+def test_conversions_record_the_commits_that_they_were_made_from(cached, tmp_path):
+    stage, base = locate("org/stage", "main:v0"), locate("org/base", "v0")
+    prepare(stage).write(tmp_path / "merged")
+    commits = f"{COMMITS['main']}:{COMMITS['v0']}"
+    assert f"| revision | {commits} |" in (tmp_path / "merged" / "README.md").read_text()
+    prepare(stage, base=base).write(tmp_path / "delta")
+    assert read_config(tmp_path / "delta")["base_model_revision"] == COMMITS["v0"]
+    # The base moves on, and the delta does not.
+    merged = last_logits(tmp_path / "merged")
+    assert last_logits(tmp_path / "delta") == pytest.approx(merged, abs=1e-4)
+    assert load(tmp_path / "delta")[0].revision == f":{COMMITS['v0']}"
+
+
+def test_a_chat_is_continued_with_the_commits_that_it_was_saved_with(tmp_path):
+    model, tokenizer = load("poe-tiny-chat")
+    model.revision = "a1:b2"
+    chat = Chat(model, tokenizer, "org/stage")
+    chat.set_max_tokens(3)
+    list(chat.send("Hello"))
+    chat.save(tmp_path / "chat")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chat.load(tmp_path / "chat")
+    model.revision = "a1:c3"
+    with pytest.warns(PoEWarning, match="was saved with revision a1:b2 of org/stage"):
+        assert not chat.load(tmp_path / "chat")

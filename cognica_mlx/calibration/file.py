@@ -15,7 +15,7 @@ from typing import Any
 
 from cognica_mlx import whole_file
 from cognica_mlx.config import MAX_NUMBER, PoEConfig
-from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.errors import CheckpointError, PoEWarning, RequestError
 from cognica_mlx.git_lfs import pointer_problem
 from cognica_mlx.rounding import draft_scheme
 
@@ -26,7 +26,7 @@ PUBLISHED_BOUNDS = (7.09, 3.03, 2.15)
 _PUBLISHED_SHAPE = (24, 1536, 32768, (6, 6, 6, 6), (), False)
 
 
-class CalibrationWarning(UserWarning):
+class CalibrationWarning(PoEWarning):
     """A model's calibration file cannot be used, so modes run with their defaults."""
 
 

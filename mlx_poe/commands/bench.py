@@ -47,6 +47,7 @@ from mlx_poe.commands.bench_texts import long_text, margins, prompts, recording
 from mlx_poe.commands.chat import STARTER_SPECIALISTS
 from mlx_poe.commands.entry import interruptible, make_parser, run
 from mlx_poe.commands.options import (
+    add_revision_flag,
     add_specialist_flag,
     check_output,
     file_path,
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--model", metavar="MODEL", help=f"folder, hub id or built-in (default: {DEFAULT_MODEL})"
     )
-    what.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    add_revision_flag(what)
     what.add_argument(
         "--shape", choices=SHAPES, help="use random weights in a released model's shape instead"
     )

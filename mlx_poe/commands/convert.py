@@ -23,7 +23,7 @@ from cognica_mlx.convert.whole_folder import check_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.rounding import BITS, DRAFT_BITS, MODES, Scheme
 from mlx_poe.commands.entry import interruptible, make_parser, run
-from mlx_poe.commands.options import file_path
+from mlx_poe.commands.options import add_revision_flag, file_path
 from mlx_poe.commands.texts import Text, read_texts, segments
 from mlx_poe.load import find_model, load
 from mlx_poe.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="default: %(default)s",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    add_revision_flag(parser)
     parser.add_argument("--step", type=int, help="step of a nanochat folder (default: its latest)")
     parser.add_argument(
         "--dtype",
@@ -153,7 +153,7 @@ def _convert(args: argparse.Namespace) -> int:
         base=find_model(args.base) if args.base else None,
         draft_bits=args.draft_bits,
     )
-    if args.upload_repo and conversion.base and not conversion.base.from_hub:
+    if args.upload_repo and conversion.base and not conversion.base.source.from_hub:
         raise RequestError(
             f"--upload-repo: the delta would refer to {args.base}, which is not on the hub; give "
             "--base as a hub id, or merge by leaving it out"

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cognica_mlx import blas
-from cognica_mlx.calibration import CalibrationWarning
-from cognica_mlx.errors import PoEError, RequestError
+from cognica_mlx.errors import PoEError, PoEWarning, RequestError
 
 INTERRUPTED = 130
 
@@ -149,7 +148,7 @@ def _warnings_as_lines(prog: str) -> Iterator[None]:
         shown = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if issubclass(category, CalibrationWarning):
+            if issubclass(category, PoEWarning):
                 print(f"{prog}: warning: {_one_line(str(message))}", file=sys.stderr)
             else:
                 shown(message, category, *where)

@@ -40,13 +40,22 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         default=DEFAULT_MODEL,
         help=f"folder, hub id, or built-in poe-tiny, poe-tiny-chat … (default: {DEFAULT_MODEL})",
     )
-    group.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    add_revision_flag(group)
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         help="type of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
     )
     return group
+
+
+def add_revision_flag(parser: argparse._ActionsContainer) -> None:
+    """--revision."""
+    parser.add_argument(
+        "--revision",
+        metavar="COMMIT[:COMMIT]",
+        help="branch, tag or commit of a hub repository, and after a colon of a specialist's base",
+    )
 
 
 def add_specialist_flag(parser: argparse._ActionsContainer, purpose: str) -> None:
