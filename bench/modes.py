@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,10 +25,11 @@ from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import Metered, Pace
 from cognica_mlx.decoding.requests import DecodedToken
 from cognica_mlx.decoding.scripted import RIGHT, Script, Scripted
-from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.sequence import DecodingSequence, Mode
 from cognica_mlx.decoding.single import Driver, Single
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.wand import exit_margins
+from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 
 
@@ -41,21 +42,28 @@ class Recording:
 
 
 def modes(
-    setup: Setup, calibration: Calibration | None, recording: Recording | None = None
+    setup: Setup,
+    calibration: Calibration | None,
+    recording: Recording | None = None,
+    remark: Callable[[str], None] = lambda _: None,
 ) -> list[Figure]:
     """Every decoding mode on the same texts: speed, agreement with the full model, and the speed
     predicted from parts measured in the same trials. With a `recording`, it decides which drafts
-    are accepted, and agreement is the recording's."""
+    are accepted, and agreement is the recording's. `remark` is called with what the model cannot
+    do, which is left out."""
     model = setup.model
     cases = _plain_cases()
     if recording:
         cases.update(_recorded_cases(setup, recording))
     else:
         cases.update(_drafting_cases(model, calibration))
-    chosen = {
-        name: make_mode(model, mode, ModeOptions(**options), calibration)
-        for name, (mode, options) in cases.items()
-    }
+    chosen: dict[str, Mode] = {}
+    for name, (mode, options) in list(cases.items()):
+        try:
+            chosen[name] = make_mode(model, mode, ModeOptions(**options), calibration)
+        except RequestError as error:
+            del cases[name]
+            remark(f"{name} is left out: {error}")
     last = model.poe_n_stages - 1
     held = {name: [setup.state(last, text) for text in setup.texts] for name in cases}
     made: dict[str, list[list[DecodedToken]]] = {}
@@ -157,7 +165,8 @@ def _drafting_cases(
     if calibration:
         draft = dict(calibration.options.get("speculative", plain))
         cases["speculative, as calibrated"] = ("speculative", draft)
-    cases["speculative, 3 drafts of a 4-bit copy"] = ("speculative", {**plain, "draft_bits": 4})
+    copy = {**plain, "draft_bits": ROUNDED_BITS}
+    cases[f"speculative, 3 drafts of a {ROUNDED_BITS}-bit copy"] = ("speculative", copy)
     looks_up = {"draft_lookup": True, "num_draft_tokens": 0}
     cases["speculative, looked up only"] = ("speculative", looks_up)
     several = model.config.per_stage_head or model.config.specialist_layers

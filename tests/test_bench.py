@@ -16,6 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import write_base
 from conftest import FIXTURES
 from mlx.utils import tree_flatten
 from rich.console import Console
@@ -296,6 +297,23 @@ def test_without_a_calibration_it_says_what_is_left_out(quick, tmp_path, capsys)
     assert command.main([*quick, "--model", str(folder), "--only", "modes"]) == 0
     out = capsys.readouterr().out
     assert "mlx_poe.calibrate makes one" in out and "speculative, 3 drafts" in out
+
+
+@pytest.mark.parametrize(
+    ("shape", "flags", "left_out"),
+    [
+        ({}, ["--quantize", "4"], "3 drafts of a 4-bit copy is left out: draft_bits"),
+        ({"poe_every": None, "poe_stage_layers": [4]}, [], "prefix of 2 is left out: max_stages 2"),
+    ],
+)
+def test_the_default_sections_leave_out_what_a_model_cannot_do(
+    quick, tmp_path, capsys, shape, flags, left_out
+):
+    folder = write_base(tmp_path / "base", **shape)
+    flags = [*flags, "--trials", "1", "--max-tokens", "2", "--prompt-tokens", "16"]
+    assert command.main([*quick, "--model", str(folder), *flags]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert left_out in shown and "looked up only" in shown
 
 
 def test_the_command_on_a_planted_text(quick, capsys, monkeypatch):

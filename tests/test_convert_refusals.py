@@ -11,7 +11,7 @@ import pytest
 import tiktoken
 from checkpoints import change_config, write_base, write_stage
 from conftest import FIXTURES
-from converting import assert_goldens, convert
+from converting import assert_goldens, convert, tensors
 
 from cognica_mlx.convert import safetensors_files
 from cognica_mlx.convert.conversion import Conversion, prepare
@@ -223,4 +223,21 @@ def test_quantization_entries_that_are_none(tmp_path, entry):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization": entry}))
     with pytest.raises(CheckpointError, match="no valid quantization"):
+        load(folder)
+
+
+def test_rows_that_nvfp4_cannot_unpack_stay_as_they_are(tmp_path):
+    base = write_base(tmp_path / "base", n_embd=48, n_head=3)
+    folder = convert(base, tmp_path / "out", "-q", "--q-mode", "nvfp4")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization"]["mode"] == "nvfp4"  # of the matrices whose rows fit
+    assert "wte.scales" not in tensors(folder) and "h.0.mlp.c_proj.scales" in tensors(folder)
+    assert mx.isfinite(load(folder)[0](mx.array([[1, 2, 3]]))).all()
+    # An older version packed them.
+    packed = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(packed, dict)
+    parts = mx.quantize(packed["wte.weight"], 16, 4, mode="nvfp4")
+    packed |= dict(zip(("wte.weight", "wte.scales"), parts, strict=True))
+    mx.save_safetensors(str(folder / "model.safetensors"), packed)
+    with pytest.raises(CheckpointError, match="nvfp4 for wte, whose rows have 48 numbers"):
         load(folder)

@@ -229,6 +229,13 @@ def test_mlx_is_told_to_keep_float32_before_anything_is_multiplied(monkeypatch):
     assert order == [mx.float32, "measured"]
 
 
+def test_a_model_that_does_not_exist_is_named_before_any_check(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(examination, "this_machine", lambda: pytest.fail("it was measured"))
+    assert command.main(["--model", "nosuch"]) == 1
+    assert "nosuch: no such folder" in capsys.readouterr().err
+
+
 def test_near_ties_are_a_warning_and_more_is_a_failure():
     assert Verdict(10, 0, 0.0, 10).status(mx.bfloat16) == OK
     assert Verdict(10, 1, 0.1, 9).status(mx.bfloat16) == WARNING

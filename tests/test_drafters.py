@@ -618,6 +618,26 @@ def test_a_copy_is_stored_beside_the_model_and_taken_up(tmp_path, capsys):
         run(load(tmp_path / "mlx")[0], [5], 4, draft_bits=4)
 
 
+@pytest.mark.parametrize("flags", [["-q"], ["-q", "--q-bits", "8"], ["-q", "--q-mode", "mxfp8"]])
+def test_a_copy_that_would_not_be_used_is_refused_before_anything_is_written(
+    tmp_path, capsys, flags
+):
+    argv = ["--hf-path", "poe-tiny", "--mlx-path", str(tmp_path / "mlx"), "--draft-bits", "4"]
+    assert convert_command.main([*argv, *flags]) == 2
+    assert "the copy would not be used" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_holds_only_what_is_not_quantized_itself(tmp_path):
+    argv = ["--hf-path", "poe-tiny", "--mlx-path", str(tmp_path / "mlx"), "--draft-bits", "4"]
+    assert convert_command.main([*argv, "-q", "--q-bits", "8", "--q-bits-for", "stage0=16"]) == 0
+    stored = mx.load(str(tmp_path / "mlx" / DRAFT_FILE))
+    assert "h.0.attn.c_q.weight" in stored and "lm_head.weight" not in stored
+    model, tokenizer = load(tmp_path / "mlx")
+    _, sequence = run(model, tokenizer.encode(STORY), 12, draft_bits=4)
+    assert sequence.drafts[ROUNDED] and not model.stored_copies
+
+
 def test_a_delta_stores_no_copy(tmp_path, capsys):
     flags = ["--hf-path", "poe-tiny", "--mlx-path", str(tmp_path / "base")]
     assert convert_command.main(flags) == 0

@@ -185,7 +185,7 @@ def test_the_commit_of_a_base_is_pinned_by_the_delta_or_by_the_user(hub, tmp_pat
         "recorded": {"name": "org/fixed"},
         "asked against the record": {"name": "org/fixed", "revision": ":main"},
         "a local delta": {"name": str(hub / "loose-stage"), "revision": ":v0"},
-        "a base of a base": {"name": "org/base", "revision": "main:v0"},
+        "a base of a base": {"name": "org/base@main:v0"},
         "twice": {"name": "org/base@v0", "revision": "v0"},
         "a local folder": {"name": str(hub / "loose-stage"), "revision": "v0:v0"},
     }

@@ -188,7 +188,7 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
             if not (calibration or recorded) and "modes" in (args.only or DEFAULT_SECTIONS):
                 remarks.append(_left_out(args, model))
             setup = Setup(model, machine, texts, args.max_tokens, args.trials, progress)
-            found = _measure(args, setup, calibration, recorded)
+            found = _measure(args, setup, calibration, recorded, remarks)
             dtype = str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
     report = Report(
         model=name,
@@ -334,13 +334,14 @@ def _measure(
     setup: Setup,
     calibration: Calibration | None,
     recorded: Recording | None,
+    remarks: list[str],
 ) -> list[Figure]:
     wanted = args.only or DEFAULT_SECTIONS
     sections: dict[str, Callable[[], list[Figure]]] = {
         "stages": lambda: figures.stages(setup),
         "prompt": lambda: figures.prompts(setup, args.prompt_tokens),
         "rows": lambda: figures.rows(setup),
-        "modes": lambda: modes(setup, calibration, recorded),
+        "modes": lambda: modes(setup, calibration, recorded, remarks.append),
         "batch": lambda: batches(setup, calibration, peer=args.peers),
         "constrained": lambda: constrained(setup),
         "serving": lambda: serving(setup, _served(args), args.prompt_tokens),

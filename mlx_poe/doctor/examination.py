@@ -39,9 +39,9 @@ def examine(model: str, progress: Progress | None = None) -> Report:
 
     Raises the errors of `load` for `model`, before any check.
     """
-    load(model, lazy=True)
     # MLX reads its settings once, so set them before the first product, in the bandwidth test.
     prepare(mx.float32)
+    load(model, lazy=True)
     kinds = ["float32"] if mx.default_device() == mx.cpu else ["bfloat16", "float32"]
     machine = this_machine()
     total = 7 + len(MODELS) * len(TOLERANCES) + 9 * len(kinds)  # fewer without WAND
