@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten
 from cognica_mlx.calibration import CALIBRATION_FILE, CalibrationWarning, read_calibration
 from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.convert import lineage
+from cognica_mlx.convert.base import read_converted_base, with_summed_heads
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END
 from cognica_mlx.convert.checkpoint import Checkpoint, eos_token_ids, read_checkpoint
 from cognica_mlx.convert.draft_copy import copied_matrices, write_copy
@@ -62,7 +63,6 @@ SHIM = """\
 from cognica_mlx.mlx_lm_model import Model, ModelArgs
 """
 
-_HEAD = "lm_head.weight"
 _HEADS = ("wte", "lm_head", "value_embed")
 _SMALL_FILES_BYTES = 32 * 2**20  # more than the tokenizer, card and other small files take
 
@@ -287,7 +287,7 @@ def prepare(
         )
     converted = None
     if base is not None:
-        converted = _read_converted_base(checkpoint, base)
+        converted = read_converted_base(checkpoint, base)
         weights = checkpoint.own_weights
     elif config.specialist_layers and config.head_mode == "dual":
         if any(path.startswith("lm_head") for path in checkpoint.plan):
@@ -295,7 +295,7 @@ def prepare(
                 f"{source.name} has quantized heads, which cannot be summed: "
                 "merge what it was made from instead"
             )
-        weights = _with_summed_heads(checkpoint)
+        weights = with_summed_heads(checkpoint)
         config = replace(config, head_mode=SUMMED)
     plan = checkpoint.plan
     if quantization:
@@ -365,52 +365,6 @@ def upload(folder: Path, repo_id: str) -> str:
 def _folders(checkpoint: Checkpoint) -> list[Path]:
     """The folders of a checkpoint and of its bases."""
     return [checkpoint.source.folder, *(_folders(checkpoint.base) if checkpoint.base else [])]
-
-
-def _read_converted_base(checkpoint: Checkpoint, base: Source) -> Checkpoint:
-    """`base`, which is a conversion of the base under `checkpoint`; CheckpointError if not."""
-    name, expected = checkpoint.source.name, checkpoint.base
-    if expected is None:
-        raise RequestError(f"{name} is itself a base: it has no other to refer to")
-    converted = read_checkpoint(base)
-    if converted.config.head_mode == SUMMED:
-        raise RequestError(
-            f"{base.name} is merged, with its heads summed: name its delta folder instead"
-        )
-    for field, value in expected.config.to_dict().items():
-        other = converted.config.to_dict()[field]
-        if value != other:
-            raise CheckpointError(
-                f"{base.name} is not the base of {name}: {field} is {other}, not {value}"
-            )
-    ours, theirs = (
-        one.sketch() | {_HEAD: lineage.some(one.unpacked(_HEAD, mx.float32))}
-        for one in (expected, converted)
-    )
-    if odd := lineage.difference(ours, theirs):
-        raise CheckpointError(f"{base.name} is not the base of {name}: its {odd} differs")
-    return converted
-
-
-def _with_summed_heads(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    """The weights, with each specialist's head replaced by the sum of all heads up to it."""
-    weights = dict(checkpoint.weights)
-    heads = [weights["lm_head.weight"]]
-    for i in range(len(checkpoint.config.specialist_layers)):
-        name = f"lm_head_specialists.{i}.weight"
-        heads.append(weights[name])
-        rows = min(head.shape[0] for head in heads)
-        shape = (rows, checkpoint.config.n_embd)
-        weights[name] = StoredTensor(shape, mx.float32, partial(_sum, tuple(heads), rows))
-    return weights
-
-
-def _sum(heads: Sequence[StoredTensor], rows: int) -> mx.array:
-    total = mx.zeros((rows, heads[0].shape[1]), mx.float32)
-    for head in heads:
-        total = total + head.read()[:rows].astype(mx.float32)
-        mx.eval(total)
-    return total
 
 
 def _place(name: str) -> list[tuple[int, str]]:
