@@ -108,6 +108,10 @@ class StageCache:
         """How many rows to keep when they are moved: those that a rollback may need."""
         return min(self.content.spans[window].held, window + self.slack)
 
+    def _carried(self, window: int) -> int:
+        """How many rows a fork has: all, but from a shelf only those that a rollback may need."""
+        return self.kept(window) if self.content.place else self.content.spans[window].held
+
     def is_large(self, window: int) -> bool:
         """Whether the buffers of this window are too large to be worth copying."""
         keys = self.content.layers[self.windows.index(window)].keys
@@ -128,10 +132,10 @@ class StageCache:
 
     @property
     def earliest(self) -> int:
-        """The earliest position that `rollback` can return to."""
+        """The earliest position that `rollback` can return to, here or in a fork."""
         return max(
-            dropped + window if (dropped := self.offset - span.held) else 0
-            for window, span in self.content.spans.items()
+            dropped + window if (dropped := self.offset - self._carried(window)) else 0
+            for window in self.content.spans
         )
 
     def rollback(self, position: int) -> None:
@@ -158,13 +162,25 @@ class StageCache:
         """Move the rows from a shelf, if they are on one, to own buffers. Waits for the copies."""
         self.content = self._off_shelf()
 
+    def trim(self) -> None:
+        """Move the rows to buffers of just their size, for a cache that pauses. Waits for them."""
+        spare = [
+            array.shape[2] - self.content.spans[window].held
+            for window, layer in zip(self.windows, self.content.layers, strict=False)
+            for array in layer.arrays()[:1]
+        ]
+        if max(spare, default=0) > 1 or self.content.place:
+            self.content = self._copied()
+
     def _off_shelf(self) -> Content:
         """The content, copied to own buffers if it is on a shelf."""
-        if not self.content.place:
-            return self.content
+        return self._copied() if self.content.place else self.content
+
+    def _copied(self) -> Content:
+        """The content in own buffers that are just large enough."""
         # One more row, for the next position, makes sure that these are copies and not views.
         room = [(0, 0), (0, 0), (0, 1), (0, 0)]
-        kept = {window: self.kept(window) for window in self.windows}
+        kept = {window: self._carried(window) for window in self.windows}
         layers = tuple(
             Layer(*(mx.pad(a[..., -kept[window] :, :], room) for a in pair))
             for window, pair in zip(self.windows, self.rows(), strict=True)

@@ -21,7 +21,7 @@ catch up at that limit: `overdue` names the first that must.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -345,11 +345,12 @@ class DecodingState:
         if over:
             mx.async_eval([array for given in over for array in given.compact()])
 
-    def leave_shelves(self) -> None:
-        """Copy keys and values from shared shelves into the state's own buffers, for a state that
-        pauses. Waits for the copies."""
+    def trim(self, shared: Container[int] = ()) -> None:
+        """For a state that pauses: copy keys and values to buffers of just their size, unless these
+        are `shared`, by id. Waits for the copies."""
         for cache in self.caches:
-            cache.leave()
+            if not any(id(array) in shared for array in cache.arrays()):
+                cache.trim()
 
     def arrays(self) -> list[mx.array]:
         """All arrays held, each once, for evaluation."""

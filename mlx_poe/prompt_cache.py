@@ -91,10 +91,10 @@ class PromptCache:
         """
         if state.length < LEAST:
             return
-        # Copy it to its own arrays, or it would keep those of other sequences in memory. Start
-        # computing them, or the entry would still owe the work in its graph.
+        # Copy it to its own arrays, or it would keep those of other sequences, and empty buffers,
+        # in memory. Start computing them, or the entry would still owe the work in its graph.
         state.compact()
-        state.leave_shelves()
+        state.trim(self._users)
         arrays = state.arrays()
         mx.async_eval(arrays)
         limit = self.limit if room is None else min(self.limit, room)
@@ -178,6 +178,7 @@ def _taken_up(
     would need activations that are no longer held."""
     found = state.fork()
     found.rollback(common)
+    found.compact()
     if model is not state.model:
         found = found.switch(model)
     return None if any(found.lacks(stage) for stage in range(depth + 1)) else found

@@ -14,7 +14,8 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.state import DecodingState
 from mlx_poe import stream_generate
 from mlx_poe.prompt_cache import LEAST, PromptCache, chat_marks, common_start
-from mlx_poe.scheduler import Scheduler, Task
+from mlx_poe.scheduler import Scheduler
+from mlx_poe.task import Task
 
 base, tokenizer = fixture("poe-tiny")
 SYSTEM = {"role": "system", "content": "You are a kind and patient teacher. " * 12}
@@ -24,6 +25,13 @@ def read(tokens: list[int], model: PoEModel = base, **options: int) -> DecodingS
     state = DecodingState(model, **options)
     prefill(state, tokens, state.depth)
     return state
+
+
+def size_of(tokens: list[int]) -> int:
+    """What a text takes once it is kept."""
+    cache = PromptCache(1 << 30)
+    cache.put(read(tokens))
+    return cache.nbytes
 
 
 def replies(scheduler: Scheduler, tasks: list[Task]) -> list[tuple[list[int], int]]:
@@ -101,6 +109,22 @@ def test_a_sequence_that_is_still_running_serves_others():
         said += [u.response.token for u in scheduler.step() if u.response]
     other = task([*text(150), 9, 9, 9])
     assert replies(scheduler, [other]) == [(cold(other), 150)]
+
+
+@pytest.mark.parametrize("more", [5, 30])
+def test_a_sequence_beside_others_serves_what_its_copy_can_go_back_to(more):
+    """Side by side they keep rows that a copy does not."""
+    scheduler = Scheduler(endless)
+    scheduler.add(*(task(text(250, start=i), max_tokens=200) for i in range(2)))
+    said = []
+    while len(said) < 2 * more:
+        said += [update.response for update in scheduler.step() if update.response]
+    states = [running.state for running in scheduler._running.values()]
+    assert all(cache.content.place for state in states for cache in state.caches)
+    assert not any(state.fork().earliest_rollback > state.earliest_rollback for state in states)
+    other = task([*text(21), 9, 9, 9])
+    updates = run(scheduler, [other])[other]
+    assert tokens_of([u.response for u in updates if u.response]) == cold(other)
 
 
 def test_equal_prompts_at_once():
@@ -212,9 +236,19 @@ def test_marks():
 # --- bounds ---------------------------------------------------------------------------------------
 
 
+def test_a_short_text_takes_the_room_of_its_own_rows():
+    state = read(text(10))
+    row = 2 * base.config.n_kv_head * base.config.head_dim * 4
+    activations = sum(
+        a.nbytes for given in state.given for h in given.sources() for a in h.arrays()
+    )
+    assert state.nbytes > 256 * 8 * row
+    assert size_of(text(10)) <= 11 * 8 * row + activations
+
+
 def test_what_was_of_no_use_for_longest_goes_first():
     texts = [text(30, start=i) for i in range(4)]
-    size = read(texts[0]).nbytes
+    size = size_of(texts[0])
     cache = PromptCache(3 * size)
     for tokens in texts[:3]:
         cache.put(read(tokens))
@@ -231,9 +265,8 @@ def test_what_was_of_no_use_for_longest_goes_first():
 
 
 def test_a_state_that_is_too_large_is_not_kept_and_drives_nothing_out():
-    small = read(text(30))
-    cache = PromptCache(small.nbytes + 1000)
-    cache.put(small)
+    cache = PromptCache(size_of(text(30)) + 1000)
+    cache.put(read(text(30)))
     cache.put(read(text(500, start=3)))
     assert len(cache) == 1
     cache.put(read(text(40, start=5)), room=1000)
