@@ -364,3 +364,4 @@ class PoEModel(nn.Module):
         for block in self.h:
             if isinstance(block, Block):  # held here, not on another machine
                 block.attn.stack()
+                mx.eval(block.attn.parameters())  # block by block, so that little is held twice

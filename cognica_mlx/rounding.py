@@ -3,19 +3,18 @@
 - `Scheme` says how a matrix is rounded; MLX does the rounding
 - every copy is made once and kept with its original, so that all specialists over one base draft
   from the same rounded stages
-- the model itself does not change; `own_arrays` lists what the copies add in memory
+- the model itself does not change; `rounded_matrices` lists what the copies add in memory
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from cognica_mlx.errors import RequestError
 from cognica_mlx.stages import Block, Stage
@@ -151,18 +150,32 @@ def _rounded_block(block: Block, scheme: Scheme) -> Block:
         for name, module in list(part.items()):
             if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
                 part[name] = rounded(module, scheme)
-    object.__setattr__(other.attn, "_qkv", None)
-    if mx.default_device() == mx.gpu:
-        other.attn.stack()
+    restack(other)
     return other
 
 
-def own_arrays(copies: Iterable[nn.Module], originals: Iterable[nn.Module]) -> list[mx.array]:
-    """The arrays that rounded copies hold in addition to the originals' arrays."""
-    shared = {id(array) for module in originals for array in _arrays(module)}
-    found = {id(array): array for module in copies for array in _arrays(module)}
-    return [array for key, array in found.items() if key not in shared]
+def restack(block: Block) -> None:
+    """Join a rounded block's query, key and value matrices anew, where that pays."""
+    object.__setattr__(block.attn, "_qkv", None)
+    if mx.default_device() == mx.gpu:
+        block.attn.stack()
 
 
-def _arrays(module: nn.Module) -> list[mx.array]:
-    return list(dict(tree_flatten(module.parameters())).values())
+def rounded_matrices(
+    copies: Sequence[nn.Module], originals: Sequence[nn.Module]
+) -> list[tuple[nn.Module, nn.Module]]:
+    """The matrices in `copies` that are rounded, each with its original."""
+    pairs: list[tuple[nn.Module, nn.Module]] = []
+    for one, other in zip(copies, originals, strict=True):
+        theirs = dict(other.named_modules())
+        pairs += [
+            (matrix, theirs[name])
+            for name, matrix in one.named_modules()
+            if isinstance(matrix, nn.QuantizedLinear) and matrix is not theirs[name]
+        ]
+    return pairs
+
+
+def release(matrix: nn.Module, original: nn.Module, scheme: Scheme) -> None:
+    """Give a rounded matrix's memory back: it is rounded again when it is next used."""
+    matrix.update(_rounded(original, scheme).parameters())

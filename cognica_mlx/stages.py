@@ -79,14 +79,12 @@ class Attention(nn.Module):
         names = list(first.parameters())
         for name in names:
             joined[name] = mx.concatenate([part[name] for part in parts])
-        mx.eval(joined.parameters())
         start = 0
         for part in parts:
             stop = start + part.weight.shape[0]
             for name in names:
                 part[name] = joined[name][start:stop]
             start = stop
-        mx.eval([part.parameters() for part in parts])
         object.__setattr__(self, "_qkv", joined)
 
     def _heads(self, x: mx.array) -> mx.array:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,7 +19,14 @@ import mlx.nn as nn
 from cognica_mlx.decoding.targets import Target, draft_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
-from cognica_mlx.rounding import Scheme, copies_of, own_arrays, rounded_stage
+from cognica_mlx.rounding import (
+    Scheme,
+    copies_of,
+    release,
+    restack,
+    rounded_matrices,
+    rounded_stage,
+)
 from cognica_mlx.stages import Stage
 
 
@@ -35,16 +43,41 @@ class RoundedPrefix:
     originals: tuple[nn.Module, ...]
 
     @cached_property
-    def arrays(self) -> list[mx.array]:
-        """The arrays that it holds in addition to the model's: packed matrices and their scales."""
+    def _matrices(self) -> dict[int, tuple[nn.Module, nn.Module]]:
+        """The rounded matrices, each once, with their originals."""
         blocks = [block for stage in self.stages for block in stage.blocks]
         own = [block for k in self.of for block in self.model.stages[k].blocks]
-        return own_arrays([*blocks, *self.heads], [*own, *self.originals])
+        pairs = rounded_matrices([*blocks, *self.heads], [*own, *self.originals])
+        return {id(pair[0]): pair for pair in pairs}
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The arrays that it holds in addition to the model's: packed matrices and their scales."""
+        return [a for matrix, _ in self._matrices.values() for a in matrix.parameters().values()]
+
+    @cached_property
+    def sizes(self) -> dict[int, int]:
+        """The bytes of each rounded matrix; a key stands for the same one in any other prefix."""
+        return {
+            key: sum(array.nbytes for array in matrix.parameters().values())
+            for key, (matrix, _) in self._matrices.items()
+        }
 
     @property
     def nbytes(self) -> int:
-        """Bytes of those arrays."""
-        return sum(array.nbytes for array in self.arrays)
+        """Bytes of all rounded matrices."""
+        return sum(self.sizes.values())
+
+    def release(self, but: Container[int] = ()) -> None:
+        """Give back the memory of all matrices `but` these keys of `sizes`. What is used again is
+        rounded again first."""
+        assert self.target.scheme
+        for key, (matrix, original) in self._matrices.items():
+            if key not in but:
+                release(matrix, original, self.target.scheme)
+        for stage in self.stages:
+            for block in stage.blocks:
+                restack(block)
 
 
 def round_prefix(
