@@ -163,13 +163,13 @@ class Context(NamedTuple):
 
 
 class Sampler:
-    """Chooses tokens by `options`; keeps the random key from draw to draw."""
+    """Chooses tokens by `options`; `key` is the random key of the next draw."""
 
     def __init__(self, options: SamplingOptions | None = None):
         self.options = options or SamplingOptions()
         self.greedy = self.options.temp == 0
         seed = self.options.seed
-        self._key = mx.random.key(secrets.randbits(63) if seed is None else seed)
+        self.key = mx.random.key(secrets.randbits(63) if seed is None else seed)
         self._penalty = self.options.repetition_penalty
         if self._penalty == 1:
             self._penalty = None
@@ -259,7 +259,7 @@ class Sampler:
         return mx.random.uniform(shape=(count,), key=self._next_key())
 
     def _next_key(self) -> mx.array:
-        self._key, key = mx.random.split(self._key)
+        self.key, key = mx.random.split(self.key)
         return key
 
     def choose(self, scores: Scores) -> tuple[mx.array, mx.array]:

@@ -19,7 +19,8 @@ from cognica_mlx.shared_base import shared_stages
 from cognica_mlx.state import Progress
 from mlx_poe.generate import DEFAULT_MAX_TOKENS, Prompt, read_request
 from mlx_poe.responses import GenerationResponse
-from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Stats, Task, make_task
+from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler
+from mlx_poe.task import Stats, Task, make_task
 from mlx_poe.tokenizer import Tokenizer
 
 Finished = Callable[[int, list[GenerationResponse]], None]

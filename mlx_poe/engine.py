@@ -28,12 +28,13 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.machines.link import Link
 from cognica_mlx.machines.remote import lost_link
 from cognica_mlx.model import PoEModel
-from mlx_poe.engine_request import EngineClosedError, EngineRequest, Item, Prepared
+from mlx_poe.engine_request import EngineClosedError, EngineRequest, Item, Prepared, Wish
 from mlx_poe.generate import DEFAULT_MAX_TOKENS, Prompt, read_request
 from mlx_poe.model_info import ModelInfo, describe
 from mlx_poe.responses import StopStrings
-from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Stats, Task, Update, make_task
+from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler
 from mlx_poe.specialists import Specialists
+from mlx_poe.task import Stats, Task, Update, make_task
 from mlx_poe.tokenizer import Tokenizer
 
 # How many compositions to remember, by names and weights.
@@ -209,10 +210,18 @@ class Engine:
             self._commands.put(command)
         return command.result.result()
 
-    def _cancel(self, task: Task) -> None:
+    def _tell(self, task: Task, what: Wish) -> None:
+        def work() -> None:
+            if what == "cancel":
+                self._drop(task)
+            elif what == "pause":
+                self._scheduler.pause(task)
+            else:
+                self._scheduler.resume(task)
+
         with self._lock:
             if not self._closed:
-                self._commands.put(_Command(lambda: self._drop(task), Future()))
+                self._commands.put(_Command(work, Future()))
 
     # In the engine's thread
 
@@ -275,7 +284,7 @@ class Engine:
         self._scheduler.add(*tasks)
         added = []
         for task, request in zip(tasks, requests, strict=True):
-            added.append(EngineRequest(partial(self._cancel, task), request.listener))
+            added.append(EngineRequest(partial(self._tell, task), request.listener))
             self._requests[task] = added[-1]
         return added
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Literal
 
 from cognica_mlx.errors import RequestError
 from mlx_poe.generate import Asked
@@ -33,6 +34,9 @@ class EngineClosedError(RequestError):
     """The engine is closed, or was closed before a request was complete."""
 
 
+# What a caller may want of a request under way.
+Wish = Literal["cancel", "pause", "resume"]
+
 # A request's results: responses, then the error that ended it, or None.
 Item = GenerationResponse | Exception | None
 
@@ -46,11 +50,11 @@ class EngineRequest:
 
     def __init__(
         self,
-        cancel: Callable[[], None],
+        tell: Callable[[Wish], None],
         listener: Callable[[Item], None] | None = None,
     ):
-        """`cancel` cancels the request in the engine."""
-        self._cancel = cancel
+        """`tell` passes a wish on to the engine."""
+        self._tell = tell
         self._queue: SimpleQueue[Item] = SimpleQueue()
         self.deliver = listener or self._queue.put
         self._over = False
@@ -73,7 +77,16 @@ class EngineRequest:
         """End the request and drop the responses not taken yet. May be called from any thread."""
         self._over = True
         self._queue.put(None)  # wake up a waiting consumer
-        self._cancel()
+        self._tell("cancel")
+
+    def pause(self) -> None:
+        """Let others have the request's slot and memory until `resume`. What it has read stays
+        cached as long as there is room, and its responses go on where they were."""
+        self._tell("pause")
+
+    def resume(self) -> None:
+        """Go on after `pause`, before all that wait. Both may be called from any thread."""
+        self._tell("resume")
 
     @property
     def text(self) -> str:

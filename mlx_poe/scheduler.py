@@ -2,8 +2,9 @@
 
 - in: tasks, first come, first served
 - out: for each task, a response per token, then its end
-- a task starts once there is a slot and enough memory for the most it may need; cached prompts
-  make room for it
+- a task starts once there is a slot and enough memory for the most it may need; cached prompts,
+  and rounded copies that no running task drafts with, make room for it
+- a task can pause: it gives up its slot and its memory, and goes on later
 - synchronous, for one thread; `Engine` and `batch_generate` are built on it
 """
 
@@ -11,33 +12,30 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakSet
 
-from cognica_mlx.costs import Costs
-from cognica_mlx.decoding.batch import Batch
+from cognica_mlx.decoding.batch import Batch, Event
 from cognica_mlx.decoding.modes import last_resort, make_mode
-from cognica_mlx.decoding.pace import KnownCosts, Pace, pace_for
-from cognica_mlx.decoding.requests import Steps
+from cognica_mlx.decoding.requests import DecodedToken, Resumable, Steps
 from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
 from cognica_mlx.decoding.sequence import (
     DecodingSequence,
-    Mode,
     prefill_step_size_here,
     read_prompt,
     ready,
 )
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.errors import RequestError
-from cognica_mlx.footprint import made_for, state_bytes
-from cognica_mlx.model import PoEModel
+from cognica_mlx.footprint import state_bytes
 from cognica_mlx.sampling import Sampler
 from cognica_mlx.state import MAX_PENDING, DecodingState
-from mlx_poe.generate import Asked
 from mlx_poe.memory import memory_for_states
 from mlx_poe.prompt_cache import LEAST, PromptCache
-from mlx_poe.responses import GenerationResponse, Responses, StopStrings
+from mlx_poe.responses import GenerationResponse, Responses
+from mlx_poe.task import Stats, Task, Update
 from mlx_poe.tokenizer import Tokenizer
 
 MAX_SEQUENCES = 8
@@ -45,91 +43,27 @@ MAX_SEQUENCES = 8
 EXCESS = 256
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """One prompt and everything that determines its reply; compared by identity."""
-
-    model: PoEModel
-    asked: Asked
-    mode: Mode
-    max_tokens: int
-    stop: str | Sequence[str] | None = None
-    step_size: int | None = None
-    pace: Pace | None = None
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """The prompt's tokens."""
-        return self.asked.tokens
-
-
-def make_task(
-    model: PoEModel,
-    asked: Asked,
-    mode: str,
-    *,
-    max_tokens: int,
-    stop: str | Sequence[str] | None = None,
-    prefill_step_size: int | None = None,
-    costs: Costs | KnownCosts | None = None,
-) -> Task:
-    """A checked task. Raises RequestError for anything that `stream_generate` would refuse."""
-    chosen = make_mode(model, mode, asked.mode_options, model.calibration)
-    StopStrings(stop)
-    # Checks the remaining options; it holds no memory yet.
-    DecodingSequence(
-        model,
-        asked.tokens,
-        chosen,
-        max_tokens=max_tokens,
-        sampler=Sampler(asked.sampling),
-        prefill_step_size=prefill_step_size,
-    )
-    pace = pace_for(model, chosen, costs)
-    return Task(model, asked, chosen, max_tokens, stop, prefill_step_size, pace)
-
-
-@dataclass(frozen=True)
-class Update:
-    """News of a task: a response, or its end (`ended`), perhaps because of `error`."""
-
-    task: Task
-    response: GenerationResponse | None = None
-    error: Exception | None = None
-    ended: bool = False
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Totals and current figures. Times are in seconds, memory in bytes.
-
-    prompt_time and generation_time: the decoding time, split in proportion to the positions run
-    for prompts and replies. state_bytes: the most that running sequences may come to need; together
-    with cache_bytes it never exceeds memory_bytes.
-    """
-
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prompt_time: float = 0.0
-    generation_time: float = 0.0
-    running: int = 0
-    waiting: int = 0
-    cache_hits: int = 0
-    cache_misses: int = 0
-    cached_tokens: int = 0
-    cache_entries: int = 0
-    cache_bytes: int = 0
-    state_bytes: int = 0
-    memory_bytes: int = 0
-
-
 @dataclass(eq=False)
 class _Running:
+    """A task that has begun. `over`: its reply is complete."""
+
     task: Task
-    state: DecodingState
     sequence: DecodingSequence
     responses: Responses
-    need: int
+    need: int = 0
+    over: bool = False
+
+    @property
+    def state(self) -> DecodingState:
+        return self.sequence.state
+
+    def tell(self, token: DecodedToken) -> GenerationResponse | None:
+        """The response to a token; None after the reply's end."""
+        if self.over:
+            return None
+        response = self.responses.add(token)
+        self.over = response.finish_reason is not None
+        return response
 
 
 class Scheduler:
@@ -163,14 +97,21 @@ class Scheduler:
         self._batch = Batch()
         self._waiting: deque[Task] = deque()
         self._running: dict[Task, _Running] = {}
-        # Rounded copies used for drafting; they live as long as their models.
+        # Tasks that have begun but are not running, and those that may not start.
+        self._begun: dict[Task, _Running] = {}
+        self._paused: set[Task] = set()
+        # Kept from call to call: an interruption must not lose any.
+        self._events: deque[Event] = deque()
+        self._updates: list[Update] = []
+        # Rounded copies in memory.
         self._prefixes: WeakSet[RoundedPrefix] = WeakSet()
         self._prompt_tokens = self._generation_tokens = 0
         self._prompt_time = self._generation_time = 0.0
 
     def __len__(self) -> int:
-        """How many tasks have not ended."""
-        return len(self._waiting) + len(self._running)
+        """How many tasks have not ended, or ended without an update so far; not those paused."""
+        untold = sum(update.ended for update in self._updates)
+        return len(self._waiting) + len(self._running) + untold
 
     @property
     def stats(self) -> Stats:
@@ -189,6 +130,8 @@ class Scheduler:
             self.cache.nbytes,
             self._promised,
             self.memory,
+            len(self._paused),
+            _bytes(self._prefixes),
         )
 
     def add(self, *tasks: Task) -> None:
@@ -202,7 +145,7 @@ class Scheduler:
 
     def check(self, task: Task) -> None:
         """Raise RequestError for a task that needs more memory than the budget."""
-        need, copies = self.bytes_needed(task), self._copies(task.mode)
+        need, copies = self.bytes_needed(task), _bytes(task.prefixes)
         if need + copies > self.memory:
             rounded = f", with {_megabytes(copies)} of rounded stages" if copies else ""
             raise RequestError(
@@ -224,110 +167,151 @@ class Scheduler:
             pending=0 if plain and not drafts else MAX_PENDING,
             spare=EXCESS if drafts or self.max_sequences > 1 else 0,
             chunk=task.step_size or prefill_step_size_here(),
-            room=made_for(state) if state else 0,
+            start=state,
             aside=drafting.prefix.of if drafting and drafting.prefix else (),
         )
-
-    def _copies(self, *modes: Mode) -> int:
-        """Bytes of the rounded copies used so far, and of those that `modes` need."""
-        new = (mode.prefix for mode in modes if isinstance(mode, Speculative))
-        prefixes = [*self._prefixes, *(prefix for prefix in new if prefix)]
-        arrays = {id(array): array for prefix in prefixes for array in prefix.arrays}
-        return sum(array.nbytes for array in arrays.values())
 
     def cancel(self, task: Task) -> None:
         """End a task, running or waiting; do nothing if it has ended. What it read stays cached."""
         if task in self._running:
-            self._batch.remove(task)
             self._finish(self._running[task])
+        self._forget(task)
+
+    def pause(self, task: Task) -> None:
+        """Take a task's slot and memory away until `resume`; do nothing if it has ended. What it
+        read stays cached, as long as there is room, and its reply goes on where it was."""
+        running = self._running.get(task)
+        if running and not running.over:
+            self._paused.add(task)
+            self._begun[task] = running
+            self._finish(running)
         elif task in self._waiting:
+            self._paused.add(task)
             self._waiting.remove(task)
 
+    def resume(self, task: Task) -> None:
+        """Let a paused task go on, before all that wait; do nothing if it is not paused."""
+        if task in self._paused:
+            self._paused.remove(task)
+            self._waiting.appendleft(task)
+
     def close(self) -> None:
-        """End all tasks and free all memory."""
-        self._waiting.clear()
+        """End all tasks and free their memory, and that of cached prompts."""
+        for tasks in (self._waiting, self._begun, self._paused, self._events, self._updates):
+            tasks.clear()
         self._batch.close()
         self._running.clear()
         self.cache.shrink(0)
 
     def step(self) -> list[Update]:
-        """Work until there are updates, for at most one sweep of the batch."""
+        """Work until there are updates, for at most one sweep of the batch. An interruption loses
+        none: the next call continues."""
         started = time.perf_counter()
-        updates = self._admit()
+        self._admit()
         before = [
             (running, running.state.positions_run[0], running.responses.count > 0)
             for running in self._running.values()
         ]
-        events = self._batch.run()
-        # A sequence may have produced more tokens than its reply has.
-        ended = {event.name for event in events if not event.token}
-        for event in events:
-            running = self._running.get(event.name)  # type: ignore[call-overload]
-            if running is None:
-                continue
-            if event.token:
-                response = running.responses.add(event.token)
-                self._generation_tokens += 1
-                if running.responses.count == 1:
-                    self._prompt_tokens += response.prompt_tokens
-                over = response.finish_reason is not None
-                updates.append(Update(running.task, response, ended=over))
-                if over:
-                    if running.task not in ended:
-                        self._batch.remove(running.task)
-                    self._finish(running)
-            else:
-                self._running.pop(running.task)
-                error = event.error or RuntimeError("the sequence ended before its reply did")
-                updates.append(Update(running.task, error=error, ended=True))
+        self._events += self._batch.run()
+        while self._events:
+            self._hear(self._events.popleft())
+        for running in [running for running in self._running.values() if running.over]:
+            self._finish(running)
         self._charge(time.perf_counter() - started, before)
         for running in self._running.values():
             running.state.compact(EXCESS)
+        updates, self._updates = self._updates, []
         return updates
+
+    def _hear(self, event: Event) -> None:
+        """Make an update of an event, unless its task was canceled or its reply is complete."""
+        task, response = event.name, event.token
+        assert isinstance(task, Task)
+        running = self._running.get(task) or self._begun.get(task)
+        if running is None:
+            return
+        if response:
+            self._generation_tokens += 1
+            if response.generation_tokens == 1:
+                self._prompt_tokens += response.prompt_tokens
+            over = response.finish_reason is not None
+            self._updates.append(Update(task, response, ended=over))
+        elif not running.over:
+            self._forget(task)
+            error = event.error or RuntimeError("the sequence ended before its reply did")
+            self._updates.append(Update(task, error=error, ended=True))
+
+    def _forget(self, task: Task) -> None:
+        """Drop a task that has ended, wherever it is."""
+        self._running.pop(task, None)
+        self._begun.pop(task, None)
+        self._paused.discard(task)
+        if task in self._waiting:
+            self._waiting.remove(task)
 
     @property
     def _free(self) -> int:
         """Bytes that no running sequence may come to need, free for cached prompts."""
-        return self.memory - self._promised - self._copies()
+        return self.memory - self._promised - _bytes(self._prefixes)
 
     @property
     def _promised(self) -> int:
         return sum(running.need for running in self._running.values())
 
-    def _admit(self) -> list[Update]:
+    def _admit(self) -> None:
         """Start waiting tasks in order, as far as slots and memory allow."""
-        updates = []
         while self._waiting and len(self._running) < self.max_sequences:
             task = self._waiting[0]
-            if self._promised + self.bytes_needed(task) > self.memory - self._copies(task.mode):
-                break
+            if task not in self._running:  # it is if an interruption came right after its start
+                if not self._make_room(task):
+                    break
+                try:
+                    self._start(task)
+                except BaseException as error:
+                    self._running.pop(task, None)
+                    self._batch.remove(task)
+                    if not isinstance(error, Exception):
+                        raise
+                    self._begun.pop(task, None)
+                    self._updates.append(Update(task, error=error, ended=True))
             self._waiting.popleft()
-            try:
-                self._start(task)
-            except Exception as error:
-                self._running.pop(task, None)
-                updates.append(Update(task, error=error, ended=True))
             self.cache.shrink(self._free)
-        return updates
+
+    def _make_room(self, task: Task) -> bool:
+        """Whether a task fits beside those that run, if need be without the rounded copies that
+        none of them drafts with; those then give their memory back."""
+        used = task.prefixes.union(*(other.prefixes for other in self._running))
+        room = self.memory - self._promised - self.bytes_needed(task)
+        if room < _bytes({*self._prefixes, *used}):
+            if room < _bytes(used):
+                return False
+            keys = {key for prefix in used for key in prefix.sizes}
+            for prefix in {*self._prefixes} - used:
+                prefix.release(but=keys)
+                self._prefixes.remove(prefix)
+        return True
 
     def _start(self, task: Task) -> None:
-        running = [other.state for other in self._running.values()]
-        if isinstance(task.mode, Speculative) and task.mode.prefix:
-            self._prefixes.add(task.mode.prefix)
-        free = self._free
-        found = None
-        if not task.asked.prompt_logprobs:
+        self._prefixes.update(task.prefixes)
+        begun, free, found = self._begun.get(task), self._free, None
+        if begun or not task.asked.prompt_logprobs:
             found = self.cache.find(
                 task.model,
-                task.tokens,
+                begun.sequence.text if begun else task.tokens,
                 task.mode.depth,
-                running,
+                [other.state for other in self._running.values()],
                 # A state that has grown long may be too large for a short task.
                 lambda state: self.bytes_needed(task, state) <= free,
             )
         state = found.state if found else DecodingState(task.model, keep_trunk=self.keep_trunk)
-        need = self.bytes_needed(task, state)
-        pace = task.pace
+        running = begun or self._begin(task, state, found.length if found else 0)
+        running.sequence.state, running.need = state, self.bytes_needed(task, state)
+        self._running[task] = running
+        steps = Resumable(partial(self._steps, running))
+        self._batch.add(task, steps, task.pace, running.tell)
+        self._begun.pop(task, None)
+
+    def _begin(self, task: Task, state: DecodingState, cached: int) -> _Running:
         sequence = DecodingSequence(
             task.model,
             task.tokens,
@@ -336,35 +320,37 @@ class Scheduler:
             sampler=Sampler(task.asked.sampling),
             state=state,
             prefill_step_size=task.step_size,
-            progress=lambda *_: state.compact(EXCESS),
-            advice=pace,
+            progress=lambda *_: sequence.state.compact(EXCESS),
+            advice=task.pace,
             fallback=make_mode(task.model),
             last_resort=last_resort(task.model),
             constraint=task.asked.grammar.start() if task.asked.grammar else None,
             score_prompt=task.asked.prompt_logprobs,
             special=self.tokenizer.special_ids,
         )
-        cached = found.length if found else 0
-        responses = Responses(self.tokenizer, sequence, task.stop, pace, cached)
-        self._running[task] = _Running(task, state, sequence, responses, need)
-        self._batch.add(task, self._steps(task, sequence), pace)
+        responses = Responses(self.tokenizer, sequence, task.stop, task.pace, cached)
+        return _Running(task, sequence, responses)
 
-    def _steps(self, task: Task, sequence: DecodingSequence) -> Steps:
+    def _steps(self, running: _Running) -> Steps:
         """Read the prompt up to each mark and keep the state, then run the sequence's own steps."""
-        state, mode, size = sequence.state, task.mode, task.step_size
+        task, sequence, state = running.task, running.sequence, running.state
         for mark in sorted(task.asked.marks):
             if state.length + LEAST <= mark < len(task.tokens):
-                yield from ready(state, mode.depth, size)
+                yield from ready(state, task.mode.depth, task.step_size)
                 rest = task.tokens[state.length : mark]
-                yield from read_prompt(state, rest, mode.prefill_stage, size, sequence.progress)
+                depth = task.mode.prefill_stage
+                yield from read_prompt(state, rest, depth, task.step_size, sequence.progress)
                 self._keep(state.fork())
         yield from sequence.steps()
 
     def _finish(self, running: _Running) -> None:
-        """End a reply: roll its state back to the reply's end and keep it for the next turn."""
+        """Take a task out of the batch: roll its state back to the end of its text and keep it, for
+        the next turn or until it is resumed."""
+        self._batch.remove(running.task)
         del self._running[running.task]
-        state = running.state
-        end = len(running.task.tokens) + running.responses.count
+        state, task = running.state, running.task
+        running.sequence.state = DecodingState(task.model)  # the other is the cache's from now on
+        end = len(task.tokens) + running.responses.count
         if state.length > end:
             state.rollback(end)
         self._keep(state)
@@ -381,6 +367,11 @@ class Scheduler:
         share = prompts / (prompts + replies) if prompts else 0.0
         self._prompt_time += seconds * share
         self._generation_time += seconds * (1 - share)
+
+
+def _bytes(prefixes: Collection[RoundedPrefix]) -> int:
+    """What rounded copies take; they may share matrices."""
+    return sum({key: size for prefix in prefixes for key, size in prefix.sizes.items()}.values())
 
 
 def _megabytes(count: int) -> str:

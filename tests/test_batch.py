@@ -346,6 +346,45 @@ def test_an_interruption_at_any_pass_loses_no_sequence(monkeypatch):
     check(made)
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temp": 0.8, "seed": 5}], ids=["greedy", "drawn"])
+def test_an_interruption_in_a_modes_own_code_ends_no_sequence(sampling, monkeypatch):
+    made = [
+        Made(plan, plan.sequence())
+        for i, mode in enumerate(MODES)
+        for plan in [
+            simple("flat", mode, 5 + 40 * i, step_size=40, sampling=sampling if i % 2 else {})
+        ]
+    ]
+    batch, calls, interruptions = Batch(prompt_rows=60), [], 0
+    for i, one in enumerate(made):
+        batch.add(i, one.sequence.steps())
+    for owner, name in ((Sampler, "process"), (DecodingState, "append")):
+        real = getattr(owner, name)
+
+        def interrupted(*args, real=real):
+            calls.append(1)
+            if not len(calls) % 23:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, interrupted)
+    for _ in range(500):
+        try:
+            events = batch.run()
+        except KeyboardInterrupt:
+            interruptions += 1
+            continue
+        for event in events:
+            assert not event.error
+            if event.token:
+                made[event.name].tokens.append(event.token)
+            else:
+                made[event.name].ended = True
+    monkeypatch.undo()
+    assert interruptions > 5 and not len(batch)
+    check(made)
+
+
 def test_a_bad_request_ends_one_sequence_with_its_own_error():
     batch = Batch()
     model = models()["flat"]

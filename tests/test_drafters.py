@@ -21,6 +21,7 @@ from cognica_mlx.bench.shapes import rounded as rounded_model
 from cognica_mlx.constraint import Grammar
 from cognica_mlx.convert.draft_copy import DRAFT_FILE
 from cognica_mlx.costs import Costs, bytes_read, measure_drafter, with_bytes_of
+from cognica_mlx.decoding.advice import NoAdvice, Plan
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.drafters import FORCED, LOOKED_UP, OWN, ROUNDED
 from cognica_mlx.decoding.lookup import MOST, NGRAMS, Lookup
@@ -28,7 +29,7 @@ from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import PATIENCE, REST, Metered, Pace
 from cognica_mlx.decoding.requests import Advance, DecodedToken, Request
 from cognica_mlx.decoding.rounds import WORTH_LEAVING, RoundCosts
-from cognica_mlx.decoding.sequence import DecodingSequence, NoAdvice, Plan
+from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, decode, drive
 from cognica_mlx.decoding.speculative import _tell
 from cognica_mlx.errors import CheckpointError, RequestError
@@ -47,10 +48,11 @@ from mlx_poe.generate import read_request
 from mlx_poe.model_info import describe
 from mlx_poe.reply_form import make_grammar
 from mlx_poe.responses import drafts_by_maker
-from mlx_poe.scheduler import Scheduler, make_task
+from mlx_poe.scheduler import Scheduler
 from mlx_poe.server.choice import Choice, usage
 from mlx_poe.server.options import Options
 from mlx_poe.specialists import Specialists
+from mlx_poe.task import make_task
 from mlx_poe.tokenizer import Tokenizer
 
 STORY = "Once upon a time"

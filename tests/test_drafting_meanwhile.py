@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from cognica_mlx.bench import machines
 from cognica_mlx.costs import Costs
+from cognica_mlx.decoding.advice import NoAdvice
 from cognica_mlx.decoding.drafters import OWN, StageDrafter
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import Metered, Pace, pace_for
 from cognica_mlx.decoding.rounds import RoundCosts
-from cognica_mlx.decoding.sequence import DecodingSequence, NoAdvice
+from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.errors import RequestError

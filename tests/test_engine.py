@@ -153,6 +153,17 @@ def test_a_request_can_be_cancelled(engine):
     assert not engine._requests
 
 
+def test_a_request_can_be_paused(engine):
+    request = engine.submit(STORY, max_tokens=60)
+    got = [next(iter(request))]
+    request.pause()
+    assert tokens_of(list(engine.submit(STORY, max_tokens=3))) == alone(STORY, max_tokens=3)
+    assert (engine.stats.running, engine.stats.paused) == (0, 1)
+    request.resume()
+    assert tokens_of([*got, *request]) == alone(STORY, max_tokens=60)
+    assert engine.stats.paused == 0
+
+
 def test_nobody_has_to_read_what_was_asked_for(engine):
     ignored = [engine.submit(STORY, max_tokens=30) for _ in range(4)]
     started = iter(engine.submit(STORY, max_tokens=30))
@@ -242,7 +253,10 @@ def test_specialists_come_and_go():
                     bad, "there/is/no/such/model" if bad == "nowhere" else "poe-tiny-chat"
                 )
         running = engine.submit(TALK, specialist="chat", max_tokens=30)
+        list(engine.submit(TALK, specialist="chat", max_tokens=3))
+        assert engine.stats.cache_entries
         engine.detach("chat")
+        assert not engine.stats.cache_entries
         assert tokens_of(list(running)) == alone(TALK, "chat", max_tokens=30)
         with pytest.raises(RequestError, match="no specialist chat"):
             engine.submit(TALK, specialist="chat")

@@ -10,17 +10,20 @@ import pytest
 from conftest import fixture
 
 from cognica_mlx.costs import Costs
+from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.errors import RequestError
-from cognica_mlx.footprint import made_for, state_bytes
+from cognica_mlx.footprint import state_bytes
 from cognica_mlx.model import PoEModel
 from cognica_mlx.state import DecodingState
 from mlx_poe import batch_generate, stream_generate
 from mlx_poe.batch import plan
 from mlx_poe.memory import memory_for_states
+from mlx_poe.prompt_cache import PromptCache
 from mlx_poe.responses import GenerationResponse
-from mlx_poe.scheduler import Scheduler, Task, Update
+from mlx_poe.scheduler import Scheduler
 from mlx_poe.specialists import Specialists
+from mlx_poe.task import Task, Update
 from mlx_poe.tokenizer import Tokenizer
 
 base, tokenizer = fixture("poe-tiny")
@@ -95,6 +98,7 @@ MIXED: list[tuple[Any, dict[str, Any]]] = [
     ("The capital of France is", {"stop": "language"}),
     (text(640), {"max_tokens": 3, "prefill_step_size": 70}),
     (text(9), {"mode": "certified", "p99_bounds": BOUNDS, "max_tokens": 30}),
+    (text(9) * 4, {"mode": "speculative", "draft_lookup": True, "num_draft_tokens": 0}),
     (STORY, {"temp": 1.2, "seed": 9, "min_p": 0.05, "model": "chat", "mode": "wand"}),
 ]
 
@@ -260,9 +264,9 @@ def test_a_state_that_was_long_is_counted_as_such():
     list(stream_generate(base, endless, text(380), max_tokens=1, state=state))
     state.rollback(370)
     state.rollback(260)
-    assert made_for(state) > 260
-    assert state.nbytes <= state_bytes(base, 260, room=made_for(state), spare=256)
-    assert made_for(DecodingState(base)) == 0
+    assert state.nbytes <= state_bytes(base, 260, start=state)
+    assert state_bytes(base, 200) < state_bytes(base, 200, start=state)
+    assert state_bytes(base, 260, start=DecodingState(base)) == state_bytes(base, 260)
 
 
 def test_what_does_not_fit_waits_and_what_never_fits_is_refused():
@@ -343,6 +347,86 @@ def test_real_memory_stays_within_the_budget():
     assert scheduler.stats.cache_hits > 5
 
 
+def drafting(**options: Any) -> Task:
+    """A task with a rounded drafter."""
+    return task(mode="speculative", draft_bits=4, **options)
+
+
+def test_what_was_accepted_runs_when_a_rounded_copy_has_taken_its_share():
+    probe, long = Scheduler(endless, max_sequences=1), task(text(600))
+    first, again = drafting(), drafting(num_draft_tokens=2)
+    (prefix,) = first.prefixes
+    memory = max(probe.bytes_needed(long), probe.bytes_needed(first) + prefix.nbytes)
+    assert probe.bytes_needed(long) + prefix.nbytes > memory
+    scheduler = Scheduler(endless, max_sequences=1, memory=memory, prompt_cache_bytes=0)
+    scheduler.add(first, long, again)
+    replies: dict[Task, list[GenerationResponse]] = {first: [], long: [], again: []}
+    copies, before = [], prefix.arrays
+    for _ in range(100):
+        for update in scheduler.step():
+            assert update.response and not update.error
+            replies[update.task].append(update.response)
+        stats = scheduler.stats
+        assert stats.state_bytes + stats.copy_bytes <= memory
+        copies.append(stats.copy_bytes)
+    assert [len(reply) for reply in replies.values()] == [12, 12, 12]
+    assert {*copies} == {0, prefix.nbytes} and copies[0] == copies[-1] > 0
+    assert tokens_of(replies[first]) == tokens_of(replies[again])
+    # What the copy took was free while nobody drafted with it.
+    assert not {*map(id, before)} & {*map(id, prefix.arrays)}
+    prefix.release()
+    freed = mx.get_active_memory()
+    mx.eval(prefix.arrays)
+    assert mx.get_active_memory() - freed >= prefix.nbytes
+
+
+def test_a_copy_is_counted_before_the_task_that_drafts_with_it_starts():
+    probe = Scheduler(endless)
+    one, other = task(), drafting()
+    (prefix,) = other.prefixes
+    both = probe.bytes_needed(one) + probe.bytes_needed(other) + prefix.nbytes
+    for memory, running in ((both - 1, 1), (both, 2)):
+        scheduler = Scheduler(endless, memory=memory, prompt_cache_bytes=0)
+        scheduler.add(one, other)
+        scheduler.step()
+        assert scheduler.stats.running == running
+        scheduler.close()
+
+
+def test_a_kept_state_that_is_too_large_for_what_is_left_is_not_used():
+    long, beside, short = task(text(370), max_tokens=1), task(text(9, 5)), task([*text(20), 1, 2])
+    scheduler = Scheduler(endless, max_sequences=2)
+    run(scheduler, [long])
+    ((kept, _),) = scheduler.cache._entries.values()
+    need = scheduler.bytes_needed(short, kept)
+    assert scheduler.bytes_needed(short) < need
+    scheduler.memory = scheduler.bytes_needed(beside) + need - 1
+    scheduler.add(beside)
+    scheduler.step()
+    assert scheduler.stats.cache_entries == 1
+    scheduler.add(short)
+    scheduler.step()
+    stats = scheduler.stats
+    assert (stats.running, stats.cache_hits) == (2, 0) and stats.state_bytes <= scheduler.memory
+
+
+@pytest.mark.parametrize("step_size", [None, 16])
+def test_a_state_from_the_cache_fits_its_promise_without_others_beside_it(step_size):
+    """Activations are dropped in pieces as large as those that another task has read."""
+    for first, then in (("full", "full"), ("wand", "full"), ("stage", "stage")):
+        scheduler = Scheduler(endless, max_sequences=1)
+        bounds = {"p99_bounds": BOUNDS} if first == "wand" else {}
+        run(scheduler, [task(text(300), mode=first, max_tokens=1, **bounds)])
+        for prompt in ([*text(20), 1, 2], [*text(299), 1, *text(90)]):
+            each = task(prompt, mode=then, prefill_step_size=step_size, max_tokens=20)
+            scheduler.add(each)
+            while len(scheduler):
+                scheduler.step()
+                for running in scheduler._running.values():
+                    assert running.state.nbytes <= running.need
+        assert scheduler.cache.hits
+
+
 def test_a_short_task_that_goes_on_from_a_long_text_is_counted_with_its_buffers():
     scheduler = Scheduler(endless)
     run(scheduler, [task(text(370), max_tokens=1)])
@@ -405,6 +489,76 @@ def test_a_task_can_be_cancelled_wherever_it_is():
     assert got[tasks[3]] == []
 
 
+@pytest.mark.parametrize("where", ["running", "waiting", "reading"])
+def test_a_paused_task_leaves_its_slot_to_others_and_goes_on_where_it_was(where):
+    scheduler = Scheduler(endless, max_sequences=1)
+    prompt = text(900) if where == "reading" else STORY
+    options = {"temp": 0.8, "seed": 3, "max_tokens": 30, "repetition_penalty": 1.2}
+    first, other = task(prompt, **options), task(text(30, start=500))
+    got: list[GenerationResponse] = []
+    scheduler.add(*((other, first) if where == "waiting" else (first, other)))
+    while len(got) < (5 if where == "running" else 0) or not scheduler._running:
+        got += [u.response for u in scheduler.step() if u.response and u.task is first]
+    scheduler.pause(first)
+    scheduler.pause(first)
+    assert scheduler.stats.paused == 1
+    ended = run(scheduler, [])
+    assert ended[other][-1].ended and not ended.get(first)
+    assert scheduler.stats.state_bytes == 0 and len(scheduler) == 0
+    last = task(text(40, start=900))
+    scheduler.add(last)
+    scheduler.resume(first)
+    scheduler.resume(first)
+    updates = run(scheduler, [])
+    assert list(updates) == [first, last]
+    got += [update.response for update in updates[first] if update.response]
+    alone = stream_generate(base, endless, prompt, **options)
+    assert told(got) == told(list(alone))
+    # What it had read was kept.
+    assert scheduler.stats.cache_hits == (where != "waiting")
+
+
+def test_a_paused_task_can_be_cancelled():
+    scheduler = Scheduler(endless, max_sequences=1)
+    first, other = task(), task()
+    scheduler.add(first, other)
+    scheduler.step()
+    for each in (first, other):
+        scheduler.pause(each)
+        scheduler.cancel(each)
+        scheduler.resume(each)
+    assert (len(scheduler), scheduler.stats.paused, scheduler.step()) == (0, 0, [])
+
+
+@pytest.mark.parametrize("where", [(PromptCache, "find"), (PromptCache, "put"), (Batch, "add")])
+def test_an_interruption_between_two_requests_loses_no_task(where, monkeypatch):
+    scheduler = Scheduler(endless, max_sequences=2)
+    tasks = [task(TALK, max_tokens=5, seed=i, temp=0.8) for i in range(4)]
+    scheduler.add(*tasks)
+    real, calls, updates = getattr(*where), [], []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        result = real(*args, **options)
+        if len(calls) % 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(*where, interrupted)
+    interruptions = 0
+    for _ in range(100):
+        try:
+            updates += scheduler.step()
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions > 1 and not len(scheduler) and not scheduler.stats.running
+    for i, each in enumerate(tasks):
+        mine = [update for update in updates if update.task is each]
+        assert [update.ended for update in mine] == [False] * 4 + [True]
+        alone = stream_generate(base, endless, TALK, max_tokens=5, seed=i, temp=0.8)
+        assert tokens_of([u.response for u in mine if u.response]) == tokens_of(list(alone))
+
+
 def test_a_reply_that_ends_early_leaves_the_state_at_its_end():
     """Several tokens may come at once; those behind a stop string are not the reply's."""
     scheduler = Scheduler(endless)
@@ -438,7 +592,7 @@ def test_nothing_grows_over_several_hundred_requests():
     for i in range(200):
         updates = run(scheduler, [task(text(12 + i % 5, start=i), max_tokens=2)])
         assert all(not each[-1].error for each in updates.values())
-        if i in (100, 199):
+        if i in (104, 199):
             cache = scheduler.cache
             sizes.append((len(cache), cache.nbytes, len(cache._users), mx.get_active_memory()))
         assert scheduler.cache.nbytes <= 12_000_000

@@ -32,11 +32,17 @@ REQUESTS = int(os.environ.get("LOAD_REQUESTS", "3"))
 LONG = {"model": "poe-tiny", "prompt": text(40), "max_tokens": 3000, "logit_bias": {"2039": -100}}
 
 
-def begin(server: RunningServer, body: dict[str, Any]) -> socket.socket:
+def begin(
+    server: RunningServer, body: dict[str, Any], receive_buffer: int | None = None
+) -> socket.socket:
     """Send a request for completion, and read nothing yet."""
     data = json.dumps(body).encode()
     head = f"POST {TEXTS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
-    connection = socket.create_connection((server.host, server.port), timeout=PATIENCE)
+    connection = socket.socket()
+    connection.settimeout(PATIENCE)
+    if receive_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.connect((server.host, server.port))
     connection.sendall(head.encode() + data)
     return connection
 
@@ -132,10 +138,21 @@ class Endless:
     def __init__(self) -> None:
         self.answer = SimpleNamespace(id="x")
         self.closed = False
+        self.wishes: list[str] = []
+        self.paused = asyncio.Event()
 
     async def stream(self) -> AsyncIterator[bytes]:
         while True:
             yield b"data: {}\n\n"
+
+    def pause(self) -> None:
+        self.wishes.append("pause")
+        self.paused.set()
+
+    def resume(self) -> None:
+        if self.paused.is_set():
+            self.wishes.append("resume")
+        self.paused.clear()
 
     def close(self) -> None:
         self.closed = True
@@ -159,6 +176,60 @@ def test_a_reader_who_takes_no_more_is_dropped(monkeypatch, leaves):
     stream = serving.EventStream(run)  # type: ignore[arg-type]
     asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), PATIENCE))
     assert run.closed and sent == 50
+
+
+def test_a_reader_who_stalls_lets_others_run_until_it_goes_on(monkeypatch):
+    monkeypatch.setattr(serving, "STALLED_SECONDS", 0.01)
+    run, sent = Endless(), 0
+
+    async def send(message: Any) -> None:
+        nonlocal sent
+        sent += 1
+        await (run.paused.wait() if sent in (20, 40) else asyncio.sleep(0))
+
+    async def receive() -> Any:
+        while sent < 50:
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    stream = serving.EventStream(run)  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), PATIENCE))
+    assert run.wishes[:4] == ["pause", "resume"] * 2 and run.closed
+
+
+# A server whose clients may stall for longer than any test takes, and are soon seen to.
+PATIENT = """
+import socket, sys
+from mlx_poe.commands import server
+from mlx_poe.server import serving
+
+listen = socket.socket.listen
+
+def listening(self, *args):
+    self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return listen(self, *args)
+
+serving.SLOW_SECONDS, socket.socket.listen = 3000, listening
+sys.exit(server.main(sys.argv[1:]))
+"""
+
+
+def test_clients_that_stop_reading_hold_nobody_up():
+    running = RunningServer("--max-sequences", "2", command=("-c", PATIENT))
+    body = {**LONG, "stream": True, "logprobs": 5, "max_tokens": 400}
+    stalled = [begin(running, body, receive_buffer=4096) for _ in range(3)]
+    until(lambda: running.figures()["cognica_mlx_paused_sequences"] == 3)
+    assert at_work(running) == 0
+    assert running.ask(TEXTS, {**LONG, "max_tokens": 2})[0] == 200
+    said = b""
+    while b"[DONE]" not in said[-100:]:
+        said += stalled[0].recv(1 << 16)
+    assert said.count(b'"finish_reason":"length"') == 1
+    assert running.figures()["cognica_mlx_paused_sequences"] == 2
+    for connection in stalled:
+        connection.close()
+    until(lambda: running.figures()["cognica_mlx_paused_sequences"] == 0)
+    assert running.stop() == 0
 
 
 # A server that makes no token before it is told to stop, and then takes its time.

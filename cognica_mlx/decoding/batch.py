@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,16 @@ import mlx.core as mx
 
 from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.decoding.passes import read, run_stage, score, submit
-from cognica_mlx.decoding.requests import Advance, DecodedToken, Read, Request, Score, Steps, Submit
+from cognica_mlx.decoding.requests import (
+    Advance,
+    DecodedToken,
+    Read,
+    Request,
+    Resumable,
+    Score,
+    Steps,
+    Submit,
+)
 from cognica_mlx.decoding.sequence import prefill_step_size_here
 from cognica_mlx.errors import RankError, RankLostError
 from cognica_mlx.stages import Stage
@@ -26,10 +35,11 @@ from cognica_mlx.stages import Stage
 
 @dataclass(frozen=True)
 class Event:
-    """News of the sequence `name`: a token, or its end, with an `error` if it failed."""
+    """News of the sequence `name`: a token, as `Batch.add` says, or its end, with an `error` if it
+    failed."""
 
     name: Hashable
-    token: DecodedToken | None = None
+    token: Any = None
     error: Exception | None = None
 
 
@@ -38,10 +48,13 @@ class _Job:
     name: Hashable
     steps: Steps
     pace: Pace | None
+    tell: Callable[[DecodedToken], Any] | None
     request: Request | None = None
     # Positions that the request runs or scores.
     rows: int = 0
     answer: Any = None
+    # Machines that it had asked were lost.
+    lost: RankLostError | None = None
     # It has had its turn in this sweep.
     had_turn: bool = False
     # It was left out of the last sweep's pass because the pass was full.
@@ -68,15 +81,26 @@ class Batch:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def add(self, name: Hashable, steps: Steps, pace: Pace | None = None) -> None:
-        """Add a sequence's `steps`, starting with the next sweep; `pace` records its costs."""
+    def add(
+        self,
+        name: Hashable,
+        steps: Steps,
+        pace: Pace | None = None,
+        tell: Callable[[DecodedToken], Any] | None = None,
+    ) -> None:
+        """Add a sequence's `steps`, starting with the next sweep; `pace` records its costs.
+
+        `tell` makes what an event says of a token, before the steps go on, because they may plan
+        the next round before the event is read; by default it is the token itself.
+        """
         if name in self._jobs:
             raise ValueError(f"there is already a sequence {name!r}")
-        self._jobs[name] = _Job(name, steps, pace, had_turn=True)
+        self._jobs[name] = _Job(name, steps, pace, tell, had_turn=True)
 
     def remove(self, name: Hashable) -> None:
-        """End a sequence; its state is rolled back to the tokens emitted."""
-        self._jobs.pop(name).steps.close()
+        """End a sequence, if it has not ended; its state is rolled back to the tokens emitted."""
+        if job := self._jobs.pop(name, None):
+            job.steps.close()
 
     def close(self) -> None:
         """End all sequences."""
@@ -87,7 +111,8 @@ class Batch:
         """Work until there are tokens to return or sequences that ended, for at most one sweep, so
         that sequences can be added and removed between two chunks of a long prompt.
 
-        An interruption loses nothing: the next call continues.
+        An interruption loses nothing: the next call continues. Sequences whose own code it hits
+        go on after their last token, if their steps are `Resumable`.
         """
         worked = False
         while self._jobs and not self._events:
@@ -182,8 +207,9 @@ class Batch:
             answers = work([job.request for job in jobs])
         except RankLostError as error:
             for job in jobs:
-                job.request = None
-                self._resume(job, error)  # it may be able to go on
+                job.request, job.lost = None, error
+            for job in jobs:
+                self._resume(job)  # it may be able to go on
             return
         except Exception as error:
             if len(jobs) == 1:
@@ -203,9 +229,10 @@ class Batch:
             if job.request is None:
                 self._resume(job)
 
-    def _resume(self, job: _Job, lost: RankLostError | None = None) -> None:
-        """Run a job to its next request, or throw `lost` into it if a machine was lost."""
-        answer, job.answer = job.answer, None
+    def _resume(self, job: _Job) -> None:
+        """Run a job to its next request; throw an error into it if a machine was lost."""
+        answer, lost, job.answer, job.lost = job.answer, job.lost, None, None
+        telling = False
         if job.pace:
             job.pace.others = len(self._jobs) - 1
         try:
@@ -215,11 +242,20 @@ class Batch:
                     job.request, job.rows = step, _rows(step)
                     return
                 answer, lost, job.had_turn = None, None, True
-                self._events.append(Event(job.name, step))
+                telling = True
+                self._events.append(Event(job.name, job.tell(step) if job.tell else step))
+                telling = False
         except StopIteration:
             self._end(job)
         except Exception as error:
             self._end(job, error)
+        except BaseException:
+            if telling:  # the token is emitted and cannot be told again
+                self._end(job, RuntimeError("interrupted while a token was handed on"))
+            elif isinstance(job.steps, Resumable):
+                job.request = None
+                job.steps.restart()
+            raise
 
     def _end(self, job: _Job, error: Exception | None = None) -> None:
         self._jobs.pop(job.name, None)

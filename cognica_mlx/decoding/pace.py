@@ -13,10 +13,11 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from cognica_mlx.costs import Costs, with_bytes_of
+from cognica_mlx.decoding.advice import NoAdvice, Plan
 from cognica_mlx.decoding.lookup import NGRAMS
 from cognica_mlx.decoding.requests import Advance, Request, Score
 from cognica_mlx.decoding.rounds import RoundCosts
-from cognica_mlx.decoding.sequence import Mode, NoAdvice, Plan
+from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.single import Driver
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.model import PoEModel

@@ -47,6 +47,7 @@ class Plain:
             yield from through(state, self.depth)
             scores = yield Score(state, self.target)
             scores = sampler.process(scores, context)
+            key = sampler.key
             chosen, logprob = sampler.choose(scores)
             token = as_row(chosen)
             context = sampler.extend(context, token)
@@ -59,6 +60,7 @@ class Plain:
             numbers = yield Read(state, under_way, ahead)
             if under_way:
                 yield self._token(numbers)
+                sequence.key = key  # the next token has been drawn already
             under_way = ahead
         if under_way:
             yield self._token((yield Read(state, under_way)))

@@ -7,7 +7,7 @@ arrays. Only `Read` waits.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -115,6 +115,35 @@ def top_of(alternatives: Sequence[Sequence[Sequence]], row: int) -> tuple[tuple[
 
 # The type of a mode's generator: requests and tokens go out, answers come back.
 Steps = Generator[Request | DecodedToken, Any, None]
+
+
+class Resumable(Generator[Request | DecodedToken, Any, None]):
+    """Steps that can be begun again after an interruption: `make` is called for new ones, which
+    must go on after the last token emitted."""
+
+    def __init__(self, make: Callable[[], Steps]):
+        self._make = make
+        self._steps: Steps | None = None
+
+    def restart(self) -> None:
+        """End the steps; the next `send` begins them again, whatever it answers."""
+        self.close()
+        self._steps = None
+
+    def send(self, answer: Any, /) -> Request | DecodedToken:
+        """The next request or token."""
+        if self._steps is None:
+            self._steps, answer = self._make(), None
+        return self._steps.send(answer)
+
+    def throw(self, error: Any, /, *_: Any) -> Request | DecodedToken:
+        """Raise an error where the steps are. New ones will meet it by themselves."""
+        return self._steps.throw(error) if self._steps else self.send(None)
+
+    def close(self) -> None:
+        """End the steps."""
+        self._steps = self._steps or self._make()
+        self._steps.close()
 
 
 def through(state: DecodingState, depth: int) -> Generator[Request, Any, None]:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from cognica_mlx.costs import Costs
+from cognica_mlx.decoding.advice import Plan
 from cognica_mlx.decoding.drafters import StageDrafter
-from cognica_mlx.decoding.sequence import Plan
 
 # Plain decoding computes the next token while it returns this one, and a round does not. So a round
 # must promise a token for less than this share of plain decoding's cost.

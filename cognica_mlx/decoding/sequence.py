@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
 
 from cognica_mlx.constraint import Constraint
+from cognica_mlx.decoding.advice import Advice, NoAdvice
 from cognica_mlx.decoding.requests import (
     DecodedToken,
     Read,
     Request,
+    Resumable,
     Score,
     Steps,
     Submit,
@@ -35,80 +36,6 @@ from cognica_mlx.state import DecodingState, Progress
 
 # Prompt chunks are shorter by this factor if several machines run them.
 PIPELINE = 2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a round drafts: `looked_up` tokens found in the text, then `count` from the mode's
-    drafter number `drafter`. If both are 0, the full model emits a token without drafts."""
-
-    looked_up: int = 0
-    drafter: int = 0
-    count: int = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.looked_up or self.count)
-
-
-class Advice(Protocol):
-    """Advice to a mode on whether it pays, and what it reports in return. `Pace` implements it with
-    measured costs."""
-
-    def begins(self, position: int) -> None:
-        """The mode's own positions start here; earlier ones belong to the prompt."""
-
-    def pays(self) -> bool:
-        """Whether to go on in this mode."""
-
-    def plan(self, offered: int, agreeing: int, most: int, meanwhile: bool = False) -> Plan:
-        """What to draft in the next round: up to `offered` looked-up tokens, found by a match of
-        `agreeing` tokens, and up to `most` by a drafter. `meanwhile`: drafting will go on while
-        other machines verify."""
-
-    def judged(self, drafter: str, kept: int, drafted: int) -> None:
-        """The first `kept` of `drafted` tokens in a row by `drafter` were accepted."""
-
-    def drafted_meanwhile(self, drafter: int, rows: int, count: int) -> None:
-        """While other machines verified `rows` positions, a drafter guessed a token and drafted
-        `count` more behind it."""
-
-    def observed(self, agreeing: int, hit: bool) -> None:
-        """A token had a match of `agreeing` tokens; `hit` says whether it was the one looked up."""
-
-    def emitted(self) -> None:
-        """The mode has emitted a token."""
-
-
-# Without advice, the match length from which looked-up tokens are drafted.
-AGREEING = 5
-
-
-class NoAdvice:
-    """Every mode goes on with its own options."""
-
-    def begins(self, position: int) -> None:
-        """See `Advice`."""
-
-    def pays(self) -> bool:
-        """See `Advice`."""
-        return True
-
-    def plan(self, offered: int, agreeing: int, most: int, meanwhile: bool = False) -> Plan:
-        """See `Advice`."""
-        taken = offered if agreeing >= AGREEING else 0
-        return Plan(taken, 0, max(most - taken, 0))
-
-    def judged(self, drafter: str, kept: int, drafted: int) -> None:
-        """See `Advice`."""
-
-    def drafted_meanwhile(self, drafter: int, rows: int, count: int) -> None:
-        """See `Advice`."""
-
-    def observed(self, agreeing: int, hit: bool) -> None:
-        """See `Advice`."""
-
-    def emitted(self) -> None:
-        """See `Advice`."""
 
 
 class Mode(Protocol):
@@ -173,7 +100,7 @@ class DecodingSequence:
         state.check_ids([*(self.sampler.options.logit_bias or ())])
         self.advice, self.fallback = advice or NoAdvice(), fallback
         self.last_resort = last_resort
-        self.constraint, self._ended = constraint, False
+        self.constraint = constraint
         self.text, self.prompt_length = list(prompt), len(prompt)
         self.max_tokens = max_tokens
         self.drafts: Counter[str] = Counter()
@@ -181,6 +108,10 @@ class DecodingSequence:
         self.score_prompt = score_prompt
         self.prompt_scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         self.step_size, self.progress = prefill_step_size or step_size_for(model), progress
+        # The sampler's key for the token after the last emitted one.
+        self.key = self.sampler.key
+        self._begun, self._falls_back = False, False
+        self._latest: Steps | None = None
 
     @property
     def drafted(self) -> int:
@@ -190,19 +121,38 @@ class DecodingSequence:
     @property
     def budget(self) -> int:
         """How many more tokens to emit."""
-        if self._ended:
+        emitted = len(self.text) - self.prompt_length
+        if emitted and self.constraint and self.text[-1] in self.constraint.ends:
             return 0
-        return self.max_tokens - (len(self.text) - self.prompt_length)
+        return self.max_tokens - emitted
 
     def steps(self) -> Steps:
-        """Everything from the prompt to the last token, as requests and tokens."""
+        """Everything from the prompt to the last token, as requests and tokens.
+
+        If an interruption ends them, they go on after the last token emitted, as they do if this is
+        called again, with any `state`.
+        """
+        if self._latest:
+            self._latest.close()
+        self._latest = Resumable(self._steps)
+        return self._latest
+
+    def _steps(self) -> Steps:
+        if not self.budget:
+            return
         prompt = self.text[:-1]
-        if self.score_prompt:
+        self.sampler.key = self.key
+        if self.constraint:
+            self._rollback_constraint(self.constraint)
+        if self.score_prompt and not self._scored:
+            self.prompt_scores.clear()
             self.state.rollback(0)
-        self.cached = self._return_to_common_start(prompt)
-        self.advice.begins(len(prompt))
-        if any(self.state.lacks(stage) for stage in range(self.mode.depth + 1)):
-            self.cached = 0  # the whole text is run again
+        common = self._return_to_common_start(prompt)
+        if not self._begun:
+            # If a stage lacks something, the whole text is run again.
+            lacking = any(self.state.lacks(stage) for stage in range(self.mode.depth + 1))
+            self._begun, self.cached = True, 0 if lacking else common
+            self.advice.begins(len(prompt))
         try:
             try:
                 yield from self._in_full()
@@ -217,7 +167,7 @@ class DecodingSequence:
         """The prompt, then tokens in the requested mode and in its fallback."""
         prompt = self.text[:-1]
         yield from ready(self.state, self.mode.depth, self.step_size, self.progress)
-        if self.score_prompt:
+        if self.score_prompt and not self._scored:
             yield from self._score_prompt()
         # The remainder after whole chunks runs with the prompt's last token.
         rest = prompt[self.state.length :]
@@ -229,8 +179,10 @@ class DecodingSequence:
         self.state.append(rest[whole:])
         if told and len(rest) > whole:
             told(len(rest), whole)
-        yield from self._emitted(self.mode)
+        if not self._falls_back:
+            yield from self._emitted(self.mode)
         if self.budget and self.fallback:
+            self._falls_back = True
             yield from self._emitted(self.fallback)
 
     def _without_others(self, mode: Mode) -> Steps:
@@ -238,11 +190,15 @@ class DecodingSequence:
         state, text, constraint = self.state, self.text[:-1], self.constraint
         state.rollback(min(state.length, len(text)))
         if constraint:
-            constraint.rollback(constraint.length - (len(self.text) - self.prompt_length))
+            self._rollback_constraint(constraint)
         yield from ready(state, mode.depth, self.step_size)
         yield from read_prompt(state, text[state.length :], mode.depth, self.step_size)
         if self.budget:
             yield from self._emitted(mode)
+
+    def _rollback_constraint(self, constraint: Constraint) -> None:
+        """Return a constraint, which may be ahead, to the tokens emitted."""
+        constraint.rollback(constraint.length - (len(self.text) - self.prompt_length))
 
     @property
     def _scored(self) -> bool:
@@ -262,10 +218,11 @@ class DecodingSequence:
                     answer = yield step
                     continue
                 answer = None
-                self.text.append(step.token)
-                self._ended = self.constraint is not None and step.token in self.constraint.ends
                 if mode is self.mode:
                     self.advice.emitted()
+                # Last, so that an interruption finds it either emitted or not.
+                self.key = self.sampler.key
+                self.text.append(step.token)
                 yield step
                 if not self.budget:
                     return

@@ -41,8 +41,9 @@ from mlx_poe.penalty import default_repetition_penalty
 from mlx_poe.reply_form import CONSTRAINTS, FORM_OPTIONS
 from mlx_poe.responses import GenerationResponse
 from mlx_poe.rows import file_name, json_lines, named
-from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler, Task
+from mlx_poe.scheduler import MAX_SEQUENCES, Scheduler
 from mlx_poe.specialists import Specialists
+from mlx_poe.task import Task
 from mlx_poe.tokenizer import Tokenizer
 
 # A line holds one of these, and options.

@@ -3,7 +3,7 @@
 - in: a parsed request; the engine
 - out: an answer, whole or as server-sent events
 - runs in the event loop's thread; the engine's responses arrive from the engine's thread
-- if a client disconnects or does not read, its places are freed at once
+- if a client disconnects, its places are freed at once; if it does not read, its sequences pause
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from mlx_poe.server.wire import DONE, KEEP_ALIVE, Json, event
 from mlx_poe.tokenizer import Tokenizer
 
 KEEP_ALIVE_SECONDS = 5.0
-# How long a client may take to read what has been sent.
-SLOW_SECONDS = 30.0
+# How long a client may take to read what has been sent, and when its sequences let others run.
+SLOW_SECONDS, STALLED_SECONDS = 30.0, 1.0
 
 logger = logging.getLogger("mlx_poe.server")
 
@@ -122,7 +122,7 @@ class Run:
         self._left, self._closed = count, False
         self._started = monotonic()
         self._requests: list[EngineRequest] = []
-        self._begun = False
+        self._begun, self._paused = False, False
         self.answer: Answer
 
     async def begin(self) -> None:
@@ -218,6 +218,19 @@ class Run:
             yield b"".join(map(event, self.answer.last_chunks())) + DONE
             self._record.outcome = "ok"
 
+    def pause(self) -> None:
+        """Let other requests run until `resume`."""
+        self._paused = True
+        for request in self._requests:
+            request.pause()
+
+    def resume(self) -> None:
+        """Go on, if paused."""
+        if self._paused:
+            self._paused = False
+            for request in self._requests:
+                request.resume()
+
     def close(self) -> None:
         """Cancel unfinished sequences and give their places back."""
         if not self._closed:
@@ -251,10 +264,13 @@ class EventStream(Response):
         await send(start)
         async with aclosing(self._run.stream()) as stream:
             async for data in stream:
+                stalled = asyncio.get_running_loop().call_later(STALLED_SECONDS, self._run.pause)
                 with anyio.move_on_after(SLOW_SECONDS) as scope:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
+                stalled.cancel()
                 if scope.cancelled_caught:
                     raise ClientGone
+                self._run.resume()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
