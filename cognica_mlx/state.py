@@ -8,7 +8,7 @@
   driver takes what is pending before a stage, runs it, and puts the result back
 - bounded: each layer keeps its window plus a slack, each boundary its pending rows plus a slack
 - `rollback` returns every stage to a position, in full or not at all
-- it knows nothing about sampling, modes or text; one sequence (B = 1)
+- it knows nothing about sampling, modes or text; one sequence (B = 1), used by one reply at a time
 
 A state can move to another model over the same base (`switch`): stages that both share keep what
 they computed. For this, the base's last `keep_trunk` output activations are kept.
@@ -21,8 +21,10 @@ catch up at that limit: `overdue` names the first that must.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import mlx.core as mx
 
@@ -87,7 +89,21 @@ class DecodingState:
             max(slack, keep_trunk) if stage == trunk else slack for stage in range(len(self.stages))
         ]
         self.positions_run = [0] * len(self.stages)
+        self._in_use = Lock()
         self.clear()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """For as long as one reply, or one call, runs the text on. RequestError if another does."""
+        if not self._in_use.acquire(blocking=False):
+            raise RequestError(
+                "the decoding state is in use by another reply: end that one, or close its"
+                " iterator, or give each its own state (DecodingState.fork copies one)"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def clear(self) -> None:
         """Drop the text and everything computed from it."""

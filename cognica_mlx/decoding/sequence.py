@@ -130,7 +130,8 @@ class DecodingSequence:
         """Everything from the prompt to the last token, as requests and tokens.
 
         If an interruption ends them, they go on after the last token emitted, as they do if this is
-        called again, with any `state`.
+        called again, with any `state`. Raises RequestError at the first if another sequence is
+        using the state.
         """
         if self._latest:
             self._latest.close()
@@ -140,28 +141,29 @@ class DecodingSequence:
     def _steps(self) -> Steps:
         if not self.budget:
             return
-        prompt = self.text[:-1]
-        self.sampler.key = self.key
-        if self.constraint:
-            self._rollback_constraint(self.constraint)
-        if self.score_prompt and not self._scored:
-            self.prompt_scores.clear()
-            self.state.rollback(0)
-        common = self._return_to_common_start(prompt)
-        if not self._begun:
-            # If a stage lacks something, the whole text is run again.
-            lacking = any(self.state.lacks(stage) for stage in range(self.mode.depth + 1))
-            self._begun, self.cached = True, 0 if lacking else common
-            self.advice.begins(len(prompt))
-        try:
+        with self.state.in_use():
+            prompt = self.text[:-1]
+            self.sampler.key = self.key
+            if self.constraint:
+                self._rollback_constraint(self.constraint)
+            if self.score_prompt and not self._scored:
+                self.prompt_scores.clear()
+                self.state.rollback(0)
+            common = self._return_to_common_start(prompt)
+            if not self._begun:
+                # If a stage lacks something, the whole text is run again.
+                lacking = any(self.state.lacks(stage) for stage in range(self.mode.depth + 1))
+                self._begun, self.cached = True, 0 if lacking else common
+                self.advice.begins(len(prompt))
             try:
-                yield from self._in_full()
-            except RankLostError:
-                if self.last_resort is None or (self.score_prompt and not self._scored):
-                    raise
-                yield from self._without_others(self.last_resort)
-        finally:
-            self.state.rollback(min(self.state.length, len(self.text)))
+                try:
+                    yield from self._in_full()
+                except RankLostError:
+                    if self.last_resort is None or (self.score_prompt and not self._scored):
+                        raise
+                    yield from self._without_others(self.last_resort)
+            finally:
+                self.state.rollback(min(self.state.length, len(self.text)))
 
     def _in_full(self) -> Steps:
         """The prompt, then tokens in the requested mode and in its fallback."""

@@ -109,18 +109,21 @@ def carry_out(requests: Iterable[Request]) -> None:
 
 def advance_through(state: DecodingState, depth: int) -> None:
     """Run everything that is pending through the stages up to `depth`."""
-    carry_out(through(state, depth))
+    with state.in_use():
+        carry_out(through(state, depth))
 
 
 def prefill(state: DecodingState, tokens: Sequence[int], depth: int) -> None:
     """Append tokens and run them through the stages up to `depth`. If stages kept ready have
     dropped pending positions of the earlier text, that is run again first."""
-    carry_out(ready(state, state.depth))
-    carry_out(read_prompt(state, tokens, depth))
-    mx.eval(state.arrays())
+    with state.in_use():
+        carry_out(ready(state, state.depth))
+        carry_out(read_prompt(state, tokens, depth))
+        mx.eval(state.arrays())
     mx.clear_cache()
 
 
 def set_depth(state: DecodingState, depth: int) -> None:
     """Make `depth` the deepest stage that is kept ready: see `ready`."""
-    carry_out(ready(state, depth))
+    with state.in_use():
+        carry_out(ready(state, depth))
