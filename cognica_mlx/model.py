@@ -24,6 +24,7 @@ from cognica_mlx.machines.remote import RemoteStage
 from cognica_mlx.rounding import Scheme, copies_of, rounded
 from cognica_mlx.shortlist import ShortlistHead
 from cognica_mlx.stages import Block, Stage, alike, norm
+from cognica_mlx.streams import end_with_thread
 
 
 def log_softmax(logits: mx.array) -> mx.array:
@@ -159,6 +160,7 @@ class PoEModel(nn.Module):
         `previous` (B, 1) is the token before them, or None at the start of the text: the smear
         mixes the previous position's embedding into each position.
         """
+        end_with_thread()
         ids = tokens if previous is None else mx.concatenate([previous, tokens], axis=1)
         x = self.embeddings(ids)
         smeared = self.smear(x)

@@ -194,6 +194,12 @@ class Sampler:
         new = tokens.reshape(-1)
         return Context(*(None if c is None else mx.concatenate([c, new]) for c in context))
 
+    def carried(self, context: Context | None = None) -> tuple[mx.array, ...]:
+        """What the next token needs from this one: to be computed before another thread may go on,
+        which cannot compute what was only planned in this one."""
+        arrays = () if context is None else tuple(c for c in context if c is not None)
+        return arrays if self.greedy else (self._key, *arrays)
+
     def process(
         self, scores: Scores, context: Context | None, masks: mx.array | None = None
     ) -> Scores:

@@ -30,6 +30,7 @@ from cognica_mlx.convert.torch_files import TorchFile
 from cognica_mlx.errors import CheckpointError, ConfigError, PoEWarning
 from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import is_finite
+from cognica_mlx.streams import end_with_thread
 
 _META = re.compile(r"meta_(\d{1,9})\.json")
 _LAYER = re.compile(r"h\.(\d{1,6})\.")
@@ -122,6 +123,7 @@ def read_checkpoint(source: Source, step: int | None = None) -> Checkpoint:
     shape, and for a chain of bases that is broken or circular, naming the chain so far; ConfigError
     for an inconsistent configuration.
     """
+    end_with_thread()
     return _read(source, step, ())
 
 

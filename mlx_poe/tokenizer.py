@@ -95,8 +95,14 @@ class Tokenizer:
 
     @cached_property
     def vocabulary(self) -> LLTokenizer:
-        """The same tokens for llguidance, made once. Its first end token is the one for replies."""
-        ends = sorted(self.eos_token_ids, key=lambda token: token == self.bos_token_id)
+        """The same tokens for llguidance, made once. Its first end token is the one for replies.
+
+        Raises RequestError without an end token that the model can emit.
+        """
+        ends = [token for token in self.eos_token_ids if 0 <= token < self.vocab_size]
+        if not ends:
+            raise RequestError("the tokenizer has no end token, so a reply in this form cannot end")
+        ends.sort(key=lambda token: (token == self.bos_token_id, token))
         return lltokenizer_from_encoding(self.encoding, n_vocab=self.vocab_size, eos_token=ends)
 
     def detokenizer(self, skip_special_tokens: bool = False) -> "StreamingDetokenizer":

@@ -1,8 +1,11 @@
 """Generating text: prompts of any kind, streaming, stop strings, sampling, kept states."""
 
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -11,9 +14,11 @@ import pytest
 from conftest import FIXTURES, fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from servers import PATIENCE
 
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.single import advance_through, prefill, set_depth
 from cognica_mlx.errors import RequestError, TokenizerError
 from cognica_mlx.model import log_softmax
 from cognica_mlx.state import DecodingState
@@ -557,3 +562,83 @@ def test_however_it_ends_the_state_holds_what_was_given_out(mode, end: Callable[
     assert all(filled <= state.length for filled in state.filled)
     onward = stream(talk, state=state, max_tokens=10, **options)
     assert tokens_of(onward) == tokens_of(stream(talk, max_tokens=10, **options))
+
+
+@every_mode
+def test_a_state_in_use_is_refused_until_its_reply_has_ended_in_any_way(mode):
+    options = {"mode": mode, "max_tokens": 12, **OPTIONS[mode]}
+    state = DecodingState(model)
+    running = stream_generate(model, endless, PROMPT, state=state, **options)
+    tokens = [next(running).token for _ in range(3)]
+    with ThreadPoolExecutor(1) as other_thread:
+        for use in (
+            lambda: stream("Once", state=state, **options),
+            lambda: other_thread.submit(stream, PROMPT, state=state, **options).result(),
+            lambda: prefill(state, [1, 2], 0),
+            lambda: advance_through(state, 3),
+            lambda: set_depth(state, 0),
+        ):
+            with pytest.raises(RequestError, match="in use by another reply"):
+                use()
+        tokens += [response.token for response in running]
+        assert tokens == tokens_of(stream(**options))  # nobody has touched it
+        abandoned = stream_generate(model, endless, "Once", state=state, **options)
+        next(abandoned)
+        del abandoned
+        with pytest.raises(ZeroDivisionError):
+            stream(state=state, prompt_progress_callback=lambda *_: 1 // 0, **options)
+        again = other_thread.submit(stream, PROMPT, state=state, **options).result()
+    assert tokens_of(again) == tokens
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+IN_THREADS = """
+import sys
+from threading import Thread
+from mlx_poe import generate, load
+from mlx_poe.engine import Engine
+
+def in_a_thread(work, *arguments, **options):
+    found = []
+    thread = Thread(target=lambda: found.append(work(*arguments, **options)))
+    thread.start()
+    thread.join()
+    return found[0] if found else None
+
+model, tokenizer = in_a_thread(load, "poe-tiny", dtype="float32")
+sampled = {"max_tokens": 4, "temp": 1, "seed": 1}
+text = in_a_thread(generate, model, tokenizer, "The sea", **sampled)
+with Engine(model, tokenizer) as engine:
+    assert engine.submit("The sea", **sampled).text == text
+if len(sys.argv) > 1:
+    assert in_a_thread(load, sys.argv[1]) is None
+"""
+
+
+@pytest.mark.parametrize("damaged", [False, False, False, True, True])
+def test_threads_that_load_and_generate_may_end_before_the_process(tmp_path, damaged):
+    arguments = []
+    if damaged:
+        folder = shutil.copytree(FIXTURES / "flat-d8", tmp_path / "damaged")
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        arguments = [str(folder)]
+    child = [sys.executable, "-c", IN_THREADS, *arguments]
+    done = subprocess.run(child, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+
+
+@every_mode
+def test_a_reply_may_be_read_from_one_thread_after_another(mode):
+    """As web frameworks do it, with all that one token hands on to the next."""
+    options = {"mode": mode, "max_tokens": 9, "temp": 0.8, "seed": 3, **OPTIONS[mode]}
+    options |= {"repetition_penalty": 1.2, "frequency_penalty": 0.3}
+    replies = [{}, {"temp": 0}, {"regex": "[a-z ]+"}]
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for changed in replies:
+            asked = {**options, **changed}
+            reply, found = stream_generate(model, tokenizer, PROMPT, **asked), []
+            while response := [one, other][len(found) % 2].submit(next, reply, None).result():
+                found.append(response.token)
+            assert found == tokens_of(list(stream_generate(model, tokenizer, PROMPT, **asked)))

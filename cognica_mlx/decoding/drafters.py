@@ -192,7 +192,7 @@ class StageDrafter:
             state.append(token)
             yield from through(state, self.target.depth)
         last = state.boundary(self.target.depth, state.length - 1, state.length)
-        yield Read(state, (), (*draft.tokens, *last.arrays()))
+        yield Read(state, (), (*draft.tokens, *last.arrays(), *sampler.carried(draft.context)))
         return draft
 
 

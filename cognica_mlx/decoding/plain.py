@@ -54,10 +54,10 @@ class Plain:
             ahead = token, logprob, *sampler.alternatives(scores)
             if first:
                 # Return the first token without waiting for the second.
-                yield self._token((yield Read(state, ahead)))
+                yield self._token((yield Read(state, ahead, sampler.carried(context))))
                 first = False
                 continue
-            numbers = yield Read(state, under_way, ahead)
+            numbers = yield Read(state, under_way, (*ahead, *sampler.carried(context)))
             if under_way:
                 yield self._token(numbers)
                 sequence.key = key  # the next token has been drawn already
@@ -78,7 +78,7 @@ class Plain:
             scores = sampler.process(scores, sequence.context(), sequence.mask())
             chosen, logprob = sampler.choose(scores)
             arrays = as_row(chosen), logprob, *sampler.alternatives(scores)
-            token = self._token((yield Read(state, arrays)))
+            token = self._token((yield Read(state, arrays, sampler.carried())))
             sequence.commit(token.token)
             yield token
             if until and until():

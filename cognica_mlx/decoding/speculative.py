@@ -129,7 +129,8 @@ class Speculative:
             certified: list[bool] = []
             if self.certain is not None:
                 arrays = tuple(mx.concatenate(part) for part in _read(draft))
-                numbers: list = (yield Read(state, arrays)) if arrays else []
+                carried = sequence.sampler.carried()
+                numbers: list = (yield Read(state, arrays, carried)) if arrays else []
                 certified = [lead > self.certain for lead in numbers[2]] if arrays else []
                 if all(certified) and not draft.stopped:
                     tokens, logprobs, _, *best = numbers
@@ -203,7 +204,9 @@ class Speculative:
         logprobs = logprob_of(scores.array, chosen)
         drafted_logprobs = logprob_of(scores.array, mx.concatenate([drafted, chosen[-1:]]))
         arrays = kept, chosen, logprobs, drafted, drafted_logprobs, *sampler.alternatives(scores)
-        accepted, chosen, logprobs, drafted, drafted_logprobs, *best = yield Read(state, arrays)
+        accepted, chosen, logprobs, drafted, drafted_logprobs, *best = yield Read(
+            state, arrays, sampler.carried()
+        )
         _tell(sequence.advice, draft.makers, accepted)
         if ahead and ahead.after is not None and accepted == len(draft):
             (((guess,),),) = yield Read(state, (ahead.after,))

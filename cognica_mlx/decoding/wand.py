@@ -107,7 +107,9 @@ class Wand:
                 scores = Scores(self._pool(passed)) if self._pool else (yield Score(state, target))
                 scores = sampler.process(scores, context, masks)
                 arrays = *sampler.choose(scores), scores.margins, *sampler.alternatives(scores)
-                (token,), (logprob,), (lead,), *alternatives = yield Read(state, arrays)
+                (token,), (logprob,), (lead,), *alternatives = yield Read(
+                    state, arrays, sampler.carried()
+                )
                 if stage == self.depth or lead > self.exits[stage]:
                     break
             sequence.commit(token)

@@ -26,6 +26,7 @@ import mlx.core as mx
 
 from cognica_mlx.errors import RankError, RankLostError
 from cognica_mlx.machines.messages import Inbox, Kind, Reader, Wire, encode
+from cognica_mlx.streams import end_with_thread
 
 TIMEOUT = 60.0
 # How many messages may wait to be sent, and how many statuses may be left unread.
@@ -198,6 +199,7 @@ class Link:
     # In the link's own thread
 
     def _run(self) -> None:
+        end_with_thread()
         while task := self._tasks.get():
             try:
                 self._carry_out(task)
@@ -206,8 +208,6 @@ class Link:
                 said = f"the connection with rank {rank} is lost: {error!r}"
                 self.lost = error if isinstance(error, RankLostError) else RankLostError(said)
                 return
-        # A stream that outlives its thread crashes the process at exit.
-        mx.clear_streams()
 
     def _carry_out(self, task: _Task) -> None:
         # A rank that has ended answers no more, nor does it forward what others answer.
