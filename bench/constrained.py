@@ -22,10 +22,11 @@ from tiktoken import Encoding
 
 from cognica_mlx.bench.figures import Figure, Setup, figure
 from cognica_mlx.bench.timing import interleaved
-from cognica_mlx.constraint import Constraint, Grammar, json_grammar
+from cognica_mlx.constraint import Constraint, Grammar
 from cognica_mlx.decoding.modes import make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import drive
+from cognica_mlx.json_schema import json_grammar
 from cognica_mlx.sampling import masked
 
 # Mostly keys, like forms in practice.

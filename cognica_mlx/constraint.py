@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import re
+from collections.abc import Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -19,19 +19,12 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from cognica_mlx.errors import RequestError
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
 # Limits on a grammar's text in bytes and on the tokens forced at its start, so that compiling takes
 # a second or two at most. llguidance limits the rest by work done, not by the clock.
 MAX_TEXT, MAX_FORCED = 256 * 1024, 4096
-# JSON is laid out as Python does, with no other white space. Given the choice, a small model fills
-# the text with line breaks.
-_LAYOUT: JsonCompileOptions = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# In llguidance's errors about limits while it works.
+_TOO_COMPLEX = ("items; max is", "too many", "limit", "too large")
 
 
 class Constraint(Protocol):
@@ -159,48 +152,33 @@ class GrammarConstraint:
             del self._tokens[-count:]
 
 
-def json_grammar(schema: Mapping[str, Any] | str) -> str:
-    """The grammar for JSON that fits a schema, given as a mapping or as text; {} is any object."""
-    schema = read_schema(schema) or {"type": "object"}
-    try:
-        text = json.dumps(schema, allow_nan=False)
-        return LLMatcher.grammar_from_json_schema(_sized(text), defaults=_LAYOUT)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"the JSON schema cannot be used: {error}") from None
-
-
-def read_schema(schema: Mapping[str, Any] | str) -> dict[str, Any]:
-    """A JSON schema, given as a mapping or as text. RequestError unless it is a JSON object."""
-    try:
-        read = json.loads(_sized(schema)) if isinstance(schema, str) else schema
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the JSON schema is not JSON: {error}") from None
-    if not isinstance(read, Mapping):
-        raise RequestError(f"a JSON schema is an object, not {type(read).__name__}")
-    return dict(read)
-
-
-def json_layout(schema: Mapping[str, Any]) -> str:
-    """A schema as text to put after `%json` in a Lark grammar, with `json_grammar`'s layout."""
-    return json.dumps({**schema, "x-guidance": _LAYOUT})
-
-
 def regex_grammar(expression: str) -> str:
     """The grammar for text that matches a regular expression, in the syntax of Rust's `regex`."""
-    return LLMatcher.grammar_from_regex(_sized(expression))
+    return LLMatcher.grammar_from_regex(check_grammar_text(expression))
 
 
 def lark_grammar(text: str) -> str:
     """A grammar in Lark's notation, with llguidance's additions."""
-    return LLMatcher.grammar_from_lark(_sized(text))
+    return LLMatcher.grammar_from_lark(check_grammar_text(text))
 
 
-def _sized(text: str) -> str:
+def check_grammar_text(text: str) -> str:
+    """The text of a grammar or schema. RequestError if it is too long, or has no UTF-8."""
     if not isinstance(text, str):
         raise RequestError(f"a grammar is text, not {type(text).__name__}")
-    if (size := len(text.encode(errors="replace"))) > MAX_TEXT:
+    check_characters(text, "the grammar")
+    if (size := len(text.encode())) > MAX_TEXT:
         raise RequestError(f"the grammar has {size} bytes, {MAX_TEXT} is the limit")
     return text
+
+
+def check_characters(text: str, what: str) -> None:
+    """Raise RequestError for half a surrogate pair, which no generated text can match."""
+    if found := _SURROGATE.search(text):
+        raise RequestError(
+            f"{what} contains {found[0]!a}, which is not a character"
+            " (half of a surrogate pair, or a byte that is not UTF-8)"
+        )
 
 
 def _raise_for(matcher: LLMatcher) -> None:
@@ -209,5 +187,7 @@ def _raise_for(matcher: LLMatcher) -> None:
         if matcher.get_error().startswith("NoExtension"):
             raise RequestError("no text fits the grammar")
         lines = matcher.get_error().split("<non-verbose/>")[0].split("\n")
-        message = " ".join(line.strip(" |^") for line in lines)
-        raise RequestError(f"the grammar cannot be used: {' '.join(message.split())}")
+        message = " ".join(" ".join(line.strip(" |^") for line in lines).split())
+        if any(words in message for words in _TOO_COMPLEX):
+            raise RequestError(f"the grammar is too complex, simplify it: llguidance: {message}")
+        raise RequestError(f"the grammar cannot be used: {message}")

@@ -16,10 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from cognica_mlx.constraint import read_schema
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END, REPLY_START, with_system
 from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions, make_mode
 from cognica_mlx.errors import CheckpointError, PoEError, PoEWarning, RequestError
+from cognica_mlx.json_schema import read_schema
 from cognica_mlx.model import PoEModel
 from cognica_mlx.sampling import Sampler, SamplingOptions
 from cognica_mlx.saved_state import from_arrays, to_arrays

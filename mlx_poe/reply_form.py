@@ -12,8 +12,9 @@ from typing import Any
 
 from llguidance import LLTokenizer
 
-from cognica_mlx.constraint import Grammar, json_grammar, lark_grammar, regex_grammar
+from cognica_mlx.constraint import Grammar, lark_grammar, regex_grammar
 from cognica_mlx.errors import RequestError
+from cognica_mlx.json_schema import json_grammar
 from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.tools import call_grammar
 
@@ -42,15 +43,15 @@ def make_grammar(
     if len(given) > 1:
         raise RequestError(f"{' and '.join(given)} cannot be combined: give one")
     for name, value in given.items():
-        if name == "json_schema":
-            source = json_grammar(value)
-        elif name == "regex":
-            source = regex_grammar(value)
-        elif name == "grammar":
-            source = lark_grammar(value)
-        else:
-            source = call_grammar(value, tool_choice or "auto")
         try:
+            if name == "json_schema":
+                source = json_grammar(value)
+            elif name == "regex":
+                source = regex_grammar(value)
+            elif name == "grammar":
+                source = lark_grammar(value)
+            else:
+                source = call_grammar(value, tool_choice or "auto")
             return _compiled(tokenizer.vocabulary, source)
         except RequestError as error:
             raise RequestError(f"{name}: {error}") from None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from cognica_mlx.constraint import check_characters
 from cognica_mlx.decoding.drafters import LOOKED_UP, OWN, ROUNDED
 from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.decoding.requests import DecodedToken
@@ -173,9 +174,10 @@ class StopStrings:
         self.stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         for one in self.stops:
             if not isinstance(one, str):
-                raise RequestError(f"a stop string must be text, not {type(one).__name__}")
+                raise RequestError(f"stop: a stop string is text, not {type(one).__name__}")
             if not one:
-                raise RequestError("a stop string is empty")
+                raise RequestError("stop: a stop string is empty")
+            check_characters(one, "stop: a stop string")
         self.held = ""
         self.found = False
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cognica_mlx.constraint import json_layout, lark_grammar
+from cognica_mlx.constraint import check_characters, lark_grammar
 from cognica_mlx.errors import RequestError
+from cognica_mlx.json_schema import closed, json_layout
 
 CALL_MARK = "<functioncall>"
 MAX_CALL = 64 * 1024
@@ -96,6 +97,7 @@ def read_functions(functions: Functions) -> list[dict[str, Any]]:
             raise RequestError(f"function {number} has type {_kind(function)}, not object")
         if not isinstance(function.get("name"), str) or not function["name"]:
             raise RequestError(f'function {number} has no "name"')
+        check_characters(function["name"], f"the name of function {number}")
         if not isinstance(function.get("parameters", {}), dict):
             raise RequestError(f"function {number}: its parameters are not an object")
     return listed
@@ -124,8 +126,7 @@ def call_grammar(functions: Functions, tool_choice: str = "auto") -> str:
     for i, function in enumerate(offered):
         head = f' {{"name": {json.dumps(function["name"])}, "arguments": \''
         calls.append(f'{json.dumps(head)} arguments{i} "\'}}"')
-        schema = json_layout(_closed(function.get("parameters", {}), top=True))
-        rules.append(f"arguments{i}: %json {schema}")
+        rules.append(f"arguments{i}: %json {json_layout(_arguments(function))}")
     lines = [
         f"start: {start}",
         f"call: {' | '.join(calls)}",
@@ -134,20 +135,6 @@ def call_grammar(functions: Functions, tool_choice: str = "auto") -> str:
         *rules,
     ]
     return lark_grammar("\n".join(lines) + "\n")
-
-
-def _closed(schema: Any, top: bool = False) -> Any:
-    """The schema with additional properties forbidden by default, as `check_call` reads it."""
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {k: v if k in ("enum", "const") else _closed(v) for k, v in schema.items()}
-    if top:
-        closed = {"type": "object", "properties": {}, **closed}
-    if isinstance(closed.get("properties"), dict):
-        closed.setdefault("additionalProperties", False)
-    return closed
 
 
 class ToolCallParser:
@@ -243,12 +230,16 @@ def check_call(call: ToolCall, functions: Functions) -> list[str]:
     Checks the name, missing and unknown arguments, `type` and `enum`, also inside arrays and
     objects. Other constraints are not checked.
     """
-    schemas = {f["name"]: f.get("parameters", {}) for f in read_functions(functions)}
+    schemas = {f["name"]: f for f in read_functions(functions)}
     if call.name not in schemas:
         return [f"there is no function {_shown(call.name)}; known: {', '.join(schemas)}"]
-    # A function without parameters takes no arguments, but a bare object may contain anything.
-    schema = {"properties": {}, **schemas[call.name]}
-    return list(_problems(call.arguments, schema, ""))
+    return list(_problems(call.arguments, closed(_arguments(schemas[call.name])), ""))
+
+
+def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments. Without parameters there are none, while any other
+    object that lists no properties may contain anything."""
+    return {"type": "object", "properties": {}, **function.get("parameters", {})}
 
 
 def _problems(value: Any, schema: Any, where: str) -> Iterator[str]:

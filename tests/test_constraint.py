@@ -17,13 +17,14 @@ from conftest import fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cognica_mlx.constraint import Grammar, GrammarConstraint, json_grammar, regex_grammar
+from cognica_mlx.constraint import Grammar, GrammarConstraint, regex_grammar
 from cognica_mlx.decoding.advice import NoAdvice
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import Advance, Score
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
+from cognica_mlx.json_schema import json_grammar
 from cognica_mlx.sampling import masked
 from mlx_poe import batch_generate, generate, load, stream_generate
 from mlx_poe.engine import Engine

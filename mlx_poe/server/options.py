@@ -81,8 +81,6 @@ def read_options(body: Fields, served: Served, *, default_max_tokens: int) -> Op
     options.token_stages = body.flag("token_stages")
     options.no_park = body.flag("no_park")
     options.stop = body.texts("stop", MAX_STOPS)
-    if "" in options.stop:
-        raise refused("stop", "a stop string is empty")
     options.seed = body.whole("seed", -(2**63), 2**64 - 1)
     if streamed := body.object("stream_options"):
         if not options.stream:
