@@ -22,6 +22,11 @@ from cognica_mlx.errors import RequestError
 # Limits on a grammar's text in bytes and on the tokens forced at its start, so that compiling takes
 # a second or two at most. llguidance limits the rest by work done, not by the clock.
 MAX_TEXT, MAX_FORCED = 256 * 1024, 4096
+# llguidance compiles rules by recursion, and its stack overflows at several thousand.
+MAX_RULES = 500
+_RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_]\w*[^:\n\"/]*:", re.MULTILINE)
+# Characters of llguidance's errors, which quote the grammar.
+MAX_MESSAGE = 300
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # In llguidance's errors about limits while it works.
 _TOO_COMPLEX = ("items; max is", "too many", "limit", "too large")
@@ -159,7 +164,9 @@ def regex_grammar(expression: str) -> str:
 
 def lark_grammar(text: str) -> str:
     """A grammar in Lark's notation, with llguidance's additions."""
-    return LLMatcher.grammar_from_lark(check_grammar_text(text))
+    if (count := len(_RULE.findall(check_grammar_text(text)))) > MAX_RULES:
+        raise RequestError(f"the grammar has {count} rules, {MAX_RULES} is the limit")
+    return LLMatcher.grammar_from_lark(text)
 
 
 def check_grammar_text(text: str) -> str:
@@ -188,6 +195,7 @@ def _raise_for(matcher: LLMatcher) -> None:
             raise RequestError("no text fits the grammar")
         lines = matcher.get_error().split("<non-verbose/>")[0].split("\n")
         message = " ".join(" ".join(line.strip(" |^") for line in lines).split())
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
         if any(words in message for words in _TOO_COMPLEX):
             raise RequestError(f"the grammar is too complex, simplify it: llguidance: {message}")
         raise RequestError(f"the grammar cannot be used: {message}")

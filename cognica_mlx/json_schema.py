@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Within these limits, and those on its text, a schema compiles in about a second.
 MAX_NESTING, MAX_OPTIONAL, MAX_PATTERNS = 100, 400, 64
+# llguidance follows references by recursion, and at twice this depth its stack overflows.
+MAX_REFERRED = 1000
 # Schemas visited, with copies of those referred to.
 MAX_VISITED = 50_000
 # llguidance computes with floats, which hold whole numbers up to this one.
@@ -77,7 +79,14 @@ def read_schema(schema: Mapping[str, Any] | str) -> dict[str, Any]:
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The schema with its objects closed. RequestError for one that would grow too large."""
     try:
-        return _Closing(schema).close(schema)
+        closing = _Closing(schema)
+        made = closing.close(schema)
+        if (depth := sum(map(_depth, closing.targets.values()))) > MAX_REFERRED:
+            raise RequestError(
+                f"the JSON schema refers to schemas nested {depth} deep in all,"
+                f" {MAX_REFERRED} is the limit"
+            )
+        return made
     except RecursionError:
         raise RequestError(f"the JSON schema is nested more than {MAX_NESTING} deep") from None
 
@@ -85,6 +94,8 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 class _Closing:
     def __init__(self, root: Any):
         self._root, self._visited = root, 0
+        # What schemas refer to.
+        self.targets: dict[str, Any] = {}
 
     def close(self, schema: Any, whole: bool = True, refs: tuple[str, ...] = ()) -> Any:
         """`schema` with objects closed, its own only if it is `whole`: not one of several for the
@@ -137,6 +148,8 @@ class _Closing:
         ref, found = schema.get("$ref"), self._root
         if not isinstance(ref, str) or not ref.startswith("#") or ref in refs:
             return None
+        if ref in self.targets:
+            return self.targets[ref]
         for step in ref[1:].split("/")[1:]:
             name = step.replace("~1", "/").replace("~0", "~")
             if isinstance(found, Mapping):
@@ -145,6 +158,7 @@ class _Closing:
                 found = found[int(name)]
             else:
                 return None
+        self.targets[ref] = found
         return found
 
     def _visit(self) -> None:
@@ -165,6 +179,15 @@ def _text(schema: Mapping[str, Any]) -> str:
             raise
         raise RequestError(f"the JSON schema cannot be used: {one_line(error)}") from None
     return check_grammar_text(text)
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, Mapping) else value
+    return (
+        1 + max(map(_depth, inner), default=0)
+        if isinstance(inner, Iterable) and not isinstance(inner, str)
+        else 0
+    )
 
 
 def _check(value: Any, levels: int, name: str = "") -> None:
