@@ -118,7 +118,8 @@ class _Closing:
         if target is not None and not alone:
             # By itself the target is closed; here it is one of several.
             refs = (*refs, made.pop("$ref"))
-            made["allOf"] = [*made.get("allOf", ()), self.close(target, False, refs)]
+            parts = [self.close(target, False, refs), *made.pop("allOf", ())]
+            made = {"allOf": parts, **made}
         if whole and lists:
             same = list(self._same(schema, ()))
             said = any("additionalProperties" in part for part in same)

@@ -29,6 +29,7 @@ from cognica_mlx.sampling import masked
 from mlx_poe import batch_generate, generate, load, stream_generate
 from mlx_poe.engine import Engine
 from mlx_poe.reply_form import make_grammar
+from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.tools import CALL_MARK, ToolCallParser, check_call, tool_system_prompt, with_functions
 
 MODES: list[tuple[str, dict[str, Any]]] = [
@@ -429,6 +430,28 @@ def test_special_tokens_are_no_text():
     assert spelled == "<|assistant_end|>a"
 
 
+def nested(count: int) -> Any:
+    """An empty list in `count` - 1 others."""
+    made: Any = []
+    for _ in range(count - 1):
+        made = [made]
+    return made
+
+
+def chain(count: int) -> dict[str, Any]:
+    """Definitions that refer to each other, each three levels deep."""
+    return {str(i): {"properties": {"x": {"$ref": f"#/$defs/{i + 1}"}}} for i in range(count)} | {
+        str(count): {}
+    }
+
+
+def doubled(count: int) -> dict[str, Any]:
+    """Definitions that refer to the next one twice, for the same object."""
+    return {str(i): {"allOf": [{"$ref": f"#/$defs/{i + 1}"}] * 2} for i in range(count)} | {
+        str(count): {"properties": {}}
+    }
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"regex": "("}, "regex: .*unclosed group"),
     ({"regex": "a(?=b)"}, "look-ahead"),
@@ -446,6 +469,24 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"json_schema": {"$ref": "#"}}, "no text fits"),
     ({"json_schema": {"type": "array", "items": {"$ref": "#"}, "minItems": 1}}, "never ends"),
     ({"json_schema": {"const": object()}}, "cannot be used"),
+    ({"json_schema": {"const": "\ud83d"}}, "json_schema: .*'.ud83d', which is not a character"),
+    ({"json_schema": '{"properties": {"\\ud83d": {}}}'}, "json_schema: .*not a character"),
+    ({"regex": "x\udcff"}, "regex: .*'.udcff', which is not a character"),
+    ({"grammar": 'start: "\ud83d"'}, "grammar: .*not a character"),
+    ({"tools": [{"name": "\ud83d"}]}, "tools: the name of function 1 .*not a character"),
+    ({"tools": [{"name": "f", "parameters": {"const": "\ud83d"}}]}, "tools: .*not a character"),
+    ({"stop": "\ud83d"}, "stop: .*not a character"),
+    ({"json_schema": {"minimum": 10**20, "maximum": 10**20 + 5}}, f"minimum .*{10**20}, beyond"),
+    ({"json_schema": {"type": "number", "maximum": -1e18}}, "maximum .*, beyond"),
+    ({"json_schema": {"enum": [0, [2**53 + 1]]}}, "enum .*9007199254740993, beyond"),
+    ({"json_schema": {"type": "string", "maxLength": 2**31}}, "maxLength .*, beyond"),
+    ({"json_schema": {"properties": {f"p{i}": {} for i in range(401)}}}, "401 optional .* 400 is"),
+    ({"json_schema": {"patternProperties": {f"p{i}": {} for i in range(65)}}}, "65 patternProp"),
+    ({"json_schema": {"enum": [nested(101)]}}, "more than 100 deep"),
+    ({"json_schema": {"$ref": "#/$defs/0", "$defs": chain(334)}}, "1003 deep in all, 1000 is"),
+    ({"json_schema": {"allOf": [{"$ref": "#/$defs/0"}], "$defs": doubled(20)}}, "50000 parts"),
+    ({"grammar": "start: R0\n" + "".join(f"R{i}: /a/\n" for i in range(500))}, "501 rules, 500"),
+    ({"regex": "(" * 1000}, r"\(\( \.\.\.$"),
     ({"grammar": ""}, "Empty grammar"),
     ({"grammar": "start: nowhere"}, "nowhere"),
     ({"grammar": 'start: a\na: "x" a'}, "never ends"),
@@ -468,6 +509,95 @@ def test_bad_forms_are_refused_in_one_line_before_any_work(options, message):
 
 def _never(done: int, total: int) -> None:
     raise AssertionError("the prompt has been read")
+
+
+def test_schemas_just_within_the_limits_are_used():
+    tokenizer = fixture("poe-tiny")[1]
+    for schema in (
+        {"minimum": 2**53 - 5, "maximum": 2**53, "type": "integer", "default": 10**20},
+        {"properties": {f"p{i}": {} for i in range(400)}},
+        {
+            "properties": {f"p{i}": {} for i in range(900)},
+            "required": [f"p{i}" for i in range(500)],
+        },
+        {"patternProperties": {f"^p{i}$": {} for i in range(64)}},
+        {"enum": [nested(97)]},
+        {"$ref": "#/$defs/0", "$defs": chain(333)},
+    ):
+        make_grammar(tokenizer, json_schema=schema)
+    make_grammar(tokenizer, grammar="start: R0\n" + "".join(f"R{i}: /a/\n" for i in range(499)))
+
+
+def fits(schema: dict[str, Any], value: Any) -> bool:
+    """Whether a reply may be this value, under the schema as a grammar."""
+    tokenizer = fixture("poe-tiny")[1]
+    grammar = make_grammar(tokenizer, json_schema=schema)
+    assert grammar
+    at = grammar.start()
+    for token in tokenizer.encode(json.dumps(value), add_special_tokens=False):
+        if token not in _allowed(at):
+            return False
+        at.commit([token])
+    return bool(_allowed(at) & at.ends)
+
+
+A = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+B = {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}
+DEFS = {"A": A, "more": {"properties": {"a": {"$ref": "#/$defs/A"}}}}
+# A schema, values that are allowed, and values that fit it, but have properties not listed.
+CLOSED: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
+    (A, [{"a": 1}], [{"a": 1, "b": 2}]),
+    ({"type": "object"}, [{}, {"a": 1}], []),
+    ({**A, "additionalProperties": True}, [{"a": 1, "b": 2}], []),
+    ({**A, "additionalProperties": {"type": "null"}}, [{"a": 1, "b": None}], []),
+    ({"type": "object", "patternProperties": {"^a": {}}}, [{"a": 1, "b": 2}], []),
+    ({**A, "patternProperties": {"^b": {}}}, [{"a": 1, "b": 2}], [{"a": 1, "c": 2}]),
+    ({"type": "array", "items": A}, [[{"a": 1}]], [[{"a": 1, "b": 2}]]),
+    ({"prefixItems": [A], "items": B}, [[{"a": 1}, {"b": 1}]], [[{"a": 1, "b": 2}]]),
+    (
+        {"properties": {"properties": A}},
+        [{"properties": {"a": 1}}],
+        [{"properties": {"a": 1, "b": 1}}],
+    ),
+    ({"const": {"properties": {}}}, [{"properties": {}}], []),
+    ({"allOf": [A, B]}, [{"a": 1, "b": 2}], [{"a": 1, "b": 2, "c": 3}]),
+    ({"allOf": [{"allOf": [A]}], **B}, [{"a": 1, "b": 2}], [{"a": 1, "b": 2, "c": 3}]),
+    ({"allOf": [A, {**B, "additionalProperties": True}]}, [{"a": 1, "b": 2, "c": 3}], []),
+    ({"allOf": [A, {"patternProperties": {"^b": {}}}]}, [{"a": 1, "b": 2}], [{"a": 1, "c": 2}]),
+    ({"anyOf": [A, B]}, [{"a": 1}, {"b": 2}], [{"a": 1, "c": 2}, {"a": 1, "b": 2}]),
+    ({"anyOf": [B, {}], **A}, [{"a": 1}, {"a": 1, "b": 2}], [{"a": 1, "c": 2}]),
+    ({"$ref": "#/$defs/A", "$defs": DEFS}, [{"a": 1}], [{"a": 1, "b": 2}]),
+    (
+        {"allOf": [{"$ref": "#/$defs/A"}, B], "$defs": DEFS},
+        [{"a": 1, "b": 2}],
+        [{"a": 1, "b": 2, "c": 3}],
+    ),
+    ({"$ref": "#/$defs/A", **B, "$defs": DEFS}, [{"a": 1, "b": 2}], [{"a": 1, "b": 2, "c": 3}]),
+    (
+        {"allOf": [{"$ref": "#/$defs/more"}, B], "$defs": DEFS},
+        [{"a": {"a": 1}, "b": 2}],
+        [{"a": {"a": 1, "b": 2}, "b": 2}],
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "allowed", "closed_to"), CLOSED, ids=range(len(CLOSED)))
+def test_objects_that_list_properties_have_no_others(schema, allowed, closed_to):
+    """As JSON Schema reads them, all these values fit."""
+    for value in (*allowed, *closed_to):
+        jsonschema.validate(value, schema, jsonschema.Draft202012Validator)
+    assert all(fits(schema, value) for value in allowed)
+    assert not any(fits(schema, value) for value in closed_to)
+
+
+def test_a_form_needs_an_end_token_that_the_model_has():
+    model, tokenizer = fixture("poe-tiny")
+    for ends in ([], [-1 + 2**40], [model.config.vocab_size]):
+        endless = Tokenizer(tokenizer.encoding, eos_token_ids=ends)
+        with pytest.raises(RequestError, match="regex: the tokenizer has no end token"):
+            generate(model, endless, "x", regex="a")
+    among_others = Tokenizer(tokenizer.encoding, eos_token_ids=[2**40, 32])
+    assert generate(model, among_others, "x", regex="a{3}") == "aaa"
 
 
 def test_a_dead_end_is_an_error_not_an_end():
@@ -591,7 +721,7 @@ def test_limits_stand_before_any_mask():
     # This one shows only at work how complex it is.
     grown = "|".join(f"(.*{letter}.*){{2,9}}" for letter in "abcdefghijklmnopqrstuvwxyz")
     at = Grammar(tokenizer.vocabulary, regex_grammar(grown)).start()
-    with pytest.raises(RequestError, match="too many expressions"):
+    with pytest.raises(RequestError, match="too complex, simplify it: .*too many expressions"):
         for token in tokenizer.encode("abcdxababab", add_special_tokens=False):
             at.mask()
             at.commit([token])
