@@ -27,7 +27,7 @@ from cognica_mlx.decoding.drafters import FORCED, LOOKED_UP, OWN, ROUNDED
 from cognica_mlx.decoding.lookup import MOST, NGRAMS, Lookup
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.pace import PATIENCE, REST, Metered, Pace
-from cognica_mlx.decoding.requests import Advance, DecodedToken, Request
+from cognica_mlx.decoding.requests import Advance, DecodedToken, Request, Score
 from cognica_mlx.decoding.rounds import WORTH_LEAVING, RoundCosts
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, decode, drive
@@ -220,6 +220,38 @@ def test_under_a_constraint_drafts_fit_too(options):
     made, sequence = run(model, prompt, 60, grammar=grammar, **options)
     assert ids(made) == ids(full)
     assert sum(one.forced for one in made) and sequence.drafted
+
+
+def test_what_a_constraint_forbids_is_not_looked_up():
+    model, tokenizer = fixture("poe-tiny")
+    prompt = tokenizer.encode("The cat sat on the mat. The dog ran. The cat sat on the mat.")
+    assert Lookup(prompt).offer()
+    grammar = make_grammar(tokenizer, regex="[0-9]{4}")
+    options = {"num_draft_tokens": 0, "draft_lookup": True}
+    made, _ = run(model, prompt, 9, grammar=grammar, **options)
+    assert ids(made) == ids(run(model, prompt, 9, grammar=grammar)[0])
+
+
+@pytest.mark.parametrize("budget", range(2, 9))
+def test_a_round_is_never_longer_than_what_is_left_to_emit(budget):
+    """Forced tokens fill a draft, up to the token that the verifier adds."""
+    model, tokenizer = fixture("poe-tiny")
+    grammar = make_grammar(tokenizer, regex="([ab]xyxyxyxy)*")
+    mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=3))
+    sequence = DecodingSequence(
+        model, [2039], mode, max_tokens=budget, constraint=grammar and grammar.start()
+    )
+    rounds = []
+
+    class Watching(Single):
+        def answer(self, request: Request):
+            if isinstance(request, Score) and request.end is not None:
+                rounds.append(request.rows)
+                assert request.rows <= sequence.budget
+            return super().answer(request)
+
+    assert len(list(drive(sequence.steps(), Watching()))) == budget
+    assert max(rounds) > 1
 
 
 @pytest.mark.parametrize("options", [DRAFTERS[0], DRAFTERS[4]], ids=str)

@@ -1,6 +1,7 @@
 """The cache and the decoding state: whatever is done to them, they equal a fresh forward."""
 
 from itertools import pairwise
+from unittest.mock import Mock
 
 import mlx.core as mx
 import pytest
@@ -322,6 +323,33 @@ def test_an_interruption_half_way_leaves_the_last_complete_position(monkeypatch)
     assert walk.state.tokens == walk.tokens
     assert walk.state.filled == [25, 20, 20, 20]
     walk.check(3)
+
+
+def test_an_interruption_between_an_output_and_its_keys_leaves_the_last_complete_position():
+    walk = Walk("flat-d8")
+    walk.add(20)
+    walk.check(3)
+    walk.add(5)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StageCache, "commit", Mock(side_effect=KeyboardInterrupt))
+        advance(walk.state, 0)
+    assert walk.state.filled == [20] * 4
+    for _ in range(2):
+        walk.check(3)
+        walk.add(5)
+
+
+def test_compacting_drops_what_was_rolled_back_once_it_is_enough():
+    state = DecodingState(fixture("flat-d8")[0])
+    prefill(state, [*range(1, 101)], 0)
+    state.rollback(90)
+
+    def held() -> int:
+        return sum(len(hidden) for hidden in state.given[0].sources())
+
+    for excess, rows in ((10, 100), (9, 90)):
+        state.compact(excess)
+        assert held() == rows
 
 
 def test_token_arrays_do_not_pile_up():
