@@ -609,14 +609,15 @@ def in_a_thread(work, *arguments, **options):
 model, tokenizer = in_a_thread(load, "poe-tiny", dtype="float32")
 sampled = {"max_tokens": 4, "temp": 1, "seed": 1}
 text = in_a_thread(generate, model, tokenizer, "The sea", **sampled)
-with Engine(model, tokenizer) as engine:
-    assert engine.submit("The sea", **sampled).text == text
 if len(sys.argv) > 1:
     assert in_a_thread(load, sys.argv[1]) is None
+    # The main thread's own streams would hide what others have left.
+    with Engine(model, tokenizer) as engine:
+        assert engine.submit("The sea", **sampled).text == text
 """
 
 
-@pytest.mark.parametrize("damaged", [False, False, False, True, True])
+@pytest.mark.parametrize("damaged", [False, False, False, True])
 def test_threads_that_load_and_generate_may_end_before_the_process(tmp_path, damaged):
     arguments = []
     if damaged:

@@ -347,6 +347,14 @@ def test_types_and_enums(schema: Any, good: list[Any], bad: list[Any]) -> None:
         assert "argument" in problems[0]
 
 
+def test_arguments_listed_in_several_schemas_for_one_object_are_known() -> None:
+    named = {name: {"properties": {name: {}}} for name in "abc"}
+    parameters = {"allOf": [named["a"], {"$ref": "#/$defs/b"}], "$defs": named}
+    functions = [{"name": "f", "parameters": parameters}]
+    assert check_call(ToolCall("f", {"a": 1, "b": 2}), functions) == []
+    assert check_call(ToolCall("f", {"c": 3}), functions) == ["there is no argument 'c'"]
+
+
 def test_problems_name_the_place_and_stay_short() -> None:
     inner = {"properties": {"city": {}, "unit": {"enum": ["C", "F"]}}, "required": ["city"]}
     functions = {
