@@ -198,7 +198,7 @@ class Sampler:
         """What the next token needs from this one: to be computed before another thread may go on,
         which cannot compute what was only planned in this one."""
         arrays = () if context is None else tuple(c for c in context if c is not None)
-        return arrays if self.greedy else (self._key, *arrays)
+        return arrays if self.greedy else (self.key, *arrays)
 
     def process(
         self, scores: Scores, context: Context | None, masks: mx.array | None = None

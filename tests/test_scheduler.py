@@ -188,7 +188,7 @@ def test_an_interruption_keeps_what_is_finished():
         (["a"], {"per_prompt": [{"temperature": 1}]}, "prompt 0: there is no option temperature"),
         (["a"], {"per_prompt": [{"model": "chat"}]}, "prompt 0: model must be a loaded model"),
         (["a"], {"max_tokens": 0}, "prompt 0: max_tokens 0"),
-        (["a"], {"stop": [""]}, "prompt 0: a stop string is empty"),
+        (["a"], {"stop": [""]}, "prompt 0: stop: a stop string is empty"),
         (["a"], {"state": None}, "prompt 0: there is no option state"),
         (["a"], {"max_sequences": 0}, "max_sequences 0"),
         (["a"], {"memory": 1000}, "prompt 0: 2 tokens of prompt and 256 to generate"),
