@@ -34,10 +34,10 @@ from cognica_mlx.training.trainer import Evaluation
 from mlx_poe.commands.entry import INTERRUPTED, interruptible, make_parser, run
 from mlx_poe.commands.options import add_checkpoint_flags, check_output, file_path, taken
 from mlx_poe.paths import user_path
-from mlx_poe.training import InterruptedTraining, TrainingSettings, train
+from mlx_poe.training import InterruptedTraining, Result, TrainingSettings, train
 from mlx_poe.training.after import bits_per_byte, calibrate_folder
 from mlx_poe.training.plot import plot
-from mlx_poe.training.run import Result, resumed_settings, size
+from mlx_poe.training.run import resumed_settings, size
 from mlx_poe.training.settings import CHAT_TOKENS, NAMES
 
 EXAMPLES = """\

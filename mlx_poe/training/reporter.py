@@ -1,9 +1,11 @@
-"""How a training run reports progress, and how it ends early."""
+"""How a training run reports progress, and how it ends: with a result, or early."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
+from cognica_mlx.training.texts import Text
 from cognica_mlx.training.trainer import Evaluation
 
 
@@ -32,3 +34,23 @@ class InterruptedTraining(Exception):
     def __init__(self, iteration: int | None):
         super().__init__(iteration)
         self.iteration = iteration
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run's result: its curve, the iteration that the folder holds, the training time in seconds,
+    positions trained on per second, peak memory of training in bytes, and the validation and test
+    rows."""
+
+    curve: tuple[Evaluation, ...]
+    best_iteration: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory: int
+    valid: list[Text]
+    test: list[Text] | None
+
+    @property
+    def best(self) -> Evaluation:
+        """The evaluation of the weights in the folder."""
+        return next(e for e in self.curve if e.iteration == self.best_iteration)

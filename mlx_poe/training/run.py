@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,14 @@ from cognica_mlx.training.checkpoint import fitted, read_training, save_training
 from cognica_mlx.training.optimizer import MuonAdamW
 from cognica_mlx.training.stage import NewStage, stacked, stacked_config
 from cognica_mlx.training.store import Activations, LiveBase
-from cognica_mlx.training.texts import Batch, Batches, Text
-from cognica_mlx.training.trainer import DivergedError, Evaluation, Trainer, Training
+from cognica_mlx.training.texts import Batch, Batches
+from cognica_mlx.training.trainer import DivergedError, Trainer, Training
 from mlx_poe.load import BUILT_IN, find_model, load
 from mlx_poe.tokenizer import Tokenizer
 from mlx_poe.training.chat_tokens import word_rows
 from mlx_poe.training.data import Split, fingerprint, read_split
 from mlx_poe.training.delta import Delta
-from mlx_poe.training.reporter import InterruptedTraining, Reporter
+from mlx_poe.training.reporter import InterruptedTraining, Reporter, Result
 from mlx_poe.training.settings import TrainingSettings, resumed
 from mlx_poe.training.store_folders import (
     Store,
@@ -45,26 +44,6 @@ from mlx_poe.training.store_folders import (
     remove_unfinished,
     store_for,
 )
-
-
-@dataclass(frozen=True)
-class Result:
-    """A run's result: its curve, the iteration that the folder holds, the training time in seconds,
-    positions trained on per second, peak memory of training in bytes, and the validation and test
-    rows."""
-
-    curve: tuple[Evaluation, ...]
-    best_iteration: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory: int
-    valid: list[Text]
-    test: list[Text] | None
-
-    @property
-    def best(self) -> Evaluation:
-        """The evaluation of the weights in the folder."""
-        return next(e for e in self.curve if e.iteration == self.best_iteration)
 
 
 def checkpoint_file(output: Path) -> Path:
