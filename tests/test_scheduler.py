@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import cache
 from typing import Any
 
@@ -557,6 +558,23 @@ def test_an_interruption_between_two_requests_loses_no_task(where, monkeypatch):
         assert [update.ended for update in mine] == [False] * 4 + [True]
         alone = stream_generate(base, endless, TALK, max_tokens=5, seed=i, temp=0.8)
         assert tokens_of([u.response for u in mine if u.response]) == tokens_of(list(alone))
+
+
+def test_a_task_that_started_just_before_an_interruption_is_not_started_again():
+    class Interrupted(deque):
+        def popleft(self):
+            scheduler._waiting = deque(self)
+            raise KeyboardInterrupt
+
+    scheduler = Scheduler(endless, max_sequences=2)
+    scheduler._waiting = Interrupted()
+    each = task(TALK, max_tokens=5)
+    scheduler.add(each)
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step()
+    updates = run(scheduler, [])
+    alone = stream_generate(base, endless, TALK, max_tokens=5)
+    assert tokens_of([u.response for u in updates[each] if u.response]) == tokens_of(list(alone))
 
 
 def test_a_reply_that_ends_early_leaves_the_state_at_its_end():
