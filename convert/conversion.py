@@ -134,7 +134,8 @@ class Conversion:
                 f"{self.checkpoint.source.name}: its tokenizer has ids up to "
                 f"{encoding.n_vocab - 1}, its vocab_size is {self.config.vocab_size}"
             )
-        _, problem = read_calibration(self.checkpoint.source.folder, self.config)
+        of = self.checkpoint
+        _, problem = read_calibration(of.source.folder, self.config, of.sketch)
         if problem:
             warnings.warn(f"calibration not copied: {problem}", CalibrationWarning, stacklevel=2)
         with new_folder(target, self.nbytes + _SMALL_FILES_BYTES, overwrite) as folder:
@@ -142,7 +143,8 @@ class Conversion:
             self._write_weights(folder, progress or (lambda _: None))
             if self.draft_bits:
                 matrices = copied_matrices(self.config, self.draft_bits, self.plan)
-                write_copy(folder, matrices, self.weights, self.draft_bits, self.dtype)
+                sketch = self.checkpoint.sketch()
+                write_copy(folder, matrices, self.weights, self.draft_bits, self.dtype, sketch)
 
     def _base_folder(self) -> list[Path]:
         return [self.base.source.folder] if self.base else []
@@ -205,7 +207,7 @@ class Conversion:
         if self.base is None:
             (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")
         source = checkpoint.source.folder
-        calibrated = read_calibration(source, self.config)[0] is not None
+        calibrated = read_calibration(source, self.config, checkpoint.sketch)[0] is not None
         for name in ("LICENSE", *([CALIBRATION_FILE] if calibrated else [])):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)

@@ -2,11 +2,13 @@
 
 - in: a model's configuration and tensors; or a folder that contains a copy
 - out: `draft.safetensors`; or the copy, attached to the model's own matrices
+- it records the sketch of its model, and is refused beside another
 - the copy has stage 0, a merged specialist's own stage, and the heads that they draft through
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.convert import lineage
 from cognica_mlx.convert.quantization import Plan
 from cognica_mlx.convert.stored import StoredTensor
 from cognica_mlx.decoding.rounded_prefix import round_prefix
@@ -25,7 +28,7 @@ from cognica_mlx.model import PoEModel
 from cognica_mlx.rounding import SUFFIXES, Scheme, copies_of, draft_scheme, is_finite, rounded
 
 DRAFT_FILE = "draft.safetensors"
-_BITS = "draft_bits"
+_BITS, _OF = "draft_bits", "of"
 
 
 def copied_matrices(config: PoEConfig, bits: str, plan: Plan) -> dict[str, Any]:
@@ -41,8 +44,12 @@ def write_copy(
     weights: Mapping[str, StoredTensor],
     bits: str,
     dtype: mx.Dtype | None,
+    of: lineage.Sketch,
 ) -> None:
-    """Write the rounded `matrices` of a model with these tensors to `folder`."""
+    """Write the rounded `matrices` of a model with these tensors and this sketch to `folder`.
+
+    Raises OSError if the file cannot be written.
+    """
     arrays: dict[str, mx.array] = {}
     for path, module in matrices.items():
         matrix = weights[f"{path}.weight"].read()
@@ -51,7 +58,11 @@ def write_copy(
         for suffix, part in way.quantize(matrix if dtype is None else matrix.astype(dtype)).items():
             arrays[f"{path}.{suffix}"] = part
         mx.eval(arrays)
-    mx.save_safetensors(str(folder / DRAFT_FILE), arrays, {_BITS: bits})
+    path, metadata = folder / DRAFT_FILE, {_BITS: bits, _OF: json.dumps(lineage.record(of))}
+    try:
+        mx.save_safetensors(str(path), arrays, metadata)
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written: {one_line(error)}") from None
 
 
 def offer_copy(model: PoEModel, folder: Path) -> None:
@@ -61,13 +72,19 @@ def offer_copy(model: PoEModel, folder: Path) -> None:
     """
     path = folder / DRAFT_FILE
     if path.is_file():
-        _, bits = _load(path)
+        _, metadata = _load(path)
+        bits = metadata[_BITS]
         model.stored_copies[draft_scheme(bits)] = partial(_take_up, model, path)
 
 
 def _take_up(model: PoEModel, path: Path) -> None:
-    arrays, bits = _load(path)
-    scheme, dtype = draft_scheme(bits), model.resid_lambdas.dtype
+    arrays, metadata = _load(path)
+    of = _sketch(path, metadata)
+    if of and (odd := lineage.difference(of, lineage.of_model(model))):
+        raise CheckpointError(
+            f"{path} belongs to another model: its {odd} differs; delete it, or convert again"
+        )
+    scheme, dtype = draft_scheme(metadata[_BITS]), model.resid_lambdas.dtype
     modules = dict(model.named_modules())
     for place, expected in _matrices(PoEModel(model.config), scheme).items():
         own = modules[place]
@@ -111,11 +128,20 @@ def _matrices(model: PoEModel, scheme: Scheme) -> dict[str, Any]:
     return found
 
 
-def _load(path: Path) -> tuple[dict[str, mx.array], str]:
+def _sketch(path: Path, metadata: dict[str, str]) -> lineage.Sketch:
+    """The sketch of the model that the copy was made from; empty in an older copy."""
+    try:
+        return lineage.recorded({_OF: json.loads(metadata.get(_OF, "{}"))}, _OF)
+    except (CheckpointError, ValueError, RecursionError):
+        raise CheckpointError(f"{path} is damaged: delete it, or convert again") from None
+
+
+def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
-        return arrays, metadata[_BITS]
+        draft_scheme(metadata[_BITS])
+        return arrays, metadata
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         problem = f"is not a rounded copy ({one_line(error)}): delete it, or convert again"
         raise CheckpointError(f"{path} {pointer_problem(path) or problem}") from None

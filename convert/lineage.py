@@ -2,7 +2,8 @@
 
 - in: a configuration, and how to read a weight: on disk or in memory, rounded or not
 - out: a sketch: a few values of a few weights, which rounding hardly changes and training does
-- a delta's config.json records the sketch of what is below it; older deltas lack it
+- a delta's config.json records the sketch of what is below it; a calibration and a copy to draft
+  with that of their model; older files lack it
 - embeddings and heads are left out: they are large, and files pad them differently
 """
 
@@ -10,13 +11,17 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import CheckpointError
+from cognica_mlx.linear import unpacked
+
+if TYPE_CHECKING:  # it has a calibration, which has a sketch
+    from cognica_mlx.model import PoEModel
 
 FIELD = "trained_on"
 # Trained, small and never packed.
@@ -39,6 +44,20 @@ def sketch(config: PoEConfig, read: Callable[[str], mx.array | None]) -> Sketch:
     return {name: some(array) for name, array in found.items() if array is not None}
 
 
+def of_model(model: PoEModel) -> Sketch:
+    """The sketch of a model in memory, without the weights that another machine holds."""
+    modules = dict(model.named_modules())
+
+    def read(name: str) -> mx.array | None:
+        path, _, leaf = name.rpartition(".")
+        module = modules.get(path, {})
+        if leaf not in module:
+            return None
+        return unpacked(module) if leaf == "weight" else module[leaf]
+
+    return sketch(model.config, read)
+
+
 def some(array: mx.array) -> np.ndarray:
     """A few values from all over a weight's first rows, which padding does not change."""
     flat = array[:_ROWS].reshape(-1)
@@ -50,7 +69,7 @@ def difference(one: Sketch, other: Sketch) -> str | None:
     for name in one:
         if name in other:
             ours, theirs = one[name], other[name]
-            allowed = (_CAST if name in SMALL else _PACKED) * np.abs(ours).max() + _LEAST
+            allowed = (_CAST if name in SMALL else _PACKED) * np.abs(ours).max(initial=0) + _LEAST
             # A value that is not finite equals none.
             if ours.shape != theirs.shape or not np.abs(ours - theirs).max() <= allowed:
                 return name
@@ -58,17 +77,17 @@ def difference(one: Sketch, other: Sketch) -> str | None:
 
 
 def record(of: Sketch) -> dict[str, str]:
-    """A sketch for a delta's config.json."""
+    """A sketch as JSON."""
     return {name: b64encode(values.astype("<f4").tobytes()).decode() for name, values in of.items()}
 
 
-def recorded(fields: Mapping[str, Any]) -> Sketch:
-    """The sketch in a delta's config.json; empty if it has none.
+def recorded(fields: Mapping[str, Any], name: str = FIELD) -> Sketch:
+    """The sketch recorded in a field; empty if there is none.
 
     Raises CheckpointError if it is damaged.
     """
     try:
-        entries = fields.get(FIELD, {}).items()
+        entries = fields.get(name, {}).items()
         return {str(k): np.frombuffer(b64decode(v, validate=True), "<f4") for k, v in entries}
     except (AttributeError, TypeError, ValueError):
-        raise CheckpointError(f"its {FIELD} is damaged: download it again") from None
+        raise CheckpointError(f"its {name} is damaged: download it again") from None

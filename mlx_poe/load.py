@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from cognica_mlx.calibration import read_calibration
 from cognica_mlx.config import HEAD_MODES, SUMMED, PoEConfig
 from cognica_mlx.convert.checkpoint import eos_token_ids, read_checkpoint
 from cognica_mlx.convert.draft_copy import offer_copy
+from cognica_mlx.convert.lineage import of_model
 from cognica_mlx.convert.quantization import fill, make_plan, scheme
 from cognica_mlx.convert.sources import Source, locate
 from cognica_mlx.convert.stored import DTYPES
@@ -103,7 +105,9 @@ def load(
         lay_out(model)
     offer_copy(model, source.folder)
     model.revision = checkpoint.revision
-    model.calibration, model.calibration_problem = read_calibration(source.folder, config)
+    model.calibration, model.calibration_problem = read_calibration(
+        source.folder, config, partial(of_model, model)
+    )
     return model, tokenizer
 
 

@@ -7,6 +7,7 @@ changed. The base is not copied, reloaded or modified.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,10 +15,9 @@ from mlx.utils import tree_flatten
 
 from cognica_mlx.calibration import read_calibration
 from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
-from cognica_mlx.convert.lineage import difference, sketch
+from cognica_mlx.convert.lineage import difference, of_model
 from cognica_mlx.convert.quantization import fill, make_plan, scheme
 from cognica_mlx.errors import CheckpointError, RequestError
-from cognica_mlx.linear import unpacked
 from cognica_mlx.machines.split import NOTHING, Absent
 from cognica_mlx.model import PoEModel
 from cognica_mlx.shared_base import Siblings, share_base
@@ -62,7 +62,7 @@ class Specialists:
             raise RequestError(f"{name} has more than one stage of its own: rank 0 must hold it")
         model = self._stack(checkpoint, shared, quantize, here)
         model.calibration, model.calibration_problem = read_calibration(
-            checkpoint.source.folder, model.config
+            checkpoint.source.folder, model.config, partial(of_model, model)
         )
         model.revision = checkpoint.revision
         self.add(name, model)
@@ -117,20 +117,12 @@ class Specialists:
         name = checkpoint.source.name
         if link is None:
             raise CheckpointError(f"{name} does not belong to the model in memory: shapes differ")
-        if odd := difference(link.sketch(), sketch(link.config, self._weight)):
+        if odd := difference(link.sketch(), of_model(self.base)):
             raise CheckpointError(
                 f"{name} belongs to {link.source.name}, which is not the model in memory: its "
                 f"{odd} differs"
             )
         return link
-
-    def _weight(self, name: str) -> mx.array | None:
-        """A weight of the base in memory, dequantized; None if another machine holds it."""
-        path, _, leaf = name.rpartition(".")
-        module = dict(self.base.named_modules()).get(path, {})
-        if leaf not in module:
-            return None
-        return unpacked(module) if leaf == "weight" else module[leaf]
 
     def _stack(
         self, checkpoint: Checkpoint, link: Checkpoint, quantize: int | None, here: bool

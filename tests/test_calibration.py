@@ -33,6 +33,7 @@ from cognica_mlx.calibration.replaying import (
     replay_wand,
 )
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.convert import lineage
 from cognica_mlx.costs import Costs, bytes_read
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence
@@ -227,6 +228,24 @@ def test_file_of_another_model_is_refused(measured, tmp_path):
         Calibration.load(path, fixture("poe-tiny")[0].config)
 
 
+def test_a_calibration_of_another_model_with_the_same_stages_is_not_used(measured, tmp_path):
+    folder = Path(shutil.copytree(BUILT_IN / "poe-tiny", tmp_path / "tiny"))
+    for made_for, fits in ((fixture("poe-tiny")[0], True), (retrained(), False)):
+        of = lineage.record(lineage.of_model(made_for))
+        replace(measured, weights=of).save(folder / CALIBRATION_FILE)
+        for options in ({}, {"dtype": "bfloat16"}, {"quantize": 4}):
+            model = load(folder, **options)[0]
+            assert (model.calibration is not None) == fits
+            assert fits or "made for another model: its h.0.attn.c_q" in model.calibration_problem
+    assert measured.weights == lineage.record(lineage.of_model(fixture("poe-tiny")[0]))
+
+
+def retrained():
+    model = load("poe-tiny", dtype="float32")[0]
+    model.h[0].attn.c_q.weight = -model.h[0].attn.c_q.weight
+    return model
+
+
 NESTED = "[" * 100_000
 SHIPPED = json.loads((BUILT_IN / "poe-tiny" / CALIBRATION_FILE).read_text())
 
@@ -264,6 +283,7 @@ SHIPPED = json.loads((BUILT_IN / "poe-tiny" / CALIBRATION_FILE).read_text())
         ("speedups", {"wand": []}, "speedups: [] is not a number"),
         ("recommended", ["wand"], 'recommended: ["wand"] is not one of full'),
         ("text", "long", 'text: "long" is not an object'),
+        ("weights", {"smear_lambda": "?"}, "weights is damaged"),
     ],
 )
 def test_every_entry_of_the_file_is_checked(field, value, named, tmp_path):

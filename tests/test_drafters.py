@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -650,6 +651,17 @@ def test_a_copy_is_stored_beside_the_model_and_taken_up(tmp_path, capsys):
     mx.save_safetensors(str(tmp_path / "mlx" / DRAFT_FILE), {"x": stored}, {"draft_bits": "4"})
     with pytest.raises(CheckpointError, match="does not fit its model at"):
         run(load(tmp_path / "mlx")[0], [5], 4, draft_bits=4)
+
+
+def test_a_copy_beside_another_model_of_its_shape_is_refused(tmp_path):
+    for name in ("chat", "math"):
+        flags = ["--hf-path", f"poe-tiny-{name}", "--mlx-path", str(tmp_path / name)]
+        assert convert_command.main([*flags, "--draft-bits", "4"]) == 0
+    shutil.copy(tmp_path / "chat" / DRAFT_FILE, tmp_path / "math" / DRAFT_FILE)
+    for quantize in (None, 8):
+        run(load(tmp_path / "chat", quantize=quantize)[0], [5], 4, draft_bits=4)
+    with pytest.raises(CheckpointError, match=r"belongs to another model: its .* differs"):
+        run(load(tmp_path / "math")[0], [5], 4, draft_bits=4)
 
 
 @pytest.mark.parametrize("flags", [["-q"], ["-q", "--q-bits", "8"], ["-q", "--q-mode", "mxfp8"]])

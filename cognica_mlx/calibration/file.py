@@ -15,6 +15,7 @@ from typing import Any
 
 from cognica_mlx import whole_file
 from cognica_mlx.config import MAX_NUMBER, PoEConfig
+from cognica_mlx.convert import lineage
 from cognica_mlx.errors import CheckpointError, PoEWarning, RequestError
 from cognica_mlx.git_lfs import pointer_problem
 from cognica_mlx.rounding import draft_scheme
@@ -42,7 +43,8 @@ class Calibration:
     drafts accepted with 1, 2, ... drafts per round, on the model's own greedy continuations.
     options: for each mode, the options that its replay found best. speedups: the expected gain over
     full depth if decoding costs the bytes it reads. recommended: the mode with the largest gain.
-    text: the amount of text measured.
+    text: the amount of text measured. weights: the sketch of the model that was measured; {} in
+    older files.
     """
 
     stage_layers: tuple[int, ...]
@@ -55,6 +57,7 @@ class Calibration:
     speedups: Mapping[str, float]
     recommended: str
     text: Mapping[str, Any]
+    weights: Mapping[str, str]
 
     @classmethod
     def load(cls, path: Path, config: PoEConfig) -> Calibration:
@@ -70,10 +73,7 @@ class Calibration:
             if problem := pointer_problem(path):
                 raise CheckpointError(f"{path} {problem}") from None
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise CheckpointError(
-                f"{path} is not a usable calibration ({reason}): delete it, or make a new one "
-                "with mlx_poe.calibrate"
-            ) from None
+            raise CheckpointError(_unusable(path, reason)) from None
         return cls(**{field.name: _tuples(content[field.name]) for field in fields(cls)})
 
     def to_json(self) -> str:
@@ -90,15 +90,24 @@ class Calibration:
         whole_file.write_text(path, self.to_json())
 
 
-def read_calibration(folder: Path, config: PoEConfig) -> tuple[Calibration | None, str | None]:
-    """The calibration in a model's folder, if there is one, or else why it cannot be used."""
+def read_calibration(
+    folder: Path, config: PoEConfig, sketch: Callable[[], lineage.Sketch]
+) -> tuple[Calibration | None, str | None]:
+    """The calibration in a model's folder, if there is one, or else why it cannot be used.
+
+    `sketch` makes the model's sketch, if the file has one to compare.
+    """
     path = folder / CALIBRATION_FILE
     if not path.is_file():
         return None, None
     try:
-        return Calibration.load(path, config), None
+        found = Calibration.load(path, config)
     except CheckpointError as error:
         return None, str(error)
+    measured = lineage.recorded({"weights": found.weights}, "weights")
+    if measured and (odd := lineage.difference(measured, sketch())):
+        return None, _unusable(path, f"made for another model: its {odd} differs")
+    return found, None
 
 
 def published_bounds(config: PoEConfig) -> Sequence[float] | None:
@@ -112,6 +121,13 @@ def published_bounds(config: PoEConfig) -> Sequence[float] | None:
         config.per_stage_head,
     )
     return PUBLISHED_BOUNDS if shape == _PUBLISHED_SHAPE else None
+
+
+def _unusable(path: Path, reason: object) -> str:
+    return (
+        f"{path} is not a usable calibration ({reason}): delete it, or make a new one with "
+        "mlx_poe.calibrate"
+    )
 
 
 def _tuples(value: Any) -> Any:
@@ -142,7 +158,9 @@ def _check(content: Any, config: PoEConfig) -> None:
         "speedups": partial(_table, keys=modes, each=_number),
         "recommended": partial(_one_of, known=["full", *modes]),
         "text": _table,
+        "weights": _sketch,
     }
+    content.setdefault("weights", {})  # older files lack it
     for name, check in checks.items():
         if name not in content:
             raise ValueError(f"{name} is missing")
@@ -207,6 +225,13 @@ def _bits(value: Any, name: str) -> None:
         draft_scheme(value)
     except RequestError:
         raise ValueError(f"{name}: {_brief(value)} is not a number of bits to round to") from None
+
+
+def _sketch(value: Any, name: str) -> None:
+    try:
+        lineage.recorded({name: value}, name)
+    except CheckpointError:
+        raise ValueError(f"{name} is damaged") from None
 
 
 def _flag(value: Any, name: str) -> None:

@@ -21,6 +21,7 @@ from cognica_mlx.calibration.replaying import (
     best_options,
     replay_speculative,
 )
+from cognica_mlx.convert import lineage
 from cognica_mlx.costs import Costs, bytes_read, with_bytes_of
 from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.rounded_prefix import RoundedPrefix, round_prefix
@@ -128,6 +129,7 @@ def calibrate(
         speedups={mode: round(s, 3) for mode, s in speedups.items()},
         recommended=recommended if speedups[recommended] > 1 else "full",
         text={"tokens": total, "bytes": n_bytes, "continued_tokens": sum(_lengths(traces))},
+        weights=lineage.record(lineage.of_model(model)),
     )
 
 
