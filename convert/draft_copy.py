@@ -58,11 +58,11 @@ def write_copy(
         for suffix, part in way.quantize(matrix if dtype is None else matrix.astype(dtype)).items():
             arrays[f"{path}.{suffix}"] = part
         mx.eval(arrays)
-    path, metadata = folder / DRAFT_FILE, {_BITS: bits, _OF: json.dumps(lineage.record(of))}
+    file, metadata = folder / DRAFT_FILE, {_BITS: bits, _OF: json.dumps(lineage.record(of))}
     try:
-        mx.save_safetensors(str(path), arrays, metadata)
+        mx.save_safetensors(str(file), arrays, metadata)
     except RuntimeError as error:
-        raise OSError(f"{path} cannot be written: {one_line(error)}") from None
+        raise OSError(f"{file} cannot be written: {one_line(error)}") from None
 
 
 def offer_copy(model: PoEModel, folder: Path) -> None:

@@ -277,6 +277,21 @@ def test_answers_outlive_the_run_and_belong_to_one_model(tmp_path):
         answers.put("a", 1)
 
 
+@pytest.mark.parametrize("wrong", ['{"a": 1}', "[1]", "[true, true]", "no JSON", None, b"\xff", 3])
+def test_an_answer_of_another_kind_is_made_again(wrong, tmp_path):
+    requests = asked(("The capital of Peru is", " Lima"))
+    prompt = asked(("Once", {"max_gen_toks": 3}), kind="generate_until")
+    found = []
+    for _ in range(2):
+        answers = Answers(tmp_path / "answers.db")
+        lm = PredictorLM(shared("full", answers=answers), 0)
+        found.append((lm.loglikelihood(requests), lm.generate_until(prompt)))
+        answers.close()
+        with sqlite3.connect(tmp_path / "answers.db") as file:
+            assert file.execute("update answers set value = ?", (wrong,)).rowcount == 2
+    assert found[0] == found[1]
+
+
 def test_a_fingerprint_sees_every_weight():
     model = fixture("flat-d8")[0]
     before, weight = fingerprint(model), model.h[3].mlp.c_fc.weight

@@ -46,12 +46,28 @@ class Answers:
             ) from None
         self._written = time.monotonic()
 
-    def get(self, key: str) -> Any:
-        """The answer, or None if there is none yet."""
+    def number(self, key: str) -> tuple[float, bool] | None:
+        """A log-probability, and whether the continuation is the best guess; None if there is no
+        such answer yet."""
+        match self._get(key):
+            case [float() | int() as total, bool() as best] if not isinstance(total, bool):
+                return total, best
+        return None
+
+    def text(self, key: str) -> str | None:
+        """A reply; None if there is none yet."""
+        found = self._get(key)
+        return found if isinstance(found, str) else None
+
+    def _get(self, key: str) -> Any:
+        """The answer; None if there is none, or none that can be read: it is made again."""
         with self._named():
             query = "select value from answers where key = ?"
             row = self._file.execute(query, (key,)).fetchone()
-        return json.loads(row[0]) if row else None
+        try:
+            return json.loads(row[0]) if row else None
+        except (TypeError, ValueError, RecursionError):
+            return None
 
     def put(self, key: str, value: Any) -> None:
         """Keep an answer."""

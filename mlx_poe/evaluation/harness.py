@@ -99,7 +99,7 @@ class Shared:
             kept = self.fit(context, self.longest + 1 - len(continuation))
             texts.append(Continuation((*kept, *continuation), len(kept)))
         keys = {t: self.keys("loglikelihood", t.tokens, t.start) for t in texts}
-        new = [text for text, those in keys.items() if self.answers.get(those[row]) is None]
+        new = [text for text, those in keys.items() if self.answers.number(those[row]) is None]
         for done, (i, facts) in enumerate(score(self.predictors, new, self.batch), start=1):
             found = self.predictors.report(facts)
             greedy = (found.best == list(new[i].tokens[new[i].start :])).all(axis=1)
@@ -109,8 +109,8 @@ class Shared:
             self.scored += 1
             if self.progress:
                 self.progress("scoring", done, len(new))
-        answered = [self.answers.get(keys[text][row]) for text in texts]
-        return [(total, best) for total, best in answered]
+        answered = [self.answers.number(keys[text][row]) for text in texts]
+        return [answer for answer in answered if answer]
 
     def generated(
         self, requests: Sequence[tuple[list[int], Mapping[str, Any]]], row: int
@@ -121,7 +121,7 @@ class Shared:
         for (prompt, options), those in zip(requests, keys, strict=True):
             # Keep requests with the same prompt together, so that it is read once.
             for one, key in zip(self.predictors.shown, those, strict=True):
-                if self.answers.get(key) is None:
+                if self.answers.text(key) is None:
                     asked[key] = prompt, {**options, "mode": one.mode, **one.options}
         jobs = list(asked)
 
@@ -138,7 +138,7 @@ class Shared:
                 progress=partial(self.progress, "generating") if self.progress else None,
                 finished=finished,
             )
-        return [self.answers.get(those[row]) for those in keys]
+        return [self.answers.text(those[row]) or "" for those in keys]
 
 
 class PredictorLM(TemplateLM):
