@@ -20,6 +20,7 @@ import mlx.nn as nn
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert import lineage
 from cognica_mlx.convert.quantization import Plan
+from cognica_mlx.convert.safetensors_files import write_arrays
 from cognica_mlx.convert.stored import StoredTensor
 from cognica_mlx.decoding.rounded_prefix import round_prefix
 from cognica_mlx.errors import CheckpointError, one_line
@@ -59,10 +60,7 @@ def write_copy(
             arrays[f"{path}.{suffix}"] = part
         mx.eval(arrays)
     file, metadata = folder / DRAFT_FILE, {_BITS: bits, _OF: json.dumps(lineage.record(of))}
-    try:
-        mx.save_safetensors(str(file), arrays, metadata)
-    except RuntimeError as error:
-        raise OSError(f"{file} cannot be written: {one_line(error)}") from None
+    write_arrays(file, arrays, metadata)
 
 
 def offer_copy(model: PoEModel, folder: Path) -> None:

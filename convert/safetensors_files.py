@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -151,6 +152,17 @@ def write_index(folder: Path, stem: str, layout: Mapping[str, Sequence[Spec]]) -
     weight_map = {name: file for file, specs in layout.items() for name, _, _ in specs}
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    """Write a file from memory. Raises OSError if it cannot be written whole."""
+    try:
+        mx.save_safetensors(str(path), arrays, metadata)
+        with safe_open(path, framework="np"):
+            pass  # a full disk may leave a short file without an error
+    except (RuntimeError, SafetensorError) as error:
+        reason = f"is the disk full? ({one_line(error)})"
+        raise OSError(errno.EIO, reason, str(path)) from None
 
 
 class TensorWriter:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import mlx.core as mx
 
+from cognica_mlx.convert.safetensors_files import write_arrays
 from cognica_mlx.decoding.modes import ModeOptions
 from cognica_mlx.errors import CheckpointError, PoEError
 from cognica_mlx.git_lfs import pointer_problem
@@ -73,9 +74,10 @@ def write_chat(path: Path, chat: SavedChat) -> None:
     try:
         # MLX appends .safetensors to any other name.
         with replacing(path, suffix=".safetensors", private=True) as temporary:
-            mx.save_safetensors(str(temporary), arrays, metadata)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be written: {_first_line(error)}") from None
+            write_arrays(temporary, arrays, metadata)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise CheckpointError(f"{path} cannot be written: {reason}") from None
 
 
 def read_chat(path: Path) -> SavedChat:

@@ -24,6 +24,7 @@ from pickles import Calls
 from reference import write_checkpoint
 
 from mlx_poe import GenerationResponse, generate, load, stream_generate
+from mlx_poe.commands import entry
 from mlx_poe.commands import generate as generate_command
 
 PROMPT = "The capital of France is"
@@ -516,3 +517,34 @@ def test_text_that_the_locale_cannot_write(endless, environment):
     assert result.returncode == 0
     shown = result.stdout.decode()
     assert shown in (expected, expected.encode("ascii", "replace").decode())
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (
+            RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00008:k)"),
+            "out of memory; try --quantize 4 ([METAL] Command buffer",
+        ),
+        (
+            RuntimeError("[malloc] Unable to allocate 9 bytes.\n"),
+            "out of memory; try --quantize 4 (",
+        ),
+        (RuntimeError("[read] Unable to read from file"), "MLX failed: [read] Unable to read"),
+        (MemoryError(), "out of memory; try --quantize 4\n"),
+        (RuntimeError("[eval] Attempting to eval an array without a primitive"), None),
+        (RuntimeError("a bug"), None),
+        (RecursionError("[malloc"), None),
+    ],
+)
+def test_what_a_machine_lacks_takes_one_line_and_a_bug_stays_a_traceback(error, shown, capsys):
+    def fail(_: object) -> int:
+        raise error
+
+    if shown is None:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            entry.run(entry.make_parser("tried", "", ""), fail, [])
+        return
+    assert entry.run(entry.make_parser("tried", "", ""), fail, []) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"tried: error: {shown}") and said.count("\n") == 1

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import resource
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from cognica_mlx import cache
 from cognica_mlx.bench.shapes import rounded as rounded_model
 from cognica_mlx.constraint import Grammar
 from cognica_mlx.convert.draft_copy import DRAFT_FILE
+from cognica_mlx.convert.safetensors_files import write_arrays
 from cognica_mlx.costs import Costs, bytes_read, measure_drafter, with_bytes_of
 from cognica_mlx.decoding.advice import NoAdvice, Plan
 from cognica_mlx.decoding.batch import Batch
@@ -662,6 +664,25 @@ def test_a_copy_beside_another_model_of_its_shape_is_refused(tmp_path):
         run(load(tmp_path / "chat", quantize=quantize)[0], [5], 4, draft_bits=4)
     with pytest.raises(CheckpointError, match=r"belongs to another model: its .* differs"):
         run(load(tmp_path / "math")[0], [5], 4, draft_bits=4)
+
+
+def test_a_copy_that_the_disk_cannot_hold_is_an_error_that_names_the_folder(
+    tmp_path, capsys, monkeypatch
+):
+    def full(*args: object) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+        try:
+            write_arrays(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr("cognica_mlx.convert.draft_copy.write_arrays", full)
+    argv = ["--hf-path", "poe-tiny", "--mlx-path", str(tmp_path / "mlx"), "--draft-bits", "4"]
+    assert convert_command.main(argv) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'mlx'} cannot be written: is the disk full?" in error
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", [["-q"], ["-q", "--q-bits", "8"], ["-q", "--q-mode", "mxfp8"]])

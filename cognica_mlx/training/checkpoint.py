@@ -18,6 +18,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from cognica_mlx import whole_file
+from cognica_mlx.convert.safetensors_files import write_arrays
 from cognica_mlx.errors import CheckpointError, one_line
 from cognica_mlx.training.trainer import Evaluation, Training
 
@@ -36,15 +37,9 @@ def save_training(path: Path, state: Training, settings: dict[str, Any]) -> None
     content = {"version": VERSION, "settings": settings, "curve": curve, **fields}
     try:
         with whole_file.replacing(path, ".safetensors") as temporary:
-            mx.save_safetensors(str(temporary), arrays, {"training": json.dumps(content)})
-            with safe_open(temporary, framework="np"):
-                pass  # a full disk may leave a short file without an error
+            write_arrays(temporary, arrays, {"training": json.dumps(content)})
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
-    except (RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} cannot be written; is the disk full? ({one_line(error)})"
-        ) from None
 
 
 def read_training(path: Path) -> tuple[Training, dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import warnings
@@ -70,14 +71,32 @@ def run(
         # The reader closed the pipe, as `| head` does.
         _silence_stdout()
         return 0
-    except MemoryError:
-        print(f"{parser.prog}: error: out of memory; try --quantize 4", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        problem = _machines(error)
+        if problem is None:
+            raise
+        print(f"{parser.prog}: error: {problem}", file=sys.stderr)
         return 1
     except (PoEError, OSError) as error:
         print(f"{parser.prog}: error: {_one_line(str(error))}", file=sys.stderr)
         if not isinstance(error, PoEError):
             _silence_stdout()
         return 2 if isinstance(error, RequestError) else 1
+
+
+# MLX has only RuntimeError for a machine's limits, with the part that failed in brackets.
+_OF_MLX = re.compile(r"\[(metal|malloc|load|save|read|write|cuda)[\w:]*\]", re.IGNORECASE)
+_OF_MEMORY = re.compile("malloc|memory|allocat", re.IGNORECASE)
+
+
+def _machines(error: Exception) -> str | None:
+    """What to tell of an error that is the machine's: no memory, a failed disk. None for bugs."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and not _OF_MLX.match(text):
+        return None
+    if isinstance(error, MemoryError) or _OF_MEMORY.search(text):
+        return f"out of memory; try --quantize 4{text and f' ({text:.160})'}"
+    return f"MLX failed: {text}"
 
 
 _ENDINGS = signal.SIGTERM, signal.SIGHUP
