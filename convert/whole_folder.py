@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from cognica_mlx.errors import CheckpointError, RequestError
-from cognica_mlx.whole_file import PARTIAL, leftovers, lock, locked_new
+from cognica_mlx.whole_file import PARTIAL, leftovers, lock, locked_new, private_folder
 
 _OLD = ".old"
 # What a replaceable model folder may contain: only files that are not a user's only copy.
@@ -56,12 +56,15 @@ def check_target(target: Path, overwrite: bool, sources: Sequence[Path] = ()) ->
 
 
 @contextmanager
-def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
+def new_folder(
+    target: Path, nbytes: int, overwrite: bool, *, private: bool = False
+) -> Iterator[Path]:
     """A folder to fill with about `nbytes`, which becomes `target` if the block succeeds.
 
     If the block fails, the folder is removed and `target` stays as it was; after a kill, the next
-    call for `target` does that. Raises CheckpointError if the disk is full or cannot be written,
-    RequestError if something else has appeared at `target` in the meantime.
+    call for `target` does that. Only the user can open a `private` one, and the folders that are
+    made for it. Raises CheckpointError if the disk is full or cannot be written, RequestError if
+    something else has appeared at `target` in the meantime.
     """
     target = _resolved(target)
     existing = next(folder for folder in target.parents if folder.exists())
@@ -74,8 +77,11 @@ def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
                 f"{existing} has {free / 1e9:.2f} GB free, but {nbytes / 1e9:.2f} GB are needed: "
                 "make room, or choose another place"
             )
+        if private:
+            private_folder(target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked_new(target, Path.mkdir) as partial:
+        mode = 0o700 if private else 0o777
+        with locked_new(target, lambda new: new.mkdir(mode)) as partial:
             old = partial.with_suffix(_OLD)
             try:
                 yield partial

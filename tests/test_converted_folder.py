@@ -1,5 +1,6 @@
 """The folder that the converter writes: whole or not at all, and nothing lost."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -179,6 +180,22 @@ def test_a_run_that_is_alive_keeps_its_folder(tmp_path):
         subprocess.run([sys.executable, "-c", script, str(target)], check=True)
         assert (first / "config.json").exists()
     assert (target / "config.json").read_text() == "{}"
+
+
+def test_a_private_folder_and_those_made_for_it_are_the_users_alone(tmp_path):
+    tmp_path.chmod(0o755)
+    for private, mode in ((True, 0o700), (False, 0o777 & ~umask())):
+        target = tmp_path / str(private) / "out"
+        with new_folder(target, 1000, overwrite=False, private=private) as filling:
+            assert filling.stat().st_mode & 0o777 == mode
+        assert [p.stat().st_mode & 0o777 for p in (target, target.parent)] == [mode, mode]
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+def umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def test_a_folder_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):

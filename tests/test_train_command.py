@@ -297,6 +297,8 @@ def test_a_store_is_used_again_where_it_fits(made, tmp_path):
     assert phases()["reading"] > 50
     others = {"seed": 3, "layers": 2, "batch_size": 2, "mask_prompt": False}
     assert "reading" not in phases(**others)
+    folders = [tmp_path / "stores", *(tmp_path / "stores").iterdir()]
+    assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
     for other in ({"store_bits": 8}, {"max_seq_length": 20}, {"chat_tokens": "words"}):
         assert "reading" in phases(**other), other
     write_base(tmp_path / "base", seed=9)

@@ -453,6 +453,7 @@ def test_a_store_gives_what_the_base_gives(tmp_path, bits, error):
     write_store(tmp_path, model, texts, bits, done.append)
     assert sum(done) == sum(map(len, texts))
     stored = StoredActivations(tmp_path, texts, TINY.n_embd, bits, mx.float32)
+    assert {type(array) for array in stored._arrays.values()} == {np.ndarray}
     batch = Batches(texts, 3, seed=0)[1]
     ours, theirs = stored.read(batch), LiveBase(model).read(batch)
     assert mx.array_equal(ours.tokens, theirs.tokens)

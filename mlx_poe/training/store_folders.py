@@ -1,7 +1,8 @@
 """Where activation stores are, and which one belongs to which texts and base.
 
 A store's name is a hash of everything that its content depends on, so an existing store is always
-the right one. It appears whole or not at all.
+the right one. It appears whole or not at all, and only the user can read it: texts can be recovered
+from activations.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Store:
         if self.folder.exists() and not self.exists:
             raise CheckpointError(f"{self.folder} lacks {DESCRIPTION}: delete it, to have it made")
         try:
-            with new_folder(self.folder, self.nbytes, overwrite=False) as folder:
+            with new_folder(self.folder, self.nbytes, overwrite=False, private=True) as folder:
                 write_store(folder, model, self.texts, self.bits, progress)
         except PoEError:
             if not self.exists:
