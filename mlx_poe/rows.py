@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from cognica_mlx.convert.chat_layout import turns
 from cognica_mlx.errors import PoEError, RequestError, one_line
+from cognica_mlx.git_lfs import pointer_problem
 from mlx_poe.tools import with_functions
 
 # Endings of files with one JSON object on each line.
@@ -150,6 +151,8 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
+    if not _is_stdin(file) and (problem := pointer_problem(file)):
+        raise RequestError(f"{file} {problem}")
     try:
         with nullcontext(sys.stdin.buffer) if _is_stdin(file) else file.open("rb") as stream:
             yield stream

@@ -392,6 +392,25 @@ def test_a_bad_line_is_named_before_any_work(tmp_path, capsys, monkeypatch, line
 
 
 @pytest.mark.parametrize(
+    ("line", "flags", "named"),
+    [
+        ({"messages": [{"role": "user", "content": "Hi"}]}, [], "begin messages with"),
+        ({"tokens": [5]}, [], "begin messages with"),
+        ("Hi", [], "needs a specialist"),
+        (
+            "Hi",
+            ["--model", "poe-tiny-chat", "--ignore-chat-template"],
+            "needs a specialist and its",
+        ),
+    ],
+)
+def test_a_system_prompt_that_a_line_cannot_use_is_refused(tmp_path, capsys, line, flags, named):
+    assert run(tmp_path, [line], *flags, "--system-prompt", "Be brief.") == 2
+    error = capsys.readouterr().err
+    assert "line 1: --system-prompt" in error and named in error
+
+
+@pytest.mark.parametrize(
     ("flags", "named"),
     [
         ([], "give a prompt with --prompt, or a file"),

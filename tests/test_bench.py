@@ -373,7 +373,10 @@ def test_a_binary_file_is_not_a_result_file(tmp_path):
     flags = [sys.executable, "-m", "mlx_poe", "bench", "--compare", str(tmp_path / "binary")]
     done = subprocess.run(flags, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert "binary is not a result file" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        "binary, line 1: not UTF-8 text at position 0" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_results_go_through_links_and_to_devices(quick, tmp_path):
@@ -399,7 +402,7 @@ def test_an_unusable_calibration_is_named(quick, tmp_path, capsys):
 def test_a_missing_result_file_is_named():
     flags = [sys.executable, "-m", "mlx_poe", "bench", "--compare", "nowhere.json"]
     done = subprocess.run(flags, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     assert "nowhere.json" in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -1,6 +1,7 @@
 """Constraints where people meet them: flags, files of prompts, the chat, the benchmark."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import count
@@ -46,6 +47,20 @@ def test_a_schema_from_a_file_or_as_text(mode, schema_file, capsys):
         assert main(["--prompt", "A country:", *flags]) == 0
         shown = capsys.readouterr()
         assert fits(shown.out) and "Forced by the reply's form: " in shown.err
+
+
+def test_a_schema_from_a_file_with_a_byte_order_mark_or_through_a_pipe(tmp_path, capsys):
+    (tmp_path / "marked").write_text("\ufeff" + json.dumps(SCHEMA), encoding="utf-8")
+    reading, writing = os.pipe()
+    os.write(writing, json.dumps(SCHEMA).encode())
+    os.close(writing)
+    for source in (tmp_path / "marked", f"/dev/fd/{reading}"):
+        assert main(["--prompt", "A country:", "--json-schema", str(source)]) == 0
+        assert fits(capsys.readouterr().out)
+    os.close(reading)
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    assert main(["--prompt", "x", "--regex", str(tmp_path / "latin")]) == 2
+    assert "regex: " in (error := capsys.readouterr().err) and "not UTF-8 text" in error
 
 
 def test_json_output_says_what_was_forced(capsys):

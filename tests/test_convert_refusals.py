@@ -61,6 +61,8 @@ def test_a_delta_needs_its_own_base(
     [
         (["--q-bits", "4"], "needs -q"),
         (["--q-mode", "mxfp4"], "needs -q"),
+        (["--q-mode", "affine"], "--q-mode needs -q"),
+        (["--mlx-path", "-"], "- is no folder's name"),
         (["--q-bits-for", "head=8"], "needs -q"),
         (["-q", "--q-bits", "7"], "invalid choice"),
         (["-q", "--q-bits-for", "head"], "WHAT=BITS"),

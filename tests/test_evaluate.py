@@ -269,6 +269,7 @@ def test_replies_alone_are_scored_with_a_mask(capsys, tmp_path):
         (("--tasks", "x", "--num-fewshot", -1), "--num-fewshot"),
         (("--tasks", "x", "--log-samples"), "--log-samples"),
         (("--tasks", "x", "--output", HELD_OUT), "heldout.txt"),
+        (("--tasks", "x", "--output", "-"), "- is no folder's name"),
         (("--tasks", "x", "--include-path", HELD_OUT), "heldout.txt"),
         (("--data", HELD_OUT, "--batch-size", 0), "--batch-size"),
         (("--data", HELD_OUT, "--max-length", 1), "--max-length"),

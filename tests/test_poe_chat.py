@@ -48,6 +48,9 @@ def test_through_a_pipe_only_replies_come_out():
     )
     assert done.stdout == "The capital of Italy is Rome.\n"
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    # Its specialists come with the built-in base, typed or not.
+    done = piped("What is the capital of Italy?\n", "--model", "poe-tiny")
+    assert done.stdout == "The capital of Italy is Rome.\n"
     for flags in (["--model", "nowhere"], ["--specialist", "chat"], ["--temp", "-1"]):
         done = piped("hello\n", *flags)
         assert done.returncode in (1, 2)

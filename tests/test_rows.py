@@ -60,6 +60,7 @@ NOT_TEXT = {
     "gzip": (gzip.compress(b"Once"), "the file is compressed", "gunzip"),
     "bzip2": (bz2.compress(b"Once"), "the file is compressed", "bunzip2"),
     "xz": (lzma.compress(b"Once"), "the file is compressed", "xz -dc"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer", "git-lfs"),
     "cut short": ("caf\xe9".encode()[:-1], "line 1: not UTF-8 text at position 3", "convert it"),
 }  # fmt: skip
 

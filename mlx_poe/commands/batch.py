@@ -280,9 +280,14 @@ def _mode(args: argparse.Namespace, line: Line) -> str:
 
 def _prompt(args: argparse.Namespace, model: PoEModel, prompt: Prompt) -> Prompt:
     """Turn text into a user's message for a specialist; leave everything else as it is."""
-    if not isinstance(prompt, str) or args.ignore_chat_template:
+    if not isinstance(prompt, str):
+        if args.system_prompt:
+            raise RequestError(
+                "--system-prompt goes with lines that have a prompt: begin messages with the "
+                "system's own"
+            )
         return prompt
-    if not model.config.specialist_layers:
+    if args.ignore_chat_template or not model.config.specialist_layers:
         if args.system_prompt:
             raise RequestError("--system-prompt needs a specialist and its chat template")
         return prompt

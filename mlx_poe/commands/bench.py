@@ -44,7 +44,6 @@ from mlx_poe.commands.bench_machines import (
     measure_machines,
 )
 from mlx_poe.commands.bench_texts import long_text, margins, prompts, recording
-from mlx_poe.commands.chat import STARTER_SPECIALISTS
 from mlx_poe.commands.entry import interruptible, make_parser, run
 from mlx_poe.commands.options import (
     add_revision_flag,
@@ -53,8 +52,10 @@ from mlx_poe.commands.options import (
     file_path,
     names,
     numbers,
+    starters,
 )
 from mlx_poe.load import DEFAULT_MODEL, find_model, load
+from mlx_poe.rows import read_text
 
 SECTIONS = (
     *("stages", "prompt", "rows", "modes", "batch", "constrained", "serving"),
@@ -165,8 +166,7 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
     # Before minutes of measuring.
     old = None
     if args.compare:
-        text = args.compare.read_text(encoding="utf-8", errors="replace")
-        old = read(text, str(args.compare))
+        old = read(read_text(args.compare), str(args.compare))
     remarks = []
     if mx.default_device() == mx.cpu and (blas.advice or slow_blas()):
         remarks.append(
@@ -360,9 +360,7 @@ def _measure(
 def _served(args: argparse.Namespace) -> Served:
     """The first specialist, or the model itself if there is none, and what is served with it."""
     model = args.model or DEFAULT_MODEL
-    named = args.specialist
-    if not named and model == DEFAULT_MODEL:
-        named = [(f"{model}-{one}",) * 2 for one in STARTER_SPECIALISTS]
+    named = args.specialist or [(one, one) for one in starters(model)]
     specialists = [(name, find_model(path)) for name, path in named]
     flags = [("--revision", args.revision), ("--quantize", args.quantize)]
     return Served(

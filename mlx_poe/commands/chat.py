@@ -28,15 +28,13 @@ from mlx_poe.commands.options import (
     add_model_flags,
     add_sampling_flags,
     add_specialist_flag,
+    starters,
     taken,
 )
 from mlx_poe.load import DEFAULT_MODEL, load
 from mlx_poe.tools import ToolCallParser, check_call
 
 __all__ = ["COMMANDS", "Repl", "build_parser", "main", "printable"]
-
-# Loaded if no model is named: the built-in base with its specialists.
-STARTER, STARTER_SPECIALISTS = DEFAULT_MODEL, ("chat", "math", "tool")
 
 EXAMPLES = """\
   poe-chat
@@ -53,7 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
         EXAMPLES,
     )
     add_model_flags(parser)
-    parser.set_defaults(model=None)
     add_specialist_flag(parser, "attach a specialist to the base model under a name")
     parser.add_argument("--system-prompt", default="", help="system text of the conversation")
     parser.add_argument("--color", action="store_true", help="paint tokens by their stage")
@@ -79,17 +76,15 @@ def _chat(args: argparse.Namespace) -> int:
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115
     repl = Repl(_make_chat(args), color=args.color, debug=args.debug)
     if sys.stdin.isatty() and sys.stdout and sys.stdout.isatty():
-        repl.welcome(starter=args.model is None)
+        repl.welcome(starter=args.model == DEFAULT_MODEL)
         repl.run()
         return 0
     return repl.run_piped()
 
 
 def _make_chat(args: argparse.Namespace) -> Chat:
-    name = args.model or STARTER
-    attached = list(args.specialist)
-    if args.model is None and not attached:
-        attached = [(one, f"{STARTER}-{one}") for one in STARTER_SPECIALISTS]
+    name = args.model
+    attached = args.specialist or [(one.rpartition("-")[2], one) for one in starters(name)]
     model, tokenizer = load(name, revision=args.revision, dtype=args.dtype, quantize=args.quantize)
     chat = Chat(model, tokenizer, name, parks=not args.no_park)
     for one, source in attached:

@@ -23,7 +23,7 @@ from cognica_mlx.convert.whole_folder import check_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.rounding import BITS, DRAFT_BITS, MODES, Scheme
 from mlx_poe.commands.entry import interruptible, make_parser, run
-from mlx_poe.commands.options import add_revision_flag, file_path
+from mlx_poe.commands.options import add_revision_flag, file_path, folder_path
 from mlx_poe.commands.texts import Text, read_texts, segments
 from mlx_poe.load import find_model, load
 from mlx_poe.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--mlx-path",
-        type=file_path,
+        type=folder_path,
         default="mlx_model",
         metavar="FOLDER",
         help="default: %(default)s",
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--q-group-size", type=int, help="weights per scale: 32, 64 or 128 (default: 64)"
     )
-    group.add_argument("--q-mode", choices=MODES, default="affine", help="default: %(default)s")
+    group.add_argument("--q-mode", choices=MODES, help="default: affine")
     group.add_argument(
         "--q-bits-for",
         type=_rule,
@@ -193,12 +193,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def _scheme(args: argparse.Namespace) -> Scheme | None:
     if args.quantize:
-        return scheme(args.q_bits, args.q_group_size, args.q_mode)
-    for name in ("q_bits", "q_group_size", "q_bits_for", "quant_predicate"):
+        return scheme(args.q_bits, args.q_group_size, args.q_mode or "affine")
+    for name in ("q_bits", "q_group_size", "q_mode", "q_bits_for", "quant_predicate"):
         if getattr(args, name) not in (None, []):
             raise RequestError(f"--{name.replace('_', '-')} needs -q")
-    if args.q_mode != "affine":
-        raise RequestError("--q-mode needs -q")
     return None
 
 

@@ -19,7 +19,14 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.model import PoEModel
 from mlx_poe.commands.bars import progress_bars
 from mlx_poe.commands.entry import interruptible, make_parser, run
-from mlx_poe.commands.options import add_model_flags, check_output, file_path, names, numbers
+from mlx_poe.commands.options import (
+    add_model_flags,
+    check_output,
+    file_path,
+    folder_path,
+    names,
+    numbers,
+)
 from mlx_poe.commands.texts import read_texts, replies, segments
 from mlx_poe.evaluation.answers import Answers, fingerprint
 from mlx_poe.evaluation.on_text import Measured, measure_text
@@ -94,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tasks.add_argument(
         "--output",
-        type=file_path,
+        type=folder_path,
         metavar="FOLDER",
         help="write lm-eval's result files, a folder for each predictor",
     )

@@ -17,6 +17,10 @@ from mlx_poe.load import DEFAULT_MODEL
 from mlx_poe.paths import user_path
 from mlx_poe.penalty import SPECIALIST_PENALTY
 from mlx_poe.reply_form import FORM_OPTIONS
+from mlx_poe.rows import named, read_text
+
+# Served and chatted with if the built-in base is the model and no specialist is named.
+STARTERS = ("chat", "math", "tool")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +72,11 @@ def add_specialist_flag(parser: argparse._ActionsContainer, purpose: str) -> Non
         metavar="NAME=MODEL",
         help=f"{purpose}; may be repeated",
     )
+
+
+def starters(model: str) -> list[str]:
+    """The built-in specialists that come with a model, whether it was typed or is the default."""
+    return [f"{model}-{one}" for one in STARTERS] if model == DEFAULT_MODEL else []
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -143,14 +152,17 @@ def taken_constraints(args: argparse.Namespace) -> dict[str, Any]:
 
 def _file_or_text(name: str, value: str) -> str:
     try:
-        path = user_path(value)
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+        path = user_path(value).absolute()  # a name such as - is a file's
+        is_file = path.is_file() or path.is_fifo()
     except RequestError:
-        pass  # not a possible path
-    except (OSError, UnicodeDecodeError) as error:
-        if not isinstance(error, OSError) or error.errno != errno.ENAMETOOLONG:
+        is_file = False  # not a possible path
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
             raise RequestError(f"{name}: {value} cannot be read: {error}") from None
+        is_file = False
+    if is_file:
+        with named(name):
+            return read_text(path)
     if name in ("json_schema", "tools") and not value.lstrip().startswith(("{", "[")):
         raise RequestError(f"{name}: {value!a:.80} is neither a file nor JSON")
     return value
@@ -239,6 +251,13 @@ def file_path(text: str) -> Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
     return named
+
+
+def folder_path(text: str) -> Path:
+    """A flag's type: the path of a folder; - would be one that nobody wants."""
+    if text == "-":
+        raise argparse.ArgumentTypeError("- is no folder's name: ./- is")
+    return file_path(text)
 
 
 def check_output(file: Path | None) -> None:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cognica_mlx.errors import RequestError
-from mlx_poe.commands.chat import STARTER_SPECIALISTS
 from mlx_poe.commands.entry import make_parser, run
-from mlx_poe.commands.options import add_model_flags, add_specialist_flag
+from mlx_poe.commands.options import add_model_flags, add_specialist_flag, starters
 from mlx_poe.commands.split import add_split_flags, check_split, over_machines
 from mlx_poe.engine import Engine
-from mlx_poe.load import DEFAULT_MODEL, load
+from mlx_poe.load import load
 from mlx_poe.machine import known_costs
 from mlx_poe.scheduler import MAX_SEQUENCES
 from mlx_poe.specialists import Specialists
@@ -150,9 +149,7 @@ def _serve(args: argparse.Namespace) -> int:
         ) from None
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     _check_access(args, key)
-    specialists = args.specialist
-    if not specialists and args.model == DEFAULT_MODEL:
-        specialists = [(f"{args.model}-{one}",) * 2 for one in STARTER_SPECIALISTS]
+    specialists = args.specialist or [(one, one) for one in starters(args.model)]
     _check_names(args.model, specialists, args.composition)
     check_split(args)
 

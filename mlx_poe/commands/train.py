@@ -32,7 +32,13 @@ from cognica_mlx.training.optimizer import OPTIMIZERS
 from cognica_mlx.training.store import STORE_BITS
 from cognica_mlx.training.trainer import Evaluation
 from mlx_poe.commands.entry import INTERRUPTED, interruptible, make_parser, run
-from mlx_poe.commands.options import add_checkpoint_flags, check_output, file_path, taken
+from mlx_poe.commands.options import (
+    add_checkpoint_flags,
+    check_output,
+    file_path,
+    folder_path,
+    taken,
+)
 from mlx_poe.paths import user_path
 from mlx_poe.training import InterruptedTraining, Result, TrainingSettings, train
 from mlx_poe.training.after import bits_per_byte, calibrate_folder
@@ -72,7 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("input and output")
     group.add_argument("--data", metavar="FOLDER", help="folder with train.jsonl and valid.jsonl")
     group.add_argument(
-        "--output", required=True, type=file_path, metavar="FOLDER", help="the specialist's folder"
+        "--output",
+        required=True,
+        type=folder_path,
+        metavar="FOLDER",
+        help="the specialist's folder",
     )
     group.add_argument("--overwrite", action="store_true", help="replace it if it exists")
     group.add_argument("--resume", action="store_true", help="continue an interrupted run")
@@ -160,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(group, "--store-bits", type=int, choices=STORE_BITS, help="bits per value")
     group.add_argument(
         "--store-path",
-        type=file_path,
+        type=folder_path,
         metavar="FOLDER",
         help="keep them here (default: cognica-mlx/activations in the user's cache folder)",
     )
