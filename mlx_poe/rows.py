@@ -107,7 +107,7 @@ def _row(row: Any) -> Text:
     elif "text" not in row:
         raise RequestError("the row has neither messages, nor prompt and completion, nor text")
     elif not isinstance(row["text"], str):
-        raise RequestError(f"its text is not a string but {type(row['text']).__name__}")
+        raise RequestError(f"its text is {json.dumps(row['text'])[:40]}, not a string")
     elif tools:
         raise RequestError("a text cannot offer tools: they need messages")
     else:

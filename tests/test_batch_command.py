@@ -176,7 +176,7 @@ def test_a_reply_made_with_other_options_is_never_taken_for_this_one(
 
 
 def test_a_lines_own_options_and_specialists_are_compared_too(tmp_path, capsys):
-    line = {"prompt": "Hi", "specialist": ["poe-tiny-chat", "poe-tiny-math"], "stop": ["\ud83d"]}
+    line = {"prompt": "Hi", "specialist": ["poe-tiny-chat", "poe-tiny-math"], "stop": ["\xe9"]}
     flags = ["--max-tokens", "2", "--system-prompt", "Be brief. " * 90]
     long = "[a-z]" * 99
     first = {**line, "weights": [1, 2], "regex": long}

@@ -101,8 +101,8 @@ def test_stdin_is_read_as_a_file_is(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"text": None}, "its text is not a string but NoneType"),
-        ({"text": 17}, "its text is not a string but int"),
+        ({"text": None}, "its text is null, not a string"),
+        ({"text": 17}, "its text is 17, not a string"),
         ({"text": "x", "tools": TOOLS}, "a text cannot offer tools"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "its role is 'robot'"),
         ({"messages": CHAT, "tools": [{"description": "?"}]}, 'function 1 has no "name"'),

@@ -100,7 +100,7 @@ def test_packed_rows_follow_each_other(tmp_path):
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "where user is expected"),
         ('{"prompt": "a", "completion": 7}', "its content is int"),
         ('{"text": ""}', "its text is empty"),
-        ('{"text": 7}', "its text is not a string but int"),
+        ('{"text": 7}', "its text is 7, not a string"),
         ('{"messages": [{"role": "user", "content": "\ud800"}', "not UTF-8 text at"),
     ],
 )
