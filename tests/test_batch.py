@@ -385,6 +385,18 @@ def test_an_interruption_in_a_modes_own_code_ends_no_sequence(sampling, monkeypa
     check(made)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["full", "stage", "wand"])
+def test_steps_begun_again_between_two_tokens_draw_the_same_tokens(mode, count):
+    """A mode may have drawn the next token already when it is ended."""
+    plan = simple("flat", mode, 60, sampling={"temp": 0.8, "seed": 5})
+    sequence, got = plan.sequence(), []
+    while sequence.budget:
+        steps = drive(sequence.steps())
+        got += [token.token for _, token in zip(range(count), steps, strict=False)]
+    assert got == [token.token for token in alone(plan)]
+
+
 def test_a_bad_request_ends_one_sequence_with_its_own_error():
     batch = Batch()
     model = models()["flat"]

@@ -475,7 +475,7 @@ def test_closed_streams_are_the_null_device(closed):
 def test_a_failure_with_closed_streams_is_a_failure_still(closed):
     calibrate = (*COMMAND[:3], "calibrate", "--data", "nosuch")
     result = run(command=("sh", "-c", f'exec "$0" "$@" {closed}', *calibrate))
-    assert (result.stdout, result.returncode) == (b"", 1)
+    assert (result.stdout, result.returncode) == (b"", 2)
     assert (b"nosuch" in result.stderr) == ("2" not in closed)
 
 

@@ -59,8 +59,8 @@ class Plain:
                 continue
             numbers = yield Read(state, under_way, (*ahead, *sampler.carried(context)))
             if under_way:
+                sequence.key_ahead = key  # the next token has been drawn already
                 yield self._token(numbers)
-                sequence.key = key  # the next token has been drawn already
             under_way = ahead
         if under_way:
             yield self._token((yield Read(state, under_way)))

@@ -108,8 +108,11 @@ class DecodingSequence:
         self.score_prompt = score_prompt
         self.prompt_scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         self.step_size, self.progress = prefill_step_size or step_size_for(model), progress
-        # The sampler's key for the token after the last emitted one.
-        self.key = self.sampler.key
+        # The sampler's key for the next token, by the text's length: set before a token is added,
+        # so that an interruption finds the right one either way. A mode that draws a token before
+        # it emits the last one sets `key_ahead`, that draw's key.
+        self.keys = {len(prompt): self.sampler.key}
+        self.key_ahead: mx.array | None = None
         self._begun, self._falls_back = False, False
         self._latest: Steps | None = None
 
@@ -143,7 +146,7 @@ class DecodingSequence:
             return
         with self.state.in_use():
             prompt = self.text[:-1]
-            self.sampler.key = self.key
+            self.sampler.key, self.key_ahead = self.keys[len(self.text)], None
             if self.constraint:
                 self._rollback_constraint(self.constraint)
             if self.score_prompt and not self._scored:
@@ -223,7 +226,12 @@ class DecodingSequence:
                 if mode is self.mode:
                     self.advice.emitted()
                 # Last, so that an interruption finds it either emitted or not.
-                self.key = self.sampler.key
+                length, key = len(self.text), self.key_ahead
+                self.keys = {
+                    length: self.keys[length],
+                    length + 1: self.sampler.key if key is None else key,
+                }
+                self.key_ahead = None
                 self.text.append(step.token)
                 yield step
                 if not self.budget:
