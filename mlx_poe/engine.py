@@ -28,6 +28,7 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.machines.link import Link
 from cognica_mlx.machines.remote import lost_link
 from cognica_mlx.model import PoEModel
+from cognica_mlx.streams import end_with_thread
 from mlx_poe.engine_request import EngineClosedError, EngineRequest, Item, Prepared, Wish
 from mlx_poe.generate import DEFAULT_MAX_TOKENS, Prompt, read_request
 from mlx_poe.model_info import ModelInfo, describe
@@ -226,6 +227,7 @@ class Engine:
     # In the engine's thread
 
     def _run(self) -> None:
+        end_with_thread()
         error: Exception = EngineClosedError("the engine was closed before the reply was complete")
         try:
             while True:
@@ -253,8 +255,6 @@ class Engine:
             self._refuse_commands(error)
             self._scheduler.close()
             self.stats = self._scheduler.stats
-            # A stream that outlives its thread crashes the process at exit.
-            mx.clear_streams()
 
     def _obey(self) -> bool:
         """Run the callers' commands; wait if there is nothing else to do. False means stop."""
