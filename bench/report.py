@@ -13,10 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cognica_mlx import strict_json
-from cognica_mlx.bench.figures import Figure
-from cognica_mlx.bench.machine import Machine
+from cognica_mlx.bench.machine_card import Machine
+from cognica_mlx.bench.sections.stages import Figure
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files import strict_json
 
 FORMAT = 1
 

@@ -9,8 +9,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert.quantization import fill, make_plan, scheme
-from cognica_mlx.machines.split import Part
-from cognica_mlx.model import PoEModel
+from cognica_mlx.machines.placement import Part
+from cognica_mlx.network.model import PoEModel
 
 _COMMON: dict[str, Any] = {"head_dim": 128, "sequence_len": 2048, "window_pattern": "SSSL"}
 _1_3B = {

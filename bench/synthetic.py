@@ -24,11 +24,11 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.bench.shapes import random_model
+from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import RequestError
-from cognica_mlx.hidden import Hidden
-from cognica_mlx.model import PoEModel
-from cognica_mlx.stages import Block
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.stages import Block
 
 # The share of poe-tiny's own text (64 tokens after each of the benchmark's beginnings) with ids in
 # the first half.

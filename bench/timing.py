@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cognica_mlx.calibration.measuring import Progress
+from cognica_mlx.pricing.measuring import Progress
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The engine, on token ids: model, cache, state, sampling and decoding modes."""
 
-from cognica_mlx import blas
+from cognica_mlx.backend import blas
 
 blas.open_fast()  # before MLX looks for one
 

@@ -10,8 +10,8 @@ import mlx.core as mx
 from cognica_mlx.config import SUMMED
 from cognica_mlx.convert import lineage
 from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
+from cognica_mlx.convert.formats.stored import StoredTensor
 from cognica_mlx.convert.sources import Source
-from cognica_mlx.convert.stored import StoredTensor
 from cognica_mlx.errors import CheckpointError, RequestError
 
 _HEAD = "lm_head.weight"

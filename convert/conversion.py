@@ -22,13 +22,25 @@ import mlx.core as mx
 from huggingface_hub import HfApi
 from mlx.utils import tree_flatten
 
-from cognica_mlx.calibration import CALIBRATION_FILE, CalibrationWarning, read_calibration
+from cognica_mlx.calibration_file import CALIBRATION_FILE, CalibrationWarning, read_calibration
 from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.convert import lineage
 from cognica_mlx.convert.base import read_converted_base, with_summed_heads
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END
 from cognica_mlx.convert.checkpoint import Checkpoint, eos_token_ids, read_checkpoint
 from cognica_mlx.convert.draft_copy import copied_matrices, write_copy
+from cognica_mlx.convert.formats.safetensors_files import (
+    Spec,
+    TensorWriter,
+    lay_out,
+    nbytes,
+    read_json,
+    write_index,
+)
+from cognica_mlx.convert.formats.stored import DTYPES, StoredTensor
+from cognica_mlx.convert.formats.tokenizer_files import read_encoding
+from cognica_mlx.convert.formats.tokenizer_json import write_tokenizer
+from cognica_mlx.convert.formats.whole_folder import check_target, new_folder, remove_leftovers
 from cognica_mlx.convert.model_card import model_card
 from cognica_mlx.convert.quantization import (
     Plan,
@@ -39,22 +51,10 @@ from cognica_mlx.convert.quantization import (
     pack,
     to_fields,
 )
-from cognica_mlx.convert.safetensors_files import (
-    Spec,
-    TensorWriter,
-    lay_out,
-    nbytes,
-    read_json,
-    write_index,
-)
 from cognica_mlx.convert.sources import Source, hub_reason
-from cognica_mlx.convert.stored import DTYPES, StoredTensor
-from cognica_mlx.convert.tokenizer_files import read_encoding
-from cognica_mlx.convert.tokenizer_json import write_tokenizer
-from cognica_mlx.convert.whole_folder import check_target, new_folder, remove_leftovers
 from cognica_mlx.errors import CheckpointError, RequestError, TokenizerError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.rounding import Scheme
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.rounding import Scheme
 
 # The file that mlx-lm imports for the model's architecture, given `--trust-remote-code`.
 SHIM_FILE = "cognica_poe.py"

@@ -18,10 +18,10 @@ import numpy as np
 
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import CheckpointError
-from cognica_mlx.linear import unpacked
+from cognica_mlx.network.linear import unpacked
 
 if TYPE_CHECKING:  # it has a calibration, which has a sketch
-    from cognica_mlx.model import PoEModel
+    from cognica_mlx.network.model import PoEModel
 
 FIELD = "trained_on"
 # Trained, small and never packed.

@@ -19,8 +19,8 @@ from mlx.utils import tree_unflatten
 
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import CheckpointError, RequestError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.rounding import BITS, GROUP_SIZES, MODES, Scheme, is_finite
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.rounding import BITS, GROUP_SIZES, MODES, Scheme, is_finite
 
 # mlx-lm's mixed recipes: the bits of most matrices, and of those that rounding hurts most.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}

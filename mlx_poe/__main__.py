@@ -13,7 +13,7 @@ VERBS = {
     "calibrate": "mlx_poe.commands.calibrate",
     "convert": "mlx_poe.commands.convert",
     "train": "mlx_poe.commands.train",
-    "chat": "mlx_poe.commands.chat",
+    "chat": "mlx_poe.commands.poe_chat",
     "server": "mlx_poe.commands.server",
     "evaluate": "mlx_poe.commands.evaluate",
     "doctor": "mlx_poe.commands.doctor",

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 
 from cognica_mlx.convert.chat_layout import turns
 from cognica_mlx.errors import PoEError, RequestError, one_line
-from cognica_mlx.git_lfs import pointer_problem
-from mlx_poe.tools import with_functions
+from cognica_mlx.files.git_lfs import pointer_problem
+from mlx_poe.generation.tools import with_functions
 
 # Endings of files with one JSON object on each line.
 ROWS = (".jsonl", ".ndjson", ".jsonlines", ".json")

@@ -6,7 +6,7 @@ from typing import Any
 
 from conftest import fixture
 
-from mlx_poe.chat import Chat, Settings
+from mlx_poe.chat.conversation import Chat, Settings
 
 TALK = ("What is the capital of Italy?", "Tell me about Kenya.", "Who are you?", "Thanks!")
 

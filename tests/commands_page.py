@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import dedent
 
 from mlx_poe.__main__ import VERBS
-from mlx_poe.commands.chat_commands import COMMANDS
+from mlx_poe.chat.slash_commands import COMMANDS
 
 PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
 TOP = """# Commands

@@ -20,10 +20,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from servers import COMPOSITION, RunningServer
 
-from cognica_mlx.linear import ON_OPENBLAS
-from cognica_mlx.model import PoEModel
+from cognica_mlx.network.linear import ON_OPENBLAS
+from cognica_mlx.network.model import PoEModel
 from mlx_poe import load
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.loading.tokenizer import Tokenizer
 
 # What commands measure of this machine is kept apart from what the user's own have.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cognica-mlx-tests-")

@@ -13,13 +13,13 @@ from queue import SimpleQueue
 import mlx.core as mx
 import numpy as np
 
-from cognica_mlx.bench.machines import part_of
+from cognica_mlx.bench.sections.several_machines import part_of
 from cognica_mlx.machines.link import Link
 from cognica_mlx.machines.messages import Wire
 from cognica_mlx.machines.owner import Owner
+from cognica_mlx.machines.placement import parse
 from cognica_mlx.machines.remote import RemoteStage
-from cognica_mlx.machines.split import parse
-from cognica_mlx.model import PoEModel
+from cognica_mlx.network.model import PoEModel
 
 
 class Group:

@@ -12,10 +12,10 @@ from mlx.utils import tree_flatten
 from random_checkpoint import released_name
 from reference import Reference
 
-from cognica_mlx.model import PoEModel
+from cognica_mlx.network.model import PoEModel
 from mlx_poe import load
 from mlx_poe.doctor.recorded import ANSWERS, BITS, BUILT_IN, MODELS, condensed, recorded_model
-from mlx_poe.verify import SAMPLE
+from mlx_poe.loading.verify import SAMPLE
 
 TOKENS = 176  # more than the short windows
 

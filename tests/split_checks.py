@@ -20,19 +20,19 @@ import cognica_mlx  # noqa: F401  before MLX: it opens a fast BLAS
 import mlx.core as mx
 from conftest import FIXTURES, fixture
 
-from cognica_mlx.costs import measure
+from cognica_mlx.pricing.costs import measure
 from cognica_mlx.decoding.modes import MODES, ModeOptions, last_resort, make_mode
 from cognica_mlx.decoding.single import advance_through, decode
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.errors import RankError, RankLostError
 from cognica_mlx.machines.owner import Owner
 from cognica_mlx.machines.remote import Elsewhere
-from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import Sampler, SamplingOptions
-from cognica_mlx.state import DecodingState
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
+from cognica_mlx.decoding.state import DecodingState
 from mlx_poe import batch_generate, load
-from mlx_poe.specialists import Specialists
-from mlx_poe.split_loading import on_machines
+from mlx_poe.loading.specialists import Specialists
+from mlx_poe.loading.split_loading import on_machines
 
 BOUNDS = 0.3
 # Seconds that a rank may take on a busy machine.

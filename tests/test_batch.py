@@ -15,13 +15,13 @@ from cognica_mlx.decoding import batch as batch_module
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import drive
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import Sampler, SamplingOptions
-from cognica_mlx.state import DecodingState
-from mlx_poe.specialists import Specialists
+from cognica_mlx.network.model import PoEModel
+from mlx_poe.loading.specialists import Specialists
 
 
 @cache

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, fixture
 
-import mlx_poe.commands.batch as command
-from cognica_mlx.calibration import CALIBRATION_FILE
+import mlx_poe.commands.prompts_file as command
+from cognica_mlx.calibration_file import CALIBRATION_FILE
 from mlx_poe import stream_generate
 from mlx_poe.commands.generate import main
-from mlx_poe.load import BUILT_IN
+from mlx_poe.loading.load import BUILT_IN
 
 PROMPTS: list[Any] = [
     "Once there was a",
@@ -310,7 +310,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, capsys, content):
 # Is killed with its fifth reply in hand.
 KILLED = """
 import os, signal
-import mlx_poe.commands.batch as command
+import mlx_poe.commands.prompts_file as command
 from mlx_poe.commands.generate import main
 real, calls = command.as_json, []
 def killed(*args):

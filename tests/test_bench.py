@@ -21,23 +21,23 @@ from conftest import FIXTURES
 from mlx.utils import tree_flatten
 from rich.console import Console
 
-from cognica_mlx.bench import figures
-from cognica_mlx.bench.figures import Figure, Setup, read_per_token
-from cognica_mlx.bench.machine import Machine, this_machine
-from cognica_mlx.bench.modes import Recording, modes
+from cognica_mlx.bench.machine_card import Machine, this_machine
 from cognica_mlx.bench.report import Report, compare, read
+from cognica_mlx.bench.sections import stages as figures
+from cognica_mlx.bench.sections.mode_speeds import Recording, modes
+from cognica_mlx.bench.sections.stages import Figure, Setup, read_per_token
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import synthetic_model
 from cognica_mlx.bench.timing import Samples, interleaved
-from cognica_mlx.calibration.measuring import calibrate
-from cognica_mlx.calibration.replaying import Trace, replay_speculative
-from cognica_mlx.costs import Costs, bytes_read
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.scripted import RIGHT, Script, Scripted
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.pricing.costs import Costs, bytes_read
+from cognica_mlx.pricing.measuring import calibrate
+from cognica_mlx.pricing.replaying import Trace, replay_speculative
 from mlx_poe.commands import bench as command
 from mlx_poe.commands import bench_texts
 

@@ -11,13 +11,13 @@ import mlx.core as mx
 import pytest
 from conftest import FIXTURES, GOLDENS, fixture, goldens
 
-from cognica_mlx import blas
+from cognica_mlx.backend import blas
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.sampling import logprob_of
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import decode
-from cognica_mlx.sampling import logprob_of
 
 WITHOUT = {**os.environ, blas.VARIABLE: "0"}
 TINY = json.loads((FIXTURES / "poe-tiny-goldens.json").read_text())["base"]

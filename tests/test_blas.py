@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import fixture
 
-from cognica_mlx import blas, device
+from cognica_mlx.backend import blas
+from cognica_mlx.backend.symbol_names import MACHINES, library_of_names
 from cognica_mlx.errors import RequestError
-from cognica_mlx.symbol_names import MACHINES, library_of_names
+from cognica_mlx.network import device
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() not in MACHINES or not blas.packaged(),

@@ -19,32 +19,27 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, fixture
 
-from cognica_mlx.calibration import (
+from cognica_mlx.calibration_file import (
     CALIBRATION_FILE,
     Calibration,
     CalibrationWarning,
     published_bounds,
 )
-from cognica_mlx.calibration.measuring import calibrate
-from cognica_mlx.calibration.replaying import (
-    Trace,
-    replay_certified,
-    replay_speculative,
-    replay_wand,
-)
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert import lineage
-from cognica_mlx.costs import Costs, bytes_read
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import decode, drive
 from cognica_mlx.decoding.targets import stage_target
 from cognica_mlx.errors import CheckpointError, RequestError
-from cognica_mlx.model import PoEModel
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.pricing.costs import Costs, bytes_read
+from cognica_mlx.pricing.measuring import calibrate
+from cognica_mlx.pricing.replaying import Trace, replay_certified, replay_speculative, replay_wand
 from mlx_poe import generate, load
 from mlx_poe.commands.calibrate import main as calibrate_command
-from mlx_poe.load import BUILT_IN
-from mlx_poe.specialists import Specialists
+from mlx_poe.loading.load import BUILT_IN
+from mlx_poe.loading.specialists import Specialists
 
 HELD_OUT = (FIXTURES / "heldout.txt").read_text().strip().split("\n\n")
 # Beginnings that the calibration text does not hold.

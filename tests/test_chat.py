@@ -7,7 +7,7 @@ from chats import FUNCTIONS, TALK, Interrupt, new_chat, say
 
 from cognica_mlx.errors import RequestError
 from mlx_poe import stream_generate
-from mlx_poe.chat import Chat
+from mlx_poe.chat.conversation import Chat
 
 
 @pytest.mark.parametrize("mode", ["full", "speculative", "wand", "certified"])
@@ -141,7 +141,7 @@ def options_passed(chat: Chat, monkeypatch) -> dict[str, object]:
         passed.update(keywords)
         return stream_generate(*arguments, **keywords)
 
-    monkeypatch.setattr("mlx_poe.chat.stream_generate", record)
+    monkeypatch.setattr("mlx_poe.chat.conversation.stream_generate", record)
     say(chat, TALK[0])
     chat.undo()
     return passed
@@ -287,7 +287,7 @@ def test_after_an_error_the_next_reply_begins_with_a_new_state(monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("mlx_poe.chat.stream_generate", failing)
+        patched.setattr("mlx_poe.chat.conversation.stream_generate", failing)
         with pytest.raises(RuntimeError, match="out of memory"):
             say(chat, TALK[1])
     assert chat.state is not state and chat.state.length == 0

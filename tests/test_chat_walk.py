@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from cognica_mlx.errors import CheckpointError
-from mlx_poe.chat import Chat
-from mlx_poe.commands.chat import COMMANDS, Repl
-from mlx_poe.saved_chat import read_chat
+from mlx_poe.chat.conversation import Chat
+from mlx_poe.chat.saved_chat import read_chat
+from mlx_poe.commands.poe_chat import COMMANDS, Repl
 
 STEPS, WALKS = 25, 15
 PATHS = ("", "~nosuchuser/x", "a\0b", "/", "/dev/null", "/dev/null/x", "/dev/full", "nowhere/x",

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import ConfigError
-from cognica_mlx.model import PoEModel
+from cognica_mlx.network.model import PoEModel
 
 BASE_13 = {
     "n_layer": 24,

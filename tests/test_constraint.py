@@ -17,20 +17,26 @@ from conftest import fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cognica_mlx.constraint import Grammar, GrammarConstraint, regex_grammar
 from cognica_mlx.decoding.advice import NoAdvice
+from cognica_mlx.decoding.constraint import Grammar, GrammarConstraint, regex_grammar
+from cognica_mlx.decoding.json_schema import json_grammar
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import Advance, Score
+from cognica_mlx.decoding.sampling import masked
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
-from cognica_mlx.json_schema import json_grammar
-from cognica_mlx.sampling import masked
 from mlx_poe import batch_generate, generate, load, stream_generate
 from mlx_poe.engine import Engine
-from mlx_poe.reply_form import make_grammar
-from mlx_poe.tokenizer import Tokenizer
-from mlx_poe.tools import CALL_MARK, ToolCallParser, check_call, tool_system_prompt, with_functions
+from mlx_poe.generation.reply_form import make_grammar
+from mlx_poe.generation.tools import (
+    CALL_MARK,
+    ToolCallParser,
+    check_call,
+    tool_system_prompt,
+    with_functions,
+)
+from mlx_poe.loading.tokenizer import Tokenizer
 
 MODES: list[tuple[str, dict[str, Any]]] = [
     ("full", {}),
@@ -305,7 +311,7 @@ def test_the_prompts_time_lasts_until_a_token_needs_the_prompt(monkeypatch):
     model, tokenizer = fixture("poe-tiny")
     seconds = count()  # one for each token
     monkeypatch.setattr(
-        "mlx_poe.responses.time", SimpleNamespace(perf_counter=lambda: next(seconds))
+        "mlx_poe.generation.responses.time", SimpleNamespace(perf_counter=lambda: next(seconds))
     )
     made = list(stream_generate(model, tokenizer, "Say " * 50, regex="abcdef(x|y)gh(x|y)"))
     first = next(i for i, r in enumerate(made) if not r.forced)

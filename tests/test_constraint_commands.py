@@ -12,12 +12,12 @@ import jsonschema
 import pytest
 from chats import FUNCTIONS, new_chat
 
-from cognica_mlx.bench import constrained
-from mlx_poe.chat import Chat
+from cognica_mlx.bench.sections import constrained
+from mlx_poe.chat.conversation import Chat
 from mlx_poe.commands import bench
-from mlx_poe.commands.chat import Repl
 from mlx_poe.commands.generate import main
-from mlx_poe.tools import CALL_MARK
+from mlx_poe.commands.poe_chat import Repl
+from mlx_poe.generation.tools import CALL_MARK
 
 SCHEMA = {
     "type": "object",

@@ -13,9 +13,9 @@ import pytest
 from conftest import FIXTURES
 from converting import convert, entries
 
-from cognica_mlx.convert import safetensors_files
-from cognica_mlx.convert.whole_folder import new_folder
-from cognica_mlx.whole_file import locked_new
+from cognica_mlx.convert.formats import safetensors_files
+from cognica_mlx.convert.formats.whole_folder import new_folder
+from cognica_mlx.files.whole_file import locked_new
 from mlx_poe import load
 from mlx_poe.commands.convert import main
 

@@ -30,9 +30,9 @@ from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import locate
 from cognica_mlx.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from mlx_poe import load
+from mlx_poe.chat.saved_chat import read_chat
 from mlx_poe.commands.convert import main as convert
-from mlx_poe.saved_chat import read_chat
-from mlx_poe.specialists import Specialists
+from mlx_poe.loading.specialists import Specialists
 
 
 @pytest.fixture(scope="module")

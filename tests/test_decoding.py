@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.sampling import Sampler, SamplingOptions, Scores
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import decode, prefill, set_depth
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel, log_op
-from cognica_mlx.sampling import Sampler, SamplingOptions, Scores
-from cognica_mlx.state import DecodingState
+from cognica_mlx.network.model import PoEModel, log_op
 
 TINY = json.loads((FIXTURES / "poe-tiny-goldens.json").read_text())
 MODELS = (*GOLDENS, "poe-tiny")

@@ -16,21 +16,22 @@ import pytest
 from conftest import fixture
 from mlx.utils import tree_flatten, tree_unflatten
 
-from cognica_mlx import cache, device, elementwise, linear, stages
+from cognica_mlx.cache import stage_cache as cache
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.passes import read
 from cognica_mlx.decoding.requests import DecodedToken, Read, Request
+from cognica_mlx.decoding.sampling import logprob_of
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, advance_through, drive, prefill
-from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import logprob_of
-from cognica_mlx.shared_base import PatchedEmbedding
-from cognica_mlx.shortlist import largest
-from cognica_mlx.state import DecodingState
+from cognica_mlx.decoding.state import DecodingState
+from cognica_mlx.network import device, elementwise, linear, stages
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.shared_base import PatchedEmbedding
+from cognica_mlx.network.shortlist import largest
 from mlx_poe import load, stream_generate
-from mlx_poe.specialists import Specialists
+from mlx_poe.loading.specialists import Specialists
 
 # What only names a part of an array, or an order, and computes nothing.
 VIEWS = {

@@ -9,8 +9,8 @@ import pytest
 from commands_page import PAGE, page
 from test_pace import CHEAP
 
-from mlx_poe import machine
 from mlx_poe.commands import generate as generate_command
+from mlx_poe.loading import machine_costs as machine
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

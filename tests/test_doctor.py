@@ -15,18 +15,18 @@ from conftest import fixture
 from record_answers import answers
 from test_evaluate import calibrated
 
-from cognica_mlx import blas
-from cognica_mlx.bench import machine
-from cognica_mlx.costs import measure
+from cognica_mlx.backend import blas
+from cognica_mlx.bench import machine_card as machine
 from cognica_mlx.decoding import passes, speculative
 from cognica_mlx.decoding.wand import Wand
-from cognica_mlx.model import PoEModel
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.pricing.costs import measure
 from mlx_poe.commands import doctor as command
 from mlx_poe.doctor import agreement, examination, hardware
 from mlx_poe.doctor.agreement import Verdict
 from mlx_poe.doctor.recorded import BITS, MODELS, read_recording, recorded_model
-from mlx_poe.doctor.report import FAILED, OK, WARNING, Line, Report
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.doctor.verdicts import FAILED, OK, WARNING, Line, Report
+from mlx_poe.loading.tokenizer import Tokenizer
 
 base, tokenizer = fixture("poe-tiny")
 SOME = ("Once upon a time", "There was a child called", "In the morning", "A long time ago")

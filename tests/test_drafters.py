@@ -18,45 +18,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoding import chi_squared, drawn_pairs
 
-from cognica_mlx import cache
 from cognica_mlx.bench.shapes import rounded as rounded_model
-from cognica_mlx.constraint import Grammar
+from cognica_mlx.cache import stage_cache as cache
 from cognica_mlx.convert.draft_copy import DRAFT_FILE
-from cognica_mlx.convert.safetensors_files import write_arrays
-from cognica_mlx.costs import Costs, bytes_read, measure_drafter, with_bytes_of
+from cognica_mlx.convert.formats.safetensors_files import write_arrays
 from cognica_mlx.decoding.advice import NoAdvice, Plan
 from cognica_mlx.decoding.batch import Batch
+from cognica_mlx.decoding.constraint import Grammar
 from cognica_mlx.decoding.drafters import FORCED, LOOKED_UP, OWN, ROUNDED
 from cognica_mlx.decoding.lookup import MOST, NGRAMS, Lookup
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
-from cognica_mlx.decoding.pace import PATIENCE, REST, Metered, Pace
 from cognica_mlx.decoding.requests import Advance, DecodedToken, Request, Score
-from cognica_mlx.decoding.rounds import WORTH_LEAVING, RoundCosts
+from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, decode, drive
 from cognica_mlx.decoding.speculative import _tell
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import CheckpointError, RequestError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.rounding import DRAFT_BITS, draft_scheme, rounded
-from cognica_mlx.sampling import Sampler, SamplingOptions
-from cognica_mlx.shared_base import Siblings
-from cognica_mlx.stages import norm
-from cognica_mlx.state import DecodingState
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.rounding import DRAFT_BITS, draft_scheme, rounded
+from cognica_mlx.network.shared_base import Siblings
+from cognica_mlx.network.stages import norm
+from cognica_mlx.pricing.costs import Costs, bytes_read, measure_drafter, with_bytes_of
+from cognica_mlx.pricing.pace import PATIENCE, REST, Metered, Pace
+from cognica_mlx.pricing.rounds import WORTH_LEAVING, RoundCosts
 from mlx_poe import load, stream_generate
+from mlx_poe.chat.slash_commands import perform
 from mlx_poe.commands import convert as convert_command
 from mlx_poe.commands import generate as generate_command
-from mlx_poe.commands.chat_commands import perform
 from mlx_poe.engine import Engine
-from mlx_poe.generate import read_request
-from mlx_poe.model_info import describe
-from mlx_poe.reply_form import make_grammar
-from mlx_poe.responses import drafts_by_maker
-from mlx_poe.scheduler import Scheduler
+from mlx_poe.engine.scheduler import Scheduler
+from mlx_poe.generation.reply_form import make_grammar
+from mlx_poe.generation.responses import drafts_by_maker
+from mlx_poe.generation.task import make_task
+from mlx_poe.generation.text import read_request
+from mlx_poe.loading.model_info import describe
+from mlx_poe.loading.specialists import Specialists
+from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.server.choice import Choice, usage
-from mlx_poe.server.options import Options
-from mlx_poe.specialists import Specialists
-from mlx_poe.task import make_task
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.server.shared_fields import Options
 
 STORY = "Once upon a time"
 # What poe-tiny goes on with for long, saying much of it again.

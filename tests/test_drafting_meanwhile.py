@@ -10,21 +10,21 @@ from conftest import fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cognica_mlx.bench import machines
-from cognica_mlx.costs import Costs
+from cognica_mlx.bench.sections import several_machines as machines
 from cognica_mlx.decoding.advice import NoAdvice
 from cognica_mlx.decoding.drafters import OWN, StageDrafter
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
-from cognica_mlx.decoding.pace import Metered, Pace, pace_for
-from cognica_mlx.decoding.rounds import RoundCosts
+from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import RequestError
-from cognica_mlx.sampling import Sampler, SamplingOptions
-from cognica_mlx.state import DecodingState
+from cognica_mlx.pricing.costs import Costs
+from cognica_mlx.pricing.pace import Metered, Pace, pace_for
+from cognica_mlx.pricing.rounds import RoundCosts
 from mlx_poe import load
-from mlx_poe.reply_form import make_grammar
+from mlx_poe.generation.reply_form import make_grammar
 
 PROMPTS = ["Once upon a time", "The capital of France is Paris. The capital of", "3 + 4 ="]
 COSTS = Costs(

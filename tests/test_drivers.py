@@ -7,18 +7,18 @@ from conftest import GOLDENS, fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
-from cognica_mlx.decoding.pace import Metered, Pace
 from cognica_mlx.decoding.requests import Advance, DecodedToken, Read, Request, Score, Submit
+from cognica_mlx.decoding.sampling import Scores
 from cognica_mlx.decoding.scripted import RIGHT, WRONG, Script, Scripted
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Driver, Single, carry_out, decode, drive, prefill
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.decoding.targets import full_target, stage_target
 from cognica_mlx.decoding.wand import exit_margins
-from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import Scores
-from cognica_mlx.state import DecodingState
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.pricing.costs import Costs
+from cognica_mlx.pricing.pace import Metered, Pace
 from mlx_poe import load
 
 BOUNDS = [0.4, 0.3, 0.2, 0.1, 0.1]

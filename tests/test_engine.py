@@ -14,11 +14,11 @@ from conftest import fixture
 from test_pace import DEAR
 from test_scheduler import STORY, TALK, endless, models, text, tokens_of
 
-from cognica_mlx.costs import Costs
 from cognica_mlx.errors import PoEError, RequestError
+from cognica_mlx.pricing.costs import Costs
 from mlx_poe import load, stream_generate
 from mlx_poe.engine import Engine, EngineRequest
-from mlx_poe.scheduler import Scheduler
+from mlx_poe.engine.scheduler import Scheduler
 
 base, _ = fixture("poe-tiny")
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, GOLDENS, fixture
 
-from cognica_mlx.calibration.replaying import replay_wand
-from cognica_mlx.costs import bytes_read
 from cognica_mlx.decoding import passes
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel, log_op, log_softmax
+from cognica_mlx.network.model import PoEModel, log_op, log_softmax
+from cognica_mlx.pricing.costs import bytes_read
+from cognica_mlx.pricing.replaying import replay_wand
 from mlx_poe import stream_generate
 from mlx_poe.commands import evaluate as command
 from mlx_poe.evaluation import scoring

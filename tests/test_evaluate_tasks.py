@@ -14,8 +14,8 @@ from conftest import fixture
 from lm_eval.api.instance import Instance
 from rich.console import Console
 
+from cognica_mlx.decoding.sampling import logprob_of
 from cognica_mlx.errors import RequestError
-from cognica_mlx.sampling import logprob_of
 from mlx_poe import generate
 from mlx_poe.commands import evaluate as command
 from mlx_poe.evaluation import tasks

@@ -19,12 +19,12 @@ from servers import PATIENCE
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.requests import DecodedToken
 from cognica_mlx.decoding.single import advance_through, prefill, set_depth
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import RequestError, TokenizerError
-from cognica_mlx.model import log_softmax
-from cognica_mlx.state import DecodingState
+from cognica_mlx.network.model import log_softmax
 from mlx_poe import GenerationResponse, generate, stream_generate
-from mlx_poe.responses import StopStrings
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.generation.responses import StopStrings
+from mlx_poe.loading.tokenizer import Tokenizer
 
 PROMPT = "The capital of France is"
 TALK = [{"role": "user", "content": "What is the capital of Japan?"}]
@@ -120,7 +120,7 @@ def test_half_a_character_at_the_end_is_shown_as_replaced(monkeypatch):
         yield from (DecodedToken(token, -1.0, 3) for token in emoji)
 
     # By its name the package holds the function, not the module.
-    monkeypatch.setattr(sys.modules["mlx_poe.generate"], "drive", emit_emoji)
+    monkeypatch.setattr(sys.modules["mlx_poe.generation.text"], "drive", emit_emoji)
     for count, pieces in ((4, ["", "", "", "\U0001f600"]), (3, ["", "", "\ufffd"])):
         assert [r.text for r in stream(max_tokens=count)] == pieces
         assert [r.text for r in stream(max_tokens=count, stop="\ufffd\ufffd")] == pieces

@@ -23,7 +23,7 @@ from cognica_mlx.convert.conversion import prepare
 from cognica_mlx.convert.sources import locate
 from cognica_mlx.errors import CheckpointError, PoEWarning
 from mlx_poe import load
-from mlx_poe.chat import Chat
+from mlx_poe.chat.conversation import Chat
 
 COMMITS = {"main": "a1" * 20, "v0": "b2" * 20}
 LOADER = """

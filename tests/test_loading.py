@@ -27,9 +27,9 @@ from mlx.utils import tree_flatten
 from reference import Reference
 
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.model import PoEModel
+from cognica_mlx.network.model import PoEModel
 from mlx_poe import load, stream_generate
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.loading.tokenizer import Tokenizer
 
 TOLERANCE = 2e-4
 

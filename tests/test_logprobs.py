@@ -14,16 +14,16 @@ from test_scheduler import STORY, models, text, tokens_of
 
 from cognica_mlx.decoding.modes import make_mode
 from cognica_mlx.decoding.requests import Request, Score
+from cognica_mlx.decoding.sampling import Sampler, SamplingOptions, Scores
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import log_softmax
-from cognica_mlx.sampling import Sampler, SamplingOptions, Scores
-from cognica_mlx.state import DecodingState
+from cognica_mlx.network.model import log_softmax
 from mlx_poe import batch_generate, stream_generate
 from mlx_poe.commands.generate import main
 from mlx_poe.engine import Engine
-from mlx_poe.responses import GenerationResponse
+from mlx_poe.generation.responses import GenerationResponse
 
 base, tokenizer = fixture("poe-tiny")
 PENALTIES = {"presence_penalty": 0.9, "frequency_penalty": 0.6}

@@ -26,8 +26,8 @@ from mlx_lm.models.cache import (
 from mlx_lm.utils import load_model
 
 from cognica_mlx.convert.conversion import SHIM, SHIM_FILE
-from cognica_mlx.mlx_lm_model import Model
-from cognica_mlx.model import PoEModel
+from cognica_mlx.network.mlx_lm_model import Model
+from cognica_mlx.network.model import PoEModel
 from mlx_poe import generate, load
 from mlx_poe.commands.convert import main as convert
 

@@ -14,23 +14,24 @@ from conftest import fixture
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cognica_mlx import linear
 from cognica_mlx.bench.shapes import rounded
-from cognica_mlx.costs import Costs, bytes_read, measure
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
-from cognica_mlx.decoding.pace import PATIENCE, Metered, Pace
 from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, decode, drive, prefill
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.decoding.targets import draft_target, stage_target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.linear import FULL_ROWS, Linear
-from cognica_mlx.sampling import Sampler, SamplingOptions
-from cognica_mlx.shortlist import CANDIDATES
-from cognica_mlx.state import DecodingState
-from mlx_poe import generate, machine, stream_generate
+from cognica_mlx.network import linear
+from cognica_mlx.network.linear import FULL_ROWS, Linear
+from cognica_mlx.network.shortlist import CANDIDATES
+from cognica_mlx.pricing.costs import Costs, bytes_read, measure
+from cognica_mlx.pricing.pace import PATIENCE, Metered, Pace
+from mlx_poe import generate, stream_generate
 from mlx_poe.commands import generate as generate_command
+from mlx_poe.loading import machine_costs as machine
 
 # Drafting is cheap and batches cost what one row does; and a machine where nothing pays.
 CHEAP = Costs((1, 8), ((1.0, 1.0),) * 4, ((0.1, 0.1),) * 4, full_boundaries=(3,))

@@ -2,7 +2,7 @@
 
 from conftest import fixture
 
-from mlx_poe.penalty import default_repetition_penalty
+from mlx_poe.generation.penalty import default_repetition_penalty
 
 
 def test_a_specialist_gets_the_penalty_that_its_model_card_recommends():

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from pickles import Calls
 
-from cognica_mlx.convert.tokenizer_files import read_encoding
-from cognica_mlx.convert.torch_files import TorchFile
+from cognica_mlx.convert.formats.tokenizer_files import read_encoding
+from cognica_mlx.convert.formats.torch_files import TorchFile
 from cognica_mlx.errors import CheckpointError, PoEError, TokenizerError
 
 # Spelled out again here, so that no slip in the module widens them unseen.

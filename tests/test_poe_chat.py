@@ -16,8 +16,8 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from mlx_poe import stream_generate
-from mlx_poe.chat import Chat
-from mlx_poe.commands.chat import COMMANDS, ChatHistory, Repl, main, printable
+from mlx_poe.chat.conversation import Chat
+from mlx_poe.commands.poe_chat import COMMANDS, ChatHistory, Repl, main, printable
 
 
 def piped(text: str, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -338,7 +338,7 @@ def test_an_unforeseen_error_in_a_reply_keeps_what_there_is(repl, capsys, monkey
                 raise ZeroDivisionError
 
     assert repl.obey(TALK[0])
-    monkeypatch.setattr("mlx_poe.chat.stream_generate", fail)
+    monkeypatch.setattr("mlx_poe.chat.conversation.stream_generate", fail)
     capsys.readouterr()
     assert not repl.obey(TALK[1])
     out, said = capsys.readouterr()
@@ -360,7 +360,7 @@ def interrupt(*_: object, **__: object) -> None:
 def test_ctrl_c_in_a_command_does_not_end_the_chat(repl, capsys, monkeypatch):
     assert repl.obey(TALK[0])
     before = repl.chat.turns, repl.chat.specialists.names
-    monkeypatch.setattr("mlx_poe.specialists.read_checkpoint", interrupt)
+    monkeypatch.setattr("mlx_poe.loading.specialists.read_checkpoint", interrupt)
     assert not repl.obey("/attach a poe-tiny-chat")
     assert capsys.readouterr().err == "poe-chat: interrupted\n"
     assert (repl.chat.turns, repl.chat.specialists.names) == before
@@ -370,7 +370,7 @@ def test_ctrl_c_in_a_command_does_not_end_the_chat(repl, capsys, monkeypatch):
 def test_ctrl_c_in_a_retry_before_the_first_token_keeps_the_exchange(repl, monkeypatch):
     assert repl.obey(TALK[0])
     turns = repl.chat.turns
-    monkeypatch.setattr("mlx_poe.chat.stream_generate", interrupt)
+    monkeypatch.setattr("mlx_poe.chat.conversation.stream_generate", interrupt)
     repl.obey("/retry")
     assert repl.chat.turns == turns
     monkeypatch.undo()
@@ -379,7 +379,8 @@ def test_ctrl_c_in_a_retry_before_the_first_token_keeps_the_exchange(repl, monke
 
 
 def test_ctrl_c_ends_a_chat_through_a_pipe(repl, monkeypatch):
-    for name in ("mlx_poe.chat.stream_generate", "mlx_poe.specialists.read_checkpoint"):
+    targets = ("chat.conversation.stream_generate", "loading.specialists.read_checkpoint")
+    for name in (f"mlx_poe.{target}" for target in targets):
         monkeypatch.setattr(name, interrupt)
     for line in (b"hello\n", b"/attach a poe-tiny-chat\n"):
         monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(line)))
@@ -457,7 +458,7 @@ def test_a_history_that_fails_later_is_given_up(capsys, tmp_path, monkeypatch):
 def test_it_runs_where_there_is_no_home(tmp_path):
     code = (
         "import os, sys; os.environ.pop('HOME', None); os.getuid = lambda: 2**31 - 7\n"
-        "from mlx_poe.commands.chat import ChatHistory, main\n"
+        "from mlx_poe.commands.poe_chat import ChatHistory, main\n"
         "assert 'home' in ChatHistory().problem\n"
         "sys.exit(main(['--mode', 'speculative']))"
     )
@@ -482,7 +483,7 @@ def test_a_mode_that_does_not_pay_says_that_it_fell_back(repl, capsys, monkeypat
         for response in stream_generate(*arguments, **keywords):  # type: ignore[arg-type]
             yield replace(response, parked="a token costs more")
 
-    monkeypatch.setattr("mlx_poe.chat.stream_generate", parked)
+    monkeypatch.setattr("mlx_poe.chat.conversation.stream_generate", parked)
     assert repl.obey(TALK[0])
     said = capsys.readouterr().err
     assert said == "full fell back to full depth: a token costs more (--no-park prevents it)\n"

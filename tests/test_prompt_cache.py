@@ -10,12 +10,12 @@ from test_scheduler import endless, models, run, task, text, tokens_of
 
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.single import prefill
-from cognica_mlx.model import PoEModel
-from cognica_mlx.state import DecodingState
+from cognica_mlx.decoding.state import DecodingState
+from cognica_mlx.network.model import PoEModel
 from mlx_poe import stream_generate
-from mlx_poe.prompt_cache import LEAST, PromptCache, chat_marks, common_start
-from mlx_poe.scheduler import Scheduler
-from mlx_poe.task import Task
+from mlx_poe.engine.scheduler import Scheduler
+from mlx_poe.generation.prompt_cache import LEAST, PromptCache, chat_marks, common_start
+from mlx_poe.generation.task import Task
 
 base, tokenizer = fixture("poe-tiny")
 SYSTEM = {"role": "system", "content": "You are a kind and patient teacher. " * 12}

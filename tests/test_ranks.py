@@ -13,22 +13,23 @@ from ranks import Cable, Cables, Group, on_threads
 from split_checks import modes, reply
 
 from cognica_mlx.decoding.modes import last_resort, make_mode
-from cognica_mlx.decoding.pace import pace_for
 from cognica_mlx.decoding.single import advance_through, decode, prefill
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import RankError, RankLostError, RequestError
 from cognica_mlx.machines import link as links
 from cognica_mlx.machines.messages import FORK, Reader, Wire, encode
-from cognica_mlx.state import DecodingState
-from mlx_poe import batch_generate, split_loading, stream_generate
-from mlx_poe.batch import plan
+from cognica_mlx.pricing.pace import pace_for
+from mlx_poe import batch_generate, stream_generate
 from mlx_poe.engine import Engine
-from mlx_poe.machine import known_costs
-from mlx_poe.scheduler import Scheduler
+from mlx_poe.engine.batch_generate import plan
+from mlx_poe.engine.scheduler import Scheduler
+from mlx_poe.loading import split_loading
+from mlx_poe.loading.machine_costs import known_costs
+from mlx_poe.loading.split_loading import _Rank
 from mlx_poe.server.app import make_app
 from mlx_poe.server.catalog import make_catalog
-from mlx_poe.server.errors import as_api_error
-from mlx_poe.server.options import Limits
-from mlx_poe.split_loading import _Rank
+from mlx_poe.server.error_bodies import as_api_error
+from mlx_poe.server.shared_fields import Limits
 
 TEXT = [1 + i * 7 % 60 for i in range(40)]
 

@@ -14,9 +14,9 @@ import pytest
 from conftest import fixture
 
 from cognica_mlx.errors import RequestError
-from mlx_poe.commands.texts import read_texts, replies, segments
+from mlx_poe.commands.measured_texts import read_texts, replies, segments
+from mlx_poe.generation.tools import tool_system_prompt
 from mlx_poe.rows import json_lines, read_rows, read_text
-from mlx_poe.tools import tool_system_prompt
 from mlx_poe.training.data import read_split
 
 TOKENIZER = fixture("poe-tiny")[1]

@@ -12,8 +12,8 @@ from conftest import fixture
 
 from cognica_mlx.errors import CheckpointError, RequestError
 from mlx_poe import load
-from mlx_poe.chat import Chat
-from mlx_poe.saved_chat import _checksum
+from mlx_poe.chat.conversation import Chat
+from mlx_poe.chat.saved_chat import _checksum
 
 
 def test_a_saved_chat_goes_on_without_being_run_again(tmp_path):

@@ -10,22 +10,22 @@ import mlx.core as mx
 import pytest
 from conftest import fixture
 
-from cognica_mlx.costs import Costs
 from cognica_mlx.decoding.batch import Batch
+from cognica_mlx.decoding.footprint import state_bytes
 from cognica_mlx.decoding.modes import MODES
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import RequestError
-from cognica_mlx.footprint import state_bytes
-from cognica_mlx.model import PoEModel
-from cognica_mlx.state import DecodingState
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.pricing.costs import Costs
 from mlx_poe import batch_generate, stream_generate
-from mlx_poe.batch import plan
-from mlx_poe.memory import memory_for_states
-from mlx_poe.prompt_cache import PromptCache
-from mlx_poe.responses import GenerationResponse
-from mlx_poe.scheduler import Scheduler
-from mlx_poe.specialists import Specialists
-from mlx_poe.task import Task, Update
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.engine.batch_generate import plan
+from mlx_poe.engine.memory import memory_for_states
+from mlx_poe.engine.scheduler import Scheduler
+from mlx_poe.generation.prompt_cache import PromptCache
+from mlx_poe.generation.responses import GenerationResponse
+from mlx_poe.generation.task import Task, Update
+from mlx_poe.loading.specialists import Specialists
+from mlx_poe.loading.tokenizer import Tokenizer
 
 base, tokenizer = fixture("poe-tiny")
 endless = Tokenizer(tokenizer.encoding, eos_token_ids=[])

@@ -13,7 +13,7 @@ from conftest import fixture
 from test_scheduler import STORY, TALK, models, text
 
 from mlx_poe import stream_generate
-from mlx_poe.responses import GenerationResponse
+from mlx_poe.generation.responses import GenerationResponse
 
 tokenizer = fixture("poe-tiny")[1]
 NAMES = {"base": "poe-tiny", "chat": "poe-tiny-chat", "math": "poe-tiny-math", "both": "both"}

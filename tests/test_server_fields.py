@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from mlx_poe.server.errors import ApiError
+from mlx_poe.server.error_bodies import ApiError
 from mlx_poe.server.fields import Fields, shown
-from mlx_poe.server.options import _mode
+from mlx_poe.server.shared_fields import _mode
 from mlx_poe.server.wire import event, to_json
 
 

@@ -22,7 +22,7 @@ from servers import PATIENCE, RunningServer, until
 from test_scheduler import models, text
 
 from mlx_poe import stream_generate
-from mlx_poe.server import serving
+from mlx_poe.server import request_life as serving
 
 TEXTS = "/v1/completions"
 tokenizer = fixture("poe-tiny")[1]

@@ -10,13 +10,13 @@ from conftest import fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cognica_mlx import shelf as shelf_module
-from cognica_mlx.cache import StageCache
+from cognica_mlx.cache import shelf as shelf_module
+from cognica_mlx.cache.packed_pass import begin, in_order
+from cognica_mlx.cache.shelf import Shelf, arrange
+from cognica_mlx.cache.stage_cache import StageCache
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence
-from cognica_mlx.packed_pass import begin, in_order
-from cognica_mlx.shelf import Shelf, arrange
 
 WINDOWS = (3, 9)
 

@@ -16,17 +16,17 @@ from cognica_mlx.convert.conversion import prepare
 from cognica_mlx.convert.lineage import difference, some
 from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import locate
-from cognica_mlx.costs import bytes_read
 from cognica_mlx.decoding.single import advance_through, prefill, set_depth
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
-from cognica_mlx.model import log_op
-from cognica_mlx.shared_base import PatchedEmbedding, shared_stages
-from cognica_mlx.state import DecodingState
+from cognica_mlx.network.model import log_op
+from cognica_mlx.network.shared_base import PatchedEmbedding, shared_stages
+from cognica_mlx.pricing.costs import bytes_read
 from mlx_poe import generate, load, stream_generate
 from mlx_poe.commands.generate import main
-from mlx_poe.load import find_model
-from mlx_poe.specialists import Specialists
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.loading.load import find_model
+from mlx_poe.loading.specialists import Specialists
+from mlx_poe.loading.tokenizer import Tokenizer
 
 TINY = json.loads((FIXTURES / "poe-tiny-goldens.json").read_text())
 NAMES = ("chat", "math", "tool")

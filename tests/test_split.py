@@ -5,11 +5,11 @@ import pytest
 from conftest import fixture
 from ranks import Group
 
+from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.errors import RequestError
-from cognica_mlx.hidden import Hidden
 from cognica_mlx.machines.messages import Reader, Wire, encode, hidden_parts, read_hidden
-from cognica_mlx.machines.split import Absent, Split, balanced, parse
-from cognica_mlx.model import PoEModel
+from cognica_mlx.machines.placement import Absent, Split, balanced, parse
+from cognica_mlx.network.model import PoEModel
 
 
 def test_a_split_is_read_as_it_is_written():

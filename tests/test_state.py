@@ -9,13 +9,13 @@ from conftest import GOLDENS, fixture, goldens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cognica_mlx import cache as cache_module
-from cognica_mlx.attention import window_mask
-from cognica_mlx.cache import StageCache
+from cognica_mlx.cache import stage_cache as cache_module
+from cognica_mlx.cache.attention import window_mask
+from cognica_mlx.cache.stage_cache import StageCache
 from cognica_mlx.decoding import requests
 from cognica_mlx.decoding.single import carry_out, prefill, set_depth
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import RequestError, RollbackError
-from cognica_mlx.state import DecodingState
 
 TOLERANCE = 1e-4
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pickles import FIELDS
 
 from cognica_mlx.errors import RequestError, TokenizerError
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.loading.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "mlx_poe" / "models" / "poe-tiny"

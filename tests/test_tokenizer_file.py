@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pickles import FIELDS, Calls, short
 
-from cognica_mlx.convert import tokenizer_files
-from cognica_mlx.convert.tokenizer_files import read_encoding
+from cognica_mlx.convert.formats import tokenizer_files
+from cognica_mlx.convert.formats.tokenizer_files import read_encoding
 from cognica_mlx.errors import TokenizerError
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.loading.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[1] / "mlx_poe" / "models" / "poe-tiny"
 REAL = (TINY / "tokenizer.pkl").read_bytes()

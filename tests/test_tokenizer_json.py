@@ -18,12 +18,12 @@ from jinja2.exceptions import TemplateError
 from mlx_lm.utils import load_tokenizer
 from transformers import AutoTokenizer
 
-from cognica_mlx.convert import tokenizer_json
-from cognica_mlx.convert.tokenizer_files import has_tokenizer, read_encoding
-from cognica_mlx.convert.tokenizer_json import write_tokenizer
+from cognica_mlx.convert.formats import tokenizer_json
+from cognica_mlx.convert.formats.tokenizer_files import has_tokenizer, read_encoding
+from cognica_mlx.convert.formats.tokenizer_json import write_tokenizer
 from cognica_mlx.errors import RequestError, TokenizerError
 from mlx_poe import models
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.loading.tokenizer import Tokenizer
 
 TINY = Path(models.__path__[0]) / "poe-tiny"
 FOLDERS = (TINY, FIXTURES / "flat-d8")

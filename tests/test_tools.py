@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cognica_mlx.errors import RequestError
-from mlx_poe.tokenizer import Tokenizer
-from mlx_poe.tools import (
+from mlx_poe.generation.tools import (
     CALL_MARK,
     MAX_CALL,
     ToolCall,
@@ -19,6 +18,7 @@ from mlx_poe.tools import (
     read_functions,
     tool_system_prompt,
 )
+from mlx_poe.loading.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = json.loads((ROOT / "tests" / "fixtures" / "poe-tiny-goldens.json").read_text())["tool"]

@@ -34,8 +34,8 @@ import numpy as np
 import pytest
 from torch_views import VIEWS, expected_views, refusal
 
-from cognica_mlx.convert import torch_files
-from cognica_mlx.convert.torch_files import TorchFile
+from cognica_mlx.convert.formats import torch_files
+from cognica_mlx.convert.formats.torch_files import TorchFile
 from cognica_mlx.errors import CheckpointError
 
 FIXTURES = Path(__file__).parent / "fixtures"

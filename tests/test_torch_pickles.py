@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pickles import Calls, number, row, short, text
 from torch_views import VIEWS, expected_views, refusal
 
-from cognica_mlx.convert import torch_files
-from cognica_mlx.convert.torch_files import TorchFile
+from cognica_mlx.convert.formats import torch_files
+from cognica_mlx.convert.formats.torch_files import TorchFile
 from cognica_mlx.errors import CheckpointError
 
 

@@ -18,20 +18,20 @@ from conftest import FIXTURES
 from converting import entries
 from training import SMALL_RUN, Watcher, chat, small_run, write_all, write_data, write_rows
 
-from cognica_mlx.calibration import Calibration
+from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.convert.conversion import prepare
 from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import locate
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.training import store
-from cognica_mlx.training.checkpoint import read_training
+from cognica_mlx.training.saved_training import read_training
 from cognica_mlx.training.store import StoredActivations
 from cognica_mlx.training.trainer import DivergedError
 from mlx_poe import generate, load
 from mlx_poe.commands import train as train_command
 from mlx_poe.commands.calibrate import main as calibrate
 from mlx_poe.commands.train import main
-from mlx_poe.specialists import Specialists
+from mlx_poe.loading.specialists import Specialists
 from mlx_poe.training import InterruptedTraining, TrainingSettings, run, store_folders, train
 from mlx_poe.training.run import checkpoint_file
 

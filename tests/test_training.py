@@ -13,11 +13,12 @@ from conftest import FIXTURES, assert_bits_equal, fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.decoding.sampling import logprob_of
 from cognica_mlx.errors import CheckpointError, RequestError
-from cognica_mlx.hidden import Hidden
-from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import logprob_of
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.training.batches import Batches, Text, bucket
 from cognica_mlx.training.loss import cross_entropy
 from cognica_mlx.training.optimizer import MuonAdamW, rate
 from cognica_mlx.training.stage import NewStage, Parameters, stacked, stacked_config
@@ -29,7 +30,6 @@ from cognica_mlx.training.store import (
     store_bytes,
     write_store,
 )
-from cognica_mlx.training.texts import Batches, Text, bucket
 from cognica_mlx.training.trainer import Trainer
 
 TINY = PoEConfig(

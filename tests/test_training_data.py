@@ -8,7 +8,7 @@ from conftest import fixture
 from training import chat, some_rows, write_rows
 
 from cognica_mlx.errors import RequestError
-from mlx_poe.tools import tool_system_prompt
+from mlx_poe.generation.tools import tool_system_prompt
 from mlx_poe.training.chat_tokens import never_seen, word_rows
 from mlx_poe.training.data import Split, first_texts, read_split
 

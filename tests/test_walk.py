@@ -19,16 +19,16 @@ from mlx.utils import tree_flatten, tree_unflatten
 from test_scheduler import BOUNDS, TALK, held, text, tokenizer
 
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.costs import Costs
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.shared_base import share_base
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.shared_base import share_base
+from cognica_mlx.pricing.costs import Costs
 from mlx_poe import stream_generate
-from mlx_poe.batch import plan
-from mlx_poe.responses import GenerationResponse
-from mlx_poe.scheduler import Scheduler
-from mlx_poe.specialists import Specialists
-from mlx_poe.task import Task
+from mlx_poe.engine.batch_generate import plan
+from mlx_poe.engine.scheduler import Scheduler
+from mlx_poe.generation.responses import GenerationResponse
+from mlx_poe.generation.task import Task
+from mlx_poe.loading.specialists import Specialists
 
 STEPS = int(os.environ.get("POE_WALK_STEPS", "300"))
 SEED = int(os.environ.get("POE_WALK_SEED", "1"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cognica_mlx.whole_file import replacing, write_text
+from cognica_mlx.files.whole_file import replacing, write_text
 
 
 def test_a_new_file_gets_the_permissions_that_the_umask_allows(tmp_path: Path) -> None:

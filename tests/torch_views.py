@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from cognica_mlx.convert.torch_files import TorchFile
+from cognica_mlx.convert.formats.torch_files import TorchFile
 from cognica_mlx.errors import CheckpointError
 
 FIXTURES = Path(__file__).parent / "fixtures"

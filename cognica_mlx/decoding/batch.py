@@ -16,7 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.pace import Pace
 from cognica_mlx.decoding.passes import read, run_stage, score, submit
 from cognica_mlx.decoding.requests import (
     Advance,
@@ -30,7 +29,8 @@ from cognica_mlx.decoding.requests import (
 )
 from cognica_mlx.decoding.sequence import prefill_step_size_here
 from cognica_mlx.errors import RankError, RankLostError
-from cognica_mlx.stages import Stage
+from cognica_mlx.network.stages import Stage
+from cognica_mlx.pricing.pace import Pace
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from cognica_mlx.constraint import Constraint
+from cognica_mlx.decoding.constraint import Constraint
 from cognica_mlx.decoding.requests import Read, Request, Score, as_row, through
 from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
+from cognica_mlx.decoding.sampling import Context, Scores, logprob_of, masked
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.sampling import Context, Scores, logprob_of, masked
 
 # The drafters' names, as in tokens and statistics.
 OWN, ROUNDED, LOOKED_UP, FORCED = "stages", "rounded", "lookup", "forced"

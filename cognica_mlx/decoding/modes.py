@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from cognica_mlx.calibration import Calibration, published_bounds
+from cognica_mlx.calibration_file import Calibration, published_bounds
 from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.rounded_prefix import round_prefix
@@ -22,8 +22,8 @@ from cognica_mlx.decoding.targets import (
 from cognica_mlx.decoding.wand import Wand, exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.machines.remote import stage_left
-from cognica_mlx.model import PoEModel
-from cognica_mlx.rounding import draft_scheme
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.rounding import draft_scheme
 
 # The most drafts in a round by default: more from a rounded drafter, which is cheaper.
 DRAFTS, ROUNDED_DRAFTS = 3, 6

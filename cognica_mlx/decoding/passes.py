@@ -12,14 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.cache.hidden import Hidden, Rows, pack
+from cognica_mlx.cache.packed_pass import begin, in_order
+from cognica_mlx.cache.shelf import arrange
 from cognica_mlx.decoding.requests import Advance, Read, Score
-from cognica_mlx.hidden import Hidden, Rows, pack
+from cognica_mlx.decoding.sampling import Scores
+from cognica_mlx.decoding.state import DecodingState, Text
 from cognica_mlx.machines.remote import RemoteStage
-from cognica_mlx.model import PoEModel
-from cognica_mlx.packed_pass import begin, in_order
-from cognica_mlx.sampling import Scores
-from cognica_mlx.shelf import arrange
-from cognica_mlx.state import DecodingState, Text
+from cognica_mlx.network.model import PoEModel
 
 
 def run_stage(requests: Sequence[Advance]) -> None:

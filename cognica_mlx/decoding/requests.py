@@ -14,9 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.decoding.targets import Target
-from cognica_mlx.stages import Stage
-from cognica_mlx.state import DecodingState
+from cognica_mlx.network.stages import Stage
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,8 @@ import mlx.nn as nn
 
 from cognica_mlx.decoding.targets import Target, draft_target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.rounding import (
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.rounding import (
     Scheme,
     copies_of,
     release,
@@ -27,7 +27,7 @@ from cognica_mlx.rounding import (
     rounded_matrices,
     rounded_stage,
 )
-from cognica_mlx.stages import Stage
+from cognica_mlx.network.stages import Stage
 
 
 @dataclass(frozen=True, eq=False)

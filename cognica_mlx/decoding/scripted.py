@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.decoding.requests import Request, Score
+from cognica_mlx.decoding.sampling import Scores
 from cognica_mlx.decoding.single import Driver
-from cognica_mlx.sampling import Scores
 
 # The best token's score, the score of all but the best two, and the ids that stand in for the
 # recorded token and for a wrong one.

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from cognica_mlx.constraint import Constraint
 from cognica_mlx.decoding.advice import Advice, NoAdvice
+from cognica_mlx.decoding.constraint import Constraint
 from cognica_mlx.decoding.requests import (
     DecodedToken,
     Read,
@@ -28,11 +28,11 @@ from cognica_mlx.decoding.requests import (
     through,
     top_of,
 )
+from cognica_mlx.decoding.sampling import Context, Sampler, logprob_of
+from cognica_mlx.decoding.state import DecodingState, Progress
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RankLostError, RequestError, RollbackError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import Context, Sampler, logprob_of
-from cognica_mlx.state import DecodingState, Progress
+from cognica_mlx.network.model import PoEModel
 
 # Prompt chunks are shorter by this factor if several machines run them.
 PIPELINE = 2

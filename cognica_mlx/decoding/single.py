@@ -23,9 +23,9 @@ from cognica_mlx.decoding.requests import (
     through,
 )
 from cognica_mlx.decoding.sequence import DecodingSequence, Mode, read_prompt, ready
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import RankLostError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.state import DecodingState
+from cognica_mlx.network.model import PoEModel
 
 
 class Driver(Protocol):

@@ -35,8 +35,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from cognica_mlx.constraint import Constraint
 from cognica_mlx.decoding.advice import Advice, Plan
+from cognica_mlx.decoding.constraint import Constraint
 from cognica_mlx.decoding.drafters import FORCED, LOOKED_UP, Draft, StageDrafter, begin
 from cognica_mlx.decoding.lookup import MOST, Lookup
 from cognica_mlx.decoding.plain import Plain
@@ -51,10 +51,10 @@ from cognica_mlx.decoding.requests import (
     top_of,
 )
 from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
+from cognica_mlx.decoding.sampling import Sampler, Scores, logprob_of
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.sampling import Sampler, Scores, logprob_of
 
 MAX_DRAFTS = 64
 

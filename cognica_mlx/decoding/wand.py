@@ -31,11 +31,11 @@ from cognica_mlx.decoding.requests import (
     advance,
     top_of,
 )
+from cognica_mlx.decoding.sampling import Scores
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import full_target, stage_target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import Scores
+from cognica_mlx.network.model import PoEModel
 
 
 def exit_margins(model: PoEModel, p99_bounds: Sequence[float], safety: float) -> list[float]:

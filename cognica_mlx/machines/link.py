@@ -24,9 +24,9 @@ from queue import Full, Queue
 
 import mlx.core as mx
 
+from cognica_mlx.backend.streams import end_with_thread
 from cognica_mlx.errors import RankError, RankLostError
 from cognica_mlx.machines.messages import Inbox, Kind, Reader, Wire, encode
-from cognica_mlx.streams import end_with_thread
 
 TIMEOUT = 60.0
 # How many messages may wait to be sent, and how many statuses may be left unread.

@@ -17,8 +17,8 @@ from itertools import accumulate, islice, pairwise
 import mlx.core as mx
 import numpy as np
 
+from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.errors import RankError, RankLostError, one_line
-from cognica_mlx.hidden import Hidden
 
 # Words of 4 bytes in a first block; two of them are the message's length and destination.
 BLOCK = 256

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from cognica_mlx.cache import StageCache
+from cognica_mlx.cache.hidden import Hidden, Rows, pack
+from cognica_mlx.cache.packed_pass import begin, in_order
+from cognica_mlx.cache.shelf import arrange
+from cognica_mlx.cache.stage_cache import StageCache
 from cognica_mlx.errors import RankError, one_line
-from cognica_mlx.hidden import Hidden, Rows, pack
 from cognica_mlx.machines.messages import (
     FORGET,
     FORK,
@@ -26,9 +28,7 @@ from cognica_mlx.machines.messages import (
     read_hidden,
 )
 from cognica_mlx.machines.remote import BODY, FROM
-from cognica_mlx.packed_pass import begin, in_order
-from cognica_mlx.shelf import arrange
-from cognica_mlx.stages import Stage
+from cognica_mlx.network.stages import Stage
 
 # Predicts (1, T, V) from activations (1, T, D); if the flag is set they are a base stage's, and the
 # prediction is a draft.

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 import mlx.core as mx
 
-from cognica_mlx.attention import AttentionCache
-from cognica_mlx.cache import Content, Done, Span, StageCache
+from cognica_mlx.cache.attention import AttentionCache
+from cognica_mlx.cache.hidden import Hidden
+from cognica_mlx.cache.stage_cache import Content, Done, Span, StageCache
 from cognica_mlx.errors import RankLostError, RequestError
-from cognica_mlx.hidden import Hidden
 from cognica_mlx.machines.link import Link
 from cognica_mlx.machines.messages import DROP, FORGET, FORK, Kind, hidden_parts, read_hidden
-from cognica_mlx.stages import Stage
+from cognica_mlx.network.stages import Stage
 
 if TYPE_CHECKING:
-    from cognica_mlx.model import PoEModel
+    from cognica_mlx.network.model import PoEModel
 
 # Where the positions of a pass come from: the message, the owner itself, another rank.
 BODY, OWN, FROM = range(3)

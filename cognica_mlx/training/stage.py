@@ -17,14 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from cognica_mlx.attention import WholeText
+from cognica_mlx.cache.attention import WholeText
+from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.config import SUMMED, PoEConfig
-from cognica_mlx.elementwise import compiles, mixed
 from cognica_mlx.errors import RequestError
-from cognica_mlx.hidden import Hidden
-from cognica_mlx.linear import Linear, unpacked
-from cognica_mlx.model import PoEModel
-from cognica_mlx.shared_base import share_base
+from cognica_mlx.network.elementwise import compiles, mixed
+from cognica_mlx.network.linear import Linear, unpacked
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.shared_base import share_base
 from cognica_mlx.training.loss import cross_entropy
 
 Parameters = dict[str, mx.array]

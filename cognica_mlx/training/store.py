@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.errors import CheckpointError
-from cognica_mlx.hidden import Hidden
-from cognica_mlx.model import PoEModel
-from cognica_mlx.training.texts import Batch, Batches, Text
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.training.batches import Batch, Batches, Text
 
 GROUP = 64
 STORE_BITS = (16, 8)

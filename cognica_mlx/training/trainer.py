@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
+from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.errors import PoEError
-from cognica_mlx.hidden import Hidden
+from cognica_mlx.training.batches import ROW_SHARE, Batch, Batches, bucket
 from cognica_mlx.training.optimizer import MuonAdamW, State, rate
 from cognica_mlx.training.stage import NewStage, Parameters
 from cognica_mlx.training.store import Activations
-from cognica_mlx.training.texts import ROW_SHARE, Batch, Batches, bucket
 
 
 class DivergedError(PoEError):

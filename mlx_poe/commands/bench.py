@@ -14,29 +14,29 @@ import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from cognica_mlx import blas, whole_file
-from cognica_mlx.bench import figures
-from cognica_mlx.bench.batch import batches
-from cognica_mlx.bench.constrained import constrained
-from cognica_mlx.bench.drafts import BEGINNINGS, drafts
-from cognica_mlx.bench.figures import ROWS, Figure, Setup
-from cognica_mlx.bench.machine import slow_blas, this_machine
-from cognica_mlx.bench.modes import Recording, modes
+from cognica_mlx.backend import blas
+from cognica_mlx.bench.machine_card import slow_blas, this_machine
 from cognica_mlx.bench.peers import peers
 from cognica_mlx.bench.report import Report, compare, read, show
-from cognica_mlx.bench.serving import Served, check_installed, serving
+from cognica_mlx.bench.sections import stages as figures
+from cognica_mlx.bench.sections.batches import batches
+from cognica_mlx.bench.sections.constrained import constrained
+from cognica_mlx.bench.sections.drafts import BEGINNINGS, drafts
+from cognica_mlx.bench.sections.mode_speeds import Recording, modes
+from cognica_mlx.bench.sections.serving import Served, check_installed, serving
+from cognica_mlx.bench.sections.stage_training import training
+from cognica_mlx.bench.sections.stages import ROWS, Figure, Setup
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, check_agreement, synthetic_model
-from cognica_mlx.bench.training import training
-from cognica_mlx.calibration import Calibration
-from cognica_mlx.calibration.measuring import calibrate, recorded_prefix
+from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.convert.chat_layout import BOS
-from cognica_mlx.convert.stored import DTYPES
-from cognica_mlx.costs import Costs, measure, measure_drafter
+from cognica_mlx.convert.formats.stored import DTYPES
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.rounding import BITS
-from mlx_poe.commands.bars import progress_bars
+from cognica_mlx.files import whole_file
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.rounding import BITS
+from cognica_mlx.pricing.costs import Costs, measure, measure_drafter
+from cognica_mlx.pricing.measuring import calibrate, recorded_prefix
 from mlx_poe.commands.bench_machines import (
     MACHINES,
     add_machine_flags,
@@ -45,7 +45,7 @@ from mlx_poe.commands.bench_machines import (
 )
 from mlx_poe.commands.bench_texts import long_text, margins, prompts, recording
 from mlx_poe.commands.entry import interruptible, make_parser, run
-from mlx_poe.commands.options import (
+from mlx_poe.commands.flags import (
     add_revision_flag,
     add_specialist_flag,
     check_output,
@@ -54,7 +54,8 @@ from mlx_poe.commands.options import (
     numbers,
     starters,
 )
-from mlx_poe.load import DEFAULT_MODEL, find_model, load
+from mlx_poe.commands.progress import progress_bars
+from mlx_poe.loading.load import DEFAULT_MODEL, find_model, load
 from mlx_poe.rows import read_text
 
 SECTIONS = (

@@ -10,28 +10,28 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from cognica_mlx.bench.figures import Figure
-from cognica_mlx.bench.machines import (
+from cognica_mlx.bench.sections.several_machines import (
     part_of,
     prompts,
     siblings,
     specialist_over,
     speculation,
 )
+from cognica_mlx.bench.sections.stages import Figure
 from cognica_mlx.bench.shapes import random_model, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
 from cognica_mlx.bench.timing import Progress
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.convert.stored import DTYPES
+from cognica_mlx.convert.formats.stored import DTYPES
 from cognica_mlx.errors import RequestError
 from cognica_mlx.machines.link import TIMEOUT
-from cognica_mlx.machines.split import NOTHING
-from cognica_mlx.model import PoEModel
-from cognica_mlx.shared_base import share_base
+from cognica_mlx.machines.placement import NOTHING
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.shared_base import share_base
 from mlx_poe.commands.bench_texts import margins
 from mlx_poe.commands.split import add_split_flags, check_split
-from mlx_poe.specialists import Specialists
-from mlx_poe.split_loading import Choose, Loaded, on_machines
+from mlx_poe.loading.specialists import Specialists
+from mlx_poe.loading.split_loading import Choose, Loaded, on_machines
 
 MACHINES = "machines"
 

@@ -6,11 +6,11 @@ import argparse
 
 import numpy as np
 
-from cognica_mlx.bench.drafts import BEGINNINGS, QUESTIONS
-from cognica_mlx.bench.modes import Recording
-from cognica_mlx.calibration.measuring import record
-from cognica_mlx.model import PoEModel
-from mlx_poe.load import DEFAULT_MODEL, load
+from cognica_mlx.bench.sections.drafts import BEGINNINGS, QUESTIONS
+from cognica_mlx.bench.sections.mode_speeds import Recording
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.pricing.measuring import record
+from mlx_poe.loading.load import DEFAULT_MODEL, load
 
 
 def recording() -> Recording:

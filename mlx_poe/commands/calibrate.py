@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
-from cognica_mlx.calibration.measuring import calibrate
+from cognica_mlx.calibration_file import CALIBRATION_FILE, Calibration
 from cognica_mlx.errors import RequestError
+from cognica_mlx.pricing.measuring import calibrate
 from mlx_poe.commands.entry import make_parser, run
-from mlx_poe.commands.options import add_model_flags, check_output, file_path
-from mlx_poe.commands.texts import read_texts, replies, segments
-from mlx_poe.load import find_model, load
+from mlx_poe.commands.flags import add_model_flags, check_output, file_path
+from mlx_poe.commands.measured_texts import read_texts, replies, segments
+from mlx_poe.loading.load import find_model, load
 
 EXAMPLES = """\
   mlx_poe.calibrate --model path/to/model --data notes.txt

@@ -16,18 +16,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from cognica_mlx.convert.conversion import Conversion, prepare, upload
+from cognica_mlx.convert.formats.safetensors_files import nbytes
+from cognica_mlx.convert.formats.stored import DTYPES
+from cognica_mlx.convert.formats.whole_folder import check_target
 from cognica_mlx.convert.quantization import RECIPES, Rule, scheme
-from cognica_mlx.convert.safetensors_files import nbytes
-from cognica_mlx.convert.stored import DTYPES
-from cognica_mlx.convert.whole_folder import check_target
 from cognica_mlx.errors import RequestError
-from cognica_mlx.rounding import BITS, DRAFT_BITS, MODES, Scheme
+from cognica_mlx.network.rounding import BITS, DRAFT_BITS, MODES, Scheme
 from mlx_poe.commands.entry import interruptible, make_parser, run
-from mlx_poe.commands.options import add_revision_flag, file_path, folder_path
-from mlx_poe.commands.texts import Text, read_texts, segments
-from mlx_poe.load import find_model, load
-from mlx_poe.tokenizer import Tokenizer
-from mlx_poe.verify import SAMPLE, compare
+from mlx_poe.commands.flags import add_revision_flag, file_path, folder_path
+from mlx_poe.commands.measured_texts import Text, read_texts, segments
+from mlx_poe.loading.load import find_model, load
+from mlx_poe.loading.tokenizer import Tokenizer
+from mlx_poe.loading.verify import SAMPLE, compare
 
 VERIFY_TOKENS = 4096
 

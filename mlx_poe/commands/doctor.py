@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cognica_mlx import whole_file
-from mlx_poe.commands.bars import progress_bars
+from cognica_mlx.files import whole_file
 from mlx_poe.commands.entry import interruptible, make_parser, run
-from mlx_poe.commands.options import check_output, file_path
+from mlx_poe.commands.flags import check_output, file_path
+from mlx_poe.commands.progress import progress_bars
 from mlx_poe.doctor.examination import examine
-from mlx_poe.load import DEFAULT_MODEL
+from mlx_poe.loading.load import DEFAULT_MODEL
 
 EXAMPLES = """\
   mlx_poe.doctor                                       # about a minute

@@ -18,7 +18,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cognica_mlx import blas
+from cognica_mlx.backend import blas
 from cognica_mlx.errors import PoEError, PoEWarning, RequestError
 
 INTERRUPTED = 130

@@ -13,13 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cognica_mlx import strict_json, whole_file
-from cognica_mlx.calibration import published_bounds
+from cognica_mlx.calibration_file import published_bounds
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel
-from mlx_poe.commands.bars import progress_bars
+from cognica_mlx.files import strict_json, whole_file
+from cognica_mlx.network.model import PoEModel
 from mlx_poe.commands.entry import interruptible, make_parser, run
-from mlx_poe.commands.options import (
+from mlx_poe.commands.flags import (
     add_model_flags,
     check_output,
     file_path,
@@ -27,13 +26,14 @@ from mlx_poe.commands.options import (
     names,
     numbers,
 )
-from mlx_poe.commands.texts import read_texts, replies, segments
+from mlx_poe.commands.measured_texts import read_texts, replies, segments
+from mlx_poe.commands.progress import progress_bars
 from mlx_poe.evaluation.answers import Answers, fingerprint
 from mlx_poe.evaluation.on_text import Measured, measure_text
 from mlx_poe.evaluation.predictors import Predictors, chosen
 from mlx_poe.evaluation.scoring import BATCH
-from mlx_poe.load import load
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.loading.load import load
+from mlx_poe.loading.tokenizer import Tokenizer
 
 SAFETIES = (0.5, 0.75, 1.0)
 

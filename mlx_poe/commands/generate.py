@@ -15,19 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.style import Style
 from rich.text import Text
 
-from cognica_mlx import strict_json
 from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions
+from cognica_mlx.decoding.sampling import SamplingOptions
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import SamplingOptions
-from mlx_poe.commands.batch import (
-    add_batch_flags,
-    as_json,
-    check_file_flags,
-    generate_file,
-)
+from cognica_mlx.files import strict_json
+from cognica_mlx.network.model import PoEModel
 from mlx_poe.commands.entry import INTERRUPTED, make_parser, read_stdin, run
-from mlx_poe.commands.options import (
+from mlx_poe.commands.flags import (
     add_constraint_flags,
     add_mode_flags,
     add_model_flags,
@@ -37,14 +31,15 @@ from mlx_poe.commands.options import (
     taken,
     taken_constraints,
 )
+from mlx_poe.commands.prompts_file import add_batch_flags, as_json, check_file_flags, generate_file
 from mlx_poe.commands.split import add_split_flags, check_split, over_machines
-from mlx_poe.generate import GenerationResponse, Prompt, stream_generate
-from mlx_poe.load import load
-from mlx_poe.machine import known_costs
-from mlx_poe.penalty import default_repetition_penalty
-from mlx_poe.responses import drafts_in_words
-from mlx_poe.specialists import Specialists
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.generation.penalty import default_repetition_penalty
+from mlx_poe.generation.responses import drafts_in_words
+from mlx_poe.generation.text import GenerationResponse, Prompt, stream_generate
+from mlx_poe.loading.load import load
+from mlx_poe.loading.machine_costs import known_costs
+from mlx_poe.loading.specialists import Specialists
+from mlx_poe.loading.tokenizer import Tokenizer
 
 # One color per stage, shallow to deep; deeper models start over.
 STAGE_COLORS = ("green", "cyan", "blue", "magenta", "red", "yellow")

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cognica_mlx import strict_json
 from cognica_mlx.errors import CheckpointError, RequestError
-from mlx_poe.commands.options import check_output
+from cognica_mlx.files import strict_json
+from mlx_poe.commands.flags import check_output
 from mlx_poe.evaluation.answers import key_of
 
 # Every line that we write begins with this.

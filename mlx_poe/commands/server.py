@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands.entry import make_parser, run
-from mlx_poe.commands.options import add_model_flags, add_specialist_flag, starters
+from mlx_poe.commands.flags import add_model_flags, add_specialist_flag, starters
 from mlx_poe.commands.split import add_split_flags, check_split, over_machines
 from mlx_poe.engine import Engine
-from mlx_poe.load import load
-from mlx_poe.machine import known_costs
-from mlx_poe.scheduler import MAX_SEQUENCES
-from mlx_poe.specialists import Specialists
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.engine.scheduler import MAX_SEQUENCES
+from mlx_poe.loading.load import load
+from mlx_poe.loading.machine_costs import known_costs
+from mlx_poe.loading.specialists import Specialists
+from mlx_poe.loading.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -243,7 +243,7 @@ def _make_app(
 ) -> Starlette:
     from mlx_poe.server.app import make_app
     from mlx_poe.server.catalog import make_catalog
-    from mlx_poe.server.options import Limits
+    from mlx_poe.server.shared_fields import Limits
 
     base = _base_name(args.model)
     catalog = make_catalog(engine, base, specialists, args.composition)

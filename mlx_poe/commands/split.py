@@ -8,10 +8,10 @@ from functools import partial
 
 from cognica_mlx.errors import RequestError
 from cognica_mlx.machines.link import TIMEOUT
-from mlx_poe.load import load
-from mlx_poe.specialists import Specialists
-from mlx_poe.split_loading import STAGES, on_machines
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.loading.load import load
+from mlx_poe.loading.specialists import Specialists
+from mlx_poe.loading.split_loading import STAGES, on_machines
+from mlx_poe.loading.tokenizer import Tokenizer
 
 
 def add_split_flags(parser: argparse.ArgumentParser) -> None:

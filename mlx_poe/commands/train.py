@@ -25,24 +25,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cognica_mlx import strict_json
 from cognica_mlx.config import HEAD_MODES
 from cognica_mlx.errors import RequestError, one_line
+from cognica_mlx.files import strict_json
 from cognica_mlx.training.optimizer import OPTIMIZERS
 from cognica_mlx.training.store import STORE_BITS
 from cognica_mlx.training.trainer import Evaluation
 from mlx_poe.commands.entry import INTERRUPTED, interruptible, make_parser, run
-from mlx_poe.commands.options import (
-    add_checkpoint_flags,
-    check_output,
-    file_path,
-    folder_path,
-    taken,
-)
+from mlx_poe.commands.flags import add_checkpoint_flags, check_output, file_path, folder_path, taken
 from mlx_poe.paths import user_path
 from mlx_poe.training import InterruptedTraining, Result, TrainingSettings, train
 from mlx_poe.training.after import bits_per_byte, calibrate_folder
-from mlx_poe.training.plot import plot
+from mlx_poe.training.loss_plot import plot
 from mlx_poe.training.run import resumed_settings, size
 from mlx_poe.training.settings import CHAT_TOKENS, NAMES
 

@@ -15,20 +15,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from cognica_mlx.bench.drafts import BEGINNINGS
-from cognica_mlx.calibration import published_bounds
+from cognica_mlx.bench.sections.drafts import BEGINNINGS
+from cognica_mlx.calibration_file import published_bounds
 from cognica_mlx.decoding.passes import score
 from cognica_mlx.decoding.requests import Score
 from cognica_mlx.decoding.single import advance_through, prefill
+from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.decoding.targets import full_target
-from cognica_mlx.model import PoEModel, log_op
-from cognica_mlx.state import DecodingState
-from mlx_poe.batch import batch_generate
-from mlx_poe.doctor.report import FAILED, OK, WARNING, Line
-from mlx_poe.generate import stream_generate
-from mlx_poe.responses import GenerationResponse
-from mlx_poe.tokenizer import Tokenizer
-from mlx_poe.verify import SAMPLE
+from cognica_mlx.network.model import PoEModel, log_op
+from mlx_poe.doctor.verdicts import FAILED, OK, WARNING, Line
+from mlx_poe.engine.batch_generate import batch_generate
+from mlx_poe.generation.responses import GenerationResponse
+from mlx_poe.generation.text import stream_generate
+from mlx_poe.loading.tokenizer import Tokenizer
+from mlx_poe.loading.verify import SAMPLE
 
 # How far logits from passes of different sizes may differ, by the type of the weights.
 APART = {mx.float32: 1e-3, mx.float16: 0.05, mx.bfloat16: 0.4}

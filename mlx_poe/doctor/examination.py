@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from cognica_mlx.bench.machine import Machine, this_machine
-from cognica_mlx.calibration.measuring import Progress
-from cognica_mlx.device import prepare
+from cognica_mlx.bench.machine_card import Machine, this_machine
+from cognica_mlx.network.device import prepare
+from cognica_mlx.pricing.measuring import Progress
 from mlx_poe.doctor import agreement, hardware
 from mlx_poe.doctor.agreement import REPORT
 from mlx_poe.doctor.recorded import (
@@ -19,9 +19,9 @@ from mlx_poe.doctor.recorded import (
     read_recording,
     recorded_model,
 )
-from mlx_poe.doctor.report import FAILED, OK, WARNING, Line, Report
-from mlx_poe.load import load
-from mlx_poe.verify import SAMPLE
+from mlx_poe.doctor.verdicts import FAILED, OK, WARNING, Line, Report
+from mlx_poe.loading.load import load
+from mlx_poe.loading.verify import SAMPLE
 
 # For each type and number of bits: how far logits may be from the recorded ones to pass, how far
 # before a check fails, and the share of positions where the best token must be the same. On the CPU

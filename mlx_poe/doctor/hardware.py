@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from cognica_mlx import blas
-from cognica_mlx.bench.machine import Machine, slow_blas
-from cognica_mlx.costs import Costs, measure
+from cognica_mlx.backend import blas
+from cognica_mlx.bench.machine_card import Machine, slow_blas
 from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions, make_mode
-from cognica_mlx.decoding.pace import Metered, Pace
 from cognica_mlx.decoding.single import Single, decode
-from cognica_mlx.model import PoEModel
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.pricing.costs import Costs, measure
+from cognica_mlx.pricing.pace import Metered, Pace
 from mlx_poe.doctor.agreement import PROMPTS, TOKENS, cases
-from mlx_poe.doctor.report import OK, WARNING, Line
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.doctor.verdicts import OK, WARNING, Line
+from mlx_poe.loading.tokenizer import Tokenizer
 
 ROWS = (1, 2, 4, 8, 16)
 # Drafting three tokens pays only if four rows cost less than this many single ones.

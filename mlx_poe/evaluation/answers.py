@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel
+from cognica_mlx.network.model import PoEModel
 
 # Seconds of work that a killed process may lose.
 COMMIT = 1.0

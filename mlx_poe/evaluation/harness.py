@@ -19,16 +19,16 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from cognica_mlx.calibration.measuring import Progress
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END
 from cognica_mlx.errors import RequestError
-from cognica_mlx.model import PoEModel
-from mlx_poe.batch import batch_generate
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.pricing.measuring import Progress
+from mlx_poe.engine.batch_generate import batch_generate
 from mlx_poe.evaluation.answers import Answers, key_of
 from mlx_poe.evaluation.predictors import Adaptive, Predictors
 from mlx_poe.evaluation.scoring import BATCH, Continuation, score
-from mlx_poe.responses import GenerationResponse
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.generation.responses import GenerationResponse
+from mlx_poe.loading.tokenizer import Tokenizer
 
 MAX_GEN_TOKS = 256
 # lm-eval's names for the most tokens of a reply; the first one given counts, as in its own models.

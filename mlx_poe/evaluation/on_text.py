@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cognica_mlx.calibration.measuring import Progress
-from cognica_mlx.calibration.replaying import replay_wand
-from cognica_mlx.costs import Costs, bytes_read
 from cognica_mlx.errors import RequestError
+from cognica_mlx.pricing.costs import Costs, bytes_read
+from cognica_mlx.pricing.measuring import Progress
+from cognica_mlx.pricing.replaying import replay_wand
 from mlx_poe.evaluation.predictors import Adaptive, Facts, Predictor, Predictors
 from mlx_poe.evaluation.scoring import BATCH, Continuation, score
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from cognica_mlx.calibration.replaying import Trace
+from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.targets import (
     Target,
@@ -25,8 +25,8 @@ from cognica_mlx.decoding.targets import (
 )
 from cognica_mlx.decoding.wand import Wand
 from cognica_mlx.errors import RequestError
-from cognica_mlx.hidden import Hidden
-from cognica_mlx.model import PoEModel, log_op
+from cognica_mlx.network.model import PoEModel, log_op
+from cognica_mlx.pricing.replaying import Trace
 
 FULL = "full"
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.requests import Read, Request, Score, through
+from cognica_mlx.decoding.sampling import logprob_of, margin
 from cognica_mlx.decoding.sequence import read_prompt, ready
-from cognica_mlx.sampling import logprob_of, margin
-from cognica_mlx.state import SLACK, DecodingState
+from cognica_mlx.decoding.state import SLACK, DecodingState
 from mlx_poe.evaluation.predictors import Facts, Predictors
 
 BATCH = 8

@@ -24,14 +24,14 @@ from cognica_mlx.convert.chat_layout import BOS, REPLY_END, TEMPLATE
 from cognica_mlx.errors import PoEError
 from mlx_poe.engine import Engine
 from mlx_poe.server.catalog import Catalog
-from mlx_poe.server.chat import read_chat
+from mlx_poe.server.chat_completions import read_chat
 from mlx_poe.server.completions import read_completion
-from mlx_poe.server.errors import ApiError, as_api_error, refused
+from mlx_poe.server.error_bodies import ApiError, as_api_error, refused
 from mlx_poe.server.fields import Fields, read_object
 from mlx_poe.server.guard import KeyGuard, OriginGuard
 from mlx_poe.server.metrics import CONTENT_TYPE, Metrics
-from mlx_poe.server.options import Limits
-from mlx_poe.server.serving import ClientGone, Service
+from mlx_poe.server.request_life import ClientGone, Service
+from mlx_poe.server.shared_fields import Limits
 from mlx_poe.server.wire import Json
 
 BODY_SECONDS = 30.0

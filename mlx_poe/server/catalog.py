@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_poe.engine import Engine
-from mlx_poe.model_info import ModelInfo
-from mlx_poe.server.errors import ApiError
+from mlx_poe.loading.model_info import ModelInfo
+from mlx_poe.server.error_bodies import ApiError
 from mlx_poe.server.fields import Fields, shown
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_poe.responses import GenerationResponse
-from mlx_poe.server.options import Options
+from mlx_poe.generation.responses import GenerationResponse
+from mlx_poe.server.shared_fields import Options
 
 
 @dataclass(frozen=True)

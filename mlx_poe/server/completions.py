@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_poe.server.answer import Answer
+from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.server.catalog import Served
 from mlx_poe.server.choice import Piece
-from mlx_poe.server.errors import refused
+from mlx_poe.server.error_bodies import refused
 from mlx_poe.server.fields import Fields
 from mlx_poe.server.logprobs import ARRAYS, TextLogprobs, stages_of
-from mlx_poe.server.options import Options, read_options
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.server.response_frame import Answer
+from mlx_poe.server.shared_fields import Options, read_options
 
 # OpenAI's defaults and limits.
 DEFAULT_MAX_TOKENS = 16

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
 from cognica_mlx.errors import one_line
-from mlx_poe.server.errors import ApiError, refused
+from mlx_poe.server.error_bodies import ApiError, refused
 
 # Deeper than any sensible request, and far below Python's recursion limit.
 MAX_NESTING = 100

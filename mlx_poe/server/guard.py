@@ -15,7 +15,7 @@ from collections.abc import Collection
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mlx_poe.server.errors import ApiError
+from mlx_poe.server.error_bodies import ApiError
 
 
 class OriginGuard:

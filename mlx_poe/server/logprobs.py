@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mlx_poe.responses import GenerationResponse
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.generation.responses import GenerationResponse
+from mlx_poe.loading.tokenizer import Tokenizer
 
 Top = Sequence[tuple[int, float]]
 ARRAYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")

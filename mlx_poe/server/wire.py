@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from cognica_mlx import strict_json
+from cognica_mlx.files import strict_json
 
 KEEP_ALIVE = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"

@@ -11,14 +11,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from cognica_mlx.calibration import CALIBRATION_FILE, Calibration
-from cognica_mlx.calibration.measuring import calibrate
-from cognica_mlx.model import PoEModel
-from cognica_mlx.sampling import logprob_of
-from cognica_mlx.training.texts import Text
-from mlx_poe.generate import stream_generate
-from mlx_poe.load import load
-from mlx_poe.tokenizer import Tokenizer
+from cognica_mlx.calibration_file import CALIBRATION_FILE, Calibration
+from cognica_mlx.decoding.sampling import logprob_of
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.pricing.measuring import calibrate
+from cognica_mlx.training.batches import Text
+from mlx_poe.generation.text import stream_generate
+from mlx_poe.loading.load import load
+from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.training.data import first_texts
 
 # Tokens to calibrate on and continuations to try drafts in; replies to time, and their length.

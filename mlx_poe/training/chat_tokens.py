@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from cognica_mlx.linear import unpacked
-from cognica_mlx.model import PoEModel
-from mlx_poe.tokenizer import Tokenizer
+from cognica_mlx.network.linear import unpacked
+from cognica_mlx.network.model import PoEModel
+from mlx_poe.loading.tokenizer import Tokenizer
 
 WORDS = {
     "<|user_start|>": "What",

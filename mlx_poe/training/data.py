@@ -14,10 +14,10 @@ import numpy as np
 
 from cognica_mlx.convert.chat_layout import BOS, turns
 from cognica_mlx.errors import RequestError
-from cognica_mlx.training.texts import Text
+from cognica_mlx.training.batches import Text
+from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.rows import Text as Row
 from mlx_poe.rows import named, read_rows
-from mlx_poe.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END
 from cognica_mlx.convert.checkpoint import Checkpoint
 from cognica_mlx.convert.conversion import delta_fields
+from cognica_mlx.convert.formats.safetensors_files import TensorWriter, nbytes
+from cognica_mlx.convert.formats.stored import DTYPES
+from cognica_mlx.convert.formats.tokenizer_files import FILE_NAME, read_encoding
+from cognica_mlx.convert.formats.tokenizer_json import write_tokenizer
+from cognica_mlx.convert.formats.whole_folder import new_folder
 from cognica_mlx.convert.model_card import license_of
 from cognica_mlx.convert.quantization import to_fields
-from cognica_mlx.convert.safetensors_files import TensorWriter, nbytes
-from cognica_mlx.convert.stored import DTYPES
-from cognica_mlx.convert.tokenizer_files import FILE_NAME, read_encoding
-from cognica_mlx.convert.tokenizer_json import write_tokenizer
-from cognica_mlx.convert.whole_folder import new_folder
 from cognica_mlx.training.stage import LAMBDAS, Parameters
 from cognica_mlx.training.trainer import Evaluation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from cognica_mlx.training.texts import Text
+from cognica_mlx.training.batches import Text
 from cognica_mlx.training.trainer import Evaluation
 
 

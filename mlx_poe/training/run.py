@@ -19,19 +19,19 @@ import mlx.core as mx
 
 from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
 from cognica_mlx.convert.conversion import reference_to
-from cognica_mlx.convert.stored import DTYPES
-from cognica_mlx.convert.whole_folder import check_target
-from cognica_mlx.device import prepare
+from cognica_mlx.convert.formats.stored import DTYPES
+from cognica_mlx.convert.formats.whole_folder import check_target
 from cognica_mlx.errors import CheckpointError, RequestError
-from cognica_mlx.model import PoEModel
-from cognica_mlx.training.checkpoint import fitted, read_training, save_training
+from cognica_mlx.network.device import prepare
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.training.batches import Batch, Batches
 from cognica_mlx.training.optimizer import MuonAdamW
+from cognica_mlx.training.saved_training import fitted, read_training, save_training
 from cognica_mlx.training.stage import NewStage, stacked, stacked_config
 from cognica_mlx.training.store import Activations, LiveBase
-from cognica_mlx.training.texts import Batch, Batches
 from cognica_mlx.training.trainer import DivergedError, Trainer, Training
-from mlx_poe.load import BUILT_IN, find_model, load
-from mlx_poe.tokenizer import Tokenizer
+from mlx_poe.loading.load import BUILT_IN, find_model, load
+from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.training.chat_tokens import word_rows
 from mlx_poe.training.data import Split, fingerprint, read_split
 from mlx_poe.training.delta import Delta

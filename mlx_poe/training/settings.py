@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from cognica_mlx.config import HEAD_MODES
-from cognica_mlx.convert.stored import DTYPES
+from cognica_mlx.convert.formats.stored import DTYPES
 from cognica_mlx.errors import RequestError
 from cognica_mlx.training.optimizer import OPTIMIZERS
 from cognica_mlx.training.store import STORE_BITS
-from mlx_poe.load import DEFAULT_MODEL
+from mlx_poe.loading.load import DEFAULT_MODEL
 
 CHAT_TOKENS = ("auto", "words", "keep")
 # Settings that may change when training resumes from a checkpoint.

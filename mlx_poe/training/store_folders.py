@@ -19,18 +19,18 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.convert.checkpoint import Checkpoint
-from cognica_mlx.convert.whole_folder import new_folder, remove_leftovers
+from cognica_mlx.convert.formats.whole_folder import new_folder, remove_leftovers
 from cognica_mlx.errors import CheckpointError, PoEError
-from cognica_mlx.model import PoEModel
+from cognica_mlx.files.whole_file import PARTIAL, leftovers, lock
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.training.batches import Text
 from cognica_mlx.training.store import (
     DESCRIPTION,
     StoredActivations,
     store_bytes,
     write_store,
 )
-from cognica_mlx.training.texts import Text
-from cognica_mlx.whole_file import PARTIAL, leftovers, lock
-from mlx_poe.machine import cache_folder
+from mlx_poe.loading.machine_costs import cache_folder
 from mlx_poe.training.data import fingerprint
 
 _UNFINISHED = re.compile(rf"\.([0-9a-f]{{20}})\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")

@@ -1,0 +1,196 @@
+"""What constrained output costs and gains: the time for masks, and forced stretches in one pass.
+
+- in: a setup
+- out: the mask's share of a token's time; tokens per second with forced stretches in one pass,
+  against one token at a time under the same grammar
+- with a made-up vocabulary of the model's size, so that random weights in a real shape will do
+"""
+
+from __future__ import annotations
+
+import itertools
+import string
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+from llguidance import LLTokenizer
+from llguidance.tiktoken import lltokenizer_from_encoding
+from tiktoken import Encoding
+
+from cognica_mlx.bench.sections.stages import Figure, Setup, figure
+from cognica_mlx.bench.timing import interleaved
+from cognica_mlx.decoding.constraint import Constraint, Grammar
+from cognica_mlx.decoding.json_schema import json_grammar
+from cognica_mlx.decoding.modes import make_mode
+from cognica_mlx.decoding.sampling import masked
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.single import drive
+
+# Mostly keys, like forms in practice.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "customer_identifier": {"type": "integer", "minimum": 0, "maximum": 99999},
+        "shipping_address": {
+            "type": "object",
+            "properties": {
+                "street_and_number": {"type": "string", "maxLength": 12},
+                "postal_code": {"type": "string", "pattern": "^[0-9]{5}$"},
+                "country": {"enum": ["Kenya", "Peru", "Japan"]},
+            },
+            "required": ["street_and_number", "postal_code", "country"],
+            "additionalProperties": False,
+        },
+        "payment_received": {"type": "boolean"},
+    },
+    "required": ["customer_identifier", "shipping_address", "payment_received"],
+    "additionalProperties": False,
+}
+# Tokens enough for such a form.
+FORM_TOKENS = 160
+# How many times a mask is applied to time it.
+ROUNDS = 50
+# Free text in a string, which has the masks that allow the most.
+OPEN = {"type": "string", "minLength": 200}
+
+
+def constrained(setup: Setup) -> list[Figure]:
+    """All figures of the section."""
+    vocabulary = made_up(setup.model.config.vocab_size)
+    return [*_masks(setup, vocabulary), *_stretches(setup, vocabulary)]
+
+
+def made_up(size: int) -> LLTokenizer:
+    """A byte-level vocabulary of `size` tokens: bytes, then short words, some after a space."""
+    ranks = {bytes([i]): i for i in range(256)}
+    letters = string.ascii_lowercase
+    words = (
+        (start + "".join(rest)).encode()
+        for length in (1, 2, 3)
+        for start in (" ", *string.ascii_letters)
+        for rest in itertools.product(letters, repeat=length)
+    )
+    for word in itertools.islice(words, size - 1 - len(ranks)):
+        ranks[word] = len(ranks)
+    encoding = Encoding(
+        "made up",
+        pat_str=r" ?[A-Za-z]+|[^A-Za-z]",
+        mergeable_ranks=ranks,
+        special_tokens={"<|end|>": len(ranks)},
+    )
+    return lltokenizer_from_encoding(encoding, n_vocab=size, eos_token=len(ranks))
+
+
+def _sequence(setup: Setup, constraint: Constraint, tokens: int) -> DecodingSequence:
+    mode = make_mode(setup.model)
+    return DecodingSequence(
+        setup.model, setup.texts[0], mode, max_tokens=tokens, constraint=constraint
+    )
+
+
+class _Timed:
+    """A constraint that counts its masks and the seconds that they take."""
+
+    def __init__(self, constraint: Constraint):
+        self._constraint = constraint
+        self.ends, self.ended = constraint.ends, False
+        self.seconds, self.masks = 0.0, 0
+
+    @property
+    def length(self) -> int:
+        """See `Constraint`."""
+        return self._constraint.length
+
+    def mask(self) -> mx.array:
+        """See `Constraint`."""
+        self.masks += 1
+        return self._timed(self._constraint.mask)
+
+    def forced(self) -> list[int]:
+        """See `Constraint`."""
+        return self._timed(self._constraint.forced)
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """See `Constraint`."""
+        self._timed(self._constraint.commit, tokens)
+        self.ended = self._constraint.ended
+
+    def rollback(self, count: int) -> None:
+        """See `Constraint`."""
+        self._timed(self._constraint.rollback, count)
+
+    def _timed(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        started = time.perf_counter()
+        done = work(*arguments)
+        self.seconds += time.perf_counter() - started
+        return done
+
+
+class _OneByOne(_Timed):
+    """Asks the model for every token, even forced ones."""
+
+    def forced(self) -> list[int]:
+        """Only the end token."""
+        tokens = super().forced()
+        return tokens if self.ends.issuperset(tokens) else []
+
+
+def _masks(setup: Setup, vocabulary: LLTokenizer) -> list[Figure]:
+    """The share of a token's time at full depth spent on masks: in a string, in a form."""
+    found = []
+    for name, schema in (("a string", OPEN), ("a form", SCHEMA)):
+        grammar = Grammar(vocabulary, json_grammar(schema))
+        samples = interleaved(
+            {name: partial(_share, setup, grammar)}, setup.trials, setup.progress, f"masks: {name}"
+        )
+        found.append(figure("constrained", f"masks in {name}", "% of a token", samples[name]))
+    return found
+
+
+def _share(setup: Setup, grammar: Grammar) -> float:
+    constraint = _Timed(grammar.start())
+    tokens = drive(_sequence(setup, constraint, setup.tokens).steps())
+    next(tokens)
+    before, masks, started = constraint.seconds, constraint.masks, time.perf_counter()
+    for _ in tokens:
+        pass
+    whole = time.perf_counter() - started
+    host, masks = constraint.seconds - before, constraint.masks - masks
+    # On the device, masks are timed separately: they cannot be told apart in a token's graph.
+    scores, words = mx.zeros((1, setup.model.config.vocab_size)), grammar.start().mask()[None]
+    mx.eval(scores, words)
+    started = time.perf_counter()
+    for _ in range(ROUNDS):
+        mx.eval(masked(scores, words))
+    device = masks * (time.perf_counter() - started) / ROUNDS
+    return 100 * (host + device) / whole
+
+
+def _stretches(setup: Setup, vocabulary: LLTokenizer) -> list[Figure]:
+    """The same form with forced stretches in one pass, and token by token."""
+    grammar = Grammar(vocabulary, json_grammar(SCHEMA))
+    starts: dict[str, Callable[[], Constraint]] = {
+        "a form, token by token": lambda: _OneByOne(grammar.start()),
+        "a form, certain stretches in one pass": grammar.start,
+    }
+    taken = interleaved(
+        {name: partial(_rate, setup, start) for name, start in starts.items()},
+        setup.trials,
+        setup.progress,
+        "certain stretches",
+    )
+    base = next(iter(taken.values()))
+    return [
+        figure("constrained", name, "tokens/s", samples, speedup=samples.over(base))
+        for name, samples in taken.items()
+    ]
+
+
+def _rate(setup: Setup, start: Callable[[], Constraint]) -> float:
+    tokens = drive(_sequence(setup, start(), FORM_TOKENS).steps())
+    started = time.perf_counter()
+    count = sum(1 for _ in tokens)
+    return count / (time.perf_counter() - started)

@@ -1,0 +1,125 @@
+"""What each drafter is worth: how often its tokens are accepted, and the speed-up to expect.
+
+- in: a model and prompts that suit it; or only a model's shape and an assumed acceptance
+- out: a figure for each drafter: acceptance, tokens per round, its memory, and the speed-up by
+  bytes of weights read at this acceptance, with the best number of drafts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cognica_mlx.bench.sections.stages import Figure, Setup, figure
+from cognica_mlx.bench.timing import Samples
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.single import drive
+from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.rounding import DRAFT_BITS
+from cognica_mlx.pricing.costs import bytes_read, with_bytes_of
+from cognica_mlx.pricing.rounds import RoundCosts
+
+# Beginnings of the kinds of text that poe-tiny has learned; other models can continue them too.
+BEGINNINGS = (
+    "Once upon a time",
+    "The capital of France is",
+    "There was a child called",
+    "3 + 4 =",
+    "One day, a girl",
+    "People in Brazil speak",
+    "In the morning",
+    "Kenya is a country in",
+    "A long time ago",
+)
+# Questions for specialists.
+QUESTIONS = (
+    "Tell me a story about a cat.",
+    "What is the capital of France?",
+    "Hello! How are you?",
+    "What is 12 plus 30?",
+    "Tom has 3 apples and buys 4 more. How many does he have?",
+    "What is the weather in Paris?",
+)
+# Assumed acceptance of stage 0's drafts if only a shape is known: the reference's measurement.
+ASSUMED = 0.88
+# Drafts per round when measuring acceptance, and the most when pricing by bytes.
+DRAFTS, MOST = 4, 8
+
+
+def drafts(
+    setup: Setup, prompts: Sequence[Sequence[int]], assumed: float | None = None
+) -> list[Figure]:
+    """Acceptance of every drafter along greedy replies to `prompts`; without prompts, `assumed`.
+    For looked-up tokens it is the share of all tokens offered."""
+    cases: dict[str, dict[str, Any]] = {"the stages as they are": {}}
+    cases.update({f"a copy of {_name(bits)}": {"draft_bits": bits} for bits in DRAFT_BITS})
+    if prompts:
+        cases["looked up"] = {"draft_lookup": True, "num_draft_tokens": 0}
+    found = []
+    for i, (name, options) in enumerate(cases.items()):
+        options = {"num_draft_tokens": DRAFTS, **options}
+        mode = make_mode(setup.model, "speculative", ModeOptions(draft_stage=0, **options))
+        assert isinstance(mode, Speculative)
+        notes: dict[str, float | str] = {}
+        rate = assumed or ASSUMED
+        if prompts:
+            rate, notes["tokens_a_round"] = _acceptance(setup, mode, prompts)
+        predicted = None
+        if mode.drafters:
+            predicted, notes["best_drafts"] = by_bytes(setup.model, mode, rate)
+        if mode.prefix:
+            notes["copy_mb"] = mode.prefix.nbytes / 1e6
+        samples = Samples((100 * rate,))
+        found.append(figure("drafts", name, "% kept", samples, predicted=predicted, notes=notes))
+        if setup.progress:
+            setup.progress("drafters", i + 1, len(cases))
+    return found
+
+
+def _name(bits: str) -> str:
+    return f"{bits} bits" if bits.isdigit() else bits
+
+
+def _acceptance(
+    setup: Setup, mode: Speculative, prompts: Sequence[Sequence[int]]
+) -> tuple[float, float]:
+    """The probability that a draft is accepted if those before it were, and tokens per round."""
+    kept = refused = tokens = rounds = drafted = 0
+    for prompt in prompts:
+        sequence = DecodingSequence(setup.model, prompt, mode, max_tokens=setup.tokens)
+        made = list(drive(sequence.steps()))
+        row = [one.from_draft for one in made]
+        kept += sum(row)
+        # A round ends with the full model's own token, after the first rejection or all drafts.
+        rounds += len(row) - sum(row)
+        tokens += len(row)
+        refused += _refusals(row, mode.num_draft_tokens)
+        drafted += sequence.drafted
+    judged = kept + refused if mode.drafters else drafted
+    return kept / max(judged, 1), tokens / max(rounds, 1)
+
+
+def _refusals(row: Sequence[bool], count: int) -> int:
+    """Rounds that ended with a rejection, not because all `count` drafts were accepted."""
+    refusals = run = 0
+    for drafted in row:
+        if drafted:
+            run += 1
+            continue
+        refusals += run < count
+        run = 0
+    return refusals
+
+
+def by_bytes(model: PoEModel, mode: Speculative, rate: float) -> tuple[float, int]:
+    """The best speed-up over plain decoding at this acceptance, with bytes of weights read as the
+    cost, and the number of drafts that gives it."""
+    drafter = mode.drafters[0]
+    costs = bytes_read(model)
+    if drafter.prefix:
+        costs = with_bytes_of(costs, drafter.prefix)
+    rounds = RoundCosts(costs, [drafter])
+    plan, token = rounds.best(0, 0.0, MOST, [rate])
+    return rounds.plain / token, plan.count

@@ -1,0 +1,218 @@
+"""Every decoding mode on the same texts, compared with the full stack and with its own parts.
+
+- in: a setup, a calibration for the modes' options, or a recording that decides the drafts
+- out: a figure for each mode: its speed, its agreement with the full model, the speed predicted
+  from its parts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from cognica_mlx.bench.sections.stages import ROWS, Figure, Setup, figure, timed_decode
+from cognica_mlx.bench.timing import Samples, interleaved
+from cognica_mlx.calibration_file import Calibration
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.scripted import RIGHT, Script, Scripted
+from cognica_mlx.decoding.sequence import DecodingSequence, Mode
+from cognica_mlx.decoding.single import Driver, Single
+from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.decoding.wand import exit_margins
+from cognica_mlx.errors import RequestError
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.pricing.costs import Costs, measure, measure_drafter
+from cognica_mlx.pricing.pace import Metered, Pace
+from cognica_mlx.pricing.replaying import ROUNDED_BITS, Trace, best_options
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A small trained model's drafts: `traces` along its own texts, and its p99 bounds."""
+
+    traces: Sequence[Trace]
+    p99_bounds: Sequence[float]
+
+
+def modes(
+    setup: Setup,
+    calibration: Calibration | None,
+    recording: Recording | None = None,
+    remark: Callable[[str], None] = lambda _: None,
+) -> list[Figure]:
+    """Every decoding mode on the same texts: speed, agreement with the full model, and the speed
+    predicted from parts measured in the same trials. With a `recording`, it decides which drafts
+    are accepted, and agreement is the recording's. `remark` is called with what the model cannot
+    do, which is left out."""
+    model = setup.model
+    cases = _plain_cases()
+    if recording:
+        cases.update(_recorded_cases(setup, recording))
+    else:
+        cases.update(_drafting_cases(model, calibration))
+    chosen: dict[str, Mode] = {}
+    for name, (mode, options) in list(cases.items()):
+        try:
+            chosen[name] = make_mode(model, mode, ModeOptions(**options), calibration)
+        except RequestError as error:
+            del cases[name]
+            remark(f"{name} is left out: {error}")
+    last = model.poe_n_stages - 1
+    held = {name: [setup.state(last, text) for text in setup.texts] for name in cases}
+    made: dict[str, list[list[DecodedToken]]] = {}
+    drafted: dict[str, int] = {}
+    predicted: dict[str, list[float]] = {name: [] for name in cases}
+    overhead: dict[str, list[float]] = {name: [] for name in cases}
+    costs: list[Costs] = []
+    spare = setup.state(last, setup.texts[0])
+    ranks = {o["draft_rank"] for _, o in cases.values() if "draft_rank" in o}
+
+    prefixes = [one.prefix for one in chosen.values() if isinstance(one, Speculative)]
+    copies = list({id(prefix): prefix for prefix in prefixes if prefix}.values())
+    rounded: dict[int, Costs] = {}
+
+    def measure_parts() -> None:
+        costs.append(measure(model, ROWS, state=spare, trials=1, ranks=sorted(ranks)))
+        for prefix in copies:
+            rounded[id(prefix)] = measure_drafter(prefix, ROWS, state=spare, trials=1)
+
+    def run(name: str) -> float:
+        mode = chosen[name]
+        prefix = mode.prefix if isinstance(mode, Speculative) else None
+        own = replace(costs[-1], rounded=rounded[id(prefix)]) if prefix else costs[-1]
+        pace = Pace(own, mode, park=False)
+        seconds, made[name], drafted[name] = 0.0, [], 0
+        for i, (text, state) in enumerate(zip(setup.texts, held[name], strict=True)):
+            driver: Driver = Single()
+            if recording and isinstance(mode, Speculative):
+                trace = recording.traces[i % len(recording.traces)]
+                hits = trace.draft_hits
+                if mode.prefix and trace.rounded_hits is not None:
+                    hits = np.stack([trace.rounded_hits, *hits[1:]])
+                script = Script(hits, trace.draft_margins, len(text))
+                driver = Scripted(driver, script)
+            sequence = DecodingSequence(
+                model, text, mode, max_tokens=setup.tokens, state=state, advice=pace
+            )
+            taken, decoded = timed_decode(sequence, Metered(driver, pace))
+            seconds += taken
+            made[name].append(decoded)
+            drafted[name] += sequence.drafted
+        total = sum(map(len, made[name]))
+        predicted[name].append(pace.costs.full_token * total / pace.spent)
+        overhead[name].append(seconds / pace.spent - 1)
+        return 1e3 * seconds / total
+
+    taken = interleaved(
+        {name: partial(run, name) for name in cases},
+        setup.trials,
+        setup.progress,
+        "decoding modes",
+        measure_parts,
+    )
+    figures = []
+    for name in cases:
+        tokens = [one for text in made[name] for one in text]
+        notes: dict[str, float | str] = {
+            "agreement": (
+                sum(one.token == RIGHT for one in tokens) / len(tokens)
+                if recording and drafted[name]
+                else _agreement(model, setup.texts, made[name])
+            ),
+            "mean_depth": sum(one.stage + 1 for one in tokens) / len(tokens),
+            "options": ", ".join(f"{k} {v}" for k, v in cases[name][1].items()),
+        }
+        if drafted[name]:
+            notes["acceptance"] = sum(one.from_draft for one in tokens) / drafted[name]
+        notes["over_its_parts"] = Samples(tuple(overhead[name][1:])).median
+        figures.append(
+            figure(
+                "modes",
+                name,
+                "ms/token",
+                taken[name],
+                speedup=taken["full"].over(taken[name]),
+                predicted=Samples(tuple(predicted[name][1:])).median,
+                notes=notes,
+            )
+        )
+    return figures
+
+
+def _plain_cases() -> dict[str, tuple[str, dict]]:
+    return {
+        "full": ("full", {}),
+        "stage 0": ("stage", {"stage": 0}),
+        "prefix of 2": ("prefix", {"max_stages": 2}),
+        "compose all": ("compose", {}),
+    }
+
+
+def _drafting_cases(
+    model: PoEModel, calibration: Calibration | None
+) -> dict[str, tuple[str, dict]]:
+    """Modes that draft or exit early; exiting early needs a calibration."""
+    plain = {"draft_stage": 0, "num_draft_tokens": 3}
+    cases: dict[str, tuple[str, dict]] = {"speculative, 3 drafts": ("speculative", plain)}
+    draft: dict[str, Any] = plain
+    if calibration:
+        draft = dict(calibration.options.get("speculative", plain))
+        cases["speculative, as calibrated"] = ("speculative", draft)
+    copy = {**plain, "draft_bits": ROUNDED_BITS}
+    cases[f"speculative, 3 drafts of a {ROUNDED_BITS}-bit copy"] = ("speculative", copy)
+    looks_up = {"draft_lookup": True, "num_draft_tokens": 0}
+    cases["speculative, looked up only"] = ("speculative", looks_up)
+    several = model.config.per_stage_head or model.config.specialist_layers
+    quarter: dict[str, int] = {}
+    if not several and isinstance(model.lm_head, nn.Linear):
+        quarter = {"draft_rank": model.config.n_embd // 4}
+        name = "speculative, shortlist from a quarter of the head"
+        own = {k: v for k, v in draft.items() if k != "draft_bits"}
+        cases[name] = ("speculative", {**own, **quarter})
+    if calibration:
+        chosen, bounds = calibration.options, {"p99_bounds": calibration.p99_bounds}
+        certify = {**bounds, **chosen.get("certified", {})}
+        cases["wand"] = ("wand", {**bounds, **chosen.get("wand", {})})
+        cases["certified"] = ("certified", certify)
+        if quarter:
+            name = "certified, shortlist from a quarter of the head"
+            cases[name] = ("certified", {**certify, **quarter})
+    return cases
+
+
+def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, tuple[str, dict]]:
+    """Speculation and certified speculation with the options that pay best on the recording."""
+    model = setup.model
+    costs = measure(model, ROWS, text=setup.texts[0], trials=2)
+    needed = exit_margins(model, recording.p99_bounds, safety=1.0)
+    chosen = best_options(model, recording.traces, costs, needed)
+    label = "decided as recorded from poe-tiny"
+    bounds = {"p99_bounds": recording.p99_bounds}
+    copy = {"draft_bits": ROUNDED_BITS, "draft_stage": 0, "num_draft_tokens": 4}
+    return {
+        f"speculative, {label}": ("speculative", chosen["speculative"][0]),
+        f"speculative, 4 drafts of a 4-bit copy, {label}": ("speculative", copy),
+        f"certified, {label}": ("certified", {**chosen["certified"][0], **bounds}),
+    }
+
+
+def _agreement(
+    model: PoEModel, texts: Sequence[Sequence[int]], made: Sequence[Sequence[DecodedToken]]
+) -> float:
+    """The share of tokens that the full model would have chosen too."""
+    agreeing = total = 0
+    for text, decoded in zip(texts, made, strict=True):
+        tokens = [one.token for one in decoded]
+        hidden = model.boundaries(mx.array([[*text, *tokens[:-1]]]))
+        chosen = {k: h[len(text) - 1 :] for k, h in enumerate(hidden)}
+        best = model.full_scores(chosen)[0].argmax(-1)
+        agreeing += int((best == mx.array(tokens)).sum())
+        total += len(tokens)
+    return agreeing / total

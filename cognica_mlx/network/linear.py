@@ -1,0 +1,51 @@
+"""Linear layers: fast for a few rows on the CPU, fused with the residual addition on a GPU."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from cognica_mlx.backend import blas
+
+# How to pass a few rows to OpenBLAS, if MLX's CPU back end uses it: see `Linear`.
+ON_OPENBLAS = blas.is_openblas()
+COLUMNS, FULL_ROWS, BLOCK = 3, 16, 4096
+
+
+class Linear(nn.Linear):
+    """A linear layer that is faster for a few rows on the CPU back end with OpenBLAS.
+
+    2 or 3 rows: multiplied as columns from the right, one block of the weights at a time.
+    4 to 15 rows: padded to 16, which is faster.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., n_in) -> (..., n_out)."""
+        count = x.size // x.shape[-1]
+        if not (ON_OPENBLAS and 1 < count < FULL_ROWS) or mx.default_device() != mx.cpu:
+            return super().__call__(x)
+        rows, n_out = x.reshape(count, -1), self.weight.shape[0]
+        if count <= COLUMNS:
+            blocks = [self.weight[i : i + BLOCK] @ rows.T for i in range(0, n_out, BLOCK)]
+            out = (blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)).T
+        else:
+            out = (mx.pad(rows, [(0, FULL_ROWS - count), (0, 0)]) @ self.weight.T)[:count]
+        return out.reshape(*x.shape[:-1], n_out)
+
+
+def added(x: mx.array, linear: nn.Module, h: mx.array) -> mx.array:
+    """x (B, T, n_out) + linear(h (B, T, n_in)), in one kernel on a GPU."""
+    if isinstance(linear, nn.Linear) and mx.default_device() == mx.gpu:
+        return mx.addmm(x, h, linear.weight.T)
+    return x + linear(h)
+
+
+def unpacked(module: nn.Module) -> mx.array:
+    """The weights (rows, columns) of a layer or an embedding table in float32, dequantized if need
+    be."""
+    weight = module.weight
+    if hasattr(module, "scales"):
+        weight = mx.dequantize(
+            weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode
+        )
+    return weight.astype(mx.float32)

@@ -1,0 +1,106 @@
+"""What poe-chat adds to the terminal's line editing: history, completion, a key for a new line."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from cognica_mlx.decoding.modes import MODES
+from cognica_mlx.errors import PoEError
+from cognica_mlx.files.whole_file import private_folder
+from mlx_poe.chat.conversation import Chat
+from mlx_poe.chat.slash_commands import COMMANDS
+from mlx_poe.paths import user_path
+
+
+class ChatHistory(FileHistory):
+    """Earlier input, kept in a file as long as the file works, then in memory.
+
+    `problem` says why the file is no longer used; None while it works.
+    """
+
+    def __init__(self) -> None:
+        self.problem: str | None = None
+        super().__init__(os.devnull)
+        try:
+            self.filename = _history_file()
+            # Open it now, so that the user sees a problem before the first prompt. Mode "ab+"
+            # fails on a pipe, where opening it to read would wait forever.
+            with self.filename.open("ab+") as file:
+                # Private before anything is in it. It may be a link to the null device.
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    os.fchmod(file.fileno(), 0o600)
+        except (OSError, PoEError) as error:
+            self._give_up(error)
+
+    def load_history_strings(self) -> Iterable[str]:
+        """The lines in the file, latest first."""
+        try:
+            return [] if self.problem else list(super().load_history_strings())
+        except OSError as error:
+            self._give_up(error)
+            return []
+
+    def store_string(self, string: str) -> None:
+        """Add a line to the file."""
+        try:
+            if not self.problem:
+                super().store_string(string)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.problem = f"input history will not be saved: {error}"
+
+
+def _history_file() -> Path:
+    folder = user_path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "cognica-mlx"
+    private_folder(folder)
+    return folder / "chat_history"
+
+
+def key_bindings() -> KeyBindings:
+    """Esc Enter starts a new line."""
+    bindings = KeyBindings()
+
+    @bindings.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return bindings
+
+
+class CommandCompleter(Completer):
+    """Completes commands, and the names that some of them take."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+
+    def get_completions(
+        self, document: Document, complete_event: CompleteEvent
+    ) -> Iterator[Completion]:
+        """The completions of the text before the cursor."""
+        text = document.text_before_cursor
+        if not text.startswith("/") or text.startswith("//") or "\n" in text:
+            return
+        command, space, word = text[1:].partition(" ")
+        if not space:
+            for name, what in COMMANDS.items():
+                if name.startswith(command):
+                    yield Completion(name, -len(command), display_meta=what.purpose)
+            return
+        choices: tuple[str, ...] = ()
+        if command == "mode":
+            choices = tuple(MODES)
+        elif command == "use":
+            choices = (*self._chat.specialists.names, "base")
+        for choice in choices:
+            if choice.startswith(word):
+                yield Completion(choice, -len(word))

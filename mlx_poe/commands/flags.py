@@ -1,0 +1,296 @@
+"""The flags that commands share, each declared once, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cognica_mlx.convert.formats.stored import DTYPES
+from cognica_mlx.decoding.modes import MODES
+from cognica_mlx.decoding.targets import DRAFT_HEADS
+from cognica_mlx.errors import RequestError
+from cognica_mlx.network.rounding import BITS, DRAFT_BITS
+from mlx_poe.generation.penalty import SPECIALIST_PENALTY
+from mlx_poe.generation.reply_form import FORM_OPTIONS
+from mlx_poe.loading.load import DEFAULT_MODEL
+from mlx_poe.paths import user_path
+from mlx_poe.rows import named, read_text
+
+# Served and chatted with if the built-in base is the model and no specialist is named.
+STARTERS = ("chat", "math", "tool")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--model, --revision, --dtype, --quantize."""
+    group = add_checkpoint_flags(parser)
+    group.add_argument(
+        "--quantize",
+        type=int,
+        choices=BITS,
+        metavar="BITS",
+        help="quantize the matrices to 2, 3, 4, 5, 6 or 8 bits in memory",
+    )
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--model, --revision, --dtype. Returns their group."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="MODEL",
+        default=DEFAULT_MODEL,
+        help=f"folder, hub id, or built-in poe-tiny, poe-tiny-chat … (default: {DEFAULT_MODEL})",
+    )
+    add_revision_flag(group)
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="type of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    return group
+
+
+def add_revision_flag(parser: argparse._ActionsContainer) -> None:
+    """--revision."""
+    parser.add_argument(
+        "--revision",
+        metavar="COMMIT[:COMMIT]",
+        help="branch, tag or commit of a hub repository, and after a colon of a specialist's base",
+    )
+
+
+def add_specialist_flag(parser: argparse._ActionsContainer, purpose: str) -> None:
+    """--specialist NAME=MODEL, as a list of pairs."""
+    parser.add_argument(
+        "--specialist",
+        action="append",
+        default=[],
+        type=_named,
+        metavar="NAME=MODEL",
+        help=f"{purpose}; may be repeated",
+    )
+
+
+def starters(model: str) -> list[str]:
+    """The built-in specialists that come with a model, whether it was typed or is the default."""
+    return [f"{model}-{one}" for one in STARTERS] if model == DEFAULT_MODEL else []
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, model = text.partition("=")
+    if not (name and equals and model):
+        raise ValueError(text)
+    return name, model
+
+
+_named.__name__ = "NAME=MODEL"
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """--max-tokens, --temp and the other sampling flags."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-tokens", "-m", type=int, default=256, help="most tokens to generate (default: 256)"
+    )
+    group.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default)")
+    group.add_argument("--top-p", type=float, default=0.0, help="nucleus probability; 0 is off")
+    group.add_argument("--top-k", type=int, default=0, help="keep the k best tokens; 0 is off")
+    group.add_argument(
+        "--min-p", type=float, default=0.0, help="least probability, relative to the best token's"
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        help="above 1 makes recent tokens less likely; 1 is off (default: off, but "
+        f"{SPECIALIST_PENALTY} for a specialist in a chat)",
+    )
+    group.add_argument(
+        "--repetition-context-size",
+        type=int,
+        default=20,
+        help="how many recent tokens the penalty looks at (default: 20)",
+    )
+    for name, times in (("presence", "once"), ("frequency", "once per occurrence")):
+        group.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            metavar="P",
+            help=f"subtract P from the score of each token already in the reply, {times}",
+        )
+    group.add_argument("--seed", type=int, help="seed for sampling (default: a new one every time)")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated"
+    )
+
+
+def add_constraint_flags(parser: argparse.ArgumentParser) -> None:
+    """--json-schema, --regex, --grammar, --tools: the form a reply must have."""
+    group = parser.add_argument_group("the reply's form (each a file, or the text itself)")
+    group.add_argument(
+        "--json-schema", metavar="SCHEMA", help="JSON that fits this schema; {} allows any object"
+    )
+    group.add_argument("--regex", help="text that fits this regular expression")
+    group.add_argument("--grammar", help="text that fits this grammar, in Lark's notation")
+    group.add_argument(
+        "--tools", metavar="FUNCTIONS", help="offer these functions; calls must fit their schemas"
+    )
+    group.add_argument(
+        "--tool-choice",
+        metavar="CHOICE",
+        help="auto (text or a call, the default), required, none, or a function's name",
+    )
+
+
+def taken_constraints(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_constraint_flags` that were given, as keywords, with files read."""
+    given = taken(args, FORM_OPTIONS)
+    return {k: v if k == "tool_choice" else _file_or_text(k, v) for k, v in given.items()}
+
+
+def _file_or_text(name: str, value: str) -> str:
+    try:
+        path = user_path(value).absolute()  # a name such as - is a file's
+        is_file = path.is_file() or path.is_fifo()
+    except RequestError:
+        is_file = False  # not a possible path
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise RequestError(f"{name}: {value} cannot be read: {error}") from None
+        is_file = False
+    if is_file:
+        with named(name):
+            return read_text(path)
+    if name in ("json_schema", "tools") and not value.lstrip().startswith(("{", "[")):
+        raise RequestError(f"{name}: {value!a:.80} is neither a file nor JSON")
+    return value
+
+
+def add_mode_flags(parser: argparse.ArgumentParser) -> None:
+    """--mode and the options of each mode."""
+    group = parser.add_argument_group("decoding mode (stages count from 0)")
+    group.add_argument("--mode", choices=MODES, default="full", help="default: full")
+    group.add_argument("--stage", type=int, help="stage: the stage that predicts (default: 0)")
+    group.add_argument("--max-stages", type=int, help="prefix: how many stages to run")
+    group.add_argument(
+        "--stages", type=numbers(int), metavar="0,1,…", help="compose: the stages to mix"
+    )
+    group.add_argument(
+        "--stage-weights", type=numbers(float), metavar="1,0.5,…", help="compose: their weights"
+    )
+    group.add_argument(
+        "--safety", type=float, help="wand, certified: factor on the bounds (default: 1.0)"
+    )
+    group.add_argument(
+        "--p99-bounds",
+        type=numbers(float),
+        metavar="B0,B1,…",
+        help="wand, certified: bounds, one for each stage but the last (default: calibration)",
+    )
+    group.add_argument(
+        "--exit-stages", type=numbers(int), metavar="0,1,…", help="wand: stages that may exit early"
+    )
+    group.add_argument(
+        "--draft-stage",
+        type=int,
+        help="speculative, certified: the last drafting stage (default: 0)",
+    )
+    group.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        help="speculative, certified: most drafts per round (default: 3, or 6 with --draft-bits)",
+    )
+    group.add_argument(
+        "--draft-margin",
+        type=float,
+        help="speculative, certified: stop drafting when the best two scores are closer than this",
+    )
+    group.add_argument(
+        "--draft-head",
+        choices=DRAFT_HEADS,
+        help="speculative: draft through all of a specialist's heads or the base's head (default: "
+        "summed)",
+    )
+    group.add_argument(
+        "--draft-rank",
+        type=int,
+        metavar="R",
+        help="speculative, certified: shortlist drafts along R directions of the head",
+    )
+    group.add_argument(
+        "--draft-bits",
+        choices=DRAFT_BITS,
+        metavar="BITS",
+        help="speculative: draft with a copy of the stages quantized to 2, 3, 4, 5, 6 or 8 bits, "
+        "mxfp4 or nvfp4",
+    )
+    group.add_argument(
+        "--draft-lookup",
+        action="store_true",
+        default=None,
+        help="speculative: also draft the tokens that followed the same text earlier",
+    )
+    group.add_argument(
+        "--no-park",
+        action="store_true",
+        help="wand, speculative, certified: keep the mode even if full depth is faster here",
+    )
+
+
+def file_path(text: str) -> Path:
+    """A flag's type: a path, with `~` expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    try:
+        named = user_path(text)
+        named.exists()
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+    return named
+
+
+def folder_path(text: str) -> Path:
+    """A flag's type: the path of a folder; - would be one that nobody wants."""
+    if text == "-":
+        raise argparse.ArgumentTypeError("- is no folder's name: ./- is")
+    return file_path(text)
+
+
+def check_output(file: Path | None) -> None:
+    """Raise RequestError, before any work, if a file to be written later cannot be."""
+    if file is None:
+        return
+    if str(file) == "-":
+        raise RequestError("- is stdout, which this flag does not write to: name a file")
+    if file.is_dir():
+        raise RequestError(f"{file} is a folder: name a file to write")
+    if not file.absolute().parent.is_dir():
+        raise RequestError(f"{file}: there is no folder {file.absolute().parent}")
+
+
+def names(text: str) -> list[str]:
+    """A flag's type: names separated by commas."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; put one comma between names")
+    return found
+
+
+def numbers(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:
+    """A flag's type: numbers separated by commas."""
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = f"list of {kind.__name__}s"
+    return parse
+
+
+def taken(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The named flags that the command has and that have a value, as keywords."""
+    values = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}

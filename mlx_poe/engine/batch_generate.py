@@ -1,0 +1,187 @@
+"""Many prompts at once: `batch_generate`.
+
+- in: prompts, shared options, and options per prompt
+- out: texts, responses and statistics, in the order of the prompts
+- runs in the caller's thread, on a `Scheduler`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from cognica_mlx.decoding.state import Progress
+from cognica_mlx.errors import RequestError
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.shared_base import shared_stages
+from mlx_poe.engine.scheduler import MAX_SEQUENCES, Scheduler
+from mlx_poe.generation.responses import GenerationResponse
+from mlx_poe.generation.task import Stats, Task, make_task
+from mlx_poe.generation.text import DEFAULT_MAX_TOKENS, Prompt, read_request
+from mlx_poe.loading.tokenizer import Tokenizer
+
+Finished = Callable[[int, list[GenerationResponse]], None]
+
+
+@dataclass(frozen=True)
+class BatchStats:
+    """Totals over all prompts. Times are in seconds; peak_memory is the whole process's, in GB.
+
+    Some prompts are read while others are answered, so time is split between the two in
+    proportion to the positions run.
+    """
+
+    prompt_tokens: int
+    prompt_tps: float
+    prompt_time: float
+    generation_tokens: int
+    generation_tps: float
+    generation_time: float
+    peak_memory: float
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """The result for each prompt, in order."""
+
+    responses: list[list[GenerationResponse]]
+    stats: BatchStats
+
+    @property
+    def texts(self) -> list[str]:
+        """The replies."""
+        return ["".join(r.text for r in responses) for responses in self.responses]
+
+
+def batch_generate(
+    model: PoEModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    per_prompt: Sequence[Mapping[str, Any] | None] | None = None,
+    max_sequences: int = MAX_SEQUENCES,
+    memory: int | None = None,
+    prompt_cache_bytes: int | None = None,
+    progress: Progress | None = None,
+    finished: Finished | None = None,
+    **options: Any,
+) -> BatchResult:
+    """Generate for many prompts together, each exactly as `stream_generate` would alone.
+
+    Takes the options of `stream_generate` except `state` and `prompt_progress_callback`.
+    `per_prompt` holds options for each prompt, which override the shared ones; a "model" in it
+    replaces `model`, usually with another one over the same base. `max_sequences`, `memory` and
+    `prompt_cache_bytes` are passed to `Scheduler`. `finished(index, responses)` is called as soon
+    as a reply is complete, and `progress(done, total)` after it.
+
+    Raises RequestError, naming the prompt by its index, before any work begins. An error in one
+    reply is raised once all others are done. Ctrl-C ends everything; finished replies have already
+    been passed to `finished`.
+    """
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts must be a list, not {type(prompts).__name__}")
+    own = [{}] * len(prompts) if per_prompt is None else [each or {} for each in per_prompt]
+    if len(own) != len(prompts):
+        raise RequestError(f"per_prompt has {len(own)} entries for {len(prompts)} prompts")
+    tasks = []
+    for i, (prompt, special) in enumerate(zip(prompts, own, strict=True)):
+        try:
+            tasks.append(plan(tokenizer, prompt, **{"model": model, **options, **special}))
+        except RequestError as error:
+            raise RequestError(f"prompt {i}: {error}") from None
+    scheduler = Scheduler(
+        tokenizer,
+        max_sequences=max_sequences,
+        memory=memory,
+        prompt_cache_bytes=prompt_cache_bytes,
+        keep_trunk=trunk_to_keep([task.model for task in tasks]),
+    )
+    return run_tasks(scheduler, tasks, progress, finished)
+
+
+def plan(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    model: PoEModel,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    mode: str = "full",
+    **options: Any,
+) -> Task:
+    """The task for one prompt, with the options of `stream_generate`.
+
+    Raises RequestError for a bad option.
+    """
+    if not isinstance(model, PoEModel):
+        raise RequestError(f"model must be a loaded model, not {type(model).__name__}")
+    common = {k: options.pop(k, None) for k in ("stop", "prefill_step_size", "costs")}
+    asked = read_request(tokenizer, prompt, options)
+    return make_task(model, asked, mode, max_tokens=max_tokens, **common)
+
+
+def run_tasks(
+    scheduler: Scheduler,
+    tasks: Sequence[Task],
+    progress: Progress | None = None,
+    finished: Finished | None = None,
+) -> BatchResult:
+    """Run all tasks to completion. See `batch_generate` for the arguments."""
+    responses: list[list[GenerationResponse]] = [[] for _ in tasks]
+    index = {task: i for i, task in enumerate(tasks)}
+    errors: list[Exception] = []
+    done = 0
+    try:
+        for i, task in enumerate(tasks):
+            try:
+                scheduler.add(task)
+            except RequestError as error:
+                raise RequestError(f"prompt {i}: {error}") from None
+        while len(scheduler):
+            for update in scheduler.step():
+                i = index[update.task]
+                if update.response:
+                    responses[i].append(update.response)
+                if not update.ended:
+                    continue
+                done += 1
+                if update.error:
+                    errors.append(update.error)
+                elif finished:
+                    finished(i, responses[i])
+                if progress:
+                    progress(done, len(tasks))
+        stats = batch_stats(scheduler.stats)
+    finally:
+        scheduler.close()
+    if errors:
+        raise errors[0]
+    return BatchResult(responses, stats)
+
+
+def batch_stats(stats: Stats) -> BatchStats:
+    """A scheduler's totals, with the rates computed from them."""
+
+    def rate(tokens: int, seconds: float) -> float:
+        return tokens / seconds if seconds else 0.0
+
+    return BatchStats(
+        stats.prompt_tokens,
+        rate(stats.prompt_tokens, stats.prompt_time),
+        stats.prompt_time,
+        stats.generation_tokens,
+        rate(stats.generation_tokens, stats.generation_time),
+        stats.generation_time,
+        mx.get_peak_memory() / 1e9,
+    )
+
+
+def trunk_to_keep(models: Sequence[PoEModel]) -> int:
+    """The `keep_trunk` for states of these models: 0 unless some of them share stages."""
+    different = list({id(model): model for model in models}.values())
+    first = different[0] if different else None
+    if first and any(shared_stages(first, other, ()) for other in different[1:]):
+        return 2 * first.config.sequence_len
+    return 0

@@ -1,0 +1,351 @@
+"""Many requests over time, from any thread.
+
+- in: prompts with their options, cancellations, specialists to attach
+- out: each request's responses, as they come
+- one thread owns the model and every array, since MLX's streams belong to a thread; the others see
+  numbers, strings and queues
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+from cognica_mlx.backend.streams import end_with_thread
+from cognica_mlx.decoding.modes import MODES, PACED_MODES
+from cognica_mlx.errors import RequestError
+from cognica_mlx.machines.link import Link
+from cognica_mlx.machines.remote import lost_link
+from cognica_mlx.network.model import PoEModel
+from cognica_mlx.pricing.pace import KnownCosts
+from mlx_poe.engine.scheduler import MAX_SEQUENCES, Scheduler
+from mlx_poe.engine.ticket import EngineClosedError, EngineRequest, Item, Prepared, Wish
+from mlx_poe.generation.responses import StopStrings
+from mlx_poe.generation.task import Stats, Task, Update, make_task
+from mlx_poe.generation.text import DEFAULT_MAX_TOKENS, Prompt, read_request
+from mlx_poe.loading.model_info import ModelInfo, describe
+from mlx_poe.loading.specialists import Specialists
+from mlx_poe.loading.tokenizer import Tokenizer
+
+# How many compositions to remember, by names and weights.
+COMPOSITIONS = 16
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Command:
+    """Work for the engine's thread, and the future for its result."""
+
+    work: Callable[[], Any]
+    result: Future
+
+
+class Engine:
+    """A model, its specialists, and a thread that decodes for all requests together.
+
+    `max_sequences`, `memory` and `prompt_cache_bytes` are passed to `Scheduler`. With `costs`
+    (`mlx_poe.machine.known_costs`), draft lengths suit this machine, and a mode that does not pay
+    falls back to full depth. `specialists` are those already attached to the model; the engine
+    takes them over. The model must have been loaded, and its arrays created, in the thread that
+    creates the engine, or in one that is still running.
+
+    All methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        model: PoEModel,
+        tokenizer: Tokenizer,
+        max_sequences: int = MAX_SEQUENCES,
+        memory: int | None = None,
+        prompt_cache_bytes: int | None = None,
+        *,
+        costs: KnownCosts | None = None,
+        specialists: Specialists | None = None,
+    ):
+        mx.eval(model.parameters())  # lazily loaded arrays belong to the loading thread
+        self.tokenizer = tokenizer
+        self._costs = costs
+        self._specialists = specialists or Specialists(model)
+        self._compositions: OrderedDict[tuple, PoEModel] = OrderedDict()
+        self._requests: dict[Task, EngineRequest] = {}
+        self._commands: SimpleQueue[_Command | None] = SimpleQueue()
+        # Guards `_closed`: no command may be queued after the last.
+        self._lock = threading.Lock()
+        self._closed = False
+        self._options: dict[str, Any] = {
+            "max_sequences": max_sequences,
+            "memory": memory,
+            "prompt_cache_bytes": prompt_cache_bytes,
+            # How far back a specialist can reuse what the base has read.
+            "keep_trunk": 2 * model.config.sequence_len,
+        }
+        self._scheduler = Scheduler(tokenizer, **self._options)
+        self.stats: Stats = self._scheduler.stats
+        self._thread = threading.Thread(target=self._run, name="cognica-mlx engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # For callers
+
+    def submit(self, prompt: Prompt, **options: Any) -> EngineRequest:
+        """Queue a prompt. Returns once it has been checked, after the current pass at the latest.
+
+        Takes the options of `prepare`. Raises RequestError, before any work, for a request that
+        cannot be carried out.
+        """
+        return self.start([self.prepare(prompt, **options)])[0]
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        *,
+        specialist: str | Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        mode: str = "full",
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        stop: str | Sequence[str] | None = None,
+        listener: Callable[[Item], None] | None = None,
+        parks: bool = True,
+        **options: Any,
+    ) -> Prepared:
+        """A request, read and checked as far as any thread can do that.
+
+        `specialist` is the name of an attached specialist, or several names whose predictions are
+        mixed with `weights` (equal by default); None is the model itself. `listener` is called in
+        the engine's thread with each response and, at the end, with None or the exception that
+        ended the request. It must not block; if it raises, the request ends. Without `parks` a mode
+        continues even if full depth is faster. Other arguments are those of `stream_generate`.
+
+        Raises RequestError for invalid arguments.
+        """
+        if not isinstance(mode, str) or mode not in MODES:
+            raise RequestError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+        StopStrings(stop)
+        asked = read_request(self.tokenizer, prompt, options)
+        return Prepared(asked, specialist, weights, mode, max_tokens, stop, parks, listener)
+
+    def start(self, requests: Sequence[Prepared]) -> list[EngineRequest]:
+        """Queue several requests: all of them or, on an error, none.
+
+        They are added between two passes, so that they start together if there is room.
+        """
+        return self._call(lambda: self._add_all(requests))
+
+    def describe(
+        self, specialist: str | Sequence[str] | None = None, weights: Sequence[float] | None = None
+    ) -> ModelInfo:
+        """The model that a request with these arguments of `prepare` would use."""
+        return self._call(lambda: describe(self._model(specialist, weights)))
+
+    def attach(
+        self,
+        name: str,
+        path_or_hf_repo: str | Path,
+        *,
+        revision: str | None = None,
+        quantize: int | None = None,
+    ) -> None:
+        """Attach a specialist by name: see `Specialists.attach`. Requests wait while it loads."""
+        self._call(
+            lambda: self._attach(name, path_or_hf_repo, revision=revision, quantize=quantize)
+        )
+
+    def detach(self, name: str) -> None:
+        """Detach a specialist. Requests that use it continue; its cached prompts are dropped."""
+        self._call(lambda: self._detach(name))
+
+    @property
+    def closed(self) -> bool:
+        """Whether the engine is closed to requests."""
+        return self._closed
+
+    @property
+    def specialists(self) -> tuple[str, ...]:
+        """The names of the specialists attached, in the order of attaching."""
+        return self._specialists.names
+
+    @property
+    def lost_link(self) -> Link | None:
+        """The connection with the machines that hold other stages, if one of them is lost."""
+        special = self._specialists
+        return lost_link([special.base, *map(special.use, special.names)])
+
+    def close(self) -> None:
+        """End all requests and wait for the thread. Does nothing if already closed.
+
+        Callers still waiting for a response get a RequestError.
+        """
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._commands.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        atexit.unregister(self.close)
+
+    def _call(self, work: Callable[[], Result]) -> Result:
+        """Do `work` in the engine's thread and wait for its result."""
+        command = _Command(work, Future())
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("the engine is closed")
+            self._commands.put(command)
+        return command.result.result()
+
+    def _tell(self, task: Task, what: Wish) -> None:
+        def work() -> None:
+            if what == "cancel":
+                self._drop(task)
+            elif what == "pause":
+                self._scheduler.pause(task)
+            else:
+                self._scheduler.resume(task)
+
+        with self._lock:
+            if not self._closed:
+                self._commands.put(_Command(work, Future()))
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        end_with_thread()
+        error: Exception = EngineClosedError("the engine was closed before the reply was complete")
+        try:
+            while True:
+                if not self._obey():
+                    break
+                try:
+                    updates = self._scheduler.step()
+                except Exception as problem:
+                    # Not the error of a single sequence. Let later requests start afresh.
+                    self._fail_all(problem)
+                    self._scheduler.close()
+                    self._scheduler = Scheduler(self.tokenizer, **self._options)
+                    updates = []
+                # Before delivery, so that the statistics include every delivered response.
+                self.stats = self._scheduler.stats
+                for update in updates:
+                    self._deliver(update)
+        except BaseException as problem:
+            error = RuntimeError(f"the engine's thread has died: {problem!r}")
+            raise
+        finally:
+            with self._lock:
+                self._closed = True
+            self._fail_all(error)
+            self._refuse_commands(error)
+            self._scheduler.close()
+            self.stats = self._scheduler.stats
+
+    def _obey(self) -> bool:
+        """Run the callers' commands; wait if there is nothing else to do. False means stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not len(self._scheduler))
+            except Empty:
+                return True
+            if command is None:
+                return False
+            try:
+                result = command.work()
+            except Exception as error:
+                command.result.set_exception(error)
+            else:
+                self.stats = self._scheduler.stats
+                command.result.set_result(result)
+
+    def _refuse_commands(self, error: Exception) -> None:
+        with suppress(Empty):
+            while True:
+                if command := self._commands.get(block=False):
+                    command.result.set_exception(error)
+
+    def _add_all(self, requests: Sequence[Prepared]) -> list[EngineRequest]:
+        tasks = [self._task(request) for request in requests]
+        self._scheduler.add(*tasks)
+        added = []
+        for task, request in zip(tasks, requests, strict=True):
+            added.append(EngineRequest(partial(self._tell, task), request.listener))
+            self._requests[task] = added[-1]
+        return added
+
+    def _task(self, request: Prepared) -> Task:
+        model = self._model(request.specialist, request.weights)
+        watched = request.parks and request.mode in PACED_MODES
+        return make_task(
+            model,
+            request.asked,
+            request.mode,
+            max_tokens=request.max_tokens,
+            stop=request.stop,
+            costs=self._costs if watched else None,
+        )
+
+    def _model(
+        self, specialist: str | Sequence[str] | None, weights: Sequence[float] | None
+    ) -> PoEModel:
+        if specialist is None or isinstance(specialist, str):
+            if weights is not None:
+                raise RequestError("weights need several specialists")
+            return self._specialists.use(specialist)
+        key = tuple(specialist), None if weights is None else tuple(weights)
+        if key not in self._compositions:
+            self._compositions[key] = self._specialists.compose(specialist, weights)
+            if len(self._compositions) > COMPOSITIONS:
+                self._scheduler.cache.drop([self._compositions.popitem(last=False)[1]])
+        self._compositions.move_to_end(key)
+        return self._compositions[key]
+
+    def _attach(self, name: str, path: str | Path, **options: Any) -> None:
+        self._specialists.attach(name, path, **options)
+
+    def _detach(self, name: str) -> None:
+        gone = [self._specialists.use(name)]
+        for key in [key for key in self._compositions if name in key[0]]:
+            gone.append(self._compositions.pop(key))
+        self._specialists.detach(name)
+        self._scheduler.cache.drop(gone)
+
+    def _drop(self, task: Task) -> None:
+        """A request was cancelled."""
+        if self._requests.pop(task, None):
+            self._scheduler.cancel(task)
+
+    def _deliver(self, update: Update) -> None:
+        request = self._requests.get(update.task)
+        if request is None:
+            return
+        try:
+            if update.response:
+                request.deliver(update.response)
+            if update.ended:
+                del self._requests[update.task]
+                request.deliver(update.error)
+        except Exception:
+            # The listener raised, so there is nobody to tell.
+            self._drop(update.task)
+
+    def _fail_all(self, error: Exception) -> None:
+        for request in self._requests.values():
+            with suppress(Exception):  # a listener's
+                request.deliver(error)
+        self._requests.clear()

@@ -1,0 +1,201 @@
+"""From tokens to what a caller sees: text, finish reasons, and speeds.
+
+- in: the tokens of one sequence, one by one
+- out: a `GenerationResponse` for each
+- shared by `stream_generate`, which decodes one sequence, and `Scheduler`, which decodes many
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from cognica_mlx.decoding.constraint import check_characters
+from cognica_mlx.decoding.drafters import LOOKED_UP, OWN, ROUNDED
+from cognica_mlx.decoding.requests import DecodedToken
+from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.errors import RequestError
+from cognica_mlx.pricing.pace import Pace
+from mlx_poe.loading.tokenizer import Tokenizer
+
+_MAKERS = {OWN: "own stages", ROUNDED: "rounded stages", LOOKED_UP: "looked up"}
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One token, and the statistics so far.
+
+    text: the text that this token completed, possibly empty; the pieces joined are the reply.
+    token, logprob, stage, from_draft: as in `DecodedToken`, with stages counted from 0.
+    prompt_tps and generation_tps: tokens per second so far. peak_memory: the whole process's, in
+    GB. drafter: what drafted the token, or None: "stages" (the model's own), "rounded" (a copy of
+    them) or "lookup" (the text itself). drafted_tokens: drafts made so far, kept or not; drafts:
+    the same by drafter.
+    parked: None, or why decoding fell back to full depth: see `costs` in `stream_generate`.
+    finish_reason: "stop" or "length" for the last token, otherwise None.
+    cached_tokens: how many of the prompt's positions came from a state and were not run.
+    forced: a constraint allowed no other token, so no stage was run for it and `stage` is 0.
+    top_logprobs: the best tokens at this position and their log-probabilities, best first, as many
+    as requested. text_offset: where the token's own text begins in the reply's text, before stop
+    strings are removed. prompt_logprobs: in the first response, if requested, the log-probability
+    of each prompt token but the first, and the best tokens at its position; otherwise None.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    stage: int
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    drafted_tokens: int = 0
+    parked: str | None = None
+    finish_reason: str | None = None
+    cached_tokens: int = 0
+    forced: bool = False
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    text_offset: int = 0
+    prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None = None
+    drafter: str | None = None
+    drafts: Mapping[str, int] = field(default_factory=dict)
+
+
+def drafts_by_maker(responses: Sequence[GenerationResponse]) -> dict[str, tuple[int, int]]:
+    """For each drafter of a reply: how many of its tokens were kept, and how many it made."""
+    made = responses[-1].drafts if responses else {}
+    kept = Counter(response.drafter for response in responses)
+    return {maker: (kept[maker], count) for maker, count in made.items()}
+
+
+def drafts_in_words(responses: Sequence[GenerationResponse]) -> str:
+    """`drafts_by_maker` in words; empty without drafts."""
+    parts = (
+        f"{_MAKERS[maker]} {kept} of {made}"
+        for maker, (kept, made) in drafts_by_maker(responses).items()
+    )
+    return ", ".join(parts)
+
+
+class Responses:
+    """Makes the responses of one sequence; its clock starts here."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sequence: DecodingSequence,
+        stop: str | Sequence[str] | None = None,
+        pace: Pace | None = None,
+        cached: int | None = None,
+    ):
+        """`cached` is reported as `cached_tokens`; by default it is the sequence's own count.
+
+        Raises RequestError for an empty stop string.
+        """
+        self._sequence, self._pace, self._cached = sequence, pace, cached
+        self._eos = tokenizer.eos_token_ids
+        self._detokenizer = tokenizer.detokenizer()
+        self._stops = StopStrings(stop)
+        self._begun = self._started = time.perf_counter()
+        self._prompt_seconds = 0.0
+        self._reading = True
+        # Tokens since the prompt was read.
+        self._generated = 0
+        # Characters so far, including those held back.
+        self._length = 0
+        self.count = 0
+
+    def add(self, decoded: DecodedToken) -> GenerationResponse:
+        """The response to the sequence's next token; the last one has a `finish_reason`."""
+        sequence, stops, now = self._sequence, self._stops, time.perf_counter()
+        self.count += 1
+        if not self._reading:
+            self._generated += 1
+        else:
+            # The first token that needs the prompt belongs to the prompt's time.
+            self._prompt_seconds = now - self._begun
+            self._started, self._reading = now, decoded.forced
+        finish_reason = "length" if self.count == sequence.max_tokens else None
+        text, offset = "", self._length
+        if decoded.token in self._eos:
+            finish_reason = "stop"
+        else:
+            piece = self._detokenizer.add_token(decoded.token)
+            self._length += len(piece)
+            text = stops.add(piece)
+        if finish_reason and not stops.found:
+            text += stops.add(self._detokenizer.finalize()) + stops.rest()
+        if stops.found:
+            finish_reason = "stop"
+        return GenerationResponse(
+            text=text,
+            token=decoded.token,
+            logprob=decoded.logprob,
+            stage=decoded.stage,
+            from_draft=decoded.from_draft,
+            prompt_tokens=sequence.prompt_length,
+            prompt_tps=sequence.prompt_length / self._prompt_seconds,
+            generation_tokens=self.count,
+            generation_tps=self._generated / (now - self._started) if self._generated else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            drafted_tokens=sequence.drafted,
+            parked=self._pace.parked if self._pace else None,
+            finish_reason=finish_reason,
+            cached_tokens=sequence.cached if self._cached is None else self._cached,
+            forced=decoded.forced,
+            top_logprobs=self._top(decoded),
+            text_offset=offset,
+            prompt_logprobs=self._prompt_logprobs(),
+            drafter=decoded.drafter,
+            drafts=dict(sequence.drafts),
+        )
+
+    def _top(self, decoded: DecodedToken) -> tuple[tuple[int, float], ...]:
+        if decoded.forced and self._sequence.sampler.options.top_logprobs:
+            return ((decoded.token, 0.0),)
+        return decoded.top
+
+    def _prompt_logprobs(self) -> tuple | None:
+        first = self.count == 1 and self._sequence.score_prompt
+        return tuple(self._sequence.prompt_scores) if first else None
+
+
+class StopStrings:
+    """Passes text on until a stop string appears; holds back what may be the start of one."""
+
+    def __init__(self, stop: str | Sequence[str] | None = None):
+        """Raises RequestError for an empty stop string, or one that is not text."""
+        self.stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        for one in self.stops:
+            if not isinstance(one, str):
+                raise RequestError(f"stop: a stop string is text, not {type(one).__name__}")
+            if not one:
+                raise RequestError("stop: a stop string is empty")
+            check_characters(one, "stop: a stop string")
+        self.held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """The text that is certain to come before any stop string."""
+        text = self.held + text
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.found, self.held = True, ""
+            return text[: min(ends)]
+        keep = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """The text held back, once no more text will come."""
+        text, self.held = self.held, ""
+        return text

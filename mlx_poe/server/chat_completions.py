@@ -1,0 +1,211 @@
+"""`POST /v1/chat/completions`.
+
+- in: a request's fields
+- out: a prompt of messages with its options, and the answer's choices: texts and tool calls
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_poe.generation.penalty import chat_penalty
+from mlx_poe.generation.reply_form import CONSTRAINTS
+from mlx_poe.generation.tools import ToolCallParser
+from mlx_poe.loading.tokenizer import Tokenizer
+from mlx_poe.server.catalog import Served
+from mlx_poe.server.chat_history import read_messages
+from mlx_poe.server.choice import Piece
+from mlx_poe.server.error_bodies import refused
+from mlx_poe.server.fields import Fields, shown
+from mlx_poe.server.logprobs import chat_logprobs, stages_of
+from mlx_poe.server.response_frame import Answer
+from mlx_poe.server.shared_fields import Options, read_options
+
+DEFAULT_MAX_TOKENS = 512
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A parsed request: the prompt, and how to answer it."""
+
+    messages: list[dict[str, str]]
+    options: Options
+    tools: bool
+
+    @property
+    def prompts(self) -> list[Any]:
+        """The one prompt."""
+        return [self.messages]
+
+    def answer(self, tokenizer: Tokenizer, tokens: Sequence[Sequence[int]]) -> ChatAnswer:
+        """An empty answer."""
+        return ChatAnswer(self, tokenizer)
+
+
+def read_chat(body: Fields, served: Served) -> ChatRequest:
+    """Parse a request. ApiError for anything that cannot be honored."""
+    if not served.info.chats:
+        message = (
+            f"{served.name} is a base model, which continues texts and was not trained to chat: "
+            "use /v1/completions, or one of the models that /v1/models lists with chat: true"
+        )
+        raise refused("model", message)
+    options = read_options(body, served, default_max_tokens=DEFAULT_MAX_TOKENS)
+    if options.max_tokens == 0:
+        raise refused("max_tokens", "0 is not at least 1")
+    top = body.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
+    if body.flag("logprobs"):
+        options.top_logprobs = top or 0
+    elif top is not None:
+        raise refused("top_logprobs", "it needs logprobs: true")
+    messages = read_messages(body)
+    body.only("modalities", ["text"])
+    body.ignore(["parallel_tool_calls"])  # a reply has one call at most
+    _read_form(body, options)
+    tools = _read_tools(body, options)
+    body.done()
+    formal = any(name in options.decoding for name in CONSTRAINTS)
+    options.decoding.setdefault("repetition_penalty", chat_penalty(formal))
+    return ChatRequest(messages, options, tools)
+
+
+def _read_form(body: Fields, options: Options) -> None:
+    """Turn `response_format` into the option that enforces it."""
+    form = body.object("response_format")
+    if form is None:
+        return
+    kind = form.required("type", form.text)
+    if kind == "json_schema":
+        about = form.required("json_schema", form.object)
+        about.text("name")
+        about.text("description")
+        about.flag("strict")  # a schema is enforced, or refused, either way
+        schema = about.required("schema", about.object)
+        options.decoding["json_schema"] = schema.values
+        about.done()
+    elif kind == "json_object":
+        options.decoding["json_schema"] = {}
+    elif kind != "text":
+        message = f"{shown(kind)} is not one of text, json_object, json_schema"
+        raise refused("response_format.type", message)
+    form.done()
+
+
+def _read_tools(body: Fields, options: Options) -> bool:
+    """Read `tools` and `tool_choice`. Returns whether there are any tools."""
+    tools = []
+    for tool in body.objects("tools"):
+        tool.only("type", "function")
+        function = tool.required("function", tool.object)
+        name = function.required("name", function.text)
+        function.text("description")
+        function.object("parameters")
+        function.flag("strict")  # arguments fit their schema, or it is refused, either way
+        function.done()
+        tool.done()
+        shape = {k: v for k, v in function.values.items() if k != "strict"}
+        tools.append({"name": name, **shape})
+    choice = body.take("tool_choice")
+    if isinstance(choice, dict):
+        named = Fields(choice, "tool_choice")
+        named.only("type", "function")
+        function = named.required("function", named.object)
+        choice = function.required("name", function.text)
+        function.done()
+        named.done()
+        if choice not in [tool["name"] for tool in tools]:
+            raise refused("tool_choice", f"there is no function {shown(choice)} among the tools")
+    elif choice not in (None, "none", "auto", "required"):
+        raise refused("tool_choice", f"{shown(choice)} is not auto, required or none")
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise refused("tool_choice", "it needs tools")
+        return False
+    options.decoding |= {"tools": tools, "tool_choice": choice or "auto"}
+    return True
+
+
+class ChatAnswer(Answer):
+    """Chat completions; a call in a reply's text becomes `tool_calls`."""
+
+    prefix, whole_object = "chatcmpl", "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, request: ChatRequest, tokenizer: Tokenizer):
+        super().__init__(request.options, tokenizer, request.options.n)
+        self._parsers = [ToolCallParser() if request.tools else None for _ in self.choices]
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """The role."""
+        return [self._delta(index, {"role": "assistant", "content": ""}, [])]
+
+    def deltas(self, index: int, piece: Piece, first: bool) -> list[dict[str, Any]]:
+        """Text as it comes; a call once it is complete, its name and then its arguments."""
+        text, call = self._read(index, piece)
+        found = []
+        wanted = self.options.top_logprobs is not None or self.options.token_stages
+        if text or (piece.tokens and wanted):
+            found.append(self._delta(index, {"content": text}, piece.tokens))
+        if call:
+            head = {**call, "function": {**call["function"], "arguments": ""}}
+            rest = {"index": 0, "function": {"arguments": call["function"]["arguments"]}}
+            found.append(self._delta(index, {"tool_calls": [{"index": 0, **head}]}, []))
+            found.append(self._delta(index, {"tool_calls": [rest]}, []))
+        if piece.finish_reason:
+            reason = "tool_calls" if call else piece.finish_reason
+            found.append({**self._delta(index, {}, []), "finish_reason": reason})
+        return found
+
+    def choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
+        """The message."""
+        read = [self._read(index, piece) for piece in pieces]
+        text, call = "".join(text for text, _ in read), read[-1][1]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        reason = pieces[-1].finish_reason
+        if call:
+            message |= {"content": text or None, "tool_calls": [call]}
+            reason = "tool_calls"
+        tokens = [token for piece in pieces for token in piece.tokens]
+        choice = {"index": index, "message": message, **self._about(tokens)}
+        return {**choice, "finish_reason": reason}
+
+    def _read(self, index: int, piece: Piece) -> tuple[str, dict[str, Any] | None]:
+        """The text in a piece that is not part of a call, and at the end the call, if any.
+
+        A call that was cut off counts neither as a call nor as text.
+        """
+        parser = self._parsers[index]
+        if parser is None:
+            return piece.text, None
+        text = parser.feed(piece.text)
+        if not piece.finish_reason:
+            return text, None
+        text += parser.finish()
+        if parser.call is None:
+            return text, None
+        arguments = json.dumps(parser.call.arguments, ensure_ascii=False)
+        function = {"name": parser.call.name, "arguments": arguments}
+        return text, {
+            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "type": "function",
+            "function": function,
+        }
+
+    def _delta(self, index: int, delta: dict[str, Any], tokens: list) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, **self._about(tokens)}
+        return {**choice, "finish_reason": None}
+
+    def _about(self, tokens: list) -> dict[str, Any]:
+        """The details about tokens that the request asked for."""
+        about: dict[str, Any] = {"logprobs": None}
+        count = self.options.top_logprobs
+        if count is not None:
+            about["logprobs"] = chat_logprobs(self.tokenizer, tokens, count)
+        if self.options.token_stages:
+            about["token_stages"] = stages_of(self.tokenizer, tokens)
+        return about
