@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(
 )
 REPORT = """
 import json, pathlib
-from cognica_mlx import blas, linear
+from cognica_mlx.backend import blas
+from cognica_mlx.network import linear
 import mlx.core as mx
 a = mx.arange(12, dtype=mx.float32).reshape(3, 4) - 5
 c = (a + 1j * a).astype(mx.complex64)
@@ -91,7 +92,11 @@ def test_a_preloaded_library_comes_first(tmp_path):
     # Only its names matter: these are of no functions.
     path = tmp_path / "preloaded.so"
     path.write_bytes(library_of_names(dict.fromkeys(blas.PRODUCTS, 8)))
-    script = "from cognica_mlx import blas, linear; print(blas.in_use(), linear.ON_OPENBLAS)"
+    script = (
+        "from cognica_mlx.backend import blas\n"
+        "from cognica_mlx.network import linear\n"
+        "print(blas.in_use(), linear.ON_OPENBLAS)"
+    )
     for env in ({}, {blas.VARIABLE: "0"}, {blas.VARIABLE: blas.packaged()}):
         around = {**os.environ, "LD_PRELOAD": str(path), **env}
         done = subprocess.run(

@@ -103,7 +103,7 @@ def test_an_interruption_between_the_renames_keeps_the_old(tmp_path, monkeypatch
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cognica_mlx.convert import safetensors_files
+from cognica_mlx.convert.formats import safetensors_files
 from mlx_poe.commands.convert import main
 number, where = int(sys.argv.pop(1)), sys.argv.pop(1)
 write, rename, count = safetensors_files.TensorWriter.write, Path.rename, 0
@@ -174,7 +174,7 @@ def test_a_run_that_is_alive_keeps_its_folder(tmp_path):
         (first / "config.json").write_text("{}")
         script = (
             "import sys; from pathlib import Path\n"
-            "from cognica_mlx.convert.whole_folder import remove_leftovers\n"
+            "from cognica_mlx.convert.formats.whole_folder import remove_leftovers\n"
             "remove_leftovers(Path(sys.argv[1]))\n"
         )
         subprocess.run([sys.executable, "-c", script, str(target)], check=True)

@@ -201,7 +201,7 @@ def test_a_reader_who_stalls_lets_others_run_until_it_goes_on(monkeypatch):
 PATIENT = """
 import socket, sys
 from mlx_poe.commands import server
-from mlx_poe.server import serving
+from mlx_poe.server import request_life
 
 listen = socket.socket.listen
 
@@ -209,7 +209,7 @@ def listening(self, *args):
     self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     return listen(self, *args)
 
-serving.SLOW_SECONDS, socket.socket.listen = 3000, listening
+request_life.SLOW_SECONDS, socket.socket.listen = 3000, listening
 sys.exit(server.main(sys.argv[1:]))
 """
 
@@ -237,7 +237,7 @@ HELD = """
 import sys, threading
 import uvicorn
 from mlx_poe.commands import server
-from mlx_poe.scheduler import Scheduler
+from mlx_poe.engine.scheduler import Scheduler
 
 told, step, shutdown = threading.Event(), Scheduler.step, uvicorn.Server.shutdown
 
