@@ -16,7 +16,7 @@ from typing import Any
 from cognica_mlx.config import MAX_NUMBER, PoEConfig
 from cognica_mlx.convert import lineage
 from cognica_mlx.errors import CheckpointError, PoEWarning, RequestError
-from cognica_mlx.files import whole_file
+from cognica_mlx.files import strict_json, whole_file
 from cognica_mlx.files.git_lfs import pointer_problem
 from cognica_mlx.network.rounding import draft_scheme
 
@@ -67,7 +67,7 @@ class Calibration:
         or belongs to another model.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = strict_json.read(path)
             _check(content, config)
         except (OSError, ValueError, RecursionError) as error:
             if problem := pointer_problem(path):

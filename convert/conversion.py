@@ -37,7 +37,7 @@ from cognica_mlx.convert.formats.safetensors_files import (
     read_json,
     write_index,
 )
-from cognica_mlx.convert.formats.stored import DTYPES, StoredTensor
+from cognica_mlx.convert.formats.stored import DTYPES, StoredTensor, dtype_name, dtype_named
 from cognica_mlx.convert.formats.tokenizer_files import read_encoding
 from cognica_mlx.convert.formats.tokenizer_json import write_tokenizer
 from cognica_mlx.convert.formats.whole_folder import check_target, new_folder, remove_leftovers
@@ -119,11 +119,14 @@ class Conversion:
         return 8 * self.nbytes / self.n_parameters
 
     def write(
-        self, target: Path, overwrite: bool = False, progress: Callable[[int], None] | None = None
+        self,
+        target: Path,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Write the folder `target`, whole or not at all.
 
-        `progress` is called with the bytes of every tensor written. Raises RequestError if
+        `progress` is called with the bytes written and those to write. Raises RequestError if
         `target` must not be written, CheckpointError or OSError if it cannot be.
         """
         remove_leftovers(target)
@@ -140,7 +143,7 @@ class Conversion:
             warnings.warn(f"calibration not copied: {problem}", CalibrationWarning, stacklevel=2)
         with new_folder(target, self.nbytes + _SMALL_FILES_BYTES, overwrite) as folder:
             self._write_small_files(folder, target)
-            self._write_weights(folder, progress or (lambda _: None))
+            self._write_weights(folder, progress)
             if self.draft_bits:
                 matrices = copied_matrices(self.config, self.draft_bits, self.plan)
                 sketch = self.checkpoint.sketch()
@@ -162,15 +165,16 @@ class Conversion:
         head = f"lm_head_specialists.{len(self.config.specialist_layers) - 1}"
         return name.replace(head, "lm_head_stage")
 
-    def _write_weights(self, folder: Path, progress: Callable[[int], None]) -> None:
-        tensors = self._tensors()
+    def _write_weights(self, folder: Path, progress: Callable[[int, int], None]) -> None:
+        tensors, done = self._tensors(), 0
         for file, specs in self.layout.items():
             writer = TensorWriter(folder / file, specs)
             for spec in specs:
                 name, array = next(tensors)
                 writer.write(name, array)
                 del array  # before the next is read
-                progress(nbytes(spec))
+                done += nbytes(spec)
+                progress(done, self.nbytes)
             writer.close()
         write_index(folder, self.stem, self.layout)
 
@@ -217,9 +221,6 @@ class Conversion:
 
     def settings(self) -> dict[str, str]:
         """The settings as text, for the summary and the model card."""
-        dtype = "as stored"
-        if self.dtype is not None:
-            dtype = next(name for name, kind in DTYPES.items() if kind == self.dtype)
         schemes = list(self.plan.values())
         counts = {s: schemes.count(s) for s in dict.fromkeys(schemes)}
         quantized = [
@@ -229,7 +230,7 @@ class Conversion:
         ]
         return {
             "result": f"delta on {self.base.source.name}" if self.base else "whole model",
-            "dtype": dtype,
+            "dtype": dtype_name(self.dtype) if self.dtype else "as stored",
             "quantized": "; ".join(quantized) or "no",
             "bits per weight": f"{self.bits_per_weight:.3f}",
             **({"rounded drafter": self.draft_bits} if self.draft_bits else {}),
@@ -244,7 +245,7 @@ class Conversion:
             fields = delta_fields(self.config, reference, self.base)
         floats = [tensor.dtype for name, tensor in self.weights.items() if name.startswith("h.0.")]
         kind = self.dtype or next((d for d in floats if d in DTYPES.values()), mx.bfloat16)
-        fields["torch_dtype"] = next(name for name, d in DTYPES.items() if d == kind)
+        fields["torch_dtype"] = dtype_name(kind)
         if self.plan:
             entry = {self._stored_name(k): v for k, v in to_fields(self.plan).items()}
             fields["quantization"] = fields["quantization_config"] = entry
@@ -274,8 +275,7 @@ def prepare(
     Raises CheckpointError or ConfigError for a checkpoint that is incomplete or does not fit
     `base`, RequestError for options that make no sense.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    to = None if dtype is None else dtype_named(dtype)
     checkpoint = read_checkpoint(source, step)
     if quantization and checkpoint.plan:
         raise RequestError(
@@ -312,15 +312,7 @@ def prepare(
             "be used: leave out --draft-bits"
         )
     weights = {name: weights[name] for name in sorted(weights, key=_place)}
-    return Conversion(
-        checkpoint,
-        config,
-        weights,
-        plan,
-        DTYPES[dtype] if dtype else None,
-        converted,
-        draft_bits,
-    )
+    return Conversion(checkpoint, config, weights, plan, to, converted, draft_bits)
 
 
 def reference_to(base: Source, target: Path) -> str:

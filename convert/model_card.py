@@ -80,7 +80,7 @@ def license_of(checkpoint: Checkpoint) -> str | None:
     card = checkpoint.source.folder / "README.md"
     if card.is_file() and card.stat().st_size < MOST_CARD_BYTES:
         try:
-            named = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+            named = ModelCard(card.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
         except Exception as error:  # whatever its YAML reader raises
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.convert.formats.stored import dtype_name
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.rounding import BITS, GROUP_SIZES, MODES, Scheme, is_finite
@@ -162,8 +163,7 @@ def check_range(array: mx.array, packed: Mapping[str, mx.array]) -> None:
     for name, part in packed.items():
         if part is not array and not is_finite(name, part):
             raise RequestError(
-                f"{name} has numbers too large for {str(part.dtype).removeprefix('mlx.core.')}: "
-                "choose another dtype"
+                f"{name} has numbers too large for {dtype_name(part.dtype)}: choose another dtype"
             )
 
 

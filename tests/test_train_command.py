@@ -318,7 +318,7 @@ def test_a_broken_off_store_leaves_nothing(made, tmp_path, monkeypatch):
     write_all(tmp_path)
 
     class Stops(Watcher):
-        def advance(self, count, text=""):
+        def progress(self, *_):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -331,11 +331,11 @@ import sys
 from pathlib import Path
 from training import Watcher, small_run
 class Pauses(Watcher):
-    def advance(self, count, text=""):
-        if self.name == "reading" and not self.phases["reading"]:
+    def progress(self, name, *done):
+        if name == "reading" and name not in self.phases:
             print("reading", flush=True)
             sys.stdin.readline()
-        super().advance(count, text)
+        super().progress(name, *done)
 small_run(Path(sys.argv[1]), "theirs", Pauses(), iters=1)
 """
 
@@ -370,9 +370,9 @@ def test_a_store_that_another_run_has_made_first_is_used(made, tmp_path):
     stores = tmp_path / "stores"
 
     class Overtaken(Watcher):
-        def advance(self, count, text=""):
-            super().advance(count, text)
-            if self.name == "reading":
+        def progress(self, name, *done):
+            super().progress(name, *done)
+            if name == "reading":
                 shutil.copytree(made / "stores", stores, dirs_exist_ok=True)
 
     small_run(tmp_path, "mine", Overtaken())
@@ -600,7 +600,7 @@ def test_a_log_that_cannot_be_written_loses_nothing(made, capsys):
         (["--model", "poe-tiny", "--head-mode", "x"], "invalid choice"),
         (["--plot", "a.txt"], "name a .png, .svg or .pdf file"),
         (["--log", "/nowhere/log"], "there is no folder"),
-        (["-c", "nowhere.yaml"], "cannot be read as YAML"),
+        (["-c", "nowhere.yaml"], "nowhere.yaml cannot be read"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(tmp_path, capsys, extra, said):
@@ -668,9 +668,9 @@ def test_help_shows_examples_and_every_setting(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert "examples:" in text and "--resume" in text
-    from mlx_poe.training.settings import NAMES
+    from mlx_poe.training.settings import SETTINGS
 
-    for name in NAMES:
+    for name in SETTINGS:
         flag = f"--{name.replace('_', '-')}"
         assert flag in text or f"--no-{name}" in text, name
 

@@ -57,23 +57,15 @@ class Watcher:
         self.notes: list[str] = []
         self.evaluations: list[Evaluation] = []
         self.phases: dict[str, int] = {}
-        self.at, self.iteration, self.name = at, 0, ""
+        self.at = at
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def phase(self, name: str, total: int) -> None:
-        self.name, self.iteration = name, 0
-        self.phases[name] = 0
-
-    def advance(self, count: int, text: str = "") -> None:
-        self.phases[self.name] += count
-        if self.name == "training":
-            self.iteration += count
-            self.at(self.iteration)
-
-    def done(self) -> None:
-        pass
+    def progress(self, name: str, done: int, total: int, status: str = "") -> None:
+        self.phases[name] = done
+        if name == "training":
+            self.at(done)
 
     def evaluated(self, evaluation: Evaluation, rate: float) -> None:
         self.evaluations.append(evaluation)

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
+from math import isfinite, log
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -299,6 +299,11 @@ def logprob_of(scores: mx.array, tokens: mx.array) -> mx.array:
     """The log-probabilities (n,) of tokens (n,) under scores (n, V)."""
     picked = mx.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
     return picked - mx.logsumexp(scores, axis=-1)
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """The information content `nats` of a text, in bits for each of its bytes."""
+    return nats / log(2) / max(n_bytes, 1)
 
 
 def margin(scores: mx.array) -> mx.array:

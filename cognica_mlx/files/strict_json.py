@@ -1,11 +1,20 @@
-"""JSON that every reader accepts: NaN and infinity become null."""
+"""JSON that every reader accepts, NaN and infinity being null; and JSON files read.
+
+Files are UTF-8, with or without a byte order mark.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+
+def read(path: Path) -> Any:
+    """The value in a file. Raises OSError, ValueError or RecursionError if there is none."""
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def dumps(value: Any, **options: Any) -> str:

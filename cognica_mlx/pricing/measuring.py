@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.convert import lineage
 from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.rounded_prefix import RoundedPrefix, round_prefix
-from cognica_mlx.decoding.sampling import logprob_of, margin
+from cognica_mlx.decoding.sampling import bits_per_byte, logprob_of, margin
 from cognica_mlx.decoding.single import decode
 from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.decoding.wand import exit_margins
@@ -117,7 +116,7 @@ def calibrate(
         p99_bounds=tuple(round(bound, 4) for bound in bounds),
         margin_loss=tuple(tuple(round(float(p), 4) for p in row) for row in percentiles),  # type: ignore[misc]
         top1_agreement=tuple(round(float(a), 4) for a in (best == best[-1]).mean(axis=1)[:-1]),
-        bits_per_byte=tuple(round(float(n), 4) for n in nll / math.log(2) / max(n_bytes, 1)),
+        bits_per_byte=tuple(round(bits_per_byte(float(n), n_bytes), 4) for n in nll),
         acceptance={
             str(stage): [
                 round(replay_speculative(traces, costs, stage, n, None, head).acceptance, 4)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 
 from cognica_mlx.cache.hidden import Hidden
+from cognica_mlx.decoding.sampling import bits_per_byte
 from cognica_mlx.errors import PoEError
 from cognica_mlx.training.batches import ROW_SHARE, Batch, Batches, bucket
 from cognica_mlx.training.optimizer import MuonAdamW, State, rate
@@ -184,7 +185,7 @@ class Trainer:
             counted, n_bytes = counted + batch.counted, n_bytes + batch.n_bytes
             if progress:
                 progress()
-        return total / max(counted, 1), total / math.log(2) / max(n_bytes, 1)
+        return total / max(counted, 1), bits_per_byte(total, n_bytes)
 
     def evaluate(
         self,

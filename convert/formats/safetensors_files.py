@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from cognica_mlx.convert.formats.stored import StoredTensor
 from cognica_mlx.errors import CheckpointError, one_line
+from cognica_mlx.files import strict_json
 from cognica_mlx.files.git_lfs import pointer_problem
 
 SHARD_BYTES = 5 * 10**9  # as in mlx-lm and on the hub
@@ -42,7 +43,7 @@ Spec = tuple[str, tuple[int, ...], mx.Dtype]
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError if the file is missing or not a JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.read(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:

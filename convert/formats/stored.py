@@ -7,8 +7,25 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from cognica_mlx.errors import RequestError
+
 # MLX types by their names in flags and configurations.
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def dtype_named(name: str | None) -> mx.Dtype:
+    """The type of that name; by default float32 on the CPU, where half precision is slow, and
+    bfloat16 on a GPU. Raises RequestError for another name."""
+    if name is None:
+        return mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    if name not in DTYPES:
+        raise RequestError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """A type's name, without MLX's prefix."""
+    return str(dtype).removeprefix("mlx.core.")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import tiktoken
 
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END, TEMPLATE
 from cognica_mlx.errors import TokenizerError, one_line
+from cognica_mlx.files import strict_json
 
 FILE_NAME = "tokenizer.json"
 MOST_SPLITS = 50_000_000  # characters of merges; 48000 tokens take 3 million
@@ -144,7 +145,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise TokenizerError(f"{path} is larger than {MOST_BYTES >> 20} MiB: not a tokenizer")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.read(path)
         model = content["model"]
         split, byte_level = content["pre_tokenizer"]["pretokenizers"]
         added = content["added_tokens"]

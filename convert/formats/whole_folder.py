@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.files.byte_sizes import size_text
 from cognica_mlx.files.whole_file import PARTIAL, leftovers, lock, locked_new, private_folder
 
 _OLD = ".old"
@@ -74,7 +75,7 @@ def new_folder(
         free = shutil.disk_usage(existing).free
         if nbytes > free:
             raise CheckpointError(
-                f"{existing} has {free / 1e9:.2f} GB free, but {nbytes / 1e9:.2f} GB are needed: "
+                f"{existing} has {size_text(free)} free, but {size_text(nbytes)} are needed: "
                 "make room, or choose another place"
             )
         if private:

@@ -30,7 +30,7 @@ from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, check_agreement, synthetic_model
 from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.convert.chat_layout import BOS
-from cognica_mlx.convert.formats.stored import DTYPES
+from cognica_mlx.convert.formats.stored import DTYPES, dtype_name, dtype_named
 from cognica_mlx.errors import RequestError
 from cognica_mlx.files import whole_file
 from cognica_mlx.network.model import PoEModel
@@ -54,7 +54,7 @@ from mlx_poe.commands.flags import (
     numbers,
     starters,
 )
-from mlx_poe.commands.progress import progress_bars
+from mlx_poe.commands.progress import Bars
 from mlx_poe.loading.load import DEFAULT_MODEL, find_model, load
 from mlx_poe.rows import read_text
 
@@ -175,7 +175,7 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
             f"one: the figures mean little. {blas.advice or blas.REMEDY}"
         )
         print(f"mlx_poe.bench: {remarks[0]}", file=sys.stderr)
-    with progress_bars() as progress:
+    with Bars() as progress:
         if args.split:
             dtype = _dtype(args)
             shared = measure_machines(args, dtype, progress)
@@ -190,7 +190,7 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
                 remarks.append(_left_out(args, model))
             setup = Setup(model, machine, texts, args.max_tokens, args.trials, progress)
             found = _measure(args, setup, calibration, recorded, remarks)
-            dtype = str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
+            dtype = dtype_name(model.resid_lambdas.dtype)
     report = Report(
         model=name,
         dtype=dtype + (f", {args.quantize} bits" if args.quantize else ""),
@@ -375,4 +375,4 @@ def _served(args: argparse.Namespace) -> Served:
 
 
 def _dtype(args: argparse.Namespace) -> str:
-    return args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
+    return dtype_name(dtype_named(args.dtype))

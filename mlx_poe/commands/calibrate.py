@@ -7,15 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cognica_mlx.calibration_file import CALIBRATION_FILE, Calibration
-from cognica_mlx.errors import RequestError
 from cognica_mlx.pricing.measuring import calibrate
 from mlx_poe.commands.entry import make_parser, run
-from mlx_poe.commands.flags import add_model_flags, check_output, file_path
+from mlx_poe.commands.flags import add_model_flags, check_output, file_path, whole
 from mlx_poe.commands.measured_texts import read_texts, replies, segments
+from mlx_poe.commands.progress import Bars
 from mlx_poe.loading.load import find_model, load
 
 EXAMPLES = """\
@@ -44,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--num-tokens",
-        type=int,
+        type=whole(1),
         default=16384,
         help="read at most this many tokens of the text (default: 16384)",
     )
@@ -55,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--continuations",
-        type=int,
+        type=whole(1),
         default=16,
         help="how many greedy continuations to measure acceptance on (default: 16)",
     )
@@ -73,9 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    for name in ("num_tokens", "continuations"):
-        if getattr(args, name) < 1:
-            raise RequestError(f"--{name.replace('_', '-')} must be at least 1")
     check_output(args.output)
     data = read_texts(args.data, args.mask_prompt)
     model, tokenizer = load(
@@ -84,23 +80,14 @@ def _calibrate(args: argparse.Namespace) -> int:
     texts, counted = segments(data, tokenizer, args.num_tokens), None
     if args.mask_prompt:
         texts, counted = replies(data, tokenizer, args.num_tokens)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        tasks: dict[str, int] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)  # type: ignore[arg-type]
-
+    with Bars() as bars:
         calibration = calibrate(
             model,
             texts,
             tokenizer.token_byte_lengths(model.config.vocab_size),
             continuations=args.continuations,
             counted=counted,
-            progress=show,
+            progress=bars,
         )
     path = args.output or find_model(args.model, args.revision).folder / CALIBRATION_FILE
     calibration.save(path)

@@ -7,12 +7,13 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import DownloadColumn
 from rich.table import Table
 
 from cognica_mlx.convert.conversion import Conversion, prepare, upload
@@ -21,10 +22,12 @@ from cognica_mlx.convert.formats.stored import DTYPES
 from cognica_mlx.convert.formats.whole_folder import check_target
 from cognica_mlx.convert.quantization import RECIPES, Rule, scheme
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files.byte_sizes import size_text
 from cognica_mlx.network.rounding import BITS, DRAFT_BITS, MODES, Scheme
 from mlx_poe.commands.entry import interruptible, make_parser, run
-from mlx_poe.commands.flags import add_revision_flag, file_path, folder_path
+from mlx_poe.commands.flags import add_revision_flag, file_path, folder_path, whole
 from mlx_poe.commands.measured_texts import Text, read_texts, segments
+from mlx_poe.commands.progress import Bars
 from mlx_poe.loading.load import find_model, load
 from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.loading.verify import SAMPLE, compare
@@ -66,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="default: %(default)s",
     )
     add_revision_flag(parser)
-    parser.add_argument("--step", type=int, help="step of a nanochat folder (default: its latest)")
+    parser.add_argument(
+        "--step", type=whole(0), help="step of a nanochat folder (default: its latest)"
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -162,12 +167,11 @@ def _convert(args: argparse.Namespace) -> int:
         _print_plan(conversion, target)
         return 0
     texts = _verify_texts(conversion, data) if args.verify is not None else []
-    with _progress_bar() as bar:
-        task = bar.add_task(escape(str(target)), total=conversion.nbytes)
-        conversion.write(target, args.overwrite, lambda done: bar.advance(task, done))
+    with Bars(DownloadColumn()) as bars:
+        conversion.write(target, args.overwrite, partial(bars, str(target)))
     seconds = time.perf_counter() - started
     _print_summary(conversion)
-    print(f"written to {target} in {seconds:.1f} s, peak memory {_peak_memory() / 1e9:.2f} GB")
+    print(f"written to {target} in {seconds:.1f} s, peak memory {size_text(_peak_memory())}")
     if texts:
         _verify(args, target, texts)
     if args.upload_repo:
@@ -180,8 +184,6 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("hf_path", "base", "upload_repo"):
         if getattr(args, name) == "":
             raise RequestError(f"--{name.replace('_', '-')} is empty")
-    if args.step is not None and args.step < 0:
-        raise RequestError(f"--step {args.step}: steps count from 0")
     if args.quant_predicate and args.q_bits:
         raise RequestError("--quant-predicate sets its own bits: leave out --q-bits")
     if args.upload_repo:
@@ -200,13 +202,6 @@ def _scheme(args: argparse.Namespace) -> Scheme | None:
     return None
 
 
-def _progress_bar() -> Progress:
-    console = Console(stderr=True)
-    quiet = not console.is_terminal
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet)
-
-
 def _peak_memory() -> int:
     """The process's peak memory, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -220,13 +215,13 @@ def _print_plan(conversion: Conversion, target: Path) -> None:
     while link is not None:
         own = link.own_weights.values()
         size = sum(tensor.nbytes for tensor in own)
-        print(f"  {link.source.folder}: {len(own)} tensors, {_size(size)}")
+        print(f"  {link.source.folder}: {len(own)} tensors, {size_text(size)}")
         if link.base is None:
             break
         link = link.base
     print(f"would write to {target}")
     for file, specs in conversion.layout.items():
-        print(f"  {file}: {len(specs)} tensors, {_size(sum(map(nbytes, specs)))}")
+        print(f"  {file}: {len(specs)} tensors, {size_text(sum(map(nbytes, specs)))}")
     _print_summary(conversion)
 
 
@@ -235,12 +230,8 @@ def _print_summary(conversion: Conversion) -> None:
     for key, value in conversion.settings().items():
         table.add_row(key, escape(value))
     table.add_row("parameters", f"{conversion.n_parameters:,}")
-    table.add_row("size", f"{_size(conversion.source_bytes)} -> {_size(conversion.nbytes)}")
+    table.add_row("size", f"{size_text(conversion.source_bytes)} -> {size_text(conversion.nbytes)}")
     Console().print(table)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _verify_texts(conversion: Conversion, data: Sequence[Text]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from cognica_mlx.files import whole_file
 from mlx_poe.commands.entry import interruptible, make_parser, run
 from mlx_poe.commands.flags import check_output, file_path
-from mlx_poe.commands.progress import progress_bars
+from mlx_poe.commands.progress import Bars
 from mlx_poe.doctor.examination import examine
 from mlx_poe.loading.load import DEFAULT_MODEL
 
@@ -54,7 +54,7 @@ def _doctor(args: argparse.Namespace) -> int:
     prints = str(args.json) == "-"
     if not prints:
         check_output(args.json)
-    with progress_bars() as progress:
+    with Bars() as progress:
         report = examine(args.model, progress)
     if prints:
         print(report.to_json(), end="")

@@ -115,9 +115,9 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# A pool, of lm-eval's say, ends its forked workers with SIGTERM: they should end without a
-# traceback. The signals are held back while a process forks, so that none is lost before the child
-# has its own way with them.
+# Forked workers, such as those of lm-eval's process pools, are ended by SIGTERM and must not show
+# a traceback. Signals are blocked during a fork, so that none arrives before the child has reset
+# its handlers.
 
 
 def _hold() -> None:
@@ -179,9 +179,10 @@ def _warnings_as_lines(prog: str) -> Iterator[None]:
 def read_stdin() -> str:
     """All of stdin as text, without the final newline that `echo` adds.
 
-    Bytes that are not UTF-8 become U+FFFD. A closed stdin reads as empty.
+    A byte order mark is dropped. Bytes that are not UTF-8 become U+FFFD. A closed stdin reads as
+    empty.
     """
-    text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    text = sys.stdin.buffer.read().decode("utf-8-sig", errors="replace")
     return text.removesuffix("\n")
 
 

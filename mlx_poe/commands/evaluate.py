@@ -25,9 +25,10 @@ from mlx_poe.commands.flags import (
     folder_path,
     names,
     numbers,
+    whole,
 )
 from mlx_poe.commands.measured_texts import read_texts, replies, segments
-from mlx_poe.commands.progress import progress_bars
+from mlx_poe.commands.progress import Bars
 from mlx_poe.evaluation.answers import Answers, fingerprint
 from mlx_poe.evaluation.on_text import Measured, measure_text
 from mlx_poe.evaluation.predictors import Predictors, chosen
@@ -80,12 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
         f"{','.join(f'{s:g}' for s in SAFETIES)} with --stages all, if the model has bounds)",
     )
     data = parser.add_argument_group("with --data")
-    data.add_argument("--num-tokens", type=int, help="most tokens to read (default: all)")
+    data.add_argument("--num-tokens", type=whole(1), help="most tokens to read (default: all)")
     data.add_argument(
         "--mask-prompt", action="store_true", help="in chats, score only what the assistant says"
     )
     tasks = parser.add_argument_group("with --tasks")
-    tasks.add_argument("--num-fewshot", type=int, help="examples before each question")
+    tasks.add_argument("--num-fewshot", type=whole(0), help="examples before each question")
     tasks.add_argument("--limit", type=float, help="documents per task; below 1, a share of them")
     tasks.add_argument(
         "--apply-chat-template", action="store_true", help="turn contexts into chat turns"
@@ -110,11 +111,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("running and output")
     how.add_argument(
-        "--batch-size", type=int, default=BATCH, help=f"texts to run together (default: {BATCH})"
+        "--batch-size",
+        type=whole(1),
+        default=BATCH,
+        help=f"texts to run together (default: {BATCH})",
     )
     how.add_argument(
         "--max-length",
-        type=int,
+        type=whole(2),
         help="most tokens in one text (default: the model's sequence length)",
     )
     how.add_argument(
@@ -149,7 +153,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         else:
             texts = segments(data, tokenizer, limit, longest)
         sizes = tokenizer.token_byte_lengths(model.config.vocab_size)
-        with progress_bars() as progress:
+        with Bars() as progress:
             measured = measure_text(
                 predictors,
                 texts,
@@ -173,15 +177,8 @@ def _check(args: argparse.Namespace) -> None:
     """Reject invalid flags before any work."""
     if (args.data is None) == (args.tasks is None):
         raise RequestError("give a text with --data, or lm-eval tasks with --tasks")
-    for name in ("num_tokens", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise RequestError(f"--{name.replace('_', '-')} must be at least 1")
-    if args.max_length is not None and args.max_length < 2:
-        raise RequestError("--max-length must be at least 2")
     if args.limit is not None and not 0 < args.limit < math.inf:
         raise RequestError("--limit must be a number above 0")
-    if args.num_fewshot is not None and args.num_fewshot < 0:
-        raise RequestError("--num-fewshot must be at least 0")
     only = {
         "data": ("num_tokens", "mask_prompt"),
         "tasks": (
@@ -242,7 +239,7 @@ def _on_tasks(
         args.output.mkdir(parents=True, exist_ok=True)
     answers = Answers(args.use_cache)
     try:
-        with progress_bars() as progress:
+        with Bars() as progress:
             shared = Shared(
                 model,
                 tokenizer,

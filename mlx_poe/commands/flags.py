@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from cognica_mlx.convert.formats.stored import DTYPES
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.targets import DRAFT_HEADS
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files.byte_sizes import byte_size
 from cognica_mlx.network.rounding import BITS, DRAFT_BITS
 from mlx_poe.generation.penalty import SPECIALIST_PENALTY
 from mlx_poe.generation.reply_form import FORM_OPTIONS
@@ -270,6 +272,25 @@ def check_output(file: Path | None) -> None:
         raise RequestError(f"{file} is a folder: name a file to write")
     if not file.absolute().parent.is_dir():
         raise RequestError(f"{file}: there is no folder {file.absolute().parent}")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A flag's type: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,15}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def size(text: str) -> int:
+    """A flag's type: a size in bytes, such as 8GB."""
+    try:
+        return byte_size(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def names(text: str) -> list[str]:

@@ -11,7 +11,6 @@ from functools import partial
 
 from rich.color import ColorSystem
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.style import Style
 from rich.text import Text
 
@@ -31,6 +30,7 @@ from mlx_poe.commands.flags import (
     taken,
     taken_constraints,
 )
+from mlx_poe.commands.progress import Bars
 from mlx_poe.commands.prompts_file import add_batch_flags, as_json, check_file_flags, generate_file
 from mlx_poe.commands.split import add_split_flags, check_split, over_machines
 from mlx_poe.generation.penalty import default_repetition_penalty
@@ -143,7 +143,7 @@ def _reply(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Speciali
         args.repetition_penalty = default_repetition_penalty(model, formal=bool(constraints))
     options = [f.name for f in (*fields(SamplingOptions), *fields(ModeOptions))]
     responses: list[GenerationResponse] = []
-    with PromptProgress() as progress:
+    with Bars() as progress:
         stream = stream_generate(
             model,
             tokenizer,
@@ -151,7 +151,7 @@ def _reply(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Speciali
             max_tokens=args.max_tokens,
             mode=args.mode,
             stop=args.stop,
-            prompt_progress_callback=progress.show,
+            prompt_progress_callback=partial(progress, "prompt"),
             costs=known_costs if args.mode in PACED_MODES and not args.no_park else None,
             **taken(args, options),
             **constraints,
@@ -194,7 +194,7 @@ def _consume(
     stream: Iterator[GenerationResponse],
     responses: list[GenerationResponse],
     args: argparse.Namespace,
-    progress: PromptProgress,
+    progress: Bars,
 ) -> int:
     """Collect the responses, printing each as it comes. Ctrl-C keeps those so far."""
     console = Console()
@@ -229,40 +229,6 @@ def print_legend(responses: Sequence[GenerationResponse]) -> None:
     for stage in sorted({r.stage for r in responses}):
         legend.append(f" {stage}", style=STAGE_COLORS[stage % len(STAGE_COLORS)])
     Console(stderr=True).print(legend)
-
-
-class PromptProgress:
-    """A progress bar on stderr for prompts that take more than one chunk."""
-
-    def __init__(self) -> None:
-        self.bar: Progress | None = None
-
-    def __enter__(self) -> PromptProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def show(self, done: int, total: int) -> None:
-        """Called after each chunk of the prompt."""
-        if self.bar is None and done < total and sys.stderr.isatty():
-            columns = (
-                TextColumn("prompt"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.add_task("prompt", total=total)
-            self.bar.start()
-        if self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=done)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
 
 
 def _print_statistics(model: PoEModel, responses: Sequence[GenerationResponse]) -> None:

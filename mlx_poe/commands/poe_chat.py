@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -30,7 +31,8 @@ from mlx_poe.commands.flags import (
     starters,
     taken,
 )
-from mlx_poe.commands.generate import PromptProgress, paint, print_legend
+from mlx_poe.commands.generate import paint, print_legend
+from mlx_poe.commands.progress import Bars
 from mlx_poe.generation.tools import ToolCallParser, check_call
 from mlx_poe.loading.load import DEFAULT_MODEL, load
 
@@ -214,8 +216,8 @@ class Repl:
         paints = self.color and self.console.color_system is not None and not self.console.no_color
         begun = False
         try:
-            with PromptProgress() as progress:
-                show = progress.show
+            with Bars() as progress:
+                show = partial(progress, "prompt")
                 stream = chat.retry(show) if text is None else chat.send(text, show)
                 with closing(stream):
                     for response in stream:

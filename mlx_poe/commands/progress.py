@@ -1,36 +1,63 @@
-"""Progress bars on stderr for work whose parts become known as it runs."""
+"""Progress bars on stderr, for every command."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for each section; nothing if stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda label, done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
+class Bars:
+    """A bar for each label until `close` or the end of the block; none if stderr is not a terminal.
 
-        def show_progress(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bar.add_task(label, total=total)
-            bar.update(tasks[label], completed=done, total=total)
+    Call it with a label, how much is done and how much there is to do, and perhaps a status. A bar
+    appears with the first call that leaves something to do. `amount` is the column that shows the
+    numbers.
+    """
 
-        yield show_progress
+    def __init__(self, amount: ProgressColumn | None = None):
+        self._amount = amount or MofNCompleteColumn()
+        self._progress: Progress | None = None
+        self._bars: dict[str, TaskID] = {}
+
+    def __call__(self, label: str, done: int, total: int, status: str = "") -> None:
+        """Show that `done` of `total` is done."""
+        if label not in self._bars:
+            if done >= total or not sys.stderr.isatty():
+                return
+            self._bars[label] = self._shown().add_task(escape(label), total=total, status="")
+        self._shown().update(self._bars[label], completed=done, total=total, status=status)
+
+    def _shown(self) -> Progress:
+        if self._progress is None:
+            self._progress = Progress(
+                *(TextColumn("{task.description}"), BarColumn(), self._amount),
+                *(TimeRemainingColumn(), TextColumn("{task.fields[status]}")),
+                console=Console(stderr=True),
+                transient=True,
+                redirect_stdout=False,
+            )
+            self._progress.start()
+        return self._progress
+
+    def close(self) -> None:
+        """Remove the bars."""
+        if self._progress:
+            self._progress.stop()
+        self._progress, self._bars = None, {}
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

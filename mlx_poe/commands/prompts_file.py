@@ -18,14 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
+from cognica_mlx.convert.formats.stored import dtype_name
 from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions
 from cognica_mlx.decoding.sampling import SamplingOptions
 from cognica_mlx.errors import PoEError, RankError, RequestError
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.commands.flags import file_path, taken, taken_constraints
+from mlx_poe.commands.progress import Bars
 from mlx_poe.commands.replies_file import (
     check_replies_file,
     finished_replies,
@@ -124,13 +123,16 @@ def generate_file(args: argparse.Namespace, tokenizer: Tokenizer, specialists: S
     ]
     if len(left) < len(lines):
         print(f"{len(lines) - len(left)} of {len(lines)} are already in {output}", file=sys.stderr)
-    with open_replies(output) as write, _bar(len(lines), len(lines) - len(left)) as progress:
+    with open_replies(output) as write, Bars() as bars:
 
         def finished(i: int, responses: list[GenerationResponse]) -> None:
             line, task, options = left[i]
             record = as_json(models.name_of(task.model), _mode(args, line), line.prompt, responses)
             about = {k: line.fields[k] for k in ("id", "specialist") if k in line.fields}
             write(i, {"index": line.index, **about, "options": options, **record})
+
+        def progress(count: int, _: int) -> None:
+            bars("prompts", len(lines) - len(left) + count, len(lines))
 
         result = run_tasks(scheduler, [task for _, task, _ in left], progress, finished)
     if args.verbose:
@@ -255,7 +257,7 @@ def _task(
     stop = [task.stop] if isinstance(task.stop, str) else task.stop
     facts = {
         # In the order in which differences are named: these three change the weights too.
-        "dtype": str(model.resid_lambdas.dtype).removeprefix("mlx.core."),
+        "dtype": dtype_name(model.resid_lambdas.dtype),
         **{name: getattr(args, name) for name in ("quantize", "split", "degrade")},
         **models.facts_of(model),
         "mode": mode,
@@ -306,18 +308,6 @@ def _at(line: Line) -> Iterator[None]:
         raise  # not the line's fault
     except (PoEError, TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"line {line.number}: {error}") from None
-
-
-@contextmanager
-def _bar(total: int, done: int) -> Iterator[Any]:
-    """A progress bar on stderr if it is a terminal. Yields a callback, or None."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("prompts", total=total, completed=done)
-        yield lambda count, _: bar.update(task, completed=done + count)
 
 
 def as_json(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands.entry import make_parser, run
-from mlx_poe.commands.flags import add_model_flags, add_specialist_flag, starters
+from mlx_poe.commands.flags import add_model_flags, add_specialist_flag, size, starters, whole
 from mlx_poe.commands.split import add_split_flags, check_split, over_machines
 from mlx_poe.engine import Engine
 from mlx_poe.engine.scheduler import MAX_SEQUENCES
@@ -86,23 +86,21 @@ def build_parser() -> argparse.ArgumentParser:
         ("--max-sequences", MAX_SEQUENCES, "most sequences to run together"),
         ("--max-queue", 128, "most sequences that may wait; further requests get status 429"),
         ("--max-context", 16384, "most tokens in a prompt and its reply together"),
-        ("--max-body", 1_000_000, "most bytes in a request"),
     ):
         group.add_argument(
-            flag, type=_count, default=default, metavar="N", help=f"{text} (%(default)s)"
+            flag, type=whole(0), default=default, metavar="N", help=f"{text} (%(default)s)"
         )
-    group.add_argument(
-        "--memory",
-        type=_count,
-        metavar="BYTES",
-        help="most bytes for sequences and cached prompts (default: half of the machine's memory)",
-    )
-    group.add_argument(
-        "--prompt-cache-bytes",
-        type=_count,
-        metavar="BYTES",
-        help="most of these bytes for cached prompts (default: a quarter)",
-    )
+    for flag, default, text in (
+        ("--max-body", 1_000_000, "most bytes in a request, such as 2MB (default: 1MB)"),
+        (
+            "--memory",
+            None,
+            "most memory for sequences and cached prompts, such as 8GB (default: half of the "
+            "machine's)",
+        ),
+        ("--prompt-cache-bytes", None, "most of it for cached prompts (default: a quarter)"),
+    ):
+        group.add_argument(flag, type=size, default=default, metavar="SIZE", help=text)
     add_split_flags(parser)
     return parser
 
@@ -127,12 +125,6 @@ def _composition(text: str) -> tuple[str, list[str], list[float]]:
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or len(text) > 15:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
 

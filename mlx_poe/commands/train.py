@@ -14,31 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
-from cognica_mlx.config import HEAD_MODES
 from cognica_mlx.errors import RequestError, one_line
 from cognica_mlx.files import strict_json
-from cognica_mlx.training.optimizer import OPTIMIZERS
-from cognica_mlx.training.store import STORE_BITS
+from cognica_mlx.files.byte_sizes import size_text
 from cognica_mlx.training.trainer import Evaluation
 from mlx_poe.commands.entry import INTERRUPTED, interruptible, make_parser, run
 from mlx_poe.commands.flags import add_checkpoint_flags, check_output, file_path, folder_path, taken
+from mlx_poe.commands.progress import Bars
 from mlx_poe.paths import user_path
+from mlx_poe.rows import read_text
 from mlx_poe.training import InterruptedTraining, Result, TrainingSettings, train
-from mlx_poe.training.after import bits_per_byte, calibrate_folder
+from mlx_poe.training.after import calibrate_folder, measured_bits
 from mlx_poe.training.loss_plot import plot
-from mlx_poe.training.run import resumed_settings, size
-from mlx_poe.training.settings import CHAT_TOKENS, NAMES
+from mlx_poe.training.run import resumed_settings
+from mlx_poe.training.settings import SETTINGS
 
 EXAMPLES = """\
   mlx_poe.train --data math --output my-math
@@ -53,8 +43,6 @@ Then: poe-chat --specialist mine=my-math
 The data folder holds train.jsonl, valid.jsonl and, for --test, test.jsonl; a row is
 {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, or
 {"prompt": "…", "completion": "…"}, or {"text": "…"}. The loss counts what the assistant says."""
-
-_DEFAULTS = TrainingSettings(data="…")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,63 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--test", action="store_true", default=None, help="measure on test.jsonl at the end"
     )
-    group = parser.add_argument_group("the stage")
-    _add(group, "--layers", "--num-layers", type=int, help="how many new layers")
-    _add(
-        group,
-        "--head-mode",
-        choices=HEAD_MODES,
-        help="predict with the model's heads and a new one (dual), only the new one (specialist), "
-        "or only the model's (base)",
-        default="the model's",
-    )
-    _add(
-        group,
-        "--chat-tokens",
-        choices=CHAT_TOKENS,
-        help="embeddings of the chat tokens: those of words, the model's own (keep), or words for "
-        "tokens that the model never saw (auto)",
-    )
-    group = parser.add_argument_group("training")
-    _add(group, "--iters", type=int, help="batches to train on")
-    _add(group, "--batch-size", type=int, help="rows per batch")
-    _add(
-        group,
-        "--learning-rate",
-        type=float,
-        help="peak rate; the head's is half of it or less",
-    )
-    _add(
-        group,
-        "--optimizer",
-        choices=OPTIMIZERS,
-        help="for the layers' matrices; the rest uses AdamW",
-    )
-    _add(group, "--grad-accumulation-steps", type=int, help="batches per update")
-    _add(group, "--max-grad-norm", type=float, help="clip the gradient to this norm; 0 is off")
-    _add(
-        group, "--max-seq-length", type=int, help="cut longer rows to this many tokens",
-        default="the model's sequence length",
-    )  # fmt: skip
-    _add(
-        group,
-        "--mask-prompt",
-        action=argparse.BooleanOptionalAction,
-        help="count only what the assistant says",
-        default="yes; plain text counts as a whole",
-    )
-    _add(
-        group, "--pack", action="store_true",
-        help="join rows up to --max-seq-length; each row sees those before it", default="no",
-    )  # fmt: skip
-    _add(group, "--seed", type=int, help="seed for the weights and the order of the data")
-    _add(group, "--steps-per-eval", type=int, help="iterations between validations")
-    _add(group, "--val-batches", type=int, help="batches to validate on, -1 for all")
-    _add(group, "--save-every", type=int, help="iterations between checkpoints")
-    _add(
-        group, "--grad-checkpoint", action="store_true",
-        help="compute activations twice to save memory", default="no",
-    )  # fmt: skip
+    _add(parser.add_argument_group("the stage"), "layers", "chat_tokens")
+    _add(parser.add_argument_group("training"), "iters", "grad_checkpoint")
     group = parser.add_argument_group("the model's activations")
     group.add_argument(
         "--no-store",
@@ -161,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="keep nothing on disk; run the model in every iteration",
     )
-    _add(group, "--store-bits", type=int, choices=STORE_BITS, help="bits per value")
+    _add(group, "store_bits", "store_bits")
     group.add_argument(
         "--store-path",
         type=folder_path,
@@ -171,12 +104,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(group: Any, flag: str, *more: str, help: str, default: Any = None, **options: Any) -> None:
-    name = flag.lstrip("-").replace("-", "_")
-    shown = getattr(_DEFAULTS, name) if default is None else default
-    group.add_argument(
-        flag, *more, dest=name, default=None, help=f"{help} (default: {shown})", **options
-    )
+def _add(group: argparse._ArgumentGroup, first: str, last: str) -> None:
+    """Flags for the settings from `first` to `last`."""
+    names = list(SETTINGS)
+    for name in names[names.index(first) : names.index(last) + 1]:
+        about = SETTINGS[name].metadata
+        options = {**about["kind"].flag, "dest": name, "default": None, "help": about["help"]}
+        if name == "mask_prompt":
+            options["action"] = argparse.BooleanOptionalAction
+        group.add_argument(f"--{name.replace('_', '-')}", *about["flags"], **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,13 +140,14 @@ def _train(args: argparse.Namespace) -> int:
                 store_path=args.store_path,
             )
         except InterruptedTraining as stopped:
-            watch.done()
+            watch.progress.close()
             print(
                 f"\nmlx_poe.train: interrupted after iteration {stopped.iteration}, which is "
                 f"saved; continue with: {_again(args)}",
                 file=sys.stderr,
             )
             return INTERRUPTED
+        watch.progress.close()
         best = result.best
         print(
             f"validation: {best.valid_loss:.6f} nats a token, {best.bits_per_byte:.6f} bits per "
@@ -218,7 +155,7 @@ def _train(args: argparse.Namespace) -> int:
         )
         print(
             f"trained in {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens a second, "
-            f"peak memory {size(result.peak_memory)}"
+            f"peak memory {size_text(result.peak_memory)}"
         )
         print(f"written to {args.output}", flush=True)
         if args.plot:
@@ -226,7 +163,7 @@ def _train(args: argparse.Namespace) -> int:
         try:
             _measure(args.output, settings, result, watch)
         except KeyboardInterrupt:
-            watch.done()
+            watch.progress.close()
             print(
                 "\nmlx_poe.train: interrupted; the specialist is written, and mlx_poe.calibrate "
                 "can calibrate it",
@@ -247,7 +184,7 @@ def _again(args: argparse.Namespace) -> str:
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     """The settings given as flags."""
-    return _absolute(taken(args, NAMES))
+    return _absolute(taken(args, list(SETTINGS)))
 
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
@@ -262,17 +199,19 @@ def _absolute(given: dict[str, Any]) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     """The settings in a YAML file. RequestError names any entry that is not a setting."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = yaml.safe_load(read_text(path))
+    except (ValueError, yaml.YAMLError) as error:
         raise RequestError(f"{path} cannot be read as YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RequestError(f"{path} must contain settings, one `name: value` per line")
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = "layers" if key == "num_layers" else key
-        if name not in NAMES:
-            raise RequestError(f"{path}: {key!r} is not a setting; choose from {', '.join(NAMES)}")
-        if isinstance(getattr(_DEFAULTS, name), float) and isinstance(value, str):
+        if name not in SETTINGS:
+            raise RequestError(
+                f"{path}: {key!r} is not a setting; choose from {', '.join(SETTINGS)}"
+            )
+        if isinstance(SETTINGS[name].default, float) and isinstance(value, str):
             value = _number(path, name, value)
         found[name] = value
     return _absolute(found)
@@ -297,23 +236,15 @@ def _check_plot(path: Path) -> None:
 def _measure(output: Path, settings: TrainingSettings, result: Result, watch: Watch) -> None:
     """Calibrate and time the new specialist, and print the results."""
     if result.test is not None:
-        bits = bits_per_byte(output, settings.dtype, result.test)
+        bits = measured_bits(output, settings.dtype, result.test)
         print(f"test: {bits:.6f} bits per byte", flush=True)
-    names: set[str] = set()
-
-    def show(what: str, done: int, total: int) -> None:
-        if what not in names:
-            names.add(what)
-            watch.phase(f"calibrating: {what}", total)
-        watch.advance(1)
-
     try:
-        calibration, speeds = calibrate_folder(output, settings.dtype, result.valid, show)
+        calibration, speeds = calibrate_folder(output, settings.dtype, result.valid, watch.progress)
     except RequestError as error:
         watch.note(f"not calibrated: {error}")
         return
     finally:
-        watch.done()
+        watch.progress.close()
     for mode, speed in speeds.items():
         kept = "" if speed.acceptance is None else f", {speed.acceptance:.0%} of its drafts kept"
         print(f"{mode}: {speed.tokens_per_second:.0f} tokens a second{kept}")
@@ -321,55 +252,26 @@ def _measure(output: Path, settings: TrainingSettings, result: Result, watch: Wa
 
 
 class Watch:
-    """Shows a run on stderr (a bar on a terminal, a line per evaluation anywhere) and logs it."""
+    """Shows a run on stderr (bars on a terminal, a line per evaluation anywhere) and logs it."""
 
     def __init__(self, log: Path | None):
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.progress = Bars()
         # What it holds is replaced once a new run has something to say.
-        self._log = log.open("a", encoding="utf-8") if log else None
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._log = log.open("ab") if log else None
         self._started = time.perf_counter()
 
     def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.done()
+        self.progress.close()
         if self._log:
             with suppress(OSError):  # which was raised when the line was written
                 self._log.close()
 
     def note(self, text: str) -> None:
         """See `Reporter`."""
-        self._console.print(escape(text))
-
-    def phase(self, name: str, total: int) -> None:
-        """See `Reporter`."""
-        self.done()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        status = TextColumn("{task.fields[text]}")
-        self._bar = Progress(
-            *columns,
-            TimeRemainingColumn(),
-            status,
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task(name, total=total, text="")
-        self._bar.start()
-
-    def advance(self, count: int, text: str = "") -> None:
-        """See `Reporter`."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=count, text=text)
-
-    def done(self) -> None:
-        """See `Reporter`."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        print(text, file=sys.stderr)
 
     def evaluated(self, evaluation: Evaluation, rate: float) -> None:
         """See `Reporter`."""
@@ -384,7 +286,8 @@ class Watch:
             try:
                 if evaluation.iteration == 0 and Path(self._log.name).is_file():
                     self._log.truncate(0)
-                print(strict_json.dumps(line), file=self._log, flush=True)
+                self._log.write(strict_json.line(line))
+                self._log.flush()
             except OSError as error:
                 error.filename = self._log.name
                 raise

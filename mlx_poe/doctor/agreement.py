@@ -17,6 +17,7 @@ import numpy as np
 
 from cognica_mlx.bench.sections.drafts import BEGINNINGS
 from cognica_mlx.calibration_file import published_bounds
+from cognica_mlx.convert.formats.stored import dtype_name
 from cognica_mlx.decoding.passes import score
 from cognica_mlx.decoding.requests import Score
 from cognica_mlx.decoding.single import advance_through, prefill
@@ -284,5 +285,4 @@ def _line(
     advice: str = "",
     numbers: Mapping[str, float] | None = None,
 ) -> Line:
-    kind = str(dtype).removeprefix("mlx.core.")
-    return Line(section, f"{name}, {kind}", status, value, advice, numbers or {})
+    return Line(section, f"{name}, {dtype_name(dtype)}", status, value, advice, numbers or {})

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from cognica_mlx.bench.machine_card import Machine, this_machine
+from cognica_mlx.convert.formats.stored import dtype_name, dtype_named
 from cognica_mlx.network.device import prepare
 from cognica_mlx.pricing.measuring import Progress
 from mlx_poe.doctor import agreement, hardware
@@ -42,7 +43,7 @@ def examine(model: str, progress: Progress | None = None) -> Report:
     # MLX reads its settings once, so set them before the first product, in the bandwidth test.
     prepare(mx.float32)
     load(model, lazy=True)
-    kinds = ["float32"] if mx.default_device() == mx.cpu else ["bfloat16", "float32"]
+    kinds = list(dict.fromkeys((dtype_name(dtype_named(None)), "float32")))
     machine = this_machine()
     total = 7 + len(MODELS) * len(TOLERANCES) + 9 * len(kinds)  # fewer without WAND
     lines = []

@@ -32,6 +32,7 @@ from cognica_mlx.decoding.sequence import (
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.state import MAX_PENDING, DecodingState
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files.byte_sizes import byte_size, size_text
 from mlx_poe.engine.memory import memory_for_states
 from mlx_poe.generation.prompt_cache import LEAST, PromptCache
 from mlx_poe.generation.responses import GenerationResponse, Responses
@@ -71,8 +72,8 @@ class Scheduler:
 
     `memory` is the most bytes for states and cached prompts together (default:
     `memory_for_states()`), `prompt_cache_bytes` the most for cached prompts (default: a quarter of
-    it). `keep_trunk` is passed to the states: if several models over one base are served, twice
-    the base's `sequence_len` lets them share what it has read.
+    it); both may be text, such as "8GB". `keep_trunk` is passed to the states: if several models
+    over one base are served, twice the base's `sequence_len` lets them share what it has read.
     """
 
     def __init__(
@@ -80,19 +81,16 @@ class Scheduler:
         tokenizer: Tokenizer,
         *,
         max_sequences: int = MAX_SEQUENCES,
-        memory: int | None = None,
-        prompt_cache_bytes: int | None = None,
+        memory: int | str | None = None,
+        prompt_cache_bytes: int | str | None = None,
         keep_trunk: int = 0,
     ):
         if max_sequences < 1:
             raise RequestError(f"max_sequences {max_sequences} must be at least 1")
         self.tokenizer, self.max_sequences = tokenizer, max_sequences
-        self.memory = memory_for_states() if memory is None else memory
-        if prompt_cache_bytes is None:
-            prompt_cache_bytes = self.memory // 4
-        if self.memory < 0 or prompt_cache_bytes < 0:
-            raise RequestError("memory and prompt_cache_bytes must be at least 0")
-        self.cache = PromptCache(prompt_cache_bytes)
+        self.memory = memory_for_states() if memory is None else byte_size(memory)
+        cached = self.memory // 4 if prompt_cache_bytes is None else byte_size(prompt_cache_bytes)
+        self.cache = PromptCache(cached)
         self.keep_trunk = keep_trunk
         self._batch = Batch()
         self._waiting: deque[Task] = deque()
@@ -147,11 +145,11 @@ class Scheduler:
         """Raise RequestError for a task that needs more memory than the budget."""
         need, copies = self.bytes_needed(task), _bytes(task.prefixes)
         if need + copies > self.memory:
-            rounded = f", with {_megabytes(copies)} of rounded stages" if copies else ""
+            rounded = f", with {size_text(copies)} of rounded stages" if copies else ""
             raise RequestError(
                 f"{len(task.tokens)} tokens of prompt and {task.max_tokens} to generate may need "
-                f"{_megabytes(need + copies)}{rounded}, but all sequences together may take "
-                f"{_megabytes(self.memory)}: allow more memory, or fewer tokens"
+                f"{size_text(need + copies)}{rounded}, but all sequences together may take "
+                f"{size_text(self.memory)}: allow more memory, or fewer tokens"
             )
 
     def bytes_needed(self, task: Task, state: DecodingState | None = None) -> int:
@@ -372,7 +370,3 @@ class Scheduler:
 def _bytes(prefixes: Collection[RoundedPrefix]) -> int:
     """What rounded copies take; they may share matrices."""
     return sum({key: size for prefix in prefixes for key, size in prefix.sizes.items()}.values())
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"

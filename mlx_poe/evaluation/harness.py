@@ -20,6 +20,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END
+from cognica_mlx.convert.formats.stored import dtype_name
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.measuring import Progress
@@ -166,7 +167,7 @@ class PredictorLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What a result file says about the model, besides its name."""
         model = self.shared.model
-        dtype = str(model.resid_lambdas.dtype).removeprefix("mlx.core.")
+        dtype = dtype_name(model.resid_lambdas.dtype)
         predictor = self.shared.predictors.names[self.row]
         return {"predictor": predictor, "model_dtype": dtype, "max_length": self.max_length}
 

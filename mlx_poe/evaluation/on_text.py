@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cognica_mlx.decoding.sampling import bits_per_byte
 from cognica_mlx.errors import RequestError
 from cognica_mlx.pricing.costs import Costs, bytes_read
 from cognica_mlx.pricing.measuring import Progress
@@ -92,7 +93,7 @@ def measure_text(
         [
             Worth(
                 name=one.name,
-                bits_per_byte=float(nats[i] / math.log(2) / max(n_bytes, 1)),
+                bits_per_byte=bits_per_byte(float(nats[i]), n_bytes),
                 accuracy=float(right[i] / n_tokens),
                 agreement=float(same[i] / n_tokens),
                 mean_depth=float(depth[i] / n_tokens),

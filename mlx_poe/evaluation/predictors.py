@@ -94,8 +94,8 @@ def stage(model: PoEModel, number: int) -> Predictor:
 
 
 def mixture(model: PoEModel, last: int) -> Predictor:
-    """The Log-OP of stages 0 to `last`: what `prefix` decodes with where each has its own head,
-    what `compose` does elsewhere."""
+    """The Log-OP of stages 0 to `last`. If each stage has its own head, the mode `prefix` decodes
+    with it, otherwise the mode `compose`."""
     model.check_stage(last)
     stages = list(range(last + 1))
     name = f"stages 0-{last}"

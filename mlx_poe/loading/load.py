@@ -13,7 +13,7 @@ from cognica_mlx.calibration_file import read_calibration
 from cognica_mlx.config import HEAD_MODES, SUMMED, PoEConfig
 from cognica_mlx.convert.checkpoint import eos_token_ids, read_checkpoint
 from cognica_mlx.convert.draft_copy import offer_copy
-from cognica_mlx.convert.formats.stored import DTYPES
+from cognica_mlx.convert.formats.stored import dtype_named
 from cognica_mlx.convert.lineage import of_model
 from cognica_mlx.convert.quantization import fill, make_plan, scheme
 from cognica_mlx.convert.sources import Source, locate
@@ -61,8 +61,7 @@ def load(
     Raises CheckpointError, ConfigError or TokenizerError for files that are missing, damaged or
     do not fit together, RequestError for invalid options.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    kind = dtype_named(dtype)
     if quantize is not None and quantize not in BITS:
         raise RequestError(f"quantize {quantize}: choose from {', '.join(map(str, BITS))} bits")
     if head_mode is not None and head_mode not in HEAD_MODES:
@@ -88,7 +87,6 @@ def load(
             raise RequestError(f"quantize {quantize}: {source.name} is already quantized")
         plan = make_plan(config, scheme(quantize))
     model = PoEModel(config)
-    kind = DTYPES[dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")]
     prepare(kind)
     weights = checkpoint.weights
     if part:

@@ -19,7 +19,7 @@ from cognica_mlx.backend import blas
 from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.errors import RankLostError
-from cognica_mlx.files import whole_file
+from cognica_mlx.files import strict_json, whole_file
 from cognica_mlx.machines.remote import stage_left
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs, bytes_read, measure, measure_drafter
@@ -46,7 +46,8 @@ def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
     except RankLostError:
         if stage_left(model) is None:
             raise
-        # Nothing can be measured, and nothing needs to be: every reply ends in its last resort.
+        # Nothing can be measured, and nothing needs to be: every reply goes on with the stages that
+        # are left.
         return bytes_read(model)
     prefix = mode.prefix if isinstance(mode, Speculative) else None
     if prefix is None:
@@ -64,7 +65,7 @@ def _remembered(fingerprint: str, measured: Callable[[], Costs], stages: int, he
     cache = cache_folder()
     path = cache / f"costs-{fingerprint}.json" if cache else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        return _from_json(json.loads(path.read_text(encoding="utf-8")), stages, heads)
+        return _from_json(strict_json.read(path), stages, heads)
     costs = measured()
     if cache:
         with suppress(OSError):

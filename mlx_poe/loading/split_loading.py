@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten
 from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import RankError, RequestError, one_line
+from cognica_mlx.files.byte_sizes import size_text
 from cognica_mlx.machines.link import TIMEOUT, Link
 from cognica_mlx.machines.messages import Wire
 from cognica_mlx.machines.owner import Owner, Speaker
@@ -211,12 +212,12 @@ class _Rank:
         for model in models:
             named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
             arrays.update((id(array), array) for array in named.values())
-        held = self._exchange(sum(array.nbytes for array in arrays.values()) / 1e6)
+        held = self._exchange(float(sum(array.nbytes for array in arrays.values())))
         if self.wire.rank:
             return
-        for rank, megabytes in enumerate(held):
+        for rank, count in enumerate(held):
             stages = ", ".join(map(self._title, self.split.stages(rank)))
-            print(f"rank {rank} holds {stages}: {megabytes:.1f} MB", file=sys.stderr)
+            print(f"rank {rank} holds {stages}: {size_text(count)}", file=sys.stderr)
 
     def _title(self, stage: int) -> str:
         if stage < self._base:

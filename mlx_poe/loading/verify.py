@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.sampling import logprob_of
+from cognica_mlx.decoding.sampling import bits_per_byte, logprob_of
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel
 
@@ -64,8 +63,11 @@ def compare(
                 nll[k][i] -= float(mx.sum(logprob_of(logits[:-1], tokens[0, 1:])))
         n_positions += len(text)
         n_bytes += sum(token_bytes[token] for token in text[1:])
-    per_byte = 1 / (math.log(2) * max(n_bytes, 1))
     return [
-        Difference(furthest[k], same[k] / n_positions, (nll[k][0] * per_byte, nll[k][1] * per_byte))
-        for k in range(count)
+        Difference(
+            furthest[k],
+            same[k] / n_positions,
+            (bits_per_byte(before, n_bytes), bits_per_byte(after, n_bytes)),
+        )
+        for k, (before, after) in enumerate(nll)
     ]

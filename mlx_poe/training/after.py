@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.calibration_file import CALIBRATION_FILE, Calibration
-from cognica_mlx.decoding.sampling import logprob_of
+from cognica_mlx.decoding.sampling import bits_per_byte, logprob_of
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.measuring import calibrate
 from cognica_mlx.training.batches import Text
@@ -74,7 +73,7 @@ def _speed(model: PoEModel, tokenizer: Tokenizer, mode: str, texts: Sequence[Tex
     return Speed(tokens / max(seconds, 1e-9), kept / drafted if drafted else None)
 
 
-def bits_per_byte(folder: Path, dtype: str | None, texts: Sequence[Text]) -> float:
+def measured_bits(folder: Path, dtype: str | None, texts: Sequence[Text]) -> float:
     """Bits per byte of the counted tokens of `texts`, under the model in `folder`."""
     model, _ = load(folder, dtype=dtype)
     nats = 0.0
@@ -82,4 +81,4 @@ def bits_per_byte(folder: Path, dtype: str | None, texts: Sequence[Text]) -> flo
         tokens = mx.array(text.tokens)
         logprobs = logprob_of(model(tokens[None])[0, :-1], tokens[1:])
         nats -= float((logprobs * mx.array(text.counted[1:])).sum())
-    return nats / math.log(2) / max(sum(text.n_bytes for text in texts), 1)
+    return bits_per_byte(nats, sum(text.n_bytes for text in texts))

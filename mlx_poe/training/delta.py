@@ -24,7 +24,7 @@ from cognica_mlx.convert.chat_layout import BOS, REPLY_END
 from cognica_mlx.convert.checkpoint import Checkpoint
 from cognica_mlx.convert.conversion import delta_fields
 from cognica_mlx.convert.formats.safetensors_files import TensorWriter, nbytes
-from cognica_mlx.convert.formats.stored import DTYPES
+from cognica_mlx.convert.formats.stored import dtype_name
 from cognica_mlx.convert.formats.tokenizer_files import FILE_NAME, read_encoding
 from cognica_mlx.convert.formats.tokenizer_json import write_tokenizer
 from cognica_mlx.convert.formats.whole_folder import new_folder
@@ -116,7 +116,7 @@ class Delta:
         stops = [special[name] for name in (REPLY_END, BOS) if name in special]
         tokens = {"bos_token_id": special.get(BOS), "eos_token_id": stops}
         kind = next(k for k, a in self.parameters.items() if k.startswith("h."))
-        dtype = next(n for n, d in DTYPES.items() if d == self.parameters[kind].dtype)
+        dtype = dtype_name(self.parameters[kind].dtype)
         fields = delta_fields(self.config, self.reference, self.base) | {
             "dual_head": self.config.head_mode == "dual",
             "torch_dtype": dtype,

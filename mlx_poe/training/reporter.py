@@ -15,14 +15,8 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """A line for people."""
 
-    def phase(self, name: str, total: int) -> None:
-        """A phase of `total` steps begins; it ends with the next phase, or with `done`."""
-
-    def advance(self, count: int, text: str = "") -> None:
-        """`count` more steps of the phase are done; `text` is the current status."""
-
-    def done(self) -> None:
-        """The phase is over."""
+    def progress(self, name: str, done: int, total: int, status: str = "") -> None:
+        """`done` of the `total` steps of a phase are done."""
 
     def evaluated(self, evaluation: Evaluation, rate: float) -> None:
         """The stage has been measured on the validation rows; `rate` is the learning rate."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ import mlx.core as mx
 
 from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
 from cognica_mlx.convert.conversion import reference_to
-from cognica_mlx.convert.formats.stored import DTYPES
+from cognica_mlx.convert.formats.stored import dtype_named
 from cognica_mlx.convert.formats.whole_folder import check_target
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.files.byte_sizes import size_text
 from cognica_mlx.network.device import prepare
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.training.batches import Batch, Batches
@@ -125,8 +125,7 @@ class _Run:
         self.train_split, self.valid_split = (self._read(name) for name in ("train", "valid"))
         # Read it now, so that errors in it are reported before training.
         self.test_split = self._read("test") if settings.test else None
-        name = settings.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
-        self.dtype = DTYPES[name]
+        self.dtype = dtype_named(settings.dtype)
         prepare(self.dtype)
         self.base = base_fingerprint(self.checkpoint)
         base, model = self._load()
@@ -150,7 +149,7 @@ class _Run:
         )
         self.start = self.trainer.start(parameters)
         reporter.note(
-            f"training needs at most {size(self.trainer.most_bytes(self.start))} of memory"
+            f"training needs at most {size_text(self.trainer.most_bytes(self.start))} of memory"
         )
 
     def _read(self, name: str) -> Split:
@@ -186,8 +185,7 @@ class _Run:
     def _load(self) -> tuple[PoEModel, PoEModel]:
         """The base, and a model with the new stage on top. No weights are read yet."""
         settings = self.settings
-        kind = next(n for n, d in DTYPES.items() if d == self.dtype)
-        base, _ = load(settings.model, dtype=kind, revision=settings.revision, lazy=True)
+        base, _ = load(settings.model, dtype=settings.dtype, revision=settings.revision, lazy=True)
         self.embeddings = word_rows(base, self.tokenizer, settings.chat_tokens)
         rows, values = [], mx.zeros((0, self.config.n_embd))
         if self.embeddings:
@@ -209,15 +207,20 @@ class _Run:
             store.wait(self.reporter.note)
         needed = check_room(stores)
         if needed:
-            self.reporter.note(f"the base's activations take {size(needed)} in {where}")
+            self.reporter.note(f"the base's activations take {size_text(needed)} in {where}")
         else:
             self.reporter.note(f"the base's activations are already in {where}")
         missing = {store.folder: store for store in stores if not store.exists}
         if missing:
-            positions = sum(len(text) for store in missing.values() for text in store.texts)
-            with self._phase("reading", positions):
-                for store in missing.values():
-                    store.make(model, self.reporter.advance)
+            positions, done = sum(len(t) for store in missing.values() for t in store.texts), 0
+
+            def more(count: int) -> None:
+                nonlocal done
+                done += count
+                self.reporter.progress("reading", done, positions)
+
+            for store in missing.values():
+                store.make(model, more)
         train, valid = (store.open() for store in stores)
         return train, valid
 
@@ -233,14 +236,6 @@ class _Run:
             dtype=self.dtype,
             parent=parent,
         )
-
-    @contextmanager
-    def _phase(self, name: str, total: int) -> Iterator[None]:
-        self.reporter.phase(name, total)
-        try:
-            yield
-        finally:
-            self.reporter.done()
 
     @property
     def identity(self) -> dict[str, str]:
@@ -273,30 +268,29 @@ class _Run:
         mx.reset_peak_memory()
         started, first = time.perf_counter(), state.iteration
         positions = 0
-        with self._phase("training", self.settings.iters):
-            try:
-                self.reporter.advance(state.iteration)
-                if not state.curve:
-                    state = self._evaluate(state)
-                while state.iteration < self.settings.iters:
-                    positions += self._positions(state.iteration)
-                    state = self._next(state)
-                state = self.trainer.finish(state)
-                # Not yet, if the run was interrupted here and is told to stop here.
-                if state.curve[-1].iteration < state.iteration:
-                    state = self._evaluate(state)
-                seconds = time.perf_counter() - started
-                self._conclude(state)
-            except KeyboardInterrupt:
-                self.save(state)
-                raise InterruptedTraining(state.iteration) from None
-            except DivergedError as error:
-                remedy = "a lower --learning-rate may help"
-                raise DivergedError(f"{error}: {self._kept()}; {remedy}") from None
-            except Exception:  # a disk that is full, memory that is short
-                self.save(state)
-                self.reporter.note(self._kept())
-                raise
+        try:
+            self._progress(state)
+            if not state.curve:
+                state = self._evaluate(state)
+            while state.iteration < self.settings.iters:
+                positions += self._positions(state.iteration)
+                state = self._next(state)
+            state = self.trainer.finish(state)
+            # Not yet, if the run was interrupted here and is told to stop here.
+            if state.curve[-1].iteration < state.iteration:
+                state = self._evaluate(state)
+            seconds = time.perf_counter() - started
+            self._conclude(state)
+        except KeyboardInterrupt:
+            self.save(state)
+            raise InterruptedTraining(state.iteration) from None
+        except DivergedError as error:
+            remedy = "a lower --learning-rate may help"
+            raise DivergedError(f"{error}: {self._kept()}; {remedy}") from None
+        except Exception:  # a disk that is full, memory that is short
+            self.save(state)
+            self.reporter.note(self._kept())
+            raise
         rate = positions / seconds if state.iteration > first else 0.0
         return Result(
             curve=state.curve,
@@ -308,10 +302,13 @@ class _Run:
             test=self.test_split.texts if self.test_split else None,
         )
 
+    def _progress(self, state: Training, status: str = "") -> None:
+        self.reporter.progress("training", state.iteration, self.settings.iters, status)
+
     def _next(self, state: Training) -> Training:
         settings = self.settings
         state = self.trainer.step(state)
-        self.reporter.advance(1, f"loss {state.loss / max(state.loss_tokens, 1):.4f}")
+        self._progress(state, f"loss {state.loss / max(state.loss_tokens, 1):.4f}")
         if state.iteration < settings.iters:
             if state.iteration % settings.steps_per_eval == 0:
                 state = self._evaluate(state)
@@ -383,8 +380,3 @@ def _folders(checkpoint: Checkpoint) -> list[Path]:
     """The folders of a checkpoint and of all checkpoints below it."""
     below = _folders(checkpoint.base) if checkpoint.base else []
     return [checkpoint.source.folder, *below]
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,8 +1,9 @@
-"""The settings of a training run, each with its default and its check, in one place."""
+"""The settings of a training run, each with its default, its check and its help, in one place."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from cognica_mlx.config import HEAD_MODES
@@ -12,7 +13,6 @@ from cognica_mlx.training.optimizer import OPTIMIZERS
 from cognica_mlx.training.store import STORE_BITS
 from mlx_poe.loading.load import DEFAULT_MODEL
 
-CHAT_TOKENS = ("auto", "words", "keep")
 # Settings that may change when training resumes from a checkpoint.
 CHANGEABLE = frozenset(
     {"iters", "learning_rate", "steps_per_eval", "save_every", "store", "store_bits", "test"}
@@ -20,85 +20,119 @@ CHANGEABLE = frozenset(
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """A run's settings, named as the command's flags; checks itself on construction.
+class Kind:
+    """Values that a setting may have: `fits` tells them, `what` names them, and `flag` is how
+    argparse reads them."""
 
-    model, revision, dtype: as in `load`. data: the folder with train.jsonl and valid.jsonl.
-    layers: how many new blocks. head_mode: "dual", "base" or "specialist"; default: the model's
-    own. chat_tokens: whether chat tokens get the embeddings of words ("auto": if the base never saw
-    them). iters: batches to train on. batch_size: rows per batch. learning_rate: Muon's, or AdamW's
-    if that is the `optimizer`. grad_accumulation_steps: batches per update. max_grad_norm: bound on
-    the gradient's norm, 0 for none. max_seq_length: most tokens in a row; default: the model's
-    sequence_len. mask_prompt: count only what the assistant says (None: yes, but plain text counts
-    as a whole). pack: join rows up to max_seq_length; each row sees those before it.
-    steps_per_eval, save_every: in iterations. val_batches: validation batches, -1 for all. store:
-    keep the base's activations on disk, with store_bits per value.
+    fits: Callable[[Any], bool]
+    what: str
+    flag: Mapping[str, Any]
+
+
+def _whole(least: int) -> Kind:
+    return Kind(
+        lambda value: type(value) is int and least <= value < 2**31,
+        f"a whole number of at least {least}",
+        {"type": int},
+    )
+
+
+def _number(fits: Callable[[float], bool], what: str) -> Kind:
+    return Kind(lambda value: type(value) in (int, float) and fits(value), what, {"type": float})
+
+
+def _one_of(known: Sequence[Any]) -> Kind:
+    names, kind = ", ".join(map(str, known)), type(known[0])
+    flag = {"type": kind, "choices": known}
+    return Kind(lambda value: type(value) is kind and value in known, f"one of {names}", flag)
+
+
+TEXT = Kind(lambda value: isinstance(value, str), "a string", {})
+SWITCH = Kind(lambda value: type(value) is bool, "true or false", {"action": "store_true"})
+
+
+def _setting(default: Any, kind: Kind, help: str = "", shown: str = "", *flags: str) -> Any:
+    """A field. If its default is None, None means `shown`; `flags` are further names."""
+    about = {"kind": kind, "help": f"{help} (default: {shown or default})", "flags": flags}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """A run's settings, named as the command's flags, whose help says what they mean; checks itself
+    on construction.
+
+    model, revision and dtype are as in `load`; data is the folder with train.jsonl and valid.jsonl.
 
     Raises RequestError naming an invalid setting.
     """
 
-    model: str = DEFAULT_MODEL
-    revision: str | None = None
-    dtype: str | None = None
-    data: str = ""
-    layers: int = 2
-    head_mode: str | None = None
-    chat_tokens: str = "auto"
-    iters: int = 800
-    batch_size: int = 32
-    learning_rate: float = 0.01
-    optimizer: str = "muon"
-    grad_accumulation_steps: int = 1
-    max_grad_norm: float = 1.0
-    max_seq_length: int | None = None
-    mask_prompt: bool | None = None
-    pack: bool = False
-    seed: int = 0
-    steps_per_eval: int = 100
-    val_batches: int = -1
-    save_every: int = 100
-    grad_checkpoint: bool = False
-    store: bool = True
-    store_bits: int = 16
-    test: bool = False
+    model: str = _setting(DEFAULT_MODEL, TEXT)
+    revision: str | None = _setting(None, TEXT)
+    dtype: str | None = _setting(None, _one_of(tuple(DTYPES)))
+    data: str = _setting("", TEXT)
+    layers: int = _setting(2, _whole(1), "how many new layers", "", "--num-layers")
+    head_mode: str | None = _setting(
+        None,
+        _one_of(HEAD_MODES),
+        "predict with the model's heads and a new one (dual), only the new one (specialist), or "
+        "only the model's (base)",
+        "the model's",
+    )
+    chat_tokens: str = _setting(
+        "auto",
+        _one_of(("auto", "words", "keep")),
+        "embeddings of the chat tokens: those of words, the model's own (keep), or words for "
+        "tokens that the model never saw (auto)",
+    )
+    iters: int = _setting(800, _whole(1), "batches to train on")
+    batch_size: int = _setting(32, _whole(1), "rows per batch")
+    learning_rate: float = _setting(
+        0.01,
+        _number(lambda value: 0 < value < 1e6, "a positive number below 1e6"),
+        "peak rate; the head's is half of it or less",
+    )
+    optimizer: str = _setting(
+        "muon", _one_of(OPTIMIZERS), "for the layers' matrices; the rest uses AdamW"
+    )
+    grad_accumulation_steps: int = _setting(1, _whole(1), "batches per update")
+    max_grad_norm: float = _setting(
+        1.0,
+        _number(lambda value: 0 <= value < 1e6, "a number below 1e6, or 0 for no bound"),
+        "clip the gradient to this norm; 0 is off",
+    )
+    max_seq_length: int | None = _setting(
+        None, _whole(2), "cut longer rows to this many tokens", "the model's sequence length"
+    )
+    mask_prompt: bool | None = _setting(
+        None,
+        SWITCH,
+        "count only what the assistant says",
+        "yes; plain text counts as a whole",
+    )
+    pack: bool = _setting(
+        False, SWITCH, "join rows up to --max-seq-length; each row sees those before it", "no"
+    )
+    seed: int = _setting(0, _whole(0), "seed for the weights and the order of the data")
+    steps_per_eval: int = _setting(100, _whole(1), "iterations between validations")
+    val_batches: int = _setting(
+        -1,
+        Kind(lambda value: value == -1 or _whole(1).fits(value), "-1 or at least 1", {"type": int}),
+        "batches to validate on, -1 for all",
+    )
+    save_every: int = _setting(100, _whole(1), "iterations between checkpoints")
+    grad_checkpoint: bool = _setting(
+        False, SWITCH, "compute activations twice to save memory", "no"
+    )
+    store: bool = _setting(True, SWITCH)
+    store_bits: int = _setting(16, _one_of(STORE_BITS), "bits per value")
+    test: bool = _setting(False, SWITCH)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            *(("layers", 1), ("iters", 1), ("batch_size", 1), ("grad_accumulation_steps", 1)),
-            *(("max_seq_length", 2), ("steps_per_eval", 1), ("save_every", 1), ("seed", 0)),
-        ):
-            value = getattr(self, name)
-            if value is None and name == "max_seq_length":
-                continue
-            if type(value) is not int or not least <= value < 2**31:
-                raise RequestError(f"{name} {value!r} is not a whole number of at least {least}")
-        if type(self.val_batches) is not int or (self.val_batches < 1 and self.val_batches != -1):
-            raise RequestError(f"val_batches {self.val_batches!r}: at least 1, or -1 for all")
-        for name, what in (
-            ("learning_rate", "a positive number below 1e6"),
-            ("max_grad_norm", "a number below 1e6, or 0 for no bound"),
-        ):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value < 1e6 or (name == "learning_rate" and not value):
-                raise RequestError(f"{name} {value!r} is not {what}")
-        for name in ("pack", "grad_checkpoint", "store", "test", "mask_prompt"):
-            value = getattr(self, name)
-            if type(value) is not bool and not (value is None and name == "mask_prompt"):
-                raise RequestError(f"{name} {value!r} is not true or false")
-        for name, known in (
-            *(("optimizer", OPTIMIZERS), ("chat_tokens", CHAT_TOKENS), ("store_bits", STORE_BITS)),
-            *(("head_mode", HEAD_MODES), ("dtype", tuple(DTYPES))),
-        ):
-            value = getattr(self, name)
-            if value is None and name in ("head_mode", "dtype"):
-                continue
-            if type(value) is bool or value not in known:
-                raise RequestError(f"{name} {value!r} is not one of {', '.join(map(str, known))}")
-        for name in ("model", "data", "revision"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and not (value is None and name == "revision"):
-                raise RequestError(f"{name} {value!r} is not a string")
+        for one in fields(self):
+            value, kind = getattr(self, one.name), one.metadata["kind"]
+            if not (kind.fits(value) or (value is None and one.default is None)):
+                raise RequestError(f"{one.name} {value!r} is not {kind.what}")
         if not self.data:
             raise RequestError("data: name the folder that holds train.jsonl and valid.jsonl")
 
@@ -107,10 +141,10 @@ class TrainingSettings:
         return asdict(self)
 
 
-NAMES = tuple(field.name for field in fields(TrainingSettings))
+SETTINGS = {one.name: one for one in fields(TrainingSettings)}
 
 
-def resumed(saved: dict[str, Any], given: dict[str, Any]) -> TrainingSettings:
+def resumed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingSettings:
     """The settings of a checkpoint, with changes that are allowed when resuming.
 
     Raises RequestError naming a setting that cannot change anymore.
@@ -121,5 +155,5 @@ def resumed(saved: dict[str, Any], given: dict[str, Any]) -> TrainingSettings:
                 f"{name} {value!r}: training began with {saved.get(name)!r}, which cannot change "
                 "when resuming; leave it out, or start over with --overwrite"
             )
-    known = {name: value for name, value in saved.items() if name in NAMES}
+    known = {name: value for name, value in saved.items() if name in SETTINGS}
     return TrainingSettings(**{**known, **given})

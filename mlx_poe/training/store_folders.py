@@ -21,6 +21,7 @@ import numpy as np
 from cognica_mlx.convert.checkpoint import Checkpoint
 from cognica_mlx.convert.formats.whole_folder import new_folder, remove_leftovers
 from cognica_mlx.errors import CheckpointError, PoEError
+from cognica_mlx.files.byte_sizes import size_text
 from cognica_mlx.files.whole_file import PARTIAL, leftovers, lock
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.training.batches import Text
@@ -159,8 +160,8 @@ def check_room(stores: Sequence[Store]) -> int:
         free = shutil.disk_usage(there).free
         if needed > free:
             raise CheckpointError(
-                f"the base's activations take {needed / 1e9:.2f} GB, and {there} has "
-                f"{free / 1e9:.2f} GB free: make room, keep them elsewhere (--store-path), in 8 "
+                f"the base's activations take {size_text(needed)}, and {there} has "
+                f"{size_text(free)} free: make room, keep them elsewhere (--store-path), in 8 "
                 "bits (--store-bits 8), or run the base in every step (--no-store)"
             )
     return needed
