@@ -71,6 +71,11 @@ class Checkpoint:
         return (f"{own}:{of_base}" if of_base else own) or None
 
     @property
+    def chain(self) -> list[Checkpoint]:
+        """This checkpoint and those under it, down to the root base."""
+        return [self, *(self.base.chain if self.base else [])]
+
+    @property
     def own_weights(self) -> dict[str, StoredTensor]:
         """A delta's own weights, or all weights of a base."""
         inherited = self.base.weights if self.base else {}
@@ -214,7 +219,7 @@ def _tokenizer_folder(source: Source) -> Path | None:
 
 def _read_base(source: Source, step: int | None, fields: Mapping[str, Any]) -> Checkpoint:
     weights = _named(_tensors(source, step, "model"), source)
-    plan = _plan(fields, weights, source)
+    plan = from_fields(fields, weights, source.name)
     config = PoEConfig.from_dict(_complete(fields, weights))
     # Early nanochat checkpoints lack these, which means no scaling.
     weights.setdefault("resid_lambdas", _constant(mx.ones, config.n_layer))
@@ -225,13 +230,6 @@ def _read_base(source: Source, step: int | None, fields: Mapping[str, Any]) -> C
 
 def _constant(make: Callable[[tuple[int, ...]], mx.array], length: int) -> StoredTensor:
     return StoredTensor((length,), mx.float32, partial(make, (length,)))
-
-
-def _plan(fields: Mapping[str, Any], weights: Mapping[str, StoredTensor], source: Source) -> Plan:
-    try:
-        return from_fields(fields, weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source.name} {error}") from None
 
 
 def _stack(
@@ -245,7 +243,7 @@ def _stack(
     delta = _named(_tensors(source, step, "delta"), source)
     head = f"lm_head_specialists.{len(base.config.specialist_layers)}"
     delta = {re.sub("^lm_head_stage\\b", head, name): tensor for name, tensor in delta.items()}
-    plan = _plan(_renamed_head(fields, head), delta, source)
+    plan = from_fields(_renamed_head(fields, head), delta, source.name)
     completed = {"frozen_layers": base.config.n_layer, **_with_depth(fields, delta)}
     config = PoEConfig.from_dict(completed, base=base.config)
     _check_lineage(source, fields, base)

@@ -1,6 +1,6 @@
 """Converts checkpoints to MLX folders, tensor by tensor.
 
-- in: a checkpoint, base or delta, and how to round its values
+- in: a checkpoint, base or delta, and how to quantize it
 - out: a folder that `load` and mlx-lm read: a whole model, or a delta that refers to its base
 - `prepare` plans everything from names and shapes; `Conversion.write` reads, packs and writes one
   tensor after another, so that memory holds only a few
@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 from huggingface_hub import HfApi
 from mlx.utils import tree_flatten
+from tiktoken import Encoding
 
 from cognica_mlx.calibration_file import CALIBRATION_FILE, CalibrationWarning, read_calibration
 from cognica_mlx.config import SUMMED, PoEConfig
@@ -50,9 +50,11 @@ from cognica_mlx.convert.quantization import (
     mixed,
     pack,
     to_fields,
+    within,
 )
 from cognica_mlx.convert.sources import Source, hub_reason
 from cognica_mlx.errors import CheckpointError, RequestError, TokenizerError
+from cognica_mlx.files import strict_json
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.rounding import Scheme
 
@@ -130,7 +132,8 @@ class Conversion:
         `target` must not be written, CheckpointError or OSError if it cannot be.
         """
         remove_leftovers(target)
-        check_target(target, overwrite, [*_folders(self.checkpoint), *self._base_folder()])
+        made_from = [*self.checkpoint.chain, *([self.base] if self.base else [])]
+        check_target(target, overwrite, [link.source.folder for link in made_from])
         encoding = read_encoding(self.checkpoint.tokenizer_folder)
         if encoding.n_vocab > self.config.vocab_size:
             raise CheckpointError(
@@ -138,19 +141,16 @@ class Conversion:
                 f"{encoding.n_vocab - 1}, its vocab_size is {self.config.vocab_size}"
             )
         of = self.checkpoint
-        _, problem = read_calibration(of.source.folder, self.config, of.sketch)
+        calibration, problem = read_calibration(of.source.folder, self.config, of.sketch)
         if problem:
             warnings.warn(f"calibration not copied: {problem}", CalibrationWarning, stacklevel=2)
         with new_folder(target, self.nbytes + _SMALL_FILES_BYTES, overwrite) as folder:
-            self._write_small_files(folder, target)
+            self._write_small_files(folder, target, encoding, calibration is not None)
             self._write_weights(folder, progress)
             if self.draft_bits:
                 matrices = copied_matrices(self.config, self.draft_bits, self.plan)
                 sketch = self.checkpoint.sketch()
                 write_copy(folder, matrices, self.weights, self.draft_bits, self.dtype, sketch)
-
-    def _base_folder(self) -> list[Path]:
-        return [self.base.source.folder] if self.base else []
 
     def _packed(self, name: str, array: mx.array) -> dict[str, mx.array]:
         """A parameter's tensors by their names in the files, packed by the plan."""
@@ -166,7 +166,7 @@ class Conversion:
         return name.replace(head, "lm_head_stage")
 
     def _write_weights(self, folder: Path, progress: Callable[[int, int], None]) -> None:
-        tensors, done = self._tensors(), 0
+        tensors, done, total = self._tensors(), 0, self.nbytes
         for file, specs in self.layout.items():
             writer = TensorWriter(folder / file, specs)
             for spec in specs:
@@ -174,7 +174,7 @@ class Conversion:
                 writer.write(name, array)
                 del array  # before the next is read
                 done += nbytes(spec)
-                progress(done, self.nbytes)
+                progress(done, total)
             writer.close()
         write_index(folder, self.stem, self.layout)
 
@@ -191,12 +191,10 @@ class Conversion:
                 yield first, packed.pop(first)
             mx.clear_cache()
 
-    def _write_small_files(self, folder: Path, target: Path) -> None:
+    def _write_small_files(
+        self, folder: Path, target: Path, encoding: Encoding, calibrated: bool
+    ) -> None:
         checkpoint = self.checkpoint
-        encoding = read_encoding(checkpoint.tokenizer_folder)
-        special = encoding._special_tokens
-        bos = special.get(BOS)
-        stops = [t for t in (special.get(REPLY_END), bos) if t is not None]
         try:
             write_tokenizer(folder, encoding, chat=bool(self.config.specialist_layers))
         except TokenizerError as error:
@@ -204,14 +202,11 @@ class Conversion:
             raise TokenizerError(f"the tokenizer in {where} {error}") from None
         generation = checkpoint.source.folder / "generation_config.json"
         defaults = read_json(generation) if generation.is_file() else {}
-        stops += sorted(eos_token_ids(checkpoint.source))
-        tokens = {"bos_token_id": bos, "eos_token_id": list(dict.fromkeys(stops))}
-        _write_json(folder / generation.name, {**defaults, **tokens})
-        _write_json(folder / "config.json", {**self._config_fields(target), **tokens})
+        stops = sorted(eos_token_ids(checkpoint.source))
+        write_config(folder, self._config_fields(target), encoding, defaults, stops)
         if self.base is None:
             (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")
         source = checkpoint.source.folder
-        calibrated = read_calibration(source, self.config, checkpoint.sketch)[0] is not None
         for name in ("LICENSE", *([CALIBRATION_FILE] if calibrated else [])):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
@@ -233,7 +228,7 @@ class Conversion:
             "dtype": dtype_name(self.dtype) if self.dtype else "as stored",
             "quantized": "; ".join(quantized) or "no",
             "bits per weight": f"{self.bits_per_weight:.3f}",
-            **({"rounded drafter": self.draft_bits} if self.draft_bits else {}),
+            **({"quantized copy": self.draft_bits} if self.draft_bits else {}),
         }
 
     def _config_fields(self, target: Path) -> dict[str, Any]:
@@ -269,8 +264,8 @@ def prepare(
     computed in float32. With `base`, the converted folder of its base, only the specialist's own
     tensors are written, as a delta that refers to `base`. `dtype` is "float32", "bfloat16" or
     "float16"; by default each tensor keeps its type, and a summed head is float32. `quantization`
-    rounds the matrices, except as a `recipe` of RECIPES and then `rules` say (see `make_plan`).
-    `step` is a nanochat step. With `draft_bits` a rounded copy to draft with is stored as well.
+    is that of the matrices, except as a `recipe` of RECIPES and then `rules` say (see `make_plan`).
+    `step` is a nanochat step. With `draft_bits` a quantized copy to draft with is stored as well.
 
     Raises CheckpointError or ConfigError for a checkpoint that is incomplete or does not fit
     `base`, RequestError for options that make no sense.
@@ -305,7 +300,7 @@ def prepare(
             quantization, of_recipe = mixed(config, recipe, quantization)
             rules = [*of_recipe, *rules]
         plan = make_plan(config, quantization, rules)
-    plan = {path: scheme for path, scheme in plan.items() if f"{path}.weight" in weights}
+    plan = within(plan, weights)
     if draft_bits and not copied_matrices(config, draft_bits, plan):
         raise RequestError(
             "draft-bits: the matrices that draft are quantized themselves, so the copy would not "
@@ -313,6 +308,25 @@ def prepare(
         )
     weights = {name: weights[name] for name in sorted(weights, key=_place)}
     return Conversion(checkpoint, config, weights, plan, to, converted, draft_bits)
+
+
+def write_config(
+    folder: Path,
+    fields: Mapping[str, Any],
+    encoding: Encoding,
+    defaults: Mapping[str, Any] | None = None,
+    stops: Sequence[int] = (),
+) -> None:
+    """Write config.json with `fields` and generation_config.json with `defaults`, both with the
+    tokens that begin and end texts, among them `stops`."""
+    special = encoding._special_tokens
+    ends = [special[name] for name in (REPLY_END, BOS) if name in special]
+    tokens = {
+        "bos_token_id": special.get(BOS),
+        "eos_token_id": list(dict.fromkeys([*ends, *stops])),
+    }
+    strict_json.write(folder / "generation_config.json", {**(defaults or {}), **tokens})
+    strict_json.write(folder / "config.json", {**fields, **tokens})
 
 
 def reference_to(base: Source, target: Path) -> str:
@@ -356,11 +370,6 @@ def upload(folder: Path, repo_id: str) -> str:
         ) from None
 
 
-def _folders(checkpoint: Checkpoint) -> list[Path]:
-    """The folders of a checkpoint and of its bases."""
-    return [checkpoint.source.folder, *(_folders(checkpoint.base) if checkpoint.base else [])]
-
-
 def _place(name: str) -> list[tuple[int, str]]:
     """A sort key that compares numbers in names as numbers: layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
@@ -371,7 +380,3 @@ def _with_rows(array: mx.array, rows: int) -> mx.array:
     if array.shape[0] >= rows:
         return array[:rows]
     return mx.pad(array, [(0, rows - array.shape[0]), (0, 0)])
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A rounded copy of the drafting stages, stored beside a model so that loading need not round.
+"""A quantized copy of the drafting stages, stored beside a model so that loading need not make it.
 
 - in: a model's configuration and tensors; or a folder that contains a copy
 - out: `draft.safetensors`; or the copy, attached to the model's own matrices
@@ -40,8 +40,8 @@ _BITS, _OF = "draft_bits", "of"
 
 
 def copied_matrices(config: PoEConfig, bits: str, plan: Plan) -> dict[str, Any]:
-    """The rounded matrices of a model's copy by their paths, unevaluated; none of those that `plan`
-    quantizes, as the model drafts from its own. RequestError if rounding would change nothing."""
+    """The matrices of a model's quantized copy by path, unevaluated; none that `plan` quantizes, as
+    the model drafts from its own. RequestError if quantizing would change nothing."""
     found = _matrices(PoEModel(config), draft_scheme(bits))
     return {path: matrix for path, matrix in found.items() if path not in plan}
 
@@ -54,7 +54,7 @@ def write_copy(
     dtype: mx.Dtype | None,
     of: lineage.Sketch,
 ) -> None:
-    """Write the rounded `matrices` of a model with these tensors and this sketch to `folder`.
+    """Write the quantized `matrices` of a model with these tensors and this sketch to `folder`.
 
     Raises OSError if the file cannot be written.
     """
@@ -91,18 +91,10 @@ def _take_up(model: PoEModel, path: Path) -> None:
         )
     scheme, dtype = draft_scheme(metadata[_BITS]), model.resid_lambdas.dtype
     modules = dict(model.named_modules())
-    for place, expected in _matrices(PoEModel(model.config), scheme).items():
+    for place, packed in _matrices(PoEModel(model.config), scheme).items():
         own = modules[place]
         if not isinstance(own, nn.Linear):
-            continue  # the model itself was loaded rounded
-        packed = nn.QuantizedLinear(
-            own.weight.shape[1],
-            own.weight.shape[0],
-            bias=False,
-            group_size=expected.group_size,
-            bits=expected.bits,
-            mode=expected.mode,
-        )
+            continue  # the model itself was loaded quantized
         for suffix in SUFFIXES:
             if suffix not in packed:
                 continue
@@ -111,7 +103,7 @@ def _take_up(model: PoEModel, path: Path) -> None:
                 raise CheckpointError(
                     f"{path} does not fit its model at {place}: delete it, or convert again"
                 )
-            if not is_finite(suffix, part, expected.mode):
+            if not is_finite(suffix, part, packed.mode):
                 raise CheckpointError(
                     f"{path}: {place}.{suffix} holds NaN or infinity: delete it, or convert again"
                 )
@@ -122,7 +114,7 @@ def _take_up(model: PoEModel, path: Path) -> None:
 
 
 def _matrices(model: PoEModel, scheme: Scheme) -> dict[str, Any]:
-    """The rounded matrices of a copy by their paths, unevaluated."""
+    """The quantized matrices of a copy by their paths, unevaluated."""
     prefix = round_prefix(model, scheme, 0, "summed")
     drafting = [*(b for k in prefix.of for b in model.stages[k].blocks), *prefix.originals]
     inside = {id(module) for part in drafting for _, module in part.named_modules()}
@@ -148,5 +140,5 @@ def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         draft_scheme(metadata[_BITS])
         return arrays, metadata
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        problem = f"is not a rounded copy ({one_line(error)}): delete it, or convert again"
+        problem = f"is not a quantized copy ({one_line(error)}): delete it, or convert again"
         raise CheckpointError(f"{path} {pointer_problem(path) or problem}") from None

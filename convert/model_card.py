@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -28,27 +28,15 @@ def model_card(
     `settings` are the conversion's settings as text; `base` is the converted folder that a delta
     refers to.
     """
-    source = checkpoint.source
-    license_name = license_of(checkpoint)
-    data = ModelCardData(
-        license=license_name,
-        library_name="mlx",
-        pipeline_tag="text-generation",
-        tags=["mlx", "cognica-poe"],
-        base_model=source.name if source.from_hub else None,
-    )
+    chain = [link.source for link in checkpoint.chain]
+    links = [f"`{s.name if s.from_hub else s.folder.resolve().name}`" for s in chain]
     rows = {
-        "source": " on ".join(_links(checkpoint)),
+        "source": " on ".join(links),
         "revision": checkpoint.revision or "local files",
+        **settings,
+        "license": license_of(checkpoint) or "the source names none: its own terms apply",
     }
-    rows |= settings
-    rows["license"] = license_name or "the source names none: its own terms apply"
-    rows["made with"] = f"cognica-mlx {version('cognica-mlx')}, MLX {version('mlx')}"
-    lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
-    lines.append("A Cognica Product-of-Experts language model for MLX.")
-    lines += ["", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in rows.items()]
-    lines += ["", "With cognica-mlx installed:", "", "```bash"]
+    lines = ["With cognica-mlx installed:", "", "```bash"]
     lines.append(f'mlx_poe.generate --model {name} --prompt "The capital of France is"')
     if base is None:
         lines.append(f"mlx_lm.generate --model {name} --trust-remote-code --prompt ...")
@@ -62,14 +50,26 @@ def model_card(
     if calibrated:
         lines += ["", "`poe_calibration.json` was measured on the source. Rounding shifts margins:"]
         lines.append("run `mlx_poe.calibrate` to measure again what the adaptive modes promise.")
-    return "\n".join(lines) + "\n"
+    about = "A Cognica Product-of-Experts language model for MLX."
+    return card(checkpoint, name, about, rows, lines)
 
 
-def _links(checkpoint: Checkpoint) -> list[str]:
-    """Links to a checkpoint and to every base under it; for local ones, just the folder's name."""
-    source = checkpoint.source
-    name = source.name if source.from_hub else Path(source.folder).resolve().name
-    return [f"`{name}`", *(_links(checkpoint.base) if checkpoint.base else [])]
+def card(
+    source: Checkpoint, title: str, about: str, rows: Mapping[str, object], lines: Sequence[str]
+) -> str:
+    """A README.md about a model made from `source`: the hub's metadata, a title, a sentence, a
+    table of `rows` and versions, and further lines."""
+    data = ModelCardData(
+        license=license_of(source),
+        library_name="mlx",
+        pipeline_tag="text-generation",
+        tags=["mlx", "cognica-poe"],
+        base_model=source.source.name if source.source.from_hub else None,
+    )
+    made = f"cognica-mlx {version('cognica-mlx')}, MLX {version('mlx')}"
+    table = [f"| {key} | {value} |" for key, value in {**rows, "made with": made}.items()]
+    head = ["---", data.to_yaml(), "---", "", f"# {title}", "", about, "", "| | |", "|---|---|"]
+    return "\n".join([*head, *table, "", *lines]) + "\n"
 
 
 def license_of(checkpoint: Checkpoint) -> str | None:

@@ -1,6 +1,6 @@
-"""Which matrices are rounded to how many bits, and how a checkpoint records that.
+"""Which matrices are quantized to how many bits, and how a checkpoint records that.
 
-- a `Plan` gives a `Scheme` to each module that is quantized; MLX does the rounding
+- a `Plan` gives a `Scheme` to each module that is quantized; MLX does the work
 - it is made from the command's options, or read from a converted folder's `config.json`, in
   mlx-lm's format
 - scalars and gates are never quantized; gates are narrower than a group
@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.rounding import BITS, GROUP_SIZES, MODES, Scheme, is_finite
 
-# mlx-lm's mixed recipes: the bits of most matrices, and of those that rounding hurts most.
+# mlx-lm's mixed recipes: the bits of most matrices, and of those that need them most.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 UNQUANTIZED = 16
 
@@ -73,7 +73,7 @@ def make_plan(config: PoEConfig, default: Scheme, rules: Sequence[Rule] = ()) ->
 
     A rule names "head", "embed", "attn", "mlp", a stage ("stage0"), a layer ("layer3") or several
     ("layers0-5"). Its bits use `default`'s mode if that supports them, else affine; 16 bits means
-    not rounded. Raises RequestError for a rule that matches nothing in the model, or invalid bits.
+    as it is. Raises RequestError for a rule that matches nothing in the model, or invalid bits.
     """
     matrices = _matrices(config)
     schemes = dict.fromkeys(matrices, default)
@@ -91,6 +91,11 @@ def make_plan(config: PoEConfig, default: Scheme, rules: Sequence[Rule] = ()) ->
         for path, scheme in schemes.items()
         if scheme.bits != UNQUANTIZED and scheme.fits(matrices[path])
     }
+
+
+def within(plan: Plan, weights: Container[str]) -> Plan:
+    """The part of a plan that is about `weights`, which are names."""
+    return {path: scheme for path, scheme in plan.items() if f"{path}.weight" in weights}
 
 
 def mixed(config: PoEConfig, recipe: str, scheme: Scheme) -> tuple[Scheme, list[Rule]]:
@@ -146,7 +151,7 @@ def _selected(config: PoEConfig, matrices: Iterable[str], what: str) -> list[str
 def pack(
     name: str, array: mx.array, plan: Plan, dtype: mx.Dtype | None = None
 ) -> dict[str, mx.array]:
-    """A parameter's tensors by name, in `dtype`, rounded if it is the weight of a module in `plan`.
+    """A parameter's tensors by name, in `dtype`, quantized if `plan` has the module of its weight.
 
     Integer tensors, which are packed already, are unchanged.
     """
@@ -188,7 +193,7 @@ def fill(
     *,
     lazy: bool = False,
 ) -> None:
-    """Set the parameters of `model`, in `dtype` and rounded as `plan` says; others do not change.
+    """Set the parameters of `model`, in `dtype` and quantized as `plan` says; others do not change.
 
     `arrays` yields them one by one. Unless `lazy`, each is evaluated before the next is read, so
     that memory never holds two copies of the model.
@@ -214,8 +219,8 @@ def to_fields(plan: Plan) -> dict[str, Any]:
     return {**asdict(common), **others}
 
 
-def from_fields(fields: Mapping[str, Any], tensors: Iterable[str]) -> Plan:
-    """The plan that a checkpoint's `tensors` were packed by, from its `config.json`.
+def from_fields(fields: Mapping[str, Any], tensors: Iterable[str], name: str) -> Plan:
+    """The plan that the `tensors` of the checkpoint `name` were packed by, from its `config.json`.
 
     Raises CheckpointError if packed tensors have no scheme there, or an invalid one.
     """
@@ -224,7 +229,9 @@ def from_fields(fields: Mapping[str, Any], tensors: Iterable[str]) -> Plan:
         return {}
     entry = fields.get("quantization")
     if not isinstance(entry, Mapping):
-        raise CheckpointError("holds quantized tensors, but its config.json has no quantization")
+        raise CheckpointError(
+            f"{name} holds quantized tensors, but its config.json has no quantization"
+        )
     plan: Plan = {}
     for path in paths:
         own = entry[path] if isinstance(entry.get(path), Mapping) else entry
@@ -234,6 +241,7 @@ def from_fields(fields: Mapping[str, Any], tensors: Iterable[str]) -> Plan:
             plan[path] = scheme(own["bits"], own["group_size"], own.get("mode", "affine"))
         except (KeyError, TypeError, RequestError):
             raise CheckpointError(
-                f"has no valid quantization for {path} in its config.json: {dict(own)!r:.120}"
+                f"{name} has no valid quantization for {path} in its config.json: "
+                f"{dict(own)!r:.120}"
             ) from None
     return plan

@@ -278,5 +278,5 @@ def test_room_is_looked_for_first(tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert main(["--hf-path", "poe-tiny", "--mlx-path", str(tmp_path / "out")]) == 1
-    assert "GB are needed" in capsys.readouterr().err
+    assert "39.8 MB are needed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

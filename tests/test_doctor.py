@@ -1,4 +1,4 @@
-"""The doctor: its recorded answers are the oracle's, and it fails when something is wrong."""
+"""The doctor: its recorded predictions are the oracle's, and it fails when something is wrong."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_what_is_recorded_is_what_the_oracle_says(name, bits):
 
 def test_answers_pass_in_every_type_on_this_machine(monkeypatch):
     monkeypatch.setattr(examination, "MODELS", ("poe-tiny-chat", "own heads"))
-    lines = list(examination.answer_lines())
+    lines = list(examination.prediction_lines())
     assert [line.status for line in lines] == [OK] * 8
     assert all(0 < line.numbers["apart"] < 0.4 for line in lines)
 
@@ -100,7 +100,7 @@ def test_one_wrong_weight_is_found(name, value, monkeypatch):
     monkeypatch.setattr(examination, "MODELS", (name,))
     monkeypatch.setattr(examination, "TOLERANCES", {("float32", None): (1e-3, 1e-2, 0.99)})
     monkeypatch.setattr(examination, "recorded_model", broken)
-    (line,) = examination.answer_lines()
+    (line,) = examination.prediction_lines()
     assert line.status == FAILED and "report" in line.advice
 
 
@@ -114,7 +114,7 @@ def test_one_wrong_scale_of_a_quantized_matrix_is_found(monkeypatch):
 
     monkeypatch.setattr(examination, "MODELS", ("own heads",))
     monkeypatch.setattr(examination, "recorded_model", broken)
-    found = {line.name: line.status for line in examination.answer_lines()}
+    found = {line.name: line.status for line in examination.prediction_lines()}
     assert [name for name, status in found.items() if status != OK] == ["own heads, 4 bits"]
     assert found["own heads, 4 bits"] == FAILED
 
@@ -122,7 +122,7 @@ def test_one_wrong_scale_of_a_quantized_matrix_is_found(monkeypatch):
 def test_a_few_wrong_places_are_found_where_no_logit_is_far_off():
     limits = (1e-3, 1e-2, 0.99)
     found = [
-        examination._answer_line("a", apart, agree, limits).status
+        examination._prediction_line("a", apart, agree, limits).status
         for apart, agree in ((1e-4, 1.0), (5e-3, 1.0), (2e-2, 1.0), (1e-4, 0.98), (math.nan, 1.0))
     ]
     assert found == [OK, WARNING, FAILED, FAILED, FAILED]
@@ -308,7 +308,7 @@ def test_the_command_prints_writes_and_says_by_its_status(capsys, tmp_path, monk
         assert f"{line['status']:8} {line['name']}: {line['value']}" in out
     sections = [line["section"] for line in report["lines"]]
     assert list(dict.fromkeys(sections)) == [
-        *("machine", "recorded answers", "rows", "modes", "batch", "costs")
+        *("machine", "recorded predictions", "rows", "modes", "batch", "costs")
     ]
     bad = Line("modes", "full", FAILED, "no", "report it", {"apart": float("inf")})
     monkeypatch.setattr(command, "examine", lambda *_: Report(MACHINE, "poe-tiny", [bad]))

@@ -632,7 +632,7 @@ def endless(tokenizer: Tokenizer) -> Tokenizer:
 def test_a_copy_is_stored_beside_the_model_and_taken_up(tmp_path, capsys):
     flags = ["--hf-path", "poe-tiny", "--mlx-path", str(tmp_path / "mlx"), "--draft-bits", "4"]
     assert convert_command.main(flags) == 0
-    assert "rounded drafter" in capsys.readouterr().out
+    assert "quantized copy" in capsys.readouterr().out
     model, tokenizer = load(tmp_path / "mlx")
     original, _ = fixture("poe-tiny")
     assert model.stored_copies
@@ -648,7 +648,7 @@ def test_a_copy_is_stored_beside_the_model_and_taken_up(tmp_path, capsys):
     # Other bits are rounded as ever.
     assert make_mode(model, "speculative", ModeOptions(draft_bits=8)).prefix.nbytes
     (tmp_path / "mlx" / DRAFT_FILE).write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match=r"is not a rounded copy.*delete it"):
+    with pytest.raises(CheckpointError, match=r"is not a quantized copy.*delete it"):
         load(tmp_path / "mlx")
     mx.save_safetensors(str(tmp_path / "mlx" / DRAFT_FILE), {"x": stored}, {"draft_bits": "4"})
     with pytest.raises(CheckpointError, match="does not fit its model at"):

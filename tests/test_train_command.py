@@ -20,6 +20,7 @@ from training import SMALL_RUN, Watcher, chat, small_run, write_all, write_data,
 
 from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.convert.conversion import prepare
+from cognica_mlx.convert.formats import whole_folder
 from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import locate
 from cognica_mlx.errors import CheckpointError, RequestError
@@ -32,7 +33,7 @@ from mlx_poe.commands import train as train_command
 from mlx_poe.commands.calibrate import main as calibrate
 from mlx_poe.commands.train import main
 from mlx_poe.loading.specialists import Specialists
-from mlx_poe.training import InterruptedTraining, TrainingSettings, run, store_folders, train
+from mlx_poe.training import InterruptedTraining, TrainingSettings, run, train
 from mlx_poe.training.run import checkpoint_file
 
 COMMAND = (sys.executable, "-m", "mlx_poe", "train")
@@ -308,8 +309,10 @@ def test_a_store_is_used_again_where_it_fits(made, tmp_path):
 def test_a_disk_too_small_is_refused_before_anything_is_written(made, tmp_path, monkeypatch):
     write_all(tmp_path)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(store_folders.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
-    with pytest.raises(CheckpointError, match=r"GB free: make room.*--no-store"):
+    monkeypatch.setattr(whole_folder.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+    with pytest.raises(
+        CheckpointError, match=r"has 1.0 kB free, but .* are needed: make room.*--no-store"
+    ):
         small_run(tmp_path)
     assert not (tmp_path / "stores").exists() and not (tmp_path / "mine").exists()
 

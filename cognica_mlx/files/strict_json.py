@@ -1,4 +1,4 @@
-"""JSON that every reader accepts, NaN and infinity being null; and JSON files read.
+"""JSON that every reader accepts, with null for NaN and infinity; JSON files.
 
 Files are UTF-8, with or without a byte order mark.
 """
@@ -20,6 +20,11 @@ def read(path: Path) -> Any:
 def dumps(value: Any, **options: Any) -> str:
     """`json.dumps` with null for each float that JSON cannot represent."""
     return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def write(path: Path, value: Any, **options: Any) -> None:
+    """Write a file, by default with two spaces for each level."""
+    path.write_text(dumps(value, **{"indent": 2, **options}) + "\n", encoding="utf-8")
 
 
 def line(value: Any) -> bytes:

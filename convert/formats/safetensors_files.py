@@ -18,10 +18,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cognica_mlx.convert.formats.stored import StoredTensor
+from cognica_mlx.convert.formats.stored import StoredTensor, raw
 from cognica_mlx.errors import CheckpointError, one_line
 from cognica_mlx.files import strict_json
 from cognica_mlx.files.git_lfs import pointer_problem
@@ -82,47 +81,33 @@ def read_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-class _SafetensorsFile:
-    """A checked file, whose arrays are returned one by one and not kept."""
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    """A checked file's tensors, whose arrays are returned one by one and not kept."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing")
-            # Checks the header against the file's true length; mx.load does so only on reading.
-            with safe_open(path, framework="np"):
-                pass
-            self._unread = self._load()
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} {pointer_problem(path) or _damage(error)}") from None
-        if not self._unread:
-            raise CheckpointError(f"{path} holds no tensors")
-
-    def _load(self) -> dict[str, mx.array]:
-        arrays = mx.load(str(self._path), format="safetensors")
+    def load() -> dict[str, mx.array]:
+        arrays = mx.load(str(path), format="safetensors")
         assert isinstance(arrays, dict)
         return arrays
 
-    def tensors(self) -> dict[str, StoredTensor]:
-        return {
-            name: StoredTensor(array.shape, array.dtype, partial(self._read, name))
-            for name, array in self._unread.items()
-        }
-
-    def _read(self, name: str) -> mx.array:
+    def read(name: str) -> mx.array:
         # An array left in the dictionary would keep its values in memory once they are read.
-        if name not in self._unread:
-            self._unread = self._load()
-        return self._unread.pop(name)
+        if name not in unread:
+            unread.update(load())
+        return unread.pop(name)
 
-
-def _damage(error: Exception) -> str:
-    return f"is damaged or incomplete ({one_line(error)}): download it again"
-
-
-def _read_file(path: Path) -> dict[str, StoredTensor]:
-    return _SafetensorsFile(path).tensors()
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        # Checks the header against the file's true length; mx.load does so only on reading.
+        with safe_open(path, framework="np"):
+            pass
+        unread = load()
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        damage = f"is damaged or incomplete ({one_line(error)}): download it again"
+        raise CheckpointError(f"{path} {pointer_problem(path) or damage}") from None
+    if not unread:
+        raise CheckpointError(f"{path} holds no tensors")
+    return {k: StoredTensor(a.shape, a.dtype, partial(read, k)) for k, a in unread.items()}
 
 
 def lay_out(specs: Iterable[Spec], stem: str, most: int = SHARD_BYTES) -> dict[str, list[Spec]]:
@@ -152,7 +137,7 @@ def write_index(folder: Path, stem: str, layout: Mapping[str, Sequence[Spec]]) -
     total = sum(nbytes(spec) for specs in layout.values() for spec in specs)
     weight_map = {name: file for file, specs in layout.items() for name, _, _ in specs}
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+    strict_json.write(folder / f"{stem}.safetensors.index.json", content)
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
@@ -192,9 +177,7 @@ class TensorWriter:
         due = self._due.pop()
         if due != (name, array.shape, array.dtype):
             raise ValueError(f"{name} {array.shape} {array.dtype} was written, but {due} is next")
-        # As bits, because numpy has no bfloat16.
-        bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]
-        self._file.write(np.ascontiguousarray(np.array(array.view(bits), copy=False)).data)
+        self._file.write(raw(array))
 
     def close(self) -> None:
         """Close the file. Raises ValueError if a tensor has not been written."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import mlx.core as mx
+import numpy as np
 
 from cognica_mlx.errors import RequestError
 
@@ -28,6 +30,12 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
+def raw(array: mx.array) -> memoryview:
+    """An array's bytes. numpy has no bfloat16, so they are read as integers."""
+    bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]
+    return np.ascontiguousarray(np.array(array.view(bits), copy=False)).data
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor's shape and type, and how to read it.
@@ -43,7 +51,4 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of its values."""
-        size = self.dtype.size
-        for length in self.shape:
-            size *= length
-        return size
+        return self.dtype.size * prod(self.shape)

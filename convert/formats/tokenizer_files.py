@@ -8,7 +8,7 @@
 - Anything wrong with the file raises one TokenizerError that names it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -54,32 +54,15 @@ def read_encoding(folder: Path) -> tiktoken.Encoding:
     used = path if path.is_file() else converted
     if problem := pointer_problem(used):
         raise TokenizerError(f"{used} {problem}")
-    if used == converted:
-        fields = tokenizer_json.read_fields(converted)
-        return _checked(converted, lambda: fields)
     try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
-    return _checked(path, lambda: _unpickled(data))
-
-
-def _unpickled(data: bytes) -> object:
-    if len(data) > MOST_BYTES:
-        raise TokenizerError(f"is larger than {MOST_BYTES >> 20} MiB: not a tokenizer")
-    return _replay(data)
-
-
-def _checked(path: Path, read: Callable[[], object]) -> tiktoken.Encoding:
-    """The encoding with the fields that `read` returns; any error names `path`."""
-    try:
-        return _build(read())
+        return _build(_pickled(path) if used == path else tokenizer_json.read_fields(converted))
     except TokenizerError as error:
-        raise TokenizerError(f"{path} {error}") from error.__cause__
+        raise TokenizerError(f"{used} {error}") from error.__cause__
+    except OSError as error:
+        raise TokenizerError(f"{used} cannot be read: {error.strerror}") from error
     except Exception as error:  # pickletools and bad stack contents can raise anything
         raise TokenizerError(
-            f"{path} is damaged or not a tokenizer ({one_line(error)}): download it again"
+            f"{used} is damaged or not a tokenizer ({one_line(error)}): download it again"
         ) from error
 
 
@@ -91,8 +74,12 @@ def encode_text(encoding: tiktoken.Encoding, text: str, allow_special: bool = Fa
         return encoding.encode_ordinary(text)
 
 
-def _replay(data: bytes) -> object:
-    """The fields of the one pickled Encoding in `data`."""
+def _pickled(path: Path) -> object:
+    """The fields of the one pickled Encoding in a file."""
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise TokenizerError(f"is larger than {MOST_BYTES >> 20} MiB: not a tokenizer")
     dialect = Dialect(
         kind="tokenizer",
         error=TokenizerError,
@@ -131,7 +118,7 @@ def _build(fields: object) -> tiktoken.Encoding:
         if type(fields[field]) is not kind:
             found = type(fields[field]).__name__
             raise TokenizerError(f"has a {field} of type {found}, not {kind.__name__}")
-    ranks, special = fields["mergeable_ranks"], fields["special_tokens"]
+    ids: set[int] = set()
     for field, kind in (("mergeable_ranks", bytes), ("special_tokens", str)):
         for token, number in fields[field].items():
             if type(token) is not kind or not token:
@@ -143,12 +130,10 @@ def _build(fields: object) -> tiktoken.Encoding:
                 raise TokenizerError(
                     f"gives {ascii(token)[:60]} in {field} the id {shown}, not a whole number >= 0"
                 )
-    seen: set[int] = set()
-    for number in (*ranks.values(), *special.values()):
-        if number in seen:
-            raise TokenizerError(f"gives the id {number} to two tokens")
-        seen.add(number)
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+            if number in ids:
+                raise TokenizerError(f"gives the id {number} to two tokens")
+            ids.add(number)
+    missing = [byte for byte in range(256) if bytes([byte]) not in fields["mergeable_ranks"]]
     if missing:
         raise TokenizerError(
             f"lacks {len(missing)} of the 256 single bytes, 0x{missing[0]:02x} first"

@@ -8,12 +8,11 @@
   into two tokens is listed as a merge, in order of rank
 - differences on Hugging Face's side: text that looks like a special token becomes one, even inside
   a chat message, while our `Tokenizer` keeps it as text; lone surrogates are refused, not replaced;
-  and mlx-lm's streaming drops one space from the very start of an answer
+  and mlx-lm's streaming drops one space from the very start of a reply
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import tiktoken
 
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END, TEMPLATE
-from cognica_mlx.errors import TokenizerError, one_line
+from cognica_mlx.errors import TokenizerError
 from cognica_mlx.files import strict_json
 
 FILE_NAME = "tokenizer.json"
@@ -56,7 +55,8 @@ def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, *, chat: bool) ->
     cannot hold both.
     """
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
-    _write(folder / FILE_NAME, _tokenizer_json(encoding._pat_str, ranks, special))
+    content = _tokenizer_json(encoding._pat_str, ranks, special)
+    strict_json.write(folder / FILE_NAME, content, ensure_ascii=False, indent=1)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -64,13 +64,9 @@ def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, *, chat: bool) ->
     }
     end = REPLY_END if chat else BOS
     config |= {k: v for k, v in (("bos_token", BOS), ("eos_token", end)) if v in special}
-    _write(folder / "tokenizer_config.json", config)
+    strict_json.write(folder / "tokenizer_config.json", config, ensure_ascii=False, indent=1)
     if chat:
         (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _tokenizer_json(
@@ -139,48 +135,41 @@ def _bos_first(special: Mapping[str, int]) -> dict[str, Any] | None:
 def read_fields(path: Path) -> dict[str, Any]:
     """The fields of a `tiktoken.Encoding` from a tokenizer.json that `write_tokenizer` wrote.
 
-    Only their types have been checked. Raises TokenizerError, naming the file, if it is damaged or
-    describes another kind of tokenizer.
+    They are not checked. Raises TokenizerError, without the file's name, for another kind of
+    tokenizer, and whatever its reader raises for a damaged file.
     """
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise TokenizerError(f"{path} is larger than {MOST_BYTES >> 20} MiB: not a tokenizer")
-        content = strict_json.read(path)
-        model = content["model"]
-        split, byte_level = content["pre_tokenizer"]["pretokenizers"]
-        added = content["added_tokens"]
-        known = (
-            content["normalizer"] is None
-            and content["decoder"]["type"] == "ByteLevel"
-            and content["pre_tokenizer"]["type"] == "Sequence"
-            and (model["type"], model["ignore_merges"]) == ("BPE", True)
-            and not any(model.get(option) for option in _OTHER_BPE)
-            and all(token["special"] for token in added)
-            and not any(token[flag] for token in added for flag in _ADDED_FLAGS)
-            and (split["type"], split["behavior"]) == ("Split", "Isolated")
-            and not split["invert"]
-            and (byte_level["type"], byte_level["use_regex"]) == ("ByteLevel", False)
-            and not byte_level["add_prefix_space"]
-        )
-        if not known:
-            raise TokenizerError(f"{path} is not byte-level BPE as in converted models")
-        special = {token["content"]: token["id"] for token in added}
-        if len(special) != len(added):
-            raise TokenizerError(f"{path} has a special token twice")
-        ranks = {
-            bytes(_BYTES[character] for character in token): number
-            for token, number in model["vocab"].items()
-            if (token, number) not in special.items()
-        }
-        return {
-            "name": path.parent.name,
-            "pat_str": split["pattern"]["Regex"],
-            "mergeable_ranks": ranks,
-            "special_tokens": special,
-        }
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TokenizerError(
-            f"{path} is damaged or not a converted model's tokenizer ({one_line(error)})"
-        ) from error
+    if path.stat().st_size > MOST_BYTES:
+        raise TokenizerError(f"is larger than {MOST_BYTES >> 20} MiB: not a tokenizer")
+    content = strict_json.read(path)
+    model = content["model"]
+    split, byte_level = content["pre_tokenizer"]["pretokenizers"]
+    added = content["added_tokens"]
+    known = (
+        content["normalizer"] is None
+        and content["decoder"]["type"] == "ByteLevel"
+        and content["pre_tokenizer"]["type"] == "Sequence"
+        and (model["type"], model["ignore_merges"]) == ("BPE", True)
+        and not any(model.get(option) for option in _OTHER_BPE)
+        and all(token["special"] for token in added)
+        and not any(token[flag] for token in added for flag in _ADDED_FLAGS)
+        and (split["type"], split["behavior"]) == ("Split", "Isolated")
+        and not split["invert"]
+        and (byte_level["type"], byte_level["use_regex"]) == ("ByteLevel", False)
+        and not byte_level["add_prefix_space"]
+    )
+    if not known:
+        raise TokenizerError("is not byte-level BPE as in converted models")
+    special = {token["content"]: token["id"] for token in added}
+    if len(special) != len(added):
+        raise TokenizerError("has a special token twice")
+    ranks = {
+        bytes(_BYTES[character] for character in token): number
+        for token, number in model["vocab"].items()
+        if (token, number) not in special.items()
+    }
+    return {
+        "name": path.parent.name,
+        "pat_str": split["pattern"]["Regex"],
+        "mergeable_ranks": ranks,
+        "special_tokens": special,
+    }

@@ -250,7 +250,7 @@ def _rebuild(function: object, args: object) -> object:
         return OrderedDict()
     if function.name == _TENSOR and len(args) == 6:
         return _Tensor(*args[:4])
-    if function.name == _TENSOR and len(args) == 7:  # of a negation not yet carried out, say
+    if function.name == _TENSOR and len(args) == 7:  # such as a lazy negation
         raise CheckpointError("holds a tensor with extra metadata: save its clone() instead")
     if function.name == _PARAMETER and len(args) == 3 and type(args[0]) is _Tensor:
         return args[0]

@@ -68,16 +68,10 @@ def new_folder(
     something else has appeared at `target` in the meantime.
     """
     target = _resolved(target)
-    existing = next(folder for folder in target.parents if folder.exists())
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
         remove_leftovers(target)
-        free = shutil.disk_usage(existing).free
-        if nbytes > free:
-            raise CheckpointError(
-                f"{existing} has {size_text(free)} free, but {size_text(nbytes)} are needed: "
-                "make room, or choose another place"
-            )
+        check_room(target, nbytes, "make room, or choose another place")
         if private:
             private_folder(target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +96,16 @@ def new_folder(
         for folder in missing:
             with suppress(OSError):
                 folder.rmdir()  # only if it is still empty
+
+
+def check_room(target: Path, nbytes: int, remedy: str) -> None:
+    """Raise CheckpointError, with the remedy, unless `target` may take so many more bytes."""
+    existing = next(folder for folder in target.parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if nbytes > free:
+        raise CheckpointError(
+            f"{existing} has {size_text(free)} free, but {size_text(nbytes)} are needed: {remedy}"
+        )
 
 
 def remove_leftovers(target: Path) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from cognica_mlx.calibration_file import CALIBRATION_FILE, Calibration
 from cognica_mlx.pricing.measuring import calibrate
 from mlx_poe.commands.entry import make_parser, run
-from mlx_poe.commands.flags import add_model_flags, check_output, file_path, whole
+from mlx_poe.commands.flags import LOADING, add_model_flags, check_output, file_path, taken, whole
 from mlx_poe.commands.measured_texts import read_texts, replies, segments
 from mlx_poe.commands.progress import Bars
 from mlx_poe.loading.load import find_model, load
@@ -74,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     check_output(args.output)
     data = read_texts(args.data, args.mask_prompt)
-    model, tokenizer = load(
-        args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
-    )
+    model, tokenizer = load(args.model, **taken(args, LOADING))
     texts, counted = segments(data, tokenizer, args.num_tokens), None
     if args.mask_prompt:
         texts, counted = replies(data, tokenizer, args.num_tokens)

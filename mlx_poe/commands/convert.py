@@ -209,16 +209,11 @@ def _peak_memory() -> int:
 
 
 def _print_plan(conversion: Conversion, target: Path) -> None:
-    checkpoint = conversion.checkpoint
     print("would read")
-    link = checkpoint
-    while link is not None:
+    for link in conversion.checkpoint.chain:
         own = link.own_weights.values()
         size = sum(tensor.nbytes for tensor in own)
         print(f"  {link.source.folder}: {len(own)} tensors, {size_text(size)}")
-        if link.base is None:
-            break
-        link = link.base
     print(f"would write to {target}")
     for file, specs in conversion.layout.items():
         print(f"  {file}: {len(specs)} tensors, {size_text(sum(map(nbytes, specs)))}")

@@ -19,12 +19,14 @@ from cognica_mlx.files import strict_json, whole_file
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.commands.entry import interruptible, make_parser, run
 from mlx_poe.commands.flags import (
+    LOADING,
     add_model_flags,
     check_output,
     file_path,
     folder_path,
     names,
     numbers,
+    taken,
     whole,
 )
 from mlx_poe.commands.measured_texts import read_texts, replies, segments
@@ -139,9 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     _check(args)
     data = [] if args.tasks else read_texts(args.data, args.mask_prompt)
-    model, tokenizer = load(
-        args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
-    )
+    model, tokenizer = load(args.model, **taken(args, LOADING))
     longest = args.max_length or model.config.sequence_len
     predictors = Predictors(model, chosen(model, args.stages or ["all"]), _safeties(args, model))
     if args.tasks:
@@ -227,7 +227,7 @@ def _on_tasks(
     longest: int,
 ) -> tuple[dict[str, Any], Table]:
     from mlx_poe.evaluation.harness import Shared
-    from mlx_poe.evaluation.tasks import Run, run_tasks
+    from mlx_poe.evaluation.tasks import run_tasks
 
     if model.config.specialist_layers and not args.apply_chat_template:
         print(
@@ -251,14 +251,10 @@ def _on_tasks(
                 args.apply_chat_template,
                 progress,
             )
-            wanted = Run(
-                args.tasks,
-                args.num_fewshot,
-                args.limit,
-                args.include_path,
-                args.apply_chat_template,
+            settings = ("num_fewshot", "limit", "include_path", "log_samples")
+            results = run_tasks(
+                shared, args.tasks, args.model, args.output, **taken(args, settings)
             )
-            results = run_tasks(shared, wanted, args.model, args.output, args.log_samples)
     finally:
         answers.close()
     if shared.cut:

@@ -21,6 +21,8 @@ from mlx_poe.loading.load import DEFAULT_MODEL
 from mlx_poe.paths import user_path
 from mlx_poe.rows import named, read_text
 
+# The flags that `load` takes, besides the model.
+LOADING = ("revision", "dtype", "quantize")
 # Served and chatted with if the built-in base is the model and no specialist is named.
 STARTERS = ("chat", "math", "tool")
 
@@ -256,7 +258,7 @@ def file_path(text: str) -> Path:
 
 
 def folder_path(text: str) -> Path:
-    """A flag's type: the path of a folder; - would be one that nobody wants."""
+    """A flag's type: the path of a folder. - usually means stdin or stdout, so it is refused."""
     if text == "-":
         raise argparse.ArgumentTypeError("- is no folder's name: ./- is")
     return file_path(text)

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands.entry import make_parser, run
-from mlx_poe.commands.flags import add_model_flags, add_specialist_flag, size, starters, whole
+from mlx_poe.commands.flags import (
+    LOADING,
+    add_model_flags,
+    add_specialist_flag,
+    size,
+    starters,
+    taken,
+    whole,
+)
 from mlx_poe.commands.split import add_split_flags, check_split, over_machines
 from mlx_poe.engine import Engine
 from mlx_poe.engine.scheduler import MAX_SEQUENCES
@@ -90,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument(
             flag, type=whole(0), default=default, metavar="N", help=f"{text} (%(default)s)"
         )
-    for flag, default, text in (
+    for flag, most, text in (
         ("--max-body", 1_000_000, "most bytes in a request, such as 2MB (default: 1MB)"),
         (
             "--memory",
@@ -100,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         ("--prompt-cache-bytes", None, "most of it for cached prompts (default: a quarter)"),
     ):
-        group.add_argument(flag, type=size, default=default, metavar="SIZE", help=text)
+        group.add_argument(flag, type=size, default=most, metavar="SIZE", help=text)
     add_split_flags(parser)
     return parser
 
@@ -153,9 +161,7 @@ def _serve(args: argparse.Namespace) -> int:
         return over_machines(args, specialists, serve)
     with _listen(args.host, args.port) as listening:
         print("loading …", file=sys.stderr)
-        model, tokenizer = load(
-            args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
-        )
+        model, tokenizer = load(args.model, **taken(args, LOADING))
         attached = Specialists(model)
         for name, path in specialists:
             attached.attach(name, path, quantize=args.quantize)

@@ -8,6 +8,7 @@ from functools import partial
 
 from cognica_mlx.errors import RequestError
 from cognica_mlx.machines.link import TIMEOUT
+from mlx_poe.commands.flags import LOADING, taken
 from mlx_poe.loading.load import load
 from mlx_poe.loading.specialists import Specialists
 from mlx_poe.loading.split_loading import STAGES, on_machines
@@ -51,7 +52,7 @@ def over_machines(
 ) -> int:
     """Do `work` on rank 0 with the model and specialists that `args` name, which all machines hold
     together: see `on_machines`. Returns the exit status, 0 on other ranks."""
-    options = {name: getattr(args, name) for name in ("revision", "dtype", "quantize")}
+    options = taken(args, LOADING)
     attached = [
         (name, partial(Specialists.attach, name=name, path_or_hf_repo=path, quantize=args.quantize))
         for name, path in specialists

@@ -151,9 +151,7 @@ def _train(args: argparse.Namespace) -> int:
         best = result.best
         print(
             f"validation: {best.valid_loss:.6f} nats a token, {best.bits_per_byte:.6f} bits per "
-            f"byte, at iteration {best.iteration}"
-        )
-        print(
+            f"byte, at iteration {best.iteration}\n"
             f"trained in {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens a second, "
             f"peak memory {size_text(result.peak_memory)}"
         )
@@ -256,7 +254,7 @@ class Watch:
 
     def __init__(self, log: Path | None):
         self.progress = Bars()
-        # What it holds is replaced once a new run has something to say.
+        # An older log is replaced at the first evaluation of a new run.
         self._log = log.open("ab") if log else None
         self._started = time.perf_counter()
 
@@ -266,7 +264,7 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.progress.close()
         if self._log:
-            with suppress(OSError):  # which was raised when the line was written
+            with suppress(OSError):  # it was reported when the line was written
                 self._log.close()
 
     def note(self, text: str) -> None:

@@ -36,7 +36,7 @@ TOLERANCES: dict[tuple[str, int | None], tuple[float, float, float]] = {
 
 
 def examine(model: str, progress: Progress | None = None) -> Report:
-    """Run all checks: recorded answers with the models that have them, the rest with `model`.
+    """Run all checks: recorded predictions with the models that have them, the rest with `model`.
 
     Raises the errors of `load` for `model`, before any check.
     """
@@ -59,7 +59,7 @@ def examine(model: str, progress: Progress | None = None) -> Report:
 def _all_lines(machine: Machine, model: str, kinds: Sequence[str]) -> Iterator[Line]:
     yield from hardware.machine_lines(machine)
     yield tokenizer_line()
-    yield from answer_lines()
+    yield from prediction_lines()
     for kind in kinds:
         loaded, tokenizer = load(model, dtype=kind)
         yield agreement.rows(loaded, tokenizer)
@@ -80,19 +80,21 @@ def tokenizer_line() -> Line:
     right = same == len(recorded) and back
     status, advice = (OK, "") if right else (FAILED, REPORT)
     numbers = {"tokens": len(recorded), "same": same}
-    return Line("recorded answers", "tokenizer", status, value, advice, numbers)
+    return Line("recorded predictions", "tokenizer", status, value, advice, numbers)
 
 
-def answer_lines() -> Iterator[Line]:
-    """Check the recorded answers, in every type and with quantized matrices."""
+def prediction_lines() -> Iterator[Line]:
+    """Check the recorded predictions, in every type and with quantized matrices."""
     for name in MODELS:
         for (dtype, bits), limits in TOLERANCES.items():
             apart, agree = difference(recorded_model(name, dtype, bits), read_recording(name, bits))
             kind = f"{bits} bits" if bits else dtype
-            yield _answer_line(f"{name}, {kind}", apart, agree, limits)
+            yield _prediction_line(f"{name}, {kind}", apart, agree, limits)
 
 
-def _answer_line(name: str, apart: float, agree: float, limits: tuple[float, float, float]) -> Line:
+def _prediction_line(
+    name: str, apart: float, agree: float, limits: tuple[float, float, float]
+) -> Line:
     passes, fails, least = limits
     value = f"logits differ by {apart:.2g} at most; {agree:.1%} of the best tokens are the same"
     numbers = {"apart": apart, "agreement": agree}
@@ -103,4 +105,4 @@ def _answer_line(name: str, apart: float, agree: float, limits: tuple[float, flo
     elif apart > passes:
         status = WARNING
         advice = "larger than on any machine that we have tested: please tell us"
-    return Line("recorded answers", name, status, value, advice, numbers)
+    return Line("recorded predictions", name, status, value, advice, numbers)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
+from cognica_mlx.convert.formats.stored import raw
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel
 
@@ -106,7 +106,7 @@ def fingerprint(model: PoEModel, base: PoEModel | None = None) -> str:
     for name, array in _arrays(model).items():
         if id(array) not in shared:
             found.update(f"{name} {array.shape} {array.dtype}".encode())
-            found.update(np.ascontiguousarray(np.array(array.view(mx.uint8))).data)
+            found.update(raw(array))
     return found.hexdigest()
 
 

@@ -76,8 +76,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Scored:
-    """What R predictors say about T positions, (R, T) each: the log-probability of the token that
-    came, in nats, the best token, whether the full model's is the same, and how many stages were
+    """What R predictors say about T positions, (R, T) each: the log-probability of the actual
+    token, in nats, the best token, whether the full model's is the same, and how many stages were
     run."""
 
     logprobs: np.ndarray

@@ -15,7 +15,7 @@ from cognica_mlx.convert.checkpoint import eos_token_ids, read_checkpoint
 from cognica_mlx.convert.draft_copy import offer_copy
 from cognica_mlx.convert.formats.stored import dtype_named
 from cognica_mlx.convert.lineage import of_model
-from cognica_mlx.convert.quantization import fill, make_plan, scheme
+from cognica_mlx.convert.quantization import fill, make_plan, scheme, within
 from cognica_mlx.convert.sources import Source, locate
 from cognica_mlx.errors import RequestError
 from cognica_mlx.machines.placement import Part
@@ -93,7 +93,7 @@ def load(
         own = part(config, kind)
         own.strip(model)
         weights = {name: tensor for name, tensor in weights.items() if own.holds(name)}
-        plan = {path: how for path, how in plan.items() if own.holds(f"{path}.weight")}
+        plan = within(plan, weights)
     if lazy:
         for name in weights:
             checkpoint.read(name)  # reads it to check it, and keeps nothing

@@ -25,15 +25,15 @@ from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs, bytes_read, measure, measure_drafter
 
 MEASURE_SECONDS = 2.0
-MAX_SECONDS = 1e6  # for one part of a pass; a file with more is not one of ours
+MAX_SECONDS = 1e6  # for one part of a pass; a file with more was not written here
 
 # These stay the same from run to run, unlike a GPU's free memory.
 _DEVICE_KEYS = ("device_name", "architecture", "memory_size", "total_memory")
 
 
 def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
-    """The model's costs in seconds, including those of the rounded drafter of `mode`. The first
-    call measures them, for about two seconds.
+    """The model's costs in seconds, including those of the quantized copy that `mode` drafts with.
+    The first call measures them, for about two seconds.
 
     They are cached in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache), by shapes,
     types, device, MLX version and BLAS.
@@ -92,17 +92,18 @@ def _from_json(fields: Any, stages: int, heads: int) -> Costs:
         full_boundaries=tuple(fields["full_boundaries"]),
     )
     counts = (*costs.rows, *costs.full_boundaries)
-    if not costs.rows or not all(type(count) is int for count in counts):
-        raise ValueError("its counts are not whole numbers")
-    if sorted({0, *costs.rows}) != [0, *costs.rows]:
-        raise ValueError("its rows do not ascend")
-    if (len(costs.stages), len(costs.heads)) != (stages, heads):
-        raise ValueError("it is for another number of stages")
-    if not costs.full_boundaries or not set(costs.full_boundaries) <= set(range(heads)):
-        raise ValueError("its boundaries are not the model's")
-    for each in (*costs.stages, *costs.heads):
-        if len(each) != len(costs.rows) or not all(map(_is_cost, each)):
-            raise ValueError("its costs are not a positive number for each row")
+    usable = (
+        all(type(count) is int for count in counts)
+        and sorted({0, *costs.rows}) == [0, *costs.rows] != [0]
+        and (len(costs.stages), len(costs.heads)) == (stages, heads)
+        and set() < set(costs.full_boundaries) <= set(range(heads))
+        and all(
+            len(each) == len(costs.rows) and all(map(_is_cost, each))
+            for each in (*costs.stages, *costs.heads)
+        )
+    )
+    if not usable:
+        raise ValueError("not the costs of such a model")
     return costs
 
 

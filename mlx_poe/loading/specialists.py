@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from cognica_mlx.calibration_file import read_calibration
 from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
 from cognica_mlx.convert.lineage import difference, of_model
-from cognica_mlx.convert.quantization import fill, make_plan, scheme
+from cognica_mlx.convert.quantization import fill, make_plan, scheme, within
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.machines.placement import NOTHING, Absent
 from cognica_mlx.network.model import PoEModel
@@ -111,10 +111,8 @@ class Specialists:
 
     def _link_in_memory(self, checkpoint: Checkpoint) -> Checkpoint:
         """The link in the checkpoint's chain that is the base in memory."""
-        link = checkpoint.base
-        while link is not None and link.config != self.base.config:
-            link = link.base
-        name = checkpoint.source.name
+        below = (one for one in checkpoint.chain[1:] if one.config == self.base.config)
+        link, name = next(below, None), checkpoint.source.name
         if link is None:
             raise CheckpointError(f"{name} does not belong to the model in memory: shapes differ")
         if odd := difference(link.sketch(), of_model(self.base)):
@@ -130,12 +128,11 @@ class Specialists:
         config, dtype = checkpoint.config, self.base.resid_lambdas.dtype
         own = {k: v for k, v in checkpoint.weights.items() if link.weights.get(k) is not v}
         own = {k: v for k, v in own.items() if not k.startswith("wte.")}
-        plan = {path: s for path, s in checkpoint.plan.items() if f"{path}.weight" in own}
+        plan = within(checkpoint.plan, own)
         if quantize:
             if plan:
                 raise RequestError(f"{checkpoint.source.name} is already quantized")
-            plan = make_plan(config, scheme(quantize))
-            plan = {path: s for path, s in plan.items() if f"{path}.weight" in own}
+            plan = within(make_plan(config, scheme(quantize)), own)
         model = PoEModel(config)
         if not here:
             NOTHING.strip(model)

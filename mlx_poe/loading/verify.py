@@ -1,4 +1,4 @@
-"""Compare a checkpoint and its conversion on a text, to see what rounding changed.
+"""Compare a checkpoint and its conversion on a text, to see what quantizing changed.
 
 - in: two models with the same stages and vocabulary, token sequences, the byte length of each token
 - out: for each stage and the full model, how far the logits differ and what that costs

@@ -8,34 +8,30 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from huggingface_hub import ModelCardData
 
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.convert.chat_layout import BOS, REPLY_END
 from cognica_mlx.convert.checkpoint import Checkpoint
-from cognica_mlx.convert.conversion import delta_fields
+from cognica_mlx.convert.conversion import delta_fields, write_config
 from cognica_mlx.convert.formats.safetensors_files import TensorWriter, nbytes
 from cognica_mlx.convert.formats.stored import dtype_name
 from cognica_mlx.convert.formats.tokenizer_files import FILE_NAME, read_encoding
 from cognica_mlx.convert.formats.tokenizer_json import write_tokenizer
 from cognica_mlx.convert.formats.whole_folder import new_folder
-from cognica_mlx.convert.model_card import license_of
+from cognica_mlx.convert.model_card import card
 from cognica_mlx.convert.quantization import to_fields
 from cognica_mlx.training.stage import LAMBDAS, Parameters
 from cognica_mlx.training.trainer import Evaluation
 
 # The released files beside a pickled tokenizer.
 _TOKENIZER = (FILE_NAME, "tokenizer_config.json", "special_tokens_map.json", "token_bytes.pt")
-_SMALL_FILES_BYTES = 32 * 2**20  # more than tokenizer and card take
+_SMALL_FILES_BYTES = 32 * 2**20  # more than the tokenizer and the card take
 _MOST_ROWS = 12
 
 
@@ -112,42 +108,25 @@ class Delta:
                     shutil.copyfile(self.base.tokenizer_folder / name, folder / name)
         else:
             write_tokenizer(folder, encoding, chat=True)
-        special = encoding._special_tokens
-        stops = [special[name] for name in (REPLY_END, BOS) if name in special]
-        tokens = {"bos_token_id": special.get(BOS), "eos_token_id": stops}
         kind = next(k for k, a in self.parameters.items() if k.startswith("h."))
         dtype = dtype_name(self.parameters[kind].dtype)
         fields = delta_fields(self.config, self.reference, self.base) | {
             "dual_head": self.config.head_mode == "dual",
             "torch_dtype": dtype,
             "stage_training": self.training,
-            **tokens,
         }
         if "wte" in self.base.plan:
             entry = to_fields({"wte": self.base.plan["wte"]})
             fields["quantization"] = fields["quantization_config"] = entry
-        for name, content in (("config.json", fields), ("generation_config.json", tokens)):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        card = self._card(target.resolve().name)
-        (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
+        write_config(folder, fields, encoding)
+        text = self._card(target.resolve().name)
+        (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
     def _card(self, name: str) -> str:
         """The model card: data, settings, loss curve, how to use it."""
-        source = self.base.source
-        data = ModelCardData(
-            license=license_of(self.base),
-            library_name="mlx",
-            pipeline_tag="text-generation",
-            tags=["mlx", "cognica-poe"],
-            base_model=source.name if source.from_hub else None,
-        )
+        about = f"A specialist stage over `{self.base_name}`, trained with `mlx_poe.train`."
         rows = {"base": f"`{self.base_name}`", **self.training}
-        rows["made with"] = f"cognica-mlx {version('cognica-mlx')}, MLX {version('mlx')}"
-        lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
-        lines += [f"A specialist stage over `{self.base_name}`, trained with `mlx_poe.train`.", ""]
-        lines += ["| | |", "|---|---|"]
-        lines += [f"| {key} | {value} |" for key, value in rows.items()]
-        lines += ["", "| iteration | train loss | validation loss | bits per byte |"]
+        lines = ["| iteration | train loss | validation loss | bits per byte |"]
         lines += ["|---|---|---|---|"]
         lines += [self._row(evaluation) for evaluation in _thinned(self.curve)]
         lines += [
@@ -160,7 +139,7 @@ class Delta:
             f"poe-chat --specialist {name}=path/to/{name} --model {self.base_name}",
             "```",
         ]
-        return "\n".join(lines) + "\n"
+        return card(self.base, name, about, rows, lines)
 
     def _row(self, evaluation: Evaluation) -> str:
         train = "" if evaluation.train_loss is None else f"{evaluation.train_loss:.4f}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
+from cognica_mlx.convert.checkpoint import read_checkpoint
 from cognica_mlx.convert.conversion import reference_to
 from cognica_mlx.convert.formats.stored import dtype_named
 from cognica_mlx.convert.formats.whole_folder import check_target
@@ -40,7 +40,7 @@ from mlx_poe.training.settings import TrainingSettings, resumed
 from mlx_poe.training.store_folders import (
     Store,
     base_fingerprint,
-    check_room,
+    check_stores,
     remove_unfinished,
     store_for,
 )
@@ -118,7 +118,7 @@ class _Run:
         self.settings, self.output, self.reporter = settings, output, reporter
         self.overwrite = overwrite
         self.checkpoint = read_checkpoint(find_model(settings.model, settings.revision))
-        check_target(output, overwrite, _folders(self.checkpoint))
+        check_target(output, overwrite, [link.source.folder for link in self.checkpoint.chain])
         self.config = stacked_config(self.checkpoint.config, settings.layers, settings.head_mode)
         folder = self.checkpoint.tokenizer_folder
         self.tokenizer = Tokenizer.from_folder(folder, n_vocab=self.config.vocab_size)
@@ -205,7 +205,7 @@ class _Run:
         remove_unfinished(where)
         for store in stores:
             store.wait(self.reporter.note)
-        needed = check_room(stores)
+        needed = check_stores(stores)
         if needed:
             self.reporter.note(f"the base's activations take {size_text(needed)} in {where}")
         else:
@@ -374,9 +374,3 @@ class _Run:
             curve=curve,
             best_iteration=state.best_iteration,
         ).write(self.output, self.overwrite)
-
-
-def _folders(checkpoint: Checkpoint) -> list[Path]:
-    """The folders of a checkpoint and of all checkpoints below it."""
-    below = _folders(checkpoint.base) if checkpoint.base else []
-    return [checkpoint.source.folder, *below]

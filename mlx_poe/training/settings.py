@@ -21,8 +21,8 @@ CHANGEABLE = frozenset(
 
 @dataclass(frozen=True)
 class Kind:
-    """Values that a setting may have: `fits` tells them, `what` names them, and `flag` is how
-    argparse reads them."""
+    """The values that a setting may have: `fits` says whether a value is one, `what` describes them,
+    and `flag` holds argparse's options to read one."""
 
     fits: Callable[[Any], bool]
     what: str

@@ -10,18 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from cognica_mlx.convert.checkpoint import Checkpoint
-from cognica_mlx.convert.formats.whole_folder import new_folder, remove_leftovers
+from cognica_mlx.convert.formats.stored import raw
+from cognica_mlx.convert.formats.whole_folder import check_room, new_folder, remove_leftovers
 from cognica_mlx.errors import CheckpointError, PoEError
-from cognica_mlx.files.byte_sizes import size_text
 from cognica_mlx.files.whole_file import PARTIAL, leftovers, lock
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.training.batches import Text
@@ -45,9 +43,8 @@ def base_fingerprint(checkpoint: Checkpoint) -> str:
     found.update(json.dumps(checkpoint.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(checkpoint.weights.items()):
         array = tensor.read()
-        bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]
         found.update(f"{name} {array.shape} {array.dtype}".encode())
-        found.update(np.ascontiguousarray(np.array(array.view(bits), copy=False)).data)
+        found.update(raw(array))
         del array
         mx.clear_cache()
     return found.hexdigest()
@@ -147,7 +144,7 @@ def remove_unfinished(parent: Path) -> None:
             remove_leftovers(parent / name[1])
 
 
-def check_room(stores: Sequence[Store]) -> int:
+def check_stores(stores: Sequence[Store]) -> int:
     """The bytes that the missing stores will take.
 
     Raises CheckpointError if the disk lacks the room.
@@ -155,13 +152,9 @@ def check_room(stores: Sequence[Store]) -> int:
     missing = [store for store in stores if not store.exists]
     needed = sum(store.nbytes for store in missing)
     if missing:
-        parent = missing[0].folder.parent
-        there = next(folder for folder in (parent, *parent.parents) if folder.exists())
-        free = shutil.disk_usage(there).free
-        if needed > free:
-            raise CheckpointError(
-                f"the base's activations take {size_text(needed)}, and {there} has "
-                f"{size_text(free)} free: make room, keep them elsewhere (--store-path), in 8 "
-                "bits (--store-bits 8), or run the base in every step (--no-store)"
-            )
+        remedy = (
+            "make room, keep the base's activations elsewhere (--store-path), in 8 bits "
+            "(--store-bits 8), or run the base in every step (--no-store)"
+        )
+        check_room(missing[0].folder, needed, remedy)
     return needed
