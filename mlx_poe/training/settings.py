@@ -21,7 +21,7 @@ CHANGEABLE = frozenset(
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that a setting may have: `fits` says whether a value is one, `what` describes them,
+    """What values a setting may have: `fits` says whether a value is one, `what` describes them,
     and `flag` holds argparse's options to read one."""
 
     fits: Callable[[Any], bool]
