@@ -1,5 +1,7 @@
 """Sizes in bytes, as text and back."""
 
+import re
+
 import pytest
 
 from cognica_mlx.errors import RequestError
@@ -28,10 +30,10 @@ def test_a_size_is_a_number_with_or_without_a_unit(text, size):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "-1", -1, "1.5", "1e9", "8 G B", "8XB", True, str(MOST + 1), "9" * 14 + "G"]
+    "text", [".", "GB", "-1", -1, "1.5", "1e9", "8 G B", "8XB", True, str(MOST + 1), "9" * 14 + "G"]
 )
 def test_anything_else_is_refused_by_name(text):
-    with pytest.raises(RequestError, match=str(text)):
+    with pytest.raises(RequestError, match=re.escape(str(text))):
         byte_size(text)
 
 
@@ -50,3 +52,11 @@ def test_flags_and_settings_take_sizes():
     for wrong in ("lots", -1):
         with pytest.raises(RequestError, match=str(wrong)):
             Scheduler(None, memory=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("flag", ["--memory", "--prompt-cache-bytes", "--max-body"])
+def test_a_flag_that_is_no_size_is_one_line(flag, capsys):
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args([flag, "8 pints"])
+    assert ended.value.code == 2
+    assert f"argument {flag}: '8 pints' is not a size" in capsys.readouterr().err

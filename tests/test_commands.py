@@ -26,6 +26,7 @@ from reference import write_checkpoint
 from mlx_poe import GenerationResponse, generate, load, stream_generate
 from mlx_poe.commands import entry
 from mlx_poe.commands import generate as generate_command
+from mlx_poe.commands.progress import Bars
 
 PROMPT = "The capital of France is"
 COMMAND = (sys.executable, "-m", "mlx_poe", "generate", "--dtype", "float32")
@@ -548,3 +549,29 @@ def test_what_a_machine_lacks_takes_one_line_and_a_bug_stays_a_traceback(error, 
     assert entry.run(entry.make_parser("tried", "", ""), fail, []) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"tried: error: {shown}") and said.count("\n") == 1
+
+
+class Terminal(io.StringIO):
+    """A stderr that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_appear_on_a_terminal_while_something_is_left_to_do(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Bars() as bars:
+            bars("prompt", 5, 5)
+            assert stream.getvalue() == ""
+            bars("training [1]", 2, 8, "loss 1.5")
+            print("a result")
+            bars("training [1]", 8, 8, "loss 1.0")
+            bars.close()
+            after = stream.getvalue()
+            for part in ("training [1]", "8/8", "loss 1.0") if shown else ():
+                assert part in after, part
+            assert "a result" not in after and "prompt" not in after
+            assert bool(after) is shown
+    assert capsys.readouterr().out == "a result\n" * 2

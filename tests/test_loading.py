@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten
 from reference import Reference
 
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.convert.formats import stored
 from cognica_mlx.network.model import PoEModel
 from mlx_poe import load, stream_generate
 from mlx_poe.loading.tokenizer import Tokenizer
@@ -336,3 +337,11 @@ def test_configurations_round_trip_through_a_folder(tmp_path):
     config = load(folder)[0].config
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     assert load(folder)[0].config == config == PoEConfig.from_dict(config.to_dict())
+
+
+def test_the_default_type_is_float32_on_the_cpu_and_bfloat16_on_a_gpu(monkeypatch):
+    for device, dtype in ((mx.cpu, mx.float32), (mx.gpu, mx.bfloat16)):
+        monkeypatch.setattr(stored.mx, "default_device", lambda device=device: device)
+        assert stored.dtype_named(None) == dtype
+        assert stored.dtype_named("float16") == mx.float16
+    assert [stored.dtype_name(dtype) for dtype in stored.DTYPES.values()] == list(stored.DTYPES)

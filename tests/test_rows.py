@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import fixture
 
+from cognica_mlx.calibration_file import Calibration
+from cognica_mlx.convert.formats.safetensors_files import read_json
 from cognica_mlx.errors import RequestError
+from mlx_poe.commands.entry import read_stdin
 from mlx_poe.commands.measured_texts import read_texts, replies, segments
 from mlx_poe.generation.tools import tool_system_prompt
+from mlx_poe.loading.load import BUILT_IN
 from mlx_poe.rows import json_lines, read_rows, read_text
 from mlx_poe.training.data import read_split
 
@@ -172,3 +176,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
             read_texts(file)
     with pytest.raises(RequestError, match="cannot be read: Is a directory"):
         read_text(tmp_path)
+
+
+def test_every_text_read_may_begin_with_a_byte_order_mark(tmp_path, monkeypatch):
+    mark = b"\xef\xbb\xbf"
+    marked = written(tmp_path / "a.json", mark + b'{"a": 1}')
+    assert read_json(marked) == {"a": 1}
+    config = fixture("poe-tiny")[0].config
+    plain = BUILT_IN / "poe-tiny" / "poe_calibration.json"
+    calibration = written(tmp_path / "c.json", mark + plain.read_bytes())
+    assert Calibration.load(calibration, config) == Calibration.load(plain, config)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(mark + b"Hello\n")))
+    assert read_stdin() == "Hello"

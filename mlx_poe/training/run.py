@@ -45,6 +45,10 @@ from mlx_poe.training.store_folders import (
     store_for,
 )
 
+# Settings that the specialist's folder names.
+DESCRIBED = ("batch_size", "grad_accumulation_steps", "optimizer", "learning_rate")
+DESCRIBED += ("max_grad_norm", "pack")
+
 
 def checkpoint_file(output: Path) -> Path:
     """The checkpoint of a run for the folder `output`, which is next to it."""
@@ -348,12 +352,7 @@ class _Run:
             "layers": settings.layers,
             "head_mode": self.config.head_mode,
             "iterations": state.iteration,
-            "batch_size": settings.batch_size,
-            "grad_accumulation_steps": settings.grad_accumulation_steps,
-            "optimizer": settings.optimizer,
-            "learning_rate": settings.learning_rate,
-            "max_grad_norm": settings.max_grad_norm,
-            "pack": settings.pack,
+            **{name: getattr(settings, name) for name in DESCRIBED},
             "mask_prompt": settings.mask_prompt is not False,
             "seed": settings.seed,
             "validation loss": round(best.valid_loss, 6),
