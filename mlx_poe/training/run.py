@@ -46,8 +46,10 @@ from mlx_poe.training.store_folders import (
 )
 
 # Settings that the specialist's folder names.
-DESCRIBED = ("batch_size", "grad_accumulation_steps", "optimizer", "learning_rate")
-DESCRIBED += ("max_grad_norm", "pack")
+DESCRIBED = (
+    *("batch_size", "grad_accumulation_steps", "optimizer", "learning_rate"),
+    *("max_grad_norm", "pack"),
+)
 
 
 def checkpoint_file(output: Path) -> Path:
