@@ -575,3 +575,15 @@ def test_bars_appear_on_a_terminal_while_something_is_left_to_do(monkeypatch, ca
             assert "a result" not in after and "prompt" not in after
             assert bool(after) is shown
     assert capsys.readouterr().out == "a result\n" * 2
+
+
+def test_a_count_that_is_too_small_or_no_number_is_refused_by_its_flag(capsys):
+    from mlx_poe.commands.flags import whole
+
+    assert [whole(least)(text) for least, text in ((0, "0"), (1, "1"), (2, "15"))] == [0, 1, 15]
+    parser = entry.make_parser("count", "Count.", "  count")
+    parser.add_argument("--number", type=whole(2))
+    for text in ("1", "-3", "2.5", "x", "9" * 16):
+        assert entry.run(parser, lambda _: 0, ["--number", text]) == 2
+        said = f"argument --number: {text!r} is not a whole number of at least 2"
+        assert said in capsys.readouterr().err

@@ -309,7 +309,7 @@ def test_limits_have_flags(keyed):
         ),
         (["--model", "no-such-model"], "no-such-model"),
         (["--max-sequences", "0"], "max_sequences 0"),
-        (["--memory", "x"], "not a whole number"),
+        (["--memory", "x"], "not a size"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(flags, problem, monkeypatch, capsys):
