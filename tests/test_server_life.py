@@ -117,7 +117,7 @@ def test_a_full_queue_says_when_to_come_again(small):
 def test_what_never_fits_is_refused_with_the_numbers():
     running = RunningServer("--memory", "10000")
     status, answer, _ = running.ask(TEXTS, LONG)
-    assert status == 400 and "all sequences together may take 0.0 MB" in answer["error"]["message"]
+    assert status == 400 and "all sequences together may take 10.0 kB" in answer["error"]["message"]
     assert running.stop() == 0
 
 

@@ -155,12 +155,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         sizes = tokenizer.token_byte_lengths(model.config.vocab_size)
         with Bars() as progress:
             measured = measure_text(
-                predictors,
-                texts,
-                sizes,
-                counted=counted,
-                batch=args.batch_size,
-                progress=progress,
+                predictors, texts, sizes, counted=counted, batch=args.batch_size, progress=progress
             )
         result, table = {"model": args.model, **asdict(measured)}, _text_table(measured)
     text = strict_json.dumps(result, indent=1) + "\n"

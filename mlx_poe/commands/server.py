@@ -178,6 +178,11 @@ def _listened(
     """Serve the loaded models until told to stop. Returns the exit status."""
     import uvicorn
 
+    from mlx_poe.server.app import make_app
+    from mlx_poe.server.catalog import make_catalog
+    from mlx_poe.server.shared_fields import Limits
+
+    limits = Limits(args.max_body, args.max_context, args.max_sequences, args.max_queue)
     with Engine(
         specialists.base,
         tokenizer,
@@ -187,7 +192,10 @@ def _listened(
         costs=known_costs,
         specialists=specialists,
     ) as engine:
-        app = _make_app(args, engine, specialists.names, key)
+        base = _base_name(args.model)
+        catalog = make_catalog(engine, base, specialists.names, args.composition)
+        access = {"host": args.host, "api_key": key, "allow_origins": args.allow_origin}
+        app = make_app(engine, catalog, limits, **access)
         _announce(app, listening)
         config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none")
         return _run(uvicorn.Server(config), app, listening)
@@ -234,21 +242,6 @@ def _listen(host: str, port: int) -> socket.socket:
             "choose another with --port"
         ) from None
     return listening
-
-
-def _make_app(
-    args: argparse.Namespace, engine: Engine, specialists: Sequence[str], key: str | None
-) -> Starlette:
-    from mlx_poe.server.app import make_app
-    from mlx_poe.server.catalog import make_catalog
-    from mlx_poe.server.shared_fields import Limits
-
-    base = _base_name(args.model)
-    catalog = make_catalog(engine, base, specialists, args.composition)
-    limits = Limits(args.max_body, args.max_context, args.max_sequences, args.max_queue)
-    return make_app(
-        engine, catalog, limits, host=args.host, api_key=key, allow_origins=args.allow_origin
-    )
 
 
 def _announce(app: Starlette, listening: socket.socket) -> None:
