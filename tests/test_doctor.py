@@ -1,4 +1,4 @@
-"""The doctor: its recorded predictions are the oracle's, and it fails when something is wrong."""
+"""The doctor: its recorded answers are the oracle's, and it fails when something is wrong."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def test_the_command_prints_writes_and_says_by_its_status(capsys, tmp_path, monk
         assert f"{line['status']:8} {line['name']}: {line['value']}" in out
     sections = [line["section"] for line in report["lines"]]
     assert list(dict.fromkeys(sections)) == [
-        *("machine", "recorded predictions", "rows", "modes", "batch", "costs")
+        *("machine", "recorded answers", "rows", "modes", "batch", "costs")
     ]
     bad = Line("modes", "full", FAILED, "no", "report it", {"apart": float("inf")})
     monkeypatch.setattr(command, "examine", lambda *_: Report(MACHINE, "poe-tiny", [bad]))

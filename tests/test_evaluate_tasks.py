@@ -22,7 +22,7 @@ from mlx_poe.evaluation import tasks
 from mlx_poe.evaluation.answers import Answers, fingerprint
 from mlx_poe.evaluation.harness import PredictorLM, Shared, generation_options
 from mlx_poe.evaluation.predictors import Predictors, chosen
-from mlx_poe.evaluation.tasks import run_tasks
+from mlx_poe.evaluation.tasks import Run, run_tasks
 
 base, tokenizer = fixture("poe-tiny")
 BOS = tokenizer.bos_token_id
@@ -304,17 +304,17 @@ def test_a_fingerprint_sees_every_weight():
 
 
 def test_tasks_for_every_predictor_give_what_each_gives_alone(folder, tmp_path, monkeypatch):
-    settings = {"include_path": folder, "num_fewshot": 1, "limit": 3}
+    run = Run(list(TASKS), include_path=folder, num_fewshot=1, limit=3)
     one = shared("0", "0-1", "full", safety=(0.5,))
     output = tmp_path / "results"
     output.mkdir()
-    found = run_tasks(one, list(TASKS), "poe-tiny", output, log_samples=True, **settings)
+    found = run_tasks(one, run, "poe-tiny", output, log_samples=True)
     assert list(found) == ["stage 0", "stages 0-1", "full", "wand 0.5"]
     # 3 documents of 3 choices, and 3 texts; none is scored again for another predictor.
     assert one.scored == 12
     bits = {name: r["results"]["reading"]["bits_per_byte,none"] for name, r in found.items()}
     assert len(set(bits.values())) == 4
-    alone = run_tasks(shared("0-1"), list(TASKS), "poe-tiny", **settings)["stages 0-1"]
+    alone = run_tasks(shared("0-1"), run, "poe-tiny")["stages 0-1"]
     assert alone["results"] == found["stages 0-1"]["results"]
     for name in ("stage-0", "stages-0-1", "full", "wand-0.5"):
         (file,) = (output / name).rglob("results_*.json")
@@ -330,7 +330,7 @@ def test_tasks_for_every_predictor_give_what_each_gives_alone(folder, tmp_path, 
     # Without lm-eval's own tasks, which take seconds to look through.
     monkeypatch.setattr(tasks, "_Loaded", partial(tasks._Loaded, include_defaults=False))
     with pytest.raises(RequestError, match="nothing_like_it"):
-        run_tasks(one, ["nothing_like_it"], "poe-tiny", include_path=folder)
+        run_tasks(one, Run(["nothing_like_it"], include_path=folder), "poe-tiny")
 
 
 def test_the_command_goes_on_where_it_was_ended(folder, tmp_path, capsys, monkeypatch):

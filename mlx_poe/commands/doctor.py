@@ -1,4 +1,4 @@
-"""mlx_poe.doctor: check this machine and back end against recorded predictions."""
+"""mlx_poe.doctor: check this machine and back end against recorded answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = make_parser(
         "mlx_poe.doctor",
-        "Check this machine: recorded predictions in every type, rows together and alone, every "
+        "Check this machine: recorded answers in every type, rows together and alone, every "
         "decoding mode, batches, and what each costs here. Each line passes, warns or fails.",
         EXAMPLES,
     )

@@ -222,7 +222,7 @@ def _on_tasks(
     longest: int,
 ) -> tuple[dict[str, Any], Table]:
     from mlx_poe.evaluation.harness import Shared
-    from mlx_poe.evaluation.tasks import run_tasks
+    from mlx_poe.evaluation.tasks import Run, run_tasks
 
     if model.config.specialist_layers and not args.apply_chat_template:
         print(
@@ -246,10 +246,14 @@ def _on_tasks(
                 args.apply_chat_template,
                 progress,
             )
-            settings = ("num_fewshot", "limit", "include_path", "log_samples")
-            results = run_tasks(
-                shared, args.tasks, args.model, args.output, **taken(args, settings)
+            wanted = Run(
+                args.tasks,
+                args.num_fewshot,
+                args.limit,
+                args.include_path,
+                args.apply_chat_template,
             )
+            results = run_tasks(shared, wanted, args.model, args.output, args.log_samples)
     finally:
         answers.close()
     if shared.cut:

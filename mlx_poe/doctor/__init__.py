@@ -1,6 +1,6 @@
 """Checks of a machine and its back end, for `mlx_poe.doctor`.
 
-- recorded: machine-independent predictions, and the models that give them
+- recorded: machine-independent answers, and the models that give them
 - agreement: rows together and alone, modes and batches, against plain forwards on this machine
 - hardware: the machine, its BLAS, the costs of rows and modes
 - report: the results, as text and as JSON

@@ -36,7 +36,7 @@ TOLERANCES: dict[tuple[str, int | None], tuple[float, float, float]] = {
 
 
 def examine(model: str, progress: Progress | None = None) -> Report:
-    """Run all checks: recorded predictions with the models that have them, the rest with `model`.
+    """Run all checks: recorded answers with the models that have them, the rest with `model`.
 
     Raises the errors of `load` for `model`, before any check.
     """
@@ -80,11 +80,11 @@ def tokenizer_line() -> Line:
     right = same == len(recorded) and back
     status, advice = (OK, "") if right else (FAILED, REPORT)
     numbers = {"tokens": len(recorded), "same": same}
-    return Line("recorded predictions", "tokenizer", status, value, advice, numbers)
+    return Line("recorded answers", "tokenizer", status, value, advice, numbers)
 
 
 def prediction_lines() -> Iterator[Line]:
-    """Check the recorded predictions, in every type and with quantized matrices."""
+    """Check the recorded answers, in every type and with quantized matrices."""
     for name in MODELS:
         for (dtype, bits), limits in TOLERANCES.items():
             apart, agree = difference(recorded_model(name, dtype, bits), read_recording(name, bits))
@@ -105,4 +105,4 @@ def _prediction_line(
     elif apart > passes:
         status = WARNING
         advice = "larger than on any machine that we have tested: please tell us"
-    return Line("recorded predictions", name, status, value, advice, numbers)
+    return Line("recorded answers", name, status, value, advice, numbers)

@@ -1,8 +1,8 @@
-"""Recorded predictions: what known models should predict on a fixed text, on any machine.
+"""Recorded answers: what known models should predict on a fixed text, on any machine.
 
 - four models: two are built in; the weights of the other two come from a formula and take no space:
   one with a head per stage and grouped queries, and a specialist on a specialist
-- the predictions are from a numpy implementation of the architecture (tests/record_answers.py), not
+- the answers are from a numpy implementation of the architecture (tests/record_answers.py), not
   from the code that they check
 - recorded for each predictor: the best token at every position, and at every `EVERY`-th position a
   few logits, the largest logit and the log of the sum of exponentials
@@ -61,7 +61,7 @@ class Recording:
 
 
 def read_recording(name: str, bits: int | None = None) -> Recording:
-    """The predictions of one of `MODELS`, with all matrices quantized to `bits` if given."""
+    """The answers of one of `MODELS`, with all matrices quantized to `bits` if given."""
     answers = mx.load(str(ANSWERS))
     assert isinstance(answers, dict)
     kind = f"{name}.{bits} bits" if bits else name

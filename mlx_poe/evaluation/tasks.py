@@ -11,8 +11,8 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,19 @@ from lm_eval.tasks import TaskManager
 
 from cognica_mlx.errors import PoEError, RequestError, one_line
 from mlx_poe.evaluation.harness import PredictorLM, Shared
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings for lm-eval: `tasks` by name, possibly from YAML files under `include_path`;
+    `limit` documents of each task (below 1: a share of them); `num_fewshot` examples (default: the
+    task's own number); with `chat`, contexts in the chat layout."""
+
+    tasks: list[str]
+    num_fewshot: int | None = None
+    limit: float | None = None
+    include_path: Path | None = None
+    chat: bool = False
 
 
 class _Loaded(TaskManager):
@@ -47,23 +60,15 @@ def _ask_again(task: Any, **_: Any) -> None:
 
 
 def run_tasks(
-    shared: Shared,
-    tasks: Sequence[str],
-    model: str,
-    output: Path | None = None,
-    *,
-    include_path: Path | None = None,
-    log_samples: bool = False,
-    **settings: Any,
+    shared: Shared, run: Run, model: str, output: Path | None = None, log_samples: bool = False
 ) -> dict[str, dict[str, Any]]:
     """lm-eval's results by predictor name, also written under `output` if given.
 
-    `tasks` are named, and may be in YAML files under `include_path`; `model` is its name in the
-    files; `settings` are `simple_evaluate`'s, `limit` and `num_fewshot`. Raises RequestError for
-    tasks that do not exist, and for any error from lm-eval.
+    `model` is its name in the files. Raises RequestError for tasks that do not exist, and for any
+    error from lm-eval.
     """
     logging.getLogger("lm_eval").setLevel(os.environ.get("LMEVAL_LOG_LEVEL", "ERROR").upper())
-    manager = _manager(tasks, include_path)
+    manager = _manager(run)
     found = {}
     for row, name in enumerate(shared.predictors.names):
         tracker = None
@@ -77,13 +82,14 @@ def run_tasks(
                     results = simple_evaluate(
                         PredictorLM(shared, row),
                         model_args=arguments,
-                        tasks=manager.match_tasks(list(tasks)),
+                        tasks=manager.match_tasks(run.tasks),
+                        num_fewshot=run.num_fewshot,
+                        limit=run.limit,
                         batch_size=shared.batch,
                         log_samples=log_samples,
                         evaluation_tracker=tracker,
-                        apply_chat_template=shared.chat,
+                        apply_chat_template=run.chat,
                         task_manager=manager,
-                        **settings,
                     )
             except (PoEError, OSError):
                 raise
@@ -100,16 +106,16 @@ def run_tasks(
     return found
 
 
-def _manager(tasks: Sequence[str], include_path: Path | None) -> _Loaded:
+def _manager(run: Run) -> _Loaded:
     """A manager that knows the tasks. Reading lm-eval's own ten thousand takes seconds, so skip
     them if the folder has all tasks."""
-    include = str(include_path) if include_path else None
+    include = str(run.include_path) if run.include_path else None
     if include:
         own = _Loaded(include_path=include, include_defaults=False)
-        if set(tasks) <= set(own.all_subtasks):
+        if set(run.tasks) <= set(own.all_subtasks):
             return own
     manager = _Loaded(include_path=include)
-    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+    if unknown := [name for name in run.tasks if not manager.match_tasks([name])]:
         raise RequestError(
             f"tasks: lm-eval has no {', '.join(unknown)} (lm-eval ls tasks lists them; "
             "--include-path names a folder of your own)"
