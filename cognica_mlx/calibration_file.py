@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from cognica_mlx.config import MAX_NUMBER, PoEConfig
-from cognica_mlx.convert import lineage
 from cognica_mlx.errors import CheckpointError, PoEWarning, RequestError
-from cognica_mlx.files import strict_json, whole_file
+from cognica_mlx.files import lineage, strict_json, whole_file
 from cognica_mlx.files.git_lfs import pointer_problem
-from cognica_mlx.network.rounding import draft_scheme
+from cognica_mlx.scheme import draft_scheme
 
 CALIBRATION_FILE = "poe_calibration.json"
 

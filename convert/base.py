@@ -8,11 +8,11 @@ from functools import partial
 import mlx.core as mx
 
 from cognica_mlx.config import SUMMED
-from cognica_mlx.convert import lineage
 from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
-from cognica_mlx.convert.formats.stored import StoredTensor
 from cognica_mlx.convert.sources import Source
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.files import lineage
+from cognica_mlx.files.stored import StoredTensor
 
 _HEAD = "lm_head.weight"
 

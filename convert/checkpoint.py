@@ -21,14 +21,14 @@ from mlx.utils import tree_flatten
 
 from cognica_mlx.backend.streams import end_with_thread
 from cognica_mlx.config import SUMMED, PoEConfig, flatten
-from cognica_mlx.convert import lineage
-from cognica_mlx.convert.formats.safetensors_files import read_json, read_tensors
-from cognica_mlx.convert.formats.stored import DTYPES, StoredTensor
 from cognica_mlx.convert.formats.tokenizer_files import has_tokenizer
 from cognica_mlx.convert.formats.torch_files import TorchFile
 from cognica_mlx.convert.quantization import Plan, apply_plan, from_fields
 from cognica_mlx.convert.sources import Source, locate_base
 from cognica_mlx.errors import CheckpointError, ConfigError, PoEWarning
+from cognica_mlx.files import lineage
+from cognica_mlx.files.safetensors_files import read_json, read_tensors
+from cognica_mlx.files.stored import DTYPES, StoredTensor
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.rounding import is_finite
 

@@ -24,20 +24,10 @@ from tiktoken import Encoding
 
 from cognica_mlx.calibration_file import CALIBRATION_FILE, CalibrationWarning, read_calibration
 from cognica_mlx.config import SUMMED, PoEConfig
-from cognica_mlx.convert import lineage
 from cognica_mlx.convert.base import read_converted_base, with_summed_heads
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END
 from cognica_mlx.convert.checkpoint import Checkpoint, eos_token_ids, read_checkpoint
 from cognica_mlx.convert.draft_copy import copied_matrices, write_copy
-from cognica_mlx.convert.formats.safetensors_files import (
-    Spec,
-    TensorWriter,
-    lay_out,
-    nbytes,
-    read_json,
-    write_index,
-)
-from cognica_mlx.convert.formats.stored import DTYPES, StoredTensor, dtype_name, dtype_named
 from cognica_mlx.convert.formats.tokenizer_files import read_encoding
 from cognica_mlx.convert.formats.tokenizer_json import write_tokenizer
 from cognica_mlx.convert.formats.whole_folder import check_target, new_folder, remove_leftovers
@@ -54,9 +44,18 @@ from cognica_mlx.convert.quantization import (
 )
 from cognica_mlx.convert.sources import Source, hub_reason
 from cognica_mlx.errors import CheckpointError, RequestError, TokenizerError
-from cognica_mlx.files import strict_json
+from cognica_mlx.files import lineage, strict_json
+from cognica_mlx.files.safetensors_files import (
+    Spec,
+    TensorWriter,
+    lay_out,
+    nbytes,
+    read_json,
+    write_index,
+)
+from cognica_mlx.files.stored import DTYPES, StoredTensor, dtype_name, dtype_named
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import Scheme
+from cognica_mlx.scheme import Scheme
 
 # The file that mlx-lm imports for the model's architecture, given `--trust-remote-code`.
 SHIM_FILE = "cognica_poe.py"

@@ -18,22 +18,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.convert import lineage
-from cognica_mlx.convert.formats.safetensors_files import write_arrays
-from cognica_mlx.convert.formats.stored import StoredTensor
 from cognica_mlx.convert.quantization import Plan
 from cognica_mlx.decoding.rounded_prefix import round_prefix
 from cognica_mlx.errors import CheckpointError, one_line
+from cognica_mlx.files import lineage
 from cognica_mlx.files.git_lfs import pointer_problem
+from cognica_mlx.files.safetensors_files import write_arrays
+from cognica_mlx.files.stored import StoredTensor
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import (
-    SUFFIXES,
-    Scheme,
-    copies_of,
-    draft_scheme,
-    is_finite,
-    rounded,
-)
+from cognica_mlx.network.rounding import copies_of, is_finite, rounded
+from cognica_mlx.scheme import SUFFIXES, Scheme, draft_scheme
 
 DRAFT_FILE = "draft.safetensors"
 _BITS, _OF = "draft_bits", "of"

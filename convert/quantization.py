@@ -18,10 +18,11 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.convert.formats.stored import dtype_name
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.files.stored import dtype_name
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import BITS, GROUP_SIZES, MODES, Scheme, is_finite
+from cognica_mlx.network.rounding import is_finite
+from cognica_mlx.scheme import BITS, GROUP_SIZES, MODES, Scheme
 
 # mlx-lm's mixed recipes: the bits of most matrices, and of those that need them most.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from cognica_mlx.bench.shapes import SHAPES
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.convert.formats.safetensors_files import TensorWriter
+from cognica_mlx.files.safetensors_files import TensorWriter
 from cognica_mlx.network.model import PoEModel
 
 BASES = [name for name in SHAPES if "specialist_layers" not in SHAPES[name]]

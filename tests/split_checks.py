@@ -20,7 +20,7 @@ import cognica_mlx  # noqa: F401  before MLX: it opens a fast BLAS
 import mlx.core as mx
 from conftest import FIXTURES, fixture
 
-from cognica_mlx.pricing.costs import measure
+from cognica_mlx.pricing.timed_costs import measure
 from cognica_mlx.decoding.modes import MODES, ModeOptions, last_resort, make_mode
 from cognica_mlx.decoding.single import advance_through, decode
 from cognica_mlx.decoding.speculative import Speculative

@@ -26,12 +26,12 @@ from cognica_mlx.calibration_file import (
     published_bounds,
 )
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.convert import lineage
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import decode, drive
 from cognica_mlx.decoding.targets import stage_target
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.files import lineage
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs, bytes_read
 from cognica_mlx.pricing.measuring import calibrate

@@ -15,12 +15,12 @@ from mlx.utils import tree_flatten
 
 from cognica_mlx.convert import conversion as conversion_module
 from cognica_mlx.convert.conversion import prepare, upload
-from cognica_mlx.convert.formats import safetensors_files
 from cognica_mlx.convert.quantization import make_plan, mixed, scheme
 from cognica_mlx.convert.sources import Source, locate
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.files import safetensors_files
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import Scheme
+from cognica_mlx.scheme import Scheme
 from mlx_poe import load
 from mlx_poe.commands.convert import main
 from mlx_poe.loading.verify import compare

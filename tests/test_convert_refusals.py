@@ -14,10 +14,10 @@ from conftest import FIXTURES
 from converting import assert_goldens, convert, tensors
 
 from cognica_mlx.convert.conversion import Conversion, prepare
-from cognica_mlx.convert.formats import safetensors_files
 from cognica_mlx.convert.formats.tokenizer_json import write_tokenizer
 from cognica_mlx.convert.sources import locate
 from cognica_mlx.errors import CheckpointError, PoEError, TokenizerError
+from cognica_mlx.files import safetensors_files
 from mlx_poe import load
 from mlx_poe.commands.convert import main
 

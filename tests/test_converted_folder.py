@@ -13,8 +13,8 @@ import pytest
 from conftest import FIXTURES
 from converting import convert, entries
 
-from cognica_mlx.convert.formats import safetensors_files
 from cognica_mlx.convert.formats.whole_folder import new_folder
+from cognica_mlx.files import safetensors_files
 from cognica_mlx.files.whole_file import locked_new
 from mlx_poe import load
 from mlx_poe.commands.convert import main
@@ -103,7 +103,7 @@ def test_an_interruption_between_the_renames_keeps_the_old(tmp_path, monkeypatch
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cognica_mlx.convert.formats import safetensors_files
+from cognica_mlx.files import safetensors_files
 from mlx_poe.commands.convert import main
 number, where = int(sys.argv.pop(1)), sys.argv.pop(1)
 write, rename, count = safetensors_files.TensorWriter.write, Path.rename, 0

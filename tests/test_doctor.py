@@ -20,7 +20,7 @@ from cognica_mlx.bench import machine_card as machine
 from cognica_mlx.decoding import passes, speculative
 from cognica_mlx.decoding.wand import Wand
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.pricing.costs import measure
+from cognica_mlx.pricing.timed_costs import measure
 from mlx_poe.commands import doctor as command
 from mlx_poe.doctor import agreement, examination, hardware
 from mlx_poe.doctor.agreement import Verdict

@@ -21,7 +21,6 @@ from test_decoding import chi_squared, drawn_pairs
 from cognica_mlx.bench.shapes import rounded as rounded_model
 from cognica_mlx.cache import stage_cache as cache
 from cognica_mlx.convert.draft_copy import DRAFT_FILE
-from cognica_mlx.convert.formats.safetensors_files import write_arrays
 from cognica_mlx.decoding.advice import NoAdvice, Plan
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.constraint import Grammar
@@ -35,13 +34,16 @@ from cognica_mlx.decoding.single import Single, decode, drive
 from cognica_mlx.decoding.speculative import _tell
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.files.safetensors_files import write_arrays
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import DRAFT_BITS, draft_scheme, rounded
+from cognica_mlx.network.rounding import rounded
 from cognica_mlx.network.shared_base import Siblings
 from cognica_mlx.network.stages import norm
-from cognica_mlx.pricing.costs import Costs, bytes_read, measure_drafter, with_bytes_of
+from cognica_mlx.pricing.costs import Costs, bytes_read, with_bytes_of
 from cognica_mlx.pricing.pace import PATIENCE, REST, Metered, Pace
 from cognica_mlx.pricing.rounds import WORTH_LEAVING, RoundCosts
+from cognica_mlx.pricing.timed_costs import measure_drafter
+from cognica_mlx.scheme import DRAFT_BITS, draft_scheme
 from mlx_poe import load, stream_generate
 from mlx_poe.chat.slash_commands import perform
 from mlx_poe.commands import convert as convert_command

@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten
 from reference import Reference
 
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.convert.formats import stored
+from cognica_mlx.files import stored
 from cognica_mlx.network.model import PoEModel
 from mlx_poe import load, stream_generate
 from mlx_poe.loading.tokenizer import Tokenizer

@@ -27,8 +27,9 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.network import linear
 from cognica_mlx.network.linear import FULL_ROWS, Linear
 from cognica_mlx.network.shortlist import CANDIDATES
-from cognica_mlx.pricing.costs import Costs, bytes_read, measure
+from cognica_mlx.pricing.costs import Costs, bytes_read
 from cognica_mlx.pricing.pace import PATIENCE, Metered, Pace
+from cognica_mlx.pricing.timed_costs import measure
 from mlx_poe import generate, stream_generate
 from mlx_poe.commands import generate as generate_command
 from mlx_poe.loading import machine_costs as machine

@@ -14,8 +14,8 @@ import pytest
 from conftest import fixture
 
 from cognica_mlx.calibration_file import Calibration
-from cognica_mlx.convert.formats.safetensors_files import read_json
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files.safetensors_files import read_json
 from mlx_poe.commands.entry import read_stdin
 from mlx_poe.commands.measured_texts import read_texts, replies, segments
 from mlx_poe.generation.tools import tool_system_prompt

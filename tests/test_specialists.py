@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from cognica_mlx.convert.conversion import prepare
-from cognica_mlx.convert.lineage import difference, some
 from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import locate
 from cognica_mlx.decoding.single import advance_through, prefill, set_depth
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import CheckpointError, PoEError, RequestError
+from cognica_mlx.files.lineage import difference, some
 from cognica_mlx.network.model import log_op
 from cognica_mlx.network.shared_base import PatchedEmbedding, shared_stages
 from cognica_mlx.pricing.costs import bytes_read

@@ -21,8 +21,9 @@ from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence, Mode, prefill_step_size_here
 from cognica_mlx.network.mlx_lm_model import Model
-from cognica_mlx.pricing.costs import measure, nbytes
+from cognica_mlx.pricing.costs import nbytes
 from cognica_mlx.pricing.pace import Pace
+from cognica_mlx.pricing.timed_costs import measure
 
 COUNTS = (1, 4, 8, 16)
 MIXED = 8

@@ -17,9 +17,9 @@ from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import drive
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import DRAFT_BITS
 from cognica_mlx.pricing.costs import bytes_read, with_bytes_of
 from cognica_mlx.pricing.rounds import RoundCosts
+from cognica_mlx.scheme import DRAFT_BITS
 
 # Beginnings of the kinds of text that poe-tiny has learned; other models can continue them too.
 BEGINNINGS = (

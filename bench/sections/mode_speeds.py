@@ -28,9 +28,10 @@ from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.pricing.costs import Costs, measure, measure_drafter
+from cognica_mlx.pricing.costs import Costs
 from cognica_mlx.pricing.pace import Metered, Pace
 from cognica_mlx.pricing.replaying import ROUNDED_BITS, Trace, best_options
+from cognica_mlx.pricing.timed_costs import measure, measure_drafter
 
 
 @dataclass(frozen=True)

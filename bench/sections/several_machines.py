@@ -27,9 +27,10 @@ from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.machines.placement import Part
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.pricing.costs import Costs, measure
+from cognica_mlx.pricing.costs import Costs
 from cognica_mlx.pricing.pace import Metered, Pace, pace_for
 from cognica_mlx.pricing.rounds import RoundCosts
+from cognica_mlx.pricing.timed_costs import measure
 
 # A specialist of the released shape, in layers.
 SPECIALIST_LAYERS = 4

@@ -23,7 +23,8 @@ from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Driver, decode, drive, prefill, set_depth
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.pricing.costs import Costs, bytes_read, measure, nbytes
+from cognica_mlx.pricing.costs import Costs, bytes_read, nbytes
+from cognica_mlx.pricing.timed_costs import measure
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 16)
 

@@ -1,25 +1,9 @@
-"""Attention of a layer's queries, through a cache or over a whole text at once.
-
-- a layer needs only an `AttentionCache`, which decides where keys are stored and which are visible
-- with a window of w, a position sees itself and the w positions before it
-"""
+"""Attention without a cache, over two arrays of keys, and within a window: with a window of w, a
+position sees itself and the w positions before it."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import mlx.core as mx
-
-
-class AttentionCache(Protocol):
-    """What a layer needs from a cache, ours or another library's, for the positions of one pass."""
-
-    @property
-    def offset(self) -> int | mx.array:
-        """The first position, or an array if positions differ: (B,), or (T,) for packed rows."""
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """Add keys and values (B, KV, T, head_dim); attention of queries (B, H, T, head_dim)."""
 
 
 class WholeText:

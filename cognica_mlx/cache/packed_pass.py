@@ -14,8 +14,9 @@ from functools import cached_property, lru_cache
 import mlx.core as mx
 import numpy as np
 
-from cognica_mlx.cache.shelf import Shelf
-from cognica_mlx.cache.stage_cache import Content, Done, Span, StageCache, StagePass
+from cognica_mlx.cache.keys_and_values import Done
+from cognica_mlx.cache.shelf import Shelf, arrange, place_of
+from cognica_mlx.cache.stage_cache import Content, Span, StageCache, StagePass
 
 
 class ShelfPass:
@@ -25,16 +26,16 @@ class ShelfPass:
     def __init__(self, caches: Sequence[StageCache]):
         self._contents = [cache.content for cache in caches]
         self._rounds = [cache.round for cache in caches]
-        places = [content.place for content in self._contents]
-        self._shelf: Shelf = places[0].shelf  # type: ignore[union-attr]
-        slots = tuple([place.slot for place in places])  # type: ignore[union-attr]
+        places = [place for cache in caches if (place := place_of(cache))]
+        self._shelf = places[0].shelf
+        slots = tuple([place.slot for place in places])
         offsets = tuple(self.positions())
         self.offset = _as_array(offsets)
         # Windows longer than every text hide nothing: clip them, so that they share a cache entry.
         longest = max(offsets)
         self._rows = {}
         for window in self._shelf.lengths:
-            shifts = tuple([place.shifts[window] for place in places])  # type: ignore[union-attr]
+            shifts = tuple([place.shifts[window] for place in places])
             self._rows[window] = _rows(slots, offsets, shifts, min(window, longest))
         self._layers: list[tuple[mx.array, mx.array]] = []
 
@@ -175,11 +176,18 @@ def in_order(caches: Sequence[StageCache]) -> list[int]:
     rank: dict[Shelf, int] = {}
     keys = [
         (rank.setdefault(place.shelf, len(rank)), place.slot)
-        if (place := cache.content.place)
+        if (place := place_of(cache))
         else (len(caches), 0)
         for cache in caches
     ]
     return sorted(range(len(caches)), key=keys.__getitem__)
+
+
+def arranged(caches: Sequence[StageCache], counts: Sequence[int]) -> list[int]:
+    """Let caches leave or join shelves before a pass of `counts` positions; returns the order in
+    which to share it."""
+    arrange(caches, counts)
+    return in_order(caches)
 
 
 def begin(
@@ -190,7 +198,7 @@ def begin(
     shelves: dict[Shelf, list[StageCache]] = {}
     own: list[StagePass] = []
     for cache, count in zip(caches, counts, strict=True):
-        if place := cache.content.place:
+        if place := place_of(cache):
             shelves.setdefault(place.shelf, []).append(cache)
         else:
             own.append(cache.begin(count))

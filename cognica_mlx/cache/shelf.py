@@ -37,7 +37,7 @@ STEP, WASTE, IDLE = 64, 1.1, 8
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class ShelfPlace:
     """A cache's place on a shelf: in layers of a given window, position p is in row
     p + shifts[window]. There is no room for position `full` and later ones."""
 
@@ -47,12 +47,12 @@ class Place:
     full: int
 
     def views(self) -> tuple[Layer, ...]:
-        """The slot's part of each layer's arrays."""
+        """See `Place`."""
         one = slice(self.slot, self.slot + 1)
         return tuple(Layer(keys[one], values[one]) for keys, values in self.shelf.layers)
 
     def rows(self, content: Content) -> list[tuple[mx.array, mx.array]]:
-        """Views of each layer's keys and values (1, KV, rows, head_dim), oldest first."""
+        """See `Place`."""
         found = []
         one = slice(self.slot, self.slot + 1)
         for window, (keys, values) in zip(self.shelf.windows, self.shelf.layers, strict=True):
@@ -60,6 +60,13 @@ class Place:
             held = slice(end - content.spans[window].held, end)
             found.append((keys[one, :, held], values[one, :, held]))
         return found
+
+
+def place_of(cache: StageCache) -> ShelfPlace | None:
+    """A cache's place, if it is on a shelf."""
+    place = cache.content.place
+    assert place is None or isinstance(place, ShelfPlace)
+    return place
 
 
 class Shelf:
@@ -101,7 +108,7 @@ class Shelf:
         # Aligned with the others' latest rows, if it has no more rows than they.
         ends = {window: cache.kept(window) for window in self.lengths}
         for other in slots:
-            if other and (place := other.content.place):
+            if other and (place := place_of(other)):
                 for window, length in self.lengths.items():
                     end = min(other.offset + place.shifts[window], length - 1)
                     ends[window] = max(ends[window], end)
@@ -120,14 +127,14 @@ class Shelf:
         self._caches[slot] = weakref.ref(cache)
         shifts = {window: end - cache.offset for window, end in ends.items()}
         full = min(length - shifts[window] for window, length in self.lengths.items())
-        place = Place(self, slot, shifts, full)
+        place = ShelfPlace(self, slot, shifts, full)
         spans = {window: Span(cache.kept(window)) for window in ends}
         cache.content = cache.content._replace(layers=(), place=place, spans=spans)
 
     def _slots(self) -> list[StageCache | None]:
         """The cache in each slot, or None."""
         found = [ref() if ref else None for ref in self._caches]
-        places = [cache.content.place if cache else None for cache in found]
+        places = [place_of(cache) if cache else None for cache in found]
         return [
             cache if place and place.shelf is self and place.slot == slot else None
             for slot, (cache, place) in enumerate(zip(found, places, strict=True))
@@ -166,8 +173,7 @@ def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
     steps: dict[Shelf, int] = {}
     outgrown: set[Shelf] = set()
     for cache, count in zip(caches, counts, strict=True):
-        content = cache.content
-        place = content.place
+        content, place = cache.content, place_of(cache)
         again = content.written == cache.round
         if count == 1 and not (again and (place is None or _is_large(place.shelf))):
             cache.steady += 1
@@ -274,7 +280,7 @@ def _side_by_side(caches: Sequence[StageCache], i: int) -> Iterator[tuple[mx.arr
     window = caches[0].windows[i]
     start = 0
     while start < len(caches):
-        place = caches[start].content.place
+        place = place_of(caches[start])
         stop = start + 1
         if not place:
             yield caches[start].rows()[i]
@@ -288,9 +294,9 @@ def _side_by_side(caches: Sequence[StageCache], i: int) -> Iterator[tuple[mx.arr
         start = stop
 
 
-def _is_next(cache: StageCache, first: Place, steps: int, window: int, end: int) -> bool:
+def _is_next(cache: StageCache, first: ShelfPlace, steps: int, window: int, end: int) -> bool:
     """Whether a cache is `steps` slots after the first on its shelf, and ends at the same row."""
-    place = cache.content.place
+    place = place_of(cache)
     return (
         place is not None
         and place.shelf is first.shelf

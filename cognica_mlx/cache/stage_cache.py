@@ -14,21 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
 from cognica_mlx.cache.attention import in_two_parts, window_mask
+from cognica_mlx.cache.keys_and_values import Done
 from cognica_mlx.errors import RollbackError
-
-if TYPE_CHECKING:
-    from cognica_mlx.cache.shelf import Place
 
 # Buffers grow by this many rows.
 GROWTH = 256
 # The most rows in a tail; and the size in bytes from which a buffer costs more to copy than
 # attention in two parts, which takes a few small operations more.
 TAIL, LARGE = 64, 1 << 20
+
+
+def most_rows(window: int, slack: int, positions: int, row_bytes: int) -> int:
+    """The most rows that a layer's buffer and tail have after up to `positions` positions."""
+    rows = min(window + 2 * slack, -(-positions // GROWTH) * GROWTH)
+    return rows + (min(TAIL, slack) if rows * row_bytes >= LARGE else 0)
 
 
 class Span(NamedTuple):
@@ -59,6 +63,16 @@ class Layer:
         return [array for array in found if array is not None]
 
 
+class Place(Protocol):
+    """Where a cache's rows are while they are on a shelf."""
+
+    def views(self) -> tuple[Layer, ...]:
+        """Its part of each layer's arrays."""
+
+    def rows(self, content: Content) -> list[tuple[mx.array, mx.array]]:
+        """Views of each layer's keys and values (1, KV, rows, head_dim), oldest first."""
+
+
 class Content(NamedTuple):
     """Everything that a `StageCache` holds; replaced as a whole, so that it is never half changed.
 
@@ -71,13 +85,6 @@ class Content(NamedTuple):
     layers: tuple[Layer, ...]
     written: int = -1
     place: Place | None = None
-
-
-class Done(Protocol):
-    """One cache's part of a finished pass."""
-
-    def result(self) -> Content:
-        """The cache's content after the pass."""
 
 
 class StageCache:
@@ -157,6 +164,12 @@ class StageCache:
         other = StageCache(self.windows, self.slack)
         other.content, other.round = self._off_shelf(), self.round
         return other
+
+    def aside(self) -> StageCache:
+        """A fork to be dropped before this cache is used again: until the next round both write
+        beside large buffers, so neither has to copy one because of the other."""
+        self.content = self.content._replace(written=self.round)
+        return self.fork()
 
     def leave(self) -> None:
         """Move the rows from a shelf, if they are on one, to own buffers. Waits for the copies."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from cognica_mlx.decoding.requests import Request
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,6 +48,16 @@ class Advice(Protocol):
 
     def emitted(self) -> None:
         """The mode has emitted a token."""
+
+
+class Meter(Protocol):
+    """What a batch tells a sequence's costs: `spent` so far, and how many `others` share passes."""
+
+    spent: float
+    others: int
+
+    def price(self, request: Request, rows: int | None = None) -> float:
+        """The cost of a request: its share of a pass of `rows` rows."""
 
 
 # Without advice, the match length from which looked-up tokens are drafted.

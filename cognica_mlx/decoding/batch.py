@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.decoding.advice import Meter
 from cognica_mlx.decoding.passes import read, run_stage, score, submit
 from cognica_mlx.decoding.requests import (
     Advance,
@@ -30,7 +31,6 @@ from cognica_mlx.decoding.requests import (
 from cognica_mlx.decoding.sequence import prefill_step_size_here
 from cognica_mlx.errors import RankError, RankLostError
 from cognica_mlx.network.stages import Stage
-from cognica_mlx.pricing.pace import Pace
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Event:
 class _Job:
     name: Hashable
     steps: Steps
-    pace: Pace | None
+    pace: Meter | None
     tell: Callable[[DecodedToken], Any] | None
     request: Request | None = None
     # Positions that the request runs or scores.
@@ -85,7 +85,7 @@ class Batch:
         self,
         name: Hashable,
         steps: Steps,
-        pace: Pace | None = None,
+        pace: Meter | None = None,
         tell: Callable[[DecodedToken], Any] | None = None,
     ) -> None:
         """Add a sequence's `steps`, starting with the next sweep; `pace` records its costs.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from cognica_mlx.cache.stage_cache import GROWTH, LARGE, TAIL
+from cognica_mlx.cache.stage_cache import GROWTH, most_rows
 from cognica_mlx.decoding.state import FORGET, SLACK, DecodingState
 from cognica_mlx.network.model import PoEModel
 
@@ -43,10 +43,7 @@ def state_bytes(
     for k, stage in enumerate(model.stages):
         room, now, behind = _at_start(start, k) if start else (0, 0, 0)
         for window in stage.windows:
-            longest = window + 2 * slack
-            rows = min(longest, -(-max(positions, room) // GROWTH) * GROWTH)
-            if rows * row >= LARGE:
-                rows += min(TAIL, slack)
+            rows = most_rows(window, slack, max(positions, room), row)
             copies = 2 if k in aside else 1
             total += copies * 2 * rows * row  # keys and values
         held = max(slack, pending, keep_trunk if k + 1 == base else 0)

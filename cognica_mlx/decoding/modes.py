@@ -21,9 +21,8 @@ from cognica_mlx.decoding.targets import (
 )
 from cognica_mlx.decoding.wand import Wand, exit_margins
 from cognica_mlx.errors import RequestError
-from cognica_mlx.machines.remote import stage_left
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import draft_scheme
+from cognica_mlx.scheme import draft_scheme
 
 # The most drafts in a round by default: more from a rounded drafter, which is cheaper.
 DRAFTS, ROUNDED_DRAFTS = 3, 6
@@ -138,8 +137,10 @@ def _advised(
 def last_resort(model: PoEModel) -> Mode | None:
     """The mode to continue with when machines that hold deeper stages are lost: the deepest stage
     before those; None if that is not wanted."""
-    stage = stage_left(model)
-    return None if stage is None else Plain(stage_target(model, stage))
+    lost = next((stage for stage in model.stages if stage.rank), None)
+    if lost is None or not lost.dispensable:
+        return None
+    return Plain(stage_target(model, model.stages.index(lost) - 1))
 
 
 def _speculative(

@@ -13,12 +13,9 @@ from typing import Any
 import mlx.core as mx
 
 from cognica_mlx.cache.hidden import Hidden, Rows, pack
-from cognica_mlx.cache.packed_pass import begin, in_order
-from cognica_mlx.cache.shelf import arrange
 from cognica_mlx.decoding.requests import Advance, Read, Score
 from cognica_mlx.decoding.sampling import Scores
 from cognica_mlx.decoding.state import DecodingState, Text
-from cognica_mlx.machines.remote import RemoteStage
 from cognica_mlx.network.model import PoEModel
 
 
@@ -29,21 +26,15 @@ def run_stage(requests: Sequence[Advance]) -> None:
     if not asked:
         return
     stage = requests[0].stage
-    if not isinstance(stage, RemoteStage):
-        arrange([cache for _, cache, _ in asked], [count for _, _, count in asked])
-        asked = [asked[i] for i in in_order([cache for _, cache, _ in asked])]
-    requests, caches, counts = zip(*asked, strict=True)
+    order = stage.order([cache for _, cache, _ in asked], [count for _, _, count in asked])
+    requests, caches, counts = zip(*(asked[i] for i in order), strict=True)
     taken = [r.state.take(r.index, n) for r, n in zip(requests, counts, strict=True)]
     if isinstance(taken[0], Text):
         models = [request.state.model for request in requests]
         hidden = embed(models, taken)
     else:
         hidden = pack([rows for pieces in taken for rows in pieces])
-    if isinstance(stage, RemoteStage):
-        hidden, done = stage.run(hidden, caches, counts)
-    else:
-        seen, done = begin(caches, counts)
-        hidden = stage(hidden, [seen] * len(stage.blocks))
+    hidden, done = stage.run(hidden, caches, counts)
     start = 0
     for request, count, one in zip(requests, counts, done, strict=True):
         request.state.put(request.index, Rows(hidden, start, start + count), one)

@@ -20,7 +20,6 @@ from cognica_mlx.decoding.targets import Target, draft_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.rounding import (
-    Scheme,
     copies_of,
     release,
     restack,
@@ -28,6 +27,7 @@ from cognica_mlx.network.rounding import (
     rounded_stage,
 )
 from cognica_mlx.network.stages import Stage
+from cognica_mlx.scheme import Scheme
 
 
 @dataclass(frozen=True, eq=False)

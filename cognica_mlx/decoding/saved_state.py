@@ -23,7 +23,8 @@ PARTS = ("x", "x0", "backout")
 def to_arrays(state: DecodingState) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Everything that `from_arrays` needs to continue from here: arrays and JSON-ready fields."""
     arrays: dict[str, mx.array] = {}
-    for k, (cache, given) in enumerate(zip(state.caches, state.given, strict=True)):
+    caches: list[Any] = state.caches  # other kinds than `StageCache` refuse
+    for k, (cache, given) in enumerate(zip(caches, state.given, strict=True)):
         for i, (keys, values) in enumerate(cache.rows()):
             arrays[f"cache.{k}.{i}.keys"], arrays[f"cache.{k}.{i}.values"] = keys, values
         if given.start < cache.offset:
@@ -71,6 +72,7 @@ def _restore(
 ) -> None:
     model, tokens = state.model, fields["tokens"]
     text = mx.array([tokens], dtype=mx.int32)
+    caches: list[Any] = state.caches
     stages = zip(model.stages, fields["filled"], fields["starts"], strict=True)
     for k, (stage, filled, start) in enumerate(stages):
         supply = fields["filled"][stage.source - 1] if stage.source else len(tokens)
@@ -79,7 +81,7 @@ def _restore(
         rows = (
             [_rows(state, arrays, k, i, filled) for i in range(len(stage.blocks))] if filled else []
         )
-        state.caches[k].restore(rows, filled)
+        caches[k].restore(rows, filled)
         given = state.given[k]
         given.stop = start
         if start < filled:
@@ -96,7 +98,8 @@ def _rows(
     state: DecodingState, arrays: Mapping[str, mx.array], k: int, i: int, filled: int
 ) -> tuple[mx.array, mx.array]:
     """The keys and values of a stage's i-th layer."""
-    config, cache = state.model.config, state.caches[k]
+    config = state.model.config
+    cache: Any = state.caches[k]
     window = cache.windows[i]
     count = arrays[f"cache.{k}.{i}.keys"].shape[2]
     if not min(filled, window) <= count <= min(filled, cache.limit(window)):

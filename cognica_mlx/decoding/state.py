@@ -29,7 +29,7 @@ from threading import Lock
 import mlx.core as mx
 
 from cognica_mlx.cache.hidden import Boundary, Hidden, Rows, pack
-from cognica_mlx.cache.stage_cache import Done
+from cognica_mlx.cache.keys_and_values import Done, KeysAndValues
 from cognica_mlx.errors import RequestError, RollbackError
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.shared_base import shared_stages
@@ -107,7 +107,7 @@ class DecodingState:
 
     def clear(self) -> None:
         """Drop the text and everything computed from it."""
-        self.caches = [stage.new_cache(self.slack) for stage in self.stages]
+        self.caches: list[KeysAndValues] = [stage.new_cache(self.slack) for stage in self.stages]
         # Each stage's output.
         self.given = [Boundary() for _ in self.stages]
         # The text: ids on the host, then arrays that the host has not read yet.
@@ -190,8 +190,8 @@ class DecodingState:
     def pending(self, stage: int) -> int:
         """How many positions wait to be run through `stage`."""
         source = self.stages[stage].source
-        reached = self.caches[source - 1].content.offset if source else self.length
-        return reached - self.caches[stage].content.offset
+        reached = self.caches[source - 1].offset if source else self.length
+        return reached - self.caches[stage].offset
 
     def take(self, stage: int, count: int) -> Text | list[Rows]:
         """The next `count` positions pending before `stage`: text, or activations in pieces.
@@ -338,11 +338,7 @@ class DecodingState:
         caches = [self.caches[k] for k in of]
         assert all(cache.offset == self.length for cache in caches), "positions are pending"
         other._ids = list(self.tokens)
-        for cache in caches:
-            # Mark the buffers as written in this round: both states then write beside large
-            # buffers, and neither has to copy one because of the other.
-            cache.content = cache.content._replace(written=cache.round)
-        other.caches = [cache.fork() for cache in caches]
+        other.caches = [cache.aside() for cache in caches]
         for given in other.given:
             given.stop = self.length
         return other

@@ -14,7 +14,7 @@ import mlx.core as mx
 from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel, log_op
-from cognica_mlx.network.rounding import Scheme
+from cognica_mlx.scheme import Scheme
 
 # The heads that a specialist's drafts go through: see `draft_target`.
 DRAFT_HEADS = ("summed", "base")

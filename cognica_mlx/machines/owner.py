@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from cognica_mlx.cache.hidden import Hidden, Rows, pack
-from cognica_mlx.cache.packed_pass import begin, in_order
-from cognica_mlx.cache.shelf import arrange
-from cognica_mlx.cache.stage_cache import StageCache
+from cognica_mlx.cache.keys_and_values import KeysAndValues
 from cognica_mlx.errors import RankError, one_line
 from cognica_mlx.machines.messages import (
     FORGET,
@@ -48,7 +46,7 @@ class Owner:
         self.wire, self.stages, self.speakers, self.dtype = wire, stages, speakers, dtype
         self.parent = wire.parent()
         self._inbox = Inbox(wire)
-        self.caches: dict[int, StageCache] = {}
+        self.caches: dict[int, KeysAndValues] = {}
         self.given: dict[int, Hidden] = {}
 
     def serve(self) -> None:
@@ -117,12 +115,10 @@ class Owner:
         stage = self.stages[number]
         caches = [self._cache(stage, *about) for about in asked]
         counts = [rows for _, _, rows, _ in asked]
-        arrange(caches, counts)
-        order = in_order(caches)
+        order = stage.order(caches, counts)
         hidden = _in_order(hidden, counts, order)
         caches, counts = ([part[i] for i in order] for part in (caches, counts))  # type: ignore
-        seen, done = begin(caches, counts)
-        given = stage(hidden, [seen] * len(stage.blocks))
+        given, done = stage.run(hidden, caches, counts)
         given = _in_order(given, counts, [order.index(i) for i in range(count)])
         mx.eval(given.arrays())
         for cache, one in zip(caches, done, strict=True):
@@ -133,7 +129,7 @@ class Owner:
         self.given[name] = given
         return [], []
 
-    def _cache(self, stage: Stage, number: int, start: int, rows: int, slack: int) -> StageCache:
+    def _cache(self, stage: Stage, number: int, start: int, rows: int, slack: int) -> KeysAndValues:
         """A sequence's cache, rolled back to the start of its pass."""
         cache = self.caches.get(number) or stage.new_cache(slack)
         if cache.offset < start:

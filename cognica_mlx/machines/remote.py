@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import mlx.core as mx
 
-from cognica_mlx.cache.attention import AttentionCache
 from cognica_mlx.cache.hidden import Hidden
-from cognica_mlx.cache.stage_cache import Content, Done, Span, StageCache
+from cognica_mlx.cache.keys_and_values import AttentionCache, Done, KeysAndValues
+from cognica_mlx.cache.stage_cache import Content, Span, StageCache
 from cognica_mlx.errors import RankLostError, RequestError
 from cognica_mlx.machines.link import Link
 from cognica_mlx.machines.messages import DROP, FORGET, FORK, Kind, hidden_parts, read_hidden
@@ -53,9 +53,18 @@ class RemoteStage(Stage):
         super().__init__(model, layers, source)
         self.link, self.rank, self.number, self.speaks = link, rank, number, speaks
 
-    def new_cache(self, slack: int) -> StageCache:
+    @property
+    def dispensable(self) -> bool:  # type: ignore[override]
+        """See `Stage`."""
+        return self.link.degrade
+
+    def new_cache(self, slack: int) -> KeysAndValues:
         """See `Stage`."""
         return RemoteCache(self, slack)
+
+    def order(self, caches: Sequence[RemoteCache], counts: Sequence[int]) -> list[int]:
+        """See `Stage`; the owner has an order of its own."""
+        return list(range(len(caches)))
 
     def __call__(self, hidden: Hidden, caches: Sequence[AttentionCache] | None = None) -> NoReturn:
         """Raises RequestError: a remote stage runs only passes of sequences."""
@@ -65,18 +74,16 @@ class RemoteStage(Stage):
         )
 
     def run(
-        self, hidden: Hidden, caches: Sequence[StageCache], counts: Sequence[int]
-    ) -> tuple[Hidden, list[Done]]:
-        """Run the next `counts` positions of each cache, which `hidden` holds one after the other.
-        Returns the output and what the caches hold afterwards, without waiting for the pass."""
+        self, hidden: Hidden, caches: Sequence[RemoteCache], counts: Sequence[int]
+    ) -> tuple[Hidden, Sequence[Done]]:
+        """See `Stage`. Does not wait for the pass; one that fails is undone later."""
         handle = Handle(self, len(hidden))
         numbers = [self.number, handle.number, len(caches)]
         for cache, rows in zip(caches, counts, strict=True):
-            assert isinstance(cache, RemoteCache)
             numbers += [cache.number, cache.offset, rows, cache.slack]
         starts = [(cache, cache.offset) for cache in caches]
         self._post(hidden, numbers, partial(_return_to, starts))
-        done: list[Done] = [_Done(*pair) for pair in zip(caches, counts, strict=True)]
+        done = [_Done(*pair) for pair in zip(caches, counts, strict=True)]
         return Elsewhere([Piece(handle, 0, len(hidden))]), done
 
     def _post(self, hidden: Hidden, numbers: list[int], undo: Callable[[], None]) -> None:
@@ -91,10 +98,10 @@ class RemoteStage(Stage):
             about, arrays = hidden_parts(hidden)
             link.post(self.rank, Kind.RUN, [*numbers, BODY, *about], arrays, undo)
 
-    def logits(self, hidden: Hidden, *, drafts: bool = False) -> Callable[[], mx.array]:
-        """Ask the owner for its prediction from `hidden` (1, T, D); returns a function that waits
-        for it, (1, T, V) float32. With `drafts` the activations are a base stage's, without
-        backout."""
+    def ask_logits(self, hidden: Hidden, drafts: bool = False) -> Callable[[], mx.array] | None:
+        """See `Stage`."""
+        if not self.speaks:
+            return None
         numbers = [self.number, int(drafts)]
         if isinstance(hidden, Elsewhere) and hidden.rank == self.rank:
             answer = self.link.ask(self.rank, Kind.SCORE, [*numbers, OWN, *hidden.named()])
@@ -108,15 +115,6 @@ class RemoteStage(Stage):
     def dtype(self) -> mx.Dtype:
         """The type of its activations."""
         return self._model.resid_lambdas.dtype
-
-
-def stage_left(model: PoEModel) -> int | None:
-    """The deepest stage that rank 0 can decode with once other ranks are lost; None if decoding is
-    to end then."""
-    for k, stage in enumerate(model.stages):
-        if isinstance(stage, RemoteStage):
-            return k - 1 if stage.link.degrade else None
-    return None
 
 
 def lost_link(models: Iterable[PoEModel]) -> Link | None:
@@ -300,7 +298,6 @@ def _moved(content: Content, count: int, slack: int) -> Content:
     return content._replace(offset=content.offset + count, spans=spans)
 
 
-def _return_to(starts: Sequence[tuple[StageCache, int]]) -> None:
+def _return_to(starts: Sequence[tuple[RemoteCache, int]]) -> None:
     for cache, start in starts:
-        assert isinstance(cache, RemoteCache)
         cache.retreat(start)

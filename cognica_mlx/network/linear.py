@@ -38,14 +38,3 @@ def added(x: mx.array, linear: nn.Module, h: mx.array) -> mx.array:
     if isinstance(linear, nn.Linear) and mx.default_device() == mx.gpu:
         return mx.addmm(x, h, linear.weight.T)
     return x + linear(h)
-
-
-def unpacked(module: nn.Module) -> mx.array:
-    """The weights (rows, columns) of a layer or an embedding table in float32, dequantized if need
-    be."""
-    weight = module.weight
-    if hasattr(module, "scales"):
-        weight = mx.dequantize(
-            weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode
-        )
-    return weight.astype(mx.float32)

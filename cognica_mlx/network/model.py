@@ -19,12 +19,12 @@ from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.config import SMEAR_CHANNELS, SUMMED, PoEConfig
 from cognica_mlx.errors import RequestError
-from cognica_mlx.machines.remote import RemoteStage
 from cognica_mlx.network.elementwise import softcap
 from cognica_mlx.network.linear import Linear
-from cognica_mlx.network.rounding import Scheme, copies_of, rounded
+from cognica_mlx.network.rounding import copies_of, rounded
 from cognica_mlx.network.shortlist import ShortlistHead
 from cognica_mlx.network.stages import Block, Stage, alike, norm
+from cognica_mlx.scheme import Scheme
 
 
 def log_softmax(logits: mx.array) -> mx.array:
@@ -86,7 +86,7 @@ class PoEModel(nn.Module):
         self._variants: WeakSet[Stage] = WeakSet()
         self._stages: tuple[tuple[mx.array, ...], tuple[Stage, ...]] | None = None
         # Stages held by other machines.
-        self._elsewhere: dict[int, RemoteStage] = {}
+        self._elsewhere: dict[int, Stage] = {}
         rows, width = config.padded_vocab_size, config.n_embd
         self.wte: nn.Module = nn.Embedding(rows, width)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1, bias=False)
@@ -138,8 +138,8 @@ class PoEModel(nn.Module):
         self._base._variants.update(own)
         return tuple(own)
 
-    def place(self, stages: Mapping[int, RemoteStage]) -> None:
-        """Have these stages run on other machines."""
+    def place(self, stages: Mapping[int, Stage]) -> None:
+        """Replace stages by those that other machines hold."""
         self._elsewhere.update(stages)
         self._stages = None
 
@@ -191,10 +191,7 @@ class PoEModel(nn.Module):
     def ask_logits(self, stage: int, hidden: Hidden) -> Asked:
         """`stage_logits`, or if another machine computes them, which starts now, a function that
         waits for them; see `answers`."""
-        remote = self.stages[stage]
-        if isinstance(remote, RemoteStage) and remote.speaks:
-            return remote.logits(hidden)
-        return self._logits_here(stage, hidden)
+        return self.stages[stage].ask_logits(hidden) or self._logits_here(stage, hidden)
 
     def _logits_here(self, stage: int, hidden: Hidden) -> mx.array:
         in_base = stage < len(self.config.stage_layers)
@@ -225,9 +222,8 @@ class PoEModel(nn.Module):
 
     def ask_draft_logits(self, hidden: Hidden) -> Asked:
         """`draft_logits`, as `ask_logits` asks for `stage_logits`."""
-        remote = self.stages[-1]
-        if isinstance(remote, RemoteStage) and remote.speaks:
-            return remote.logits(hidden, drafts=True)
+        if asked := self.stages[-1].ask_logits(hidden, drafts=True):
+            return asked
         last = len(self.config.specialist_layers) - 1
         return self._head_logits(norm(hidden.x), self._final_heads(last))
 

@@ -1,6 +1,6 @@
 """Rounded copies of matrices, stages and heads to draft with, which have fewer bytes to read.
 
-- `Scheme` says how a matrix is rounded; MLX does the rounding
+- a `Scheme` says how; MLX does the rounding
 - every copy is made once and kept with its original, so that all specialists over one base draft
   from the same rounded stages
 - the model itself does not change; `rounded_matrices` lists what the copies add in memory
@@ -10,43 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from cognica_mlx.errors import RequestError
 from cognica_mlx.network.stages import Block, Stage
-
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-# The modes of mx.quantize with their default group size and bits; only affine has other choices.
-MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
-# The choices for rounding a drafter.
-DRAFT_BITS = (*map(str, BITS), "mxfp4", "nvfp4")
-
-SUFFIXES = ("weight", "scales", "biases")
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a matrix is rounded: `bits` per weight, in groups of `group_size` along a row, `mode`."""
-
-    bits: int
-    group_size: int
-    mode: str = "affine"
-
-    def fits(self, width: int) -> bool:
-        """Whether rows of this length can be packed, and unpacked: in "nvfp4" MLX unpacks only
-        rows of an even number of groups."""
-        return width % max(self.group_size, min(GROUP_SIZES)) == 0
-
-    def quantize(self, matrix: mx.array) -> dict[str, mx.array]:
-        """`matrix` (rows, columns) as a module's packed "weight", "scales" and perhaps "biases"."""
-        parts = mx.quantize(matrix, self.group_size, self.bits, mode=self.mode)
-        return dict(zip(SUFFIXES, parts, strict=False))
-
+from cognica_mlx.scheme import GROUP_SIZES, Scheme
 
 # The bits of infinity, and the integers with and without sign of the same size.
 _INFINITY = {
@@ -74,20 +45,6 @@ def is_finite(name: str, array: mx.array, mode: str = "affine") -> bool:
     if (mode, suffix) in (("nvfp4", "scales"), ("mxfp8", "weight")):
         return not mx.any((array.view(mx.uint8) & 0x7F) == 0x7F).item()  # E4M3's NaN, either sign
     return True
-
-
-def draft_scheme(bits: int | str) -> Scheme:
-    """A drafter's scheme: a number of bits in groups of 64, or "mxfp4" or "nvfp4".
-
-    Raises RequestError for anything else.
-    """
-    name = str(bits)
-    if isinstance(bits, bool) or name not in DRAFT_BITS:
-        raise RequestError(f"draft_bits {bits!r}: choose from {', '.join(DRAFT_BITS)}")
-    if name in MODES:
-        group_size, count = MODES[name]
-        return Scheme(count, group_size, name)
-    return Scheme(int(name), MODES["affine"][0])
 
 
 def rounded(module: nn.Module, scheme: Scheme) -> nn.Module:

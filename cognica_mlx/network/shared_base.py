@@ -18,8 +18,8 @@ from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel, answers, log_op
-from cognica_mlx.network.rounding import Scheme
 from cognica_mlx.network.stages import Stage
+from cognica_mlx.scheme import Scheme
 
 
 class PatchedEmbedding(nn.Module):

@@ -8,15 +8,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from cognica_mlx.cache.attention import AttentionCache, WholeText
+from cognica_mlx.cache.attention import WholeText
 from cognica_mlx.cache.hidden import Hidden
+from cognica_mlx.cache.keys_and_values import AttentionCache, Done, KeysAndValues
+from cognica_mlx.cache.packed_pass import arranged, begin
 from cognica_mlx.cache.stage_cache import StageCache
 from cognica_mlx.config import VALUE_GATE_CHANNELS, PoEConfig
 from cognica_mlx.network.elementwise import gated, mixed, relu_squared
@@ -24,7 +26,7 @@ from cognica_mlx.network.linear import Linear, added
 
 if TYPE_CHECKING:
     from cognica_mlx.network.model import PoEModel
-    from cognica_mlx.network.rounding import Scheme
+    from cognica_mlx.scheme import Scheme
 
 NORM_EPS = 1.1920929e-07
 # Queries and keys are each scaled by this after their norm (nanochat's sharper attention).
@@ -163,10 +165,13 @@ class Stage:
 
     `source` is the boundary that it reads: 0 is the embedded text, k + 1 the output of stage k.
     Models over one base share its stage objects, so that positions of all of them can go through a
-    stage in one pass. `rank` is the machine that holds it.
+    stage in one pass. A stage on another machine brings its own `new_cache`, `order`, `run` and
+    `ask_logits`; `rank` is that machine, and `dispensable` says whether decoding goes on with the
+    stages before it once the machine is lost.
     """
 
     rank = 0
+    dispensable = False
 
     def __init__(self, model: PoEModel, layers: range, source: int):
         self.layers, self.source = layers, source
@@ -179,9 +184,28 @@ class Stage:
         self._lambdas: list[tuple[mx.array, mx.array]] = []
         self._split_from: tuple[mx.array, ...] = ()
 
-    def new_cache(self, slack: int) -> StageCache:
+    def new_cache(self, slack: int) -> KeysAndValues:
         """An empty cache for one sequence's keys and values in this stage."""
         return StageCache(self.windows, slack)
+
+    def order(self, caches: Sequence[Any], counts: Sequence[int]) -> list[int]:
+        """The order in which caches of this stage share a pass of `counts` positions, which `run`
+        must follow."""
+        return arranged(caches, counts)
+
+    def run(
+        self, hidden: Hidden, caches: Sequence[Any], counts: Sequence[int]
+    ) -> tuple[Hidden, Sequence[Done]]:
+        """Run the next `counts` positions of each cache, which `hidden` holds one after the other.
+        Returns the output, and what to commit to each cache; nothing has changed before that."""
+        attention, done = begin(caches, counts)
+        return self(hidden, [attention] * len(self.blocks)), done
+
+    def ask_logits(self, hidden: Hidden, drafts: bool = False) -> Callable[[], mx.array] | None:
+        """Ask the machine that holds the stage's heads for its prediction from `hidden`; returns a
+        function that waits for it, (1, T, V) float32. None if the heads are here. With `drafts` the
+        activations are a base stage's, without backout."""
+        return None
 
     def lambdas(self) -> list[tuple[mx.array, mx.array]]:
         """Each layer's factors for the residual stream and the embedded text, (1,) each."""

@@ -1,36 +1,22 @@
 """The cost of each part of a decoding step: each stage and each head, by number of rows.
 
 - in bytes of weights read, which bound decoding; the same for a batch of rows as for one row
-- or in seconds on this machine: how much more a batch costs than one row differs between chips,
-  and decides whether drafting or exiting early pays
+- or in seconds on this machine, measured by `timed_costs`
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_reduce
 
-from cognica_mlx.cache.hidden import Hidden
-from cognica_mlx.decoding.requests import advance
 from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
-from cognica_mlx.decoding.sampling import logprob_of, margin
-from cognica_mlx.decoding.single import carry_out, prefill
-from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.stages import Block
-
-ROWS = (1, 2, 4, 8)
-CONTEXT = 32
-TRIALS = 3
 
 
 @dataclass(frozen=True)
@@ -120,108 +106,6 @@ def with_bytes_of(costs: Costs, prefix: RoundedPrefix) -> Costs:
     heads = [costs.target(prefix.target, rows) for rows in costs.rows]
     made = Costs(costs.rows, tuple(stages), (tuple(part * head for head in heads),), (0,))
     return replace(costs, rounded=made)
-
-
-def measure_drafter(
-    prefix: RoundedPrefix,
-    rows: Sequence[int] = ROWS,
-    *,
-    text: Sequence[int] = (0,) * CONTEXT,
-    trials: int = TRIALS,
-    state: DecodingState | None = None,
-) -> Costs:
-    """A rounded drafter's costs in seconds, measured as in `measure`."""
-    if state is None:
-        state = DecodingState(prefix.model)
-        prefill(state, text, state.depth)
-    length, rounds = state.length, []
-    for _ in range(trials + 1):
-        times = []
-        for count in rows:
-            aside = state.aside(prefix.stages, prefix.of)
-            aside.append([0] * count)
-            ran = [_seconds(partial(_advance, aside, k)) for k in range(len(prefix.stages))]
-            boundaries = prefix.target.boundaries
-            hidden = {k: aside.boundary(k, length, length + count) for k in boundaries}
-            times.append([*ran, _seconds(partial(_chosen, prefix.target.scores, hidden))])
-            state.next_round()
-        rounds.append(times)
-    *stages, head = np.median(rounds[1:], axis=0).T.tolist()
-    return Costs(tuple(rows), tuple(map(tuple, stages)), (tuple(head),), (0,))
-
-
-def measure(
-    model: PoEModel,
-    rows: Sequence[int] = ROWS,
-    *,
-    text: Sequence[int] = (0,) * CONTEXT,
-    trials: int = TRIALS,
-    seconds: float = float("inf"),
-    state: DecodingState | None = None,
-    ranks: Sequence[int] = (),
-) -> Costs:
-    """Costs in seconds after the tokens of `text`: medians of up to `trials` rounds, after one
-    warm-up round. At least one round is kept; `seconds` limits the others.
-
-    A `state` that already holds the text saves reading it, and is restored. A prediction's time
-    covers its logits and choosing a token from them; shortlists of `ranks` are timed for one row.
-    The host waits after every part, which overstates the costs of small models.
-    """
-    started = time.perf_counter()
-    if state is None:
-        state = DecodingState(model)
-        prefill(state, text, state.depth)
-    stages, length = range(model.poe_n_stages), state.length
-    short = [model.with_shortlist(rank) for rank in ranks]
-    rounds: list[list] = []
-    searches: list[list[float]] = []
-    while len(rounds) < 2 or (len(rounds) <= trials and time.perf_counter() - started < seconds):
-        times = []
-        for count in rows:
-            state.append([0] * count)
-            mx.eval(state.arrays())
-            ran = [_seconds(partial(_advance, state, k)) for k in stages]
-            hidden = [state.boundary(k, length, length + count) for k in stages]
-            chosen = [_seconds(partial(_choose, model, k, h)) for k, h in enumerate(hidden)]
-            times.append([ran, chosen])
-            if count == rows[0]:
-                searches.append([_seconds(partial(_choose, s, 0, hidden[0][:1])) for s in short])
-            state.rollback(length)
-        rounds.append(times)
-    layers, heads = np.median(rounds[1:], axis=0).transpose(1, 2, 0).tolist()
-    found = np.median(searches[1:], axis=0).tolist() if ranks else []
-    return Costs(
-        tuple(rows),
-        tuple(map(tuple, layers)),
-        tuple(map(tuple, heads)),
-        model.full_boundaries,
-        dict(zip(ranks, found, strict=True)),
-    )
-
-
-def _seconds(work: Callable[[], list[mx.array]]) -> float:
-    started = time.perf_counter()
-    mx.eval(work())
-    return time.perf_counter() - started
-
-
-def _advance(state: DecodingState, stage: int) -> list[mx.array]:
-    start = state.filled[stage]
-    carry_out(advance(state, stage))
-    state.next_round()
-    hidden = state.boundary(stage, start, state.filled[stage])
-    # Reading `x` explicitly: otherwise a stage on another machine would not be waited for.
-    return [hidden.x, *hidden.arrays()]
-
-
-def _choose(model: PoEModel, stage: int, hidden: Hidden) -> list[mx.array]:
-    return _chosen(partial(model.stage_logits, stage), hidden)
-
-
-def _chosen(predict: Callable[[Any], mx.array], hidden: Any) -> list[mx.array]:
-    scores = predict(hidden)[0]
-    chosen = mx.argmax(scores, axis=-1)
-    return [chosen, logprob_of(scores, chosen), margin(scores)]
 
 
 def _streamed(module: nn.Module) -> int:

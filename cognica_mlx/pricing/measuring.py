@@ -13,7 +13,6 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.calibration_file import Calibration
-from cognica_mlx.convert import lineage
 from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.rounded_prefix import RoundedPrefix, round_prefix
 from cognica_mlx.decoding.sampling import bits_per_byte, logprob_of, margin
@@ -21,8 +20,8 @@ from cognica_mlx.decoding.single import decode
 from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files import lineage
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import draft_scheme
 from cognica_mlx.pricing.costs import Costs, bytes_read, with_bytes_of
 from cognica_mlx.pricing.replaying import (
     DRAFT_LENGTHS,
@@ -31,6 +30,7 @@ from cognica_mlx.pricing.replaying import (
     best_options,
     replay_speculative,
 )
+from cognica_mlx.scheme import draft_scheme
 
 CONTINUATION_PROMPT = 16
 MIN_TOKENS = 100

@@ -17,9 +17,9 @@ from typing import Any
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from cognica_mlx.convert.formats.safetensors_files import write_arrays
 from cognica_mlx.errors import CheckpointError, one_line
 from cognica_mlx.files import whole_file
+from cognica_mlx.files.safetensors_files import write_arrays
 from cognica_mlx.training.trainer import Evaluation, Training
 
 VERSION = 1

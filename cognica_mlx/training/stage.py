@@ -22,9 +22,10 @@ from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.elementwise import compiles, mixed
-from cognica_mlx.network.linear import Linear, unpacked
+from cognica_mlx.network.linear import Linear
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.shared_base import share_base
+from cognica_mlx.scheme import unpacked
 from cognica_mlx.training.loss import cross_entropy
 
 Parameters = dict[str, mx.array]

@@ -22,11 +22,11 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import mlx.core as mx
 
-from cognica_mlx.convert.formats.safetensors_files import write_arrays
 from cognica_mlx.decoding.modes import ModeOptions
 from cognica_mlx.decoding.sampling import SamplingOptions
 from cognica_mlx.errors import CheckpointError, PoEError
 from cognica_mlx.files.git_lfs import pointer_problem
+from cognica_mlx.files.safetensors_files import write_arrays
 from cognica_mlx.files.whole_file import replacing
 from mlx_poe.chat.turns import Settings, Turn
 from mlx_poe.generation.tools import read_functions

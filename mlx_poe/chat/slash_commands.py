@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.errors import RequestError
-from cognica_mlx.network.rounding import DRAFT_BITS
+from cognica_mlx.scheme import DRAFT_BITS
 from mlx_poe.generation.responses import drafts_in_words
 from mlx_poe.generation.text import GenerationResponse
 from mlx_poe.paths import user_path

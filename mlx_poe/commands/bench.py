@@ -30,13 +30,14 @@ from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, check_agreement, synthetic_model
 from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.convert.chat_layout import BOS
-from cognica_mlx.convert.formats.stored import DTYPES, dtype_name, dtype_named
 from cognica_mlx.errors import RequestError
 from cognica_mlx.files import whole_file
+from cognica_mlx.files.stored import DTYPES, dtype_name, dtype_named
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import BITS
-from cognica_mlx.pricing.costs import Costs, measure, measure_drafter
+from cognica_mlx.pricing.costs import Costs
 from cognica_mlx.pricing.measuring import calibrate, recorded_prefix
+from cognica_mlx.pricing.timed_costs import measure, measure_drafter
+from cognica_mlx.scheme import BITS
 from mlx_poe.commands.bench_machines import (
     MACHINES,
     add_machine_flags,

@@ -22,8 +22,8 @@ from cognica_mlx.bench.shapes import random_model, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
 from cognica_mlx.bench.timing import Progress
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.convert.formats.stored import DTYPES
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files.stored import DTYPES
 from cognica_mlx.machines.link import TIMEOUT
 from cognica_mlx.machines.placement import NOTHING
 from cognica_mlx.network.model import PoEModel

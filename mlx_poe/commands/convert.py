@@ -17,13 +17,13 @@ from rich.progress import DownloadColumn
 from rich.table import Table
 
 from cognica_mlx.convert.conversion import Conversion, prepare, upload
-from cognica_mlx.convert.formats.safetensors_files import nbytes
-from cognica_mlx.convert.formats.stored import DTYPES
 from cognica_mlx.convert.formats.whole_folder import check_target
 from cognica_mlx.convert.quantization import RECIPES, Rule, scheme
 from cognica_mlx.errors import RequestError
 from cognica_mlx.files.byte_sizes import size_text
-from cognica_mlx.network.rounding import BITS, DRAFT_BITS, MODES, Scheme
+from cognica_mlx.files.safetensors_files import nbytes
+from cognica_mlx.files.stored import DTYPES
+from cognica_mlx.scheme import BITS, DRAFT_BITS, MODES, Scheme
 from mlx_poe.commands.entry import interruptible, make_parser, run
 from mlx_poe.commands.flags import add_revision_flag, file_path, folder_path, whole
 from mlx_poe.commands.measured_texts import Text, read_texts, segments

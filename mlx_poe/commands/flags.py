@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cognica_mlx.convert.formats.stored import DTYPES
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.targets import DRAFT_HEADS
 from cognica_mlx.errors import RequestError
 from cognica_mlx.files.byte_sizes import byte_size
-from cognica_mlx.network.rounding import BITS, DRAFT_BITS
+from cognica_mlx.files.stored import DTYPES
+from cognica_mlx.scheme import BITS, DRAFT_BITS
 from mlx_poe.generation.penalty import SPECIALIST_PENALTY
 from mlx_poe.generation.reply_form import FORM_OPTIONS
 from mlx_poe.loading.load import DEFAULT_MODEL

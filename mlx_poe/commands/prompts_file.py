@@ -18,10 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cognica_mlx.convert.formats.stored import dtype_name
 from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions
 from cognica_mlx.decoding.sampling import SamplingOptions
 from cognica_mlx.errors import PoEError, RankError, RequestError
+from cognica_mlx.files.stored import dtype_name
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.commands.flags import file_path, taken, taken_constraints
 from mlx_poe.commands.progress import Bars

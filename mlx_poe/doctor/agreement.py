@@ -17,12 +17,12 @@ import numpy as np
 
 from cognica_mlx.bench.sections.drafts import BEGINNINGS
 from cognica_mlx.calibration_file import published_bounds
-from cognica_mlx.convert.formats.stored import dtype_name
 from cognica_mlx.decoding.passes import score
 from cognica_mlx.decoding.requests import Score
 from cognica_mlx.decoding.single import advance_through, prefill
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.decoding.targets import full_target
+from cognica_mlx.files.stored import dtype_name
 from cognica_mlx.network.model import PoEModel, log_op
 from mlx_poe.doctor.verdicts import FAILED, OK, WARNING, Line
 from mlx_poe.engine.batch_generate import batch_generate

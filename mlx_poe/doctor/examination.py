@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from cognica_mlx.bench.machine_card import Machine, this_machine
-from cognica_mlx.convert.formats.stored import dtype_name, dtype_named
+from cognica_mlx.files.stored import dtype_name, dtype_named
 from cognica_mlx.network.device import prepare
 from cognica_mlx.pricing.measuring import Progress
 from mlx_poe.doctor import agreement, hardware

@@ -9,8 +9,9 @@ from cognica_mlx.bench.machine_card import Machine, slow_blas
 from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.single import Single, decode
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.pricing.costs import Costs, measure
+from cognica_mlx.pricing.costs import Costs
 from cognica_mlx.pricing.pace import Metered, Pace
+from cognica_mlx.pricing.timed_costs import measure
 from mlx_poe.doctor.agreement import PROMPTS, TOKENS, cases
 from mlx_poe.doctor.verdicts import OK, WARNING, Line
 from mlx_poe.loading.tokenizer import Tokenizer

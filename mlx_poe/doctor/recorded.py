@@ -18,8 +18,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.convert.formats.stored import DTYPES
 from cognica_mlx.convert.quantization import fill, make_plan, scheme
+from cognica_mlx.files.stored import DTYPES
 from cognica_mlx.network.device import lay_out, prepare
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.loading.load import load

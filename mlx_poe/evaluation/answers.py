@@ -19,8 +19,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from cognica_mlx.convert.formats.stored import raw
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files.stored import raw
 from cognica_mlx.network.model import PoEModel
 
 # Seconds of work that a killed process may lose.

@@ -20,8 +20,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END
-from cognica_mlx.convert.formats.stored import dtype_name
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files.stored import dtype_name
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.measuring import Progress
 from mlx_poe.engine.batch_generate import batch_generate

@@ -13,15 +13,15 @@ from cognica_mlx.calibration_file import read_calibration
 from cognica_mlx.config import HEAD_MODES, SUMMED, PoEConfig
 from cognica_mlx.convert.checkpoint import eos_token_ids, read_checkpoint
 from cognica_mlx.convert.draft_copy import offer_copy
-from cognica_mlx.convert.formats.stored import dtype_named
-from cognica_mlx.convert.lineage import of_model
 from cognica_mlx.convert.quantization import fill, make_plan, scheme, within
 from cognica_mlx.convert.sources import Source, locate
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files.lineage import of_model
+from cognica_mlx.files.stored import dtype_named
 from cognica_mlx.machines.placement import Part
 from cognica_mlx.network.device import lay_out, prepare
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import BITS
+from cognica_mlx.scheme import BITS
 from mlx_poe.loading.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "poe-tiny"

@@ -16,13 +16,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from cognica_mlx.backend import blas
+from cognica_mlx.decoding.modes import last_resort
 from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.errors import RankLostError
 from cognica_mlx.files import strict_json, whole_file
-from cognica_mlx.machines.remote import stage_left
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.pricing.costs import Costs, bytes_read, measure, measure_drafter
+from cognica_mlx.pricing.costs import Costs, bytes_read
+from cognica_mlx.pricing.timed_costs import measure, measure_drafter
 
 MEASURE_SECONDS = 2.0
 MAX_SECONDS = 1e6  # for one part of a pass; a file with more was not written here
@@ -44,7 +45,7 @@ def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
             _fingerprint(model), lambda: measure(model, seconds=MEASURE_SECONDS), count, count
         )
     except RankLostError:
-        if stage_left(model) is None:
+        if last_resort(model) is None:
             raise
         # Nothing can be measured, and nothing needs to be: every reply goes on with the stages that
         # are left.

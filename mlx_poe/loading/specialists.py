@@ -15,9 +15,9 @@ from mlx.utils import tree_flatten
 
 from cognica_mlx.calibration_file import read_calibration
 from cognica_mlx.convert.checkpoint import Checkpoint, read_checkpoint
-from cognica_mlx.convert.lineage import difference, of_model
 from cognica_mlx.convert.quantization import fill, make_plan, scheme, within
 from cognica_mlx.errors import CheckpointError, RequestError
+from cognica_mlx.files.lineage import difference, of_model
 from cognica_mlx.machines.placement import NOTHING, Absent
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.shared_base import Siblings, share_base

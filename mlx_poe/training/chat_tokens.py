@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from cognica_mlx.network.linear import unpacked
 from cognica_mlx.network.model import PoEModel
+from cognica_mlx.scheme import unpacked
 from mlx_poe.loading.tokenizer import Tokenizer
 
 WORDS = {

@@ -19,13 +19,13 @@ import mlx.core as mx
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert.checkpoint import Checkpoint
 from cognica_mlx.convert.conversion import delta_fields, write_config
-from cognica_mlx.convert.formats.safetensors_files import TensorWriter, nbytes
-from cognica_mlx.convert.formats.stored import dtype_name
 from cognica_mlx.convert.formats.tokenizer_files import FILE_NAME, read_encoding
 from cognica_mlx.convert.formats.tokenizer_json import write_tokenizer
 from cognica_mlx.convert.formats.whole_folder import new_folder
 from cognica_mlx.convert.model_card import card
 from cognica_mlx.convert.quantization import to_fields
+from cognica_mlx.files.safetensors_files import TensorWriter, nbytes
+from cognica_mlx.files.stored import dtype_name
 from cognica_mlx.training.stage import LAMBDAS, Parameters
 from cognica_mlx.training.trainer import Evaluation
 

@@ -18,10 +18,10 @@ import mlx.core as mx
 
 from cognica_mlx.convert.checkpoint import read_checkpoint
 from cognica_mlx.convert.conversion import reference_to
-from cognica_mlx.convert.formats.stored import dtype_named
 from cognica_mlx.convert.formats.whole_folder import check_target
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.files.byte_sizes import size_text
+from cognica_mlx.files.stored import dtype_named
 from cognica_mlx.network.device import prepare
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.training.batches import Batch, Batches

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from cognica_mlx.config import HEAD_MODES
-from cognica_mlx.convert.formats.stored import DTYPES
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files.stored import DTYPES
 from cognica_mlx.training.optimizer import OPTIMIZERS
 from cognica_mlx.training.store import STORE_BITS
 from mlx_poe.loading.load import DEFAULT_MODEL

@@ -17,9 +17,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from cognica_mlx.convert.checkpoint import Checkpoint
-from cognica_mlx.convert.formats.stored import raw
 from cognica_mlx.convert.formats.whole_folder import check_room, new_folder, remove_leftovers
 from cognica_mlx.errors import CheckpointError, PoEError
+from cognica_mlx.files.stored import raw
 from cognica_mlx.files.whole_file import PARTIAL, leftovers, lock
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.training.batches import Text

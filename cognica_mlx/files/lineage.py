@@ -11,17 +11,15 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import CheckpointError
-from cognica_mlx.network.linear import unpacked
-
-if TYPE_CHECKING:  # it has a calibration, which has a sketch
-    from cognica_mlx.network.model import PoEModel
+from cognica_mlx.scheme import unpacked
 
 FIELD = "trained_on"
 # Trained, small and never packed.
@@ -44,8 +42,8 @@ def sketch(config: PoEConfig, read: Callable[[str], mx.array | None]) -> Sketch:
     return {name: some(array) for name, array in found.items() if array is not None}
 
 
-def of_model(model: PoEModel) -> Sketch:
-    """The sketch of a model in memory, without the weights that another machine holds."""
+def of_model(model: nn.Module) -> Sketch:
+    """The sketch of a `PoEModel` in memory, without the weights that another machine holds."""
     modules = dict(model.named_modules())
 
     def read(name: str) -> mx.array | None:

@@ -20,10 +20,10 @@ from typing import Any
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from cognica_mlx.convert.formats.stored import StoredTensor, raw
 from cognica_mlx.errors import CheckpointError, one_line
 from cognica_mlx.files import strict_json
 from cognica_mlx.files.git_lfs import pointer_problem
+from cognica_mlx.files.stored import StoredTensor, raw
 
 SHARD_BYTES = 5 * 10**9  # as in mlx-lm and on the hub
 
