@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import llama
 
-from cognica_mlx.bench.sections.stages import Figure, Setup, figure, stage_name
+from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure, stage_name
 from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.decoding.modes import ModeOptions, make_mode

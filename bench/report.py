@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cognica_mlx.bench.machine_card import Machine
-from cognica_mlx.bench.sections.stages import Figure
+from cognica_mlx.bench.sections.stage_speeds import Figure
 from cognica_mlx.errors import RequestError
 from cognica_mlx.files import strict_json
 

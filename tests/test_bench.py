@@ -23,9 +23,9 @@ from rich.console import Console
 
 from cognica_mlx.bench.machine_card import Machine, this_machine
 from cognica_mlx.bench.report import Report, compare, read
-from cognica_mlx.bench.sections import stages as figures
+from cognica_mlx.bench.sections import stage_speeds as figures
 from cognica_mlx.bench.sections.mode_speeds import Recording, modes
-from cognica_mlx.bench.sections.stages import Figure, Setup, read_per_token
+from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, read_per_token
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import synthetic_model
 from cognica_mlx.bench.timing import Samples, interleaved

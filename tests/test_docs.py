@@ -1,7 +1,11 @@
 """What the README and docs/ say is there, is there."""
 
+import ast
 import re
 import shlex
+import subprocess
+import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,11 +73,41 @@ def test_the_readme_stays_short_and_names_every_module():
         for path in (ROOT / folder).rglob("*.py"):
             parents = {f"{parent.name}/" for parent in path.parents}
             listed = re.search(rf"\b{path.stem}\b", layout) or "commands/" in parents
-            assert listed or path.stem.startswith("__") or _moved(path), path
+            assert listed or path.stem.startswith("__") or _only_re_exports(path), path
 
 
-def _moved(path):
-    return "this path stays" in path.read_text(encoding="utf-8")[:120]
+def _only_re_exports(path: Path) -> bool:
+    """Whether a module is nothing but a documented path to others."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body[1:]  # without the docstring
+    return bool(body) and all(isinstance(part, ast.ImportFrom) for part in body)
+
+
+@pytest.mark.parametrize("package", ["cognica_mlx", "mlx_poe"])
+def test_a_package_has_at_most_twelve_rooms(package):
+    rooms = [
+        path.name
+        for path in (ROOT / package).iterdir()
+        if (path.is_dir() and path.name not in ("models", "__pycache__"))
+        or (path.suffix == ".py" and path.stem[:2] != "__" and not _only_re_exports(path))
+    ]
+    assert len(rooms) <= 12, sorted(rooms)
+
+
+def test_no_two_modules_have_the_same_name():
+    names = Counter(
+        path.name
+        for folder in ("cognica_mlx", "convert", "bench", "mlx_poe")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.stem != "__init__" and not _only_re_exports(path)
+    )
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_importing_loads_only_what_is_needed():
+    script = "import sys, mlx_poe, mlx_poe.commands.server; print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", script], text=True).split()
+    unneeded = {"mlx_lm", "starlette", "matplotlib", "prompt_toolkit", "rich", "lm_eval"}
+    assert len(loaded) < 900 and not unneeded & set(loaded)
 
 
 def test_the_page_of_commands_is_what_help_says():

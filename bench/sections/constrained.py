@@ -20,7 +20,7 @@ from llguidance import LLTokenizer
 from llguidance.tiktoken import lltokenizer_from_encoding
 from tiktoken import Encoding
 
-from cognica_mlx.bench.sections.stages import Figure, Setup, figure
+from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
 from cognica_mlx.bench.timing import interleaved
 from cognica_mlx.decoding.constraint import Constraint, Grammar
 from cognica_mlx.decoding.json_schema import json_grammar

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cognica_mlx.bench.sections.stages import Figure, Setup, figure
+from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
 from cognica_mlx.bench.timing import Samples
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence

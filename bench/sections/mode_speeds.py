@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from cognica_mlx.bench.sections.stages import ROWS, Figure, Setup, figure, timed_decode
+from cognica_mlx.bench.sections.stage_speeds import ROWS, Figure, Setup, figure, timed_decode
 from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.decoding.modes import ModeOptions, make_mode

@@ -25,7 +25,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cognica_mlx.bench.sections.stages import Figure, Setup, figure
+from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
 from cognica_mlx.bench.servers import Outcome, Reply, ServerFailed, ServerProcess, closed_loop
 from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.convert.checkpoint import read_checkpoint

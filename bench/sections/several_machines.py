@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from cognica_mlx.bench.sections.stages import ROWS, Figure, figure
+from cognica_mlx.bench.sections.stage_speeds import ROWS, Figure, figure
 from cognica_mlx.bench.timing import Progress, Samples, interleaved
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.decoding.drafters import StageDrafter

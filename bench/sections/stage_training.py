@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from cognica_mlx.bench.sections.stages import Figure, Setup, figure
+from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
 from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.errors import RequestError
 from cognica_mlx.training.batches import Batches, Text

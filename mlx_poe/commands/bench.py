@@ -18,14 +18,14 @@ from cognica_mlx.backend import blas
 from cognica_mlx.bench.machine_card import slow_blas, this_machine
 from cognica_mlx.bench.peers import peers
 from cognica_mlx.bench.report import Report, compare, read, show
-from cognica_mlx.bench.sections import stages as figures
-from cognica_mlx.bench.sections.batches import batches
+from cognica_mlx.bench.sections import stage_speeds as figures
+from cognica_mlx.bench.sections.batch_speeds import batches
 from cognica_mlx.bench.sections.constrained import constrained
 from cognica_mlx.bench.sections.drafts import BEGINNINGS, drafts
 from cognica_mlx.bench.sections.mode_speeds import Recording, modes
 from cognica_mlx.bench.sections.serving import Served, check_installed, serving
+from cognica_mlx.bench.sections.stage_speeds import ROWS, Figure, Setup
 from cognica_mlx.bench.sections.stage_training import training
-from cognica_mlx.bench.sections.stages import ROWS, Figure, Setup
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, check_agreement, synthetic_model
 from cognica_mlx.calibration_file import Calibration

@@ -17,7 +17,7 @@ from cognica_mlx.bench.sections.several_machines import (
     specialist_over,
     speculation,
 )
-from cognica_mlx.bench.sections.stages import Figure
+from cognica_mlx.bench.sections.stage_speeds import Figure
 from cognica_mlx.bench.shapes import random_model, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
 from cognica_mlx.bench.timing import Progress

@@ -14,7 +14,7 @@ from functools import partial
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
-from cognica_mlx.bench.sections.stages import Figure, Setup, figure
+from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
 from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.decoding.batch import Batch
