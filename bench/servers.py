@@ -55,23 +55,23 @@ class Reply:
         """The server's own count of tokens."""
         for event in reversed(_events(self.received)):
             if event.get("usage"):
-                return event["usage"]
+                return dict(event["usage"])
         raise ServerFailed("sent a reply without token counts")
 
     @property
     def tokens(self) -> int:
         """Tokens generated."""
-        return self.usage["completion_tokens"]
+        return int(self.usage["completion_tokens"])
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""
-        return self.usage["prompt_tokens"]
+        return int(self.usage["prompt_tokens"])
 
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that came from the server's cache."""
-        return self.usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+        return int(self.usage.get("prompt_tokens_details", {}).get("cached_tokens", 0))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ServerProcess:
 
     def __init__(self, name: str, command: Sequence[str]):
         self.name, self._command = name, command
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._port = 0
 
@@ -267,4 +267,4 @@ def _text(event: dict[str, Any]) -> str:
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind((HOST, 0))
-        return free.getsockname()[1]
+        return int(free.getsockname()[1])

@@ -13,7 +13,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 # The modes of mx.quantize with their default group size and bits; only affine has other choices.
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
-# The choices for rounding a drafter.
+# The choices for a drafter.
 DRAFT_BITS = (*map(str, BITS), "mxfp4", "nvfp4")
 
 SUFFIXES = ("weight", "scales", "biases")
@@ -21,7 +21,7 @@ SUFFIXES = ("weight", "scales", "biases")
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a matrix is rounded: `bits` per weight, in groups of `group_size` along a row, `mode`."""
+    """How a matrix is quantized: `bits` per weight, groups of `group_size` along a row, `mode`."""
 
     bits: int
     group_size: int

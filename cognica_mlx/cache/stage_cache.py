@@ -24,8 +24,8 @@ from cognica_mlx.errors import RollbackError
 
 # Buffers grow by this many rows.
 GROWTH = 256
-# The most rows in a tail; and the size in bytes from which a buffer costs more to copy than
-# attention in two parts, which takes a few small operations more.
+# The most rows in a tail. Buffers of at least LARGE bytes get one: copying them costs more than the
+# few small operations that attention in two parts adds.
 TAIL, LARGE = 64, 1 << 20
 
 

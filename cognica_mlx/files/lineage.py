@@ -1,7 +1,7 @@
 """Tells the model that a stage was trained on from another of the same shape, by its weights.
 
-- in: a configuration, and how to read a weight: on disk or in memory, rounded or not
-- out: a sketch: a few values of a few weights, which rounding hardly changes and training does
+- in: a configuration, and how to read a weight: on disk or in memory, quantized or not
+- out: a sketch: a few values of a few weights, which quantization hardly changes and training does
 - a delta's config.json records the sketch of what is below it; a calibration and a copy to draft
   with that of their model; older files lack it
 - embeddings and heads are left out: they are large, and files pad them differently
@@ -63,7 +63,7 @@ def some(array: mx.array) -> np.ndarray:
 
 
 def difference(one: Sketch, other: Sketch) -> str | None:
-    """The first weight in both sketches whose values differ by more than rounding explains."""
+    """The first weight in both sketches whose values differ by more than quantization explains."""
     for name in one:
         if name in other:
             ours, theirs = one[name], other[name]

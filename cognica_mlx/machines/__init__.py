@@ -4,5 +4,5 @@
 - `link`: rank 0's end, in its own thread, with a time limit for every answer
 - `remote`: a stage on another machine, as rank 0's state and driver see it
 - `owner`: the other end, a loop that carries out messages
-- `split`: which rank holds which part of the model
+- `placement`: which rank holds which part of the model
 """

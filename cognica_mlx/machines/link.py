@@ -210,7 +210,7 @@ class Link:
                 return
 
     def _carry_out(self, task: _Task) -> None:
-        # A rank that has ended answers no more, nor does it forward what others answer.
+        # A rank that has ended no longer answers, nor forwards other ranks' answers.
         while len(self._unread) >= (1 if task.last else UNREAD):
             self._read_status()
         hop = self.wire.next_hop(task.rank)

@@ -78,7 +78,7 @@ class Owner:
         todo = message.numbers(message.number())
         for what, one, other in zip(todo[::3], todo[1::3], todo[2::3], strict=True):
             if what == FORK:
-                # An interruption on rank 0 may repeat what it has said.
+                # After an interruption, rank 0 may send this again.
                 if other in self.caches and one not in self.caches:
                     self.caches[one] = self.caches[other].fork()
             elif what == FORGET:

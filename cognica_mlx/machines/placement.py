@@ -88,8 +88,10 @@ class Split:
 
 
 def parse(text: str, size: int, base: int, specialists: Sequence[str] = ()) -> Split:
-    """`0|1,2,3`: the stages of rank 0, of rank 1 and so on. RequestError for what makes no sense:
-    a model of `base` stages and these specialists, on `size` ranks."""
+    """The split that a flag like `0|1,2,3` asks for: the stages of rank 0, of rank 1 and so on.
+
+    Raises RequestError unless it fits `size` ranks and a model of `base` stages and `specialists`.
+    """
     try:
         groups = [[int(stage) for stage in part.split(",")] for part in text.split("|")]
     except ValueError:

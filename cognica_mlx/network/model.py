@@ -79,7 +79,7 @@ class PoEModel(nn.Module):
         # The model in memory that this one shares its lower stages with: see `share_base`.
         self._base: PoEModel | None
         object.__setattr__(self, "_base", None)  # its parameters are not this model's
-        # Rounded copies stored beside the model, each with the function that loads it: see
+        # Quantized copies stored beside the model, each with the function that loads it: see
         # `round_prefix`.
         self.stored_copies: dict[Scheme, Callable[[], None]]
         object.__setattr__(self, "stored_copies", {})
@@ -257,7 +257,7 @@ class PoEModel(nn.Module):
         return short
 
     def with_rounded_heads(self, scheme: Scheme) -> PoEModel:
-        """This model with rounded copies of its heads; made once for each scheme."""
+        """This model with quantized copies of its heads; made once for each scheme."""
         kept = copies_of(self)
         if scheme not in kept:
             kept[scheme] = self._round_heads(scheme)

@@ -1,8 +1,7 @@
-"""Rounded copies of matrices, stages and heads to draft with, which have fewer bytes to read.
+"""Quantized copies of matrices, stages and heads to draft with, which have fewer bytes to read.
 
-- a `Scheme` says how; MLX does the rounding
 - every copy is made once and kept with its original, so that all specialists over one base draft
-  from the same rounded stages
+  from the same copies
 - the model itself does not change; `rounded_matrices` lists what the copies add in memory
 """
 
@@ -48,7 +47,7 @@ def is_finite(name: str, array: mx.array, mode: str = "affine") -> bool:
 
 
 def rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
-    """A copy of a matrix rounded by `scheme`, made once. Returns the matrix itself if it has no
+    """A copy of a matrix quantized by `scheme`, made once. Returns the matrix itself if it has no
     more bits already, or if its rows are not a multiple of the group size.
 
     In affine mode, rows that are not a multiple of the scheme's group size get groups of 32.
@@ -60,7 +59,7 @@ def rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
 
 
 def copies_of(thing: object) -> dict[Any, Any]:
-    """The rounded copies made so far of a module, stage or model, which keeps them."""
+    """The quantized copies made so far of a module, stage or model, which keeps them."""
     return thing.__dict__.setdefault("_rounded", {})
 
 
@@ -87,7 +86,7 @@ def _rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
 
 
 def rounded_stage(stage: Stage, scheme: Scheme, source: int) -> Stage:
-    """A copy of a stage with rounded matrices that reads boundary `source`; made once. Embedding
+    """A copy of a stage with quantized matrices that reads boundary `source`; made once. Embedding
     tables, which a token reads one row of, stay the model's own."""
     kept = copies_of(stage)
     key = scheme, source
@@ -112,7 +111,7 @@ def _rounded_block(block: Block, scheme: Scheme) -> Block:
 
 
 def restack(block: Block) -> None:
-    """Join a rounded block's query, key and value matrices anew, where that pays."""
+    """Join a quantized block's query, key and value matrices anew, where that pays."""
     object.__setattr__(block.attn, "_qkv", None)
     if mx.default_device() == mx.gpu:
         block.attn.stack()
@@ -121,7 +120,7 @@ def restack(block: Block) -> None:
 def rounded_matrices(
     copies: Sequence[nn.Module], originals: Sequence[nn.Module]
 ) -> list[tuple[nn.Module, nn.Module]]:
-    """The matrices in `copies` that are rounded, each with its original."""
+    """The matrices in `copies` that are quantized, each with its original."""
     pairs: list[tuple[nn.Module, nn.Module]] = []
     for one, other in zip(copies, originals, strict=True):
         theirs = dict(other.named_modules())
@@ -134,5 +133,5 @@ def rounded_matrices(
 
 
 def release(matrix: nn.Module, original: nn.Module, scheme: Scheme) -> None:
-    """Give a rounded matrix's memory back: it is rounded again when it is next used."""
+    """Give a copy's memory back: it is quantized again when it is next used."""
     matrix.update(_rounded(original, scheme).parameters())

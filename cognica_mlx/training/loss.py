@@ -36,4 +36,5 @@ def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.
     """The weighted sum of -log p(target), in nats: logits (n, V) float32 within +-15, targets (n,)
     int32, weights (n,) float32. Differentiable in the logits only."""
     found: Any = _cross_entropy(logits, targets, weights)  # MLX types it as object
-    return found[0]
+    loss: mx.array = found[0]
+    return loss

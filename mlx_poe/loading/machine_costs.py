@@ -33,8 +33,8 @@ _DEVICE_KEYS = ("device_name", "architecture", "memory_size", "total_memory")
 
 
 def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
-    """The model's costs in seconds, including those of the quantized copy that `mode` drafts with.
-    The first call measures them, for about two seconds.
+    """The model's costs in seconds, including those of the quantized drafter of `mode`. The first
+    call measures them, for about two seconds.
 
     They are cached in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache), by shapes,
     types, device, MLX version and BLAS.
@@ -47,8 +47,7 @@ def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
     except RankLostError:
         if last_resort(model) is None:
             raise
-        # Nothing can be measured, and nothing needs to be: every reply goes on with the stages that
-        # are left.
+
         return bytes_read(model)
     prefix = mode.prefix if isinstance(mode, Speculative) else None
     if prefix is None:
