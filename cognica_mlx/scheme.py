@@ -55,7 +55,7 @@ def draft_scheme(bits: int | str) -> Scheme:
 def unpacked(module: nn.Module) -> mx.array:
     """The weights (rows, columns) of a layer or an embedding table in float32, dequantized if need
     be."""
-    weight = module.weight
+    weight: mx.array = module.weight
     if hasattr(module, "scales"):
         weight = mx.dequantize(
             weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode

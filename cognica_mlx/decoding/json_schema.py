@@ -80,7 +80,7 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The schema with its objects closed. RequestError for one that would grow too large."""
     try:
         closing = _Closing(schema)
-        made = closing.close(schema)
+        made: dict[str, Any] = closing.close(schema)
         if (depth := sum(map(_depth, closing.targets.values()))) > MAX_REFERRED:
             raise RequestError(
                 f"the JSON schema refers to schemas nested {depth} deep in all,"

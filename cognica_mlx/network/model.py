@@ -258,7 +258,7 @@ class PoEModel(nn.Module):
 
     def with_rounded_heads(self, scheme: Scheme) -> PoEModel:
         """This model with quantized copies of its heads; made once for each scheme."""
-        kept = copies_of(self)
+        kept: dict[Scheme, PoEModel] = copies_of(self)
         if scheme not in kept:
             kept[scheme] = self._round_heads(scheme)
         return kept[scheme]

@@ -52,7 +52,7 @@ def rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
 
     In affine mode, rows that are not a multiple of the scheme's group size get groups of 32.
     """
-    kept = copies_of(module)
+    kept: dict[Scheme, nn.Module] = copies_of(module)
     if scheme not in kept:
         kept[scheme] = _rounded(module, scheme)
     return kept[scheme]
@@ -60,7 +60,8 @@ def rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
 
 def copies_of(thing: object) -> dict[Any, Any]:
     """The quantized copies made so far of a module, stage or model, which keeps them."""
-    return thing.__dict__.setdefault("_rounded", {})
+    copies: dict[Any, Any] = thing.__dict__.setdefault("_rounded", {})
+    return copies
 
 
 def _rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
@@ -82,13 +83,14 @@ def _rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
         group_size = min(GROUP_SIZES)
     if not replace(scheme, group_size=group_size).fits(width):
         return module
-    return matrix.to_quantized(group_size, scheme.bits, mode=scheme.mode)
+    made: nn.Module = matrix.to_quantized(group_size, scheme.bits, mode=scheme.mode)
+    return made
 
 
 def rounded_stage(stage: Stage, scheme: Scheme, source: int) -> Stage:
     """A copy of a stage with quantized matrices that reads boundary `source`; made once. Embedding
     tables, which a token reads one row of, stay the model's own."""
-    kept = copies_of(stage)
+    kept: dict[tuple[Scheme, int], Stage] = copies_of(stage)
     key = scheme, source
     if key not in kept:
         other = copy.copy(stage)
