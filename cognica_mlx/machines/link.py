@@ -214,7 +214,7 @@ class Link:
         while len(self._unread) >= (1 if task.last else UNREAD):
             self._read_status()
         hop = self.wire.next_hop(task.rank)
-        with _Waiting(self, task.rank):
+        with self._waiting_for(task.rank):
             self.wire.send(task.words, hop, task.rank)
         if task.answer:
             while self._unread:
@@ -234,24 +234,17 @@ class Link:
         if error := _error(task.rank, self._receive(task.rank)):
             self._failed.append((task, error))
 
+    @contextmanager
+    def _waiting_for(self, rank: int) -> Iterator[None]:
+        """Note that `rank` is being waited for, until the block succeeds."""
+        self._busy = rank, time.monotonic()
+        yield
+        self._busy = None
+
     def _receive(self, rank: int) -> Reader:
         """A rank's next answer."""
-        with _Waiting(self, rank):
+        with self._waiting_for(rank):
             return Reader(self._inbox.answer(rank))
-
-
-class _Waiting:
-    """While inside, `rank` is the one being waited for."""
-
-    def __init__(self, link: Link, rank: int):
-        self._link, self._rank = link, rank
-
-    def __enter__(self) -> None:
-        self._link._busy = self._rank, time.monotonic()
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._link._busy = None
 
 
 def _error(rank: int, message: Reader) -> RankError | None:
