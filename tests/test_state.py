@@ -74,6 +74,7 @@ def test_cache_shows_the_window_and_rolls_back_its_slack(window, slack, large, s
                 furthest = max(furthest, shown.position)
                 held = sum(a.nbytes for a in shown.cache.arrays())
                 assert held <= 2 * 4 * (window + 2 * slack + min(64, slack))
+                assert held <= 2 * 4 * cache_module.most_rows(window, slack, furthest, row_bytes=4)
             elif count <= shown.position and shown.position - count >= furthest - slack:
                 shown.cache.rollback(shown.position - count)
                 shown.position -= count
