@@ -8,6 +8,7 @@ while still in use. Under a constraint the host waits for each token, which deci
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
@@ -84,6 +85,6 @@ class Plain:
             if until and until():
                 return
 
-    def _token(self, numbers: list) -> DecodedToken:
+    def _token(self, numbers: list[Any]) -> DecodedToken:
         ((token,),), (logprob,), *alternatives = numbers
         return DecodedToken(token, logprob, self.depth, top=top_of(alternatives, 0))

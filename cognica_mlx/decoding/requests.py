@@ -103,7 +103,9 @@ class DecodedToken:
         return self.drafter is not None
 
 
-def top_of(alternatives: Sequence[Sequence[Sequence]], row: int) -> tuple[tuple[int, float], ...]:
+def top_of(
+    alternatives: Sequence[Sequence[Sequence[Any]]], row: int
+) -> tuple[tuple[int, float], ...]:
     """`DecodedToken.top` from a row of `Sampler.alternatives` after reading, without impossible
     tokens."""
     if not alternatives:

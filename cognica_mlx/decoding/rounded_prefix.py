@@ -94,7 +94,8 @@ def round_prefix(
                 f"draft_bits: stage {k} is on rank {rank}, and only stages on rank 0 can be "
                 "drafted from rounded; leave draft_bits out, or change the split"
             )
-    made, key = copies_of(model), (scheme, draft_stage, draft_head)
+    made: dict[tuple[Scheme, int, str], RoundedPrefix] = copies_of(model)
+    key = scheme, draft_stage, draft_head
     if key not in made:
         _take_up(model, scheme)
         made[key] = _round_prefix(model, scheme, draft_stage, draft_head)

@@ -99,7 +99,7 @@ class Scores:
         return self._stop - self._start
 
     def _rows(self, name: str) -> mx.array:
-        array = getattr(self._whole, name)
+        array: mx.array = getattr(self._whole, name)
         if len(self) == len(array):
             return array
         if len(self) == 1:

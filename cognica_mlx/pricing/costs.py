@@ -124,4 +124,4 @@ def _single(costs: Sequence[float]) -> tuple[tuple[float, ...], ...]:
 
 def nbytes(module: nn.Module) -> int:
     """Bytes of a module's parameters."""
-    return tree_reduce(lambda total, array: total + array.nbytes, module.parameters(), 0)
+    return int(tree_reduce(lambda total, array: total + array.nbytes, module.parameters(), 0))

@@ -79,7 +79,7 @@ def measure(
         prefill(state, text, state.depth)
     stages, length = range(model.poe_n_stages), state.length
     short = [model.with_shortlist(rank) for rank in ranks]
-    rounds: list[list] = []
+    rounds: list[list[Any]] = []
     searches: list[list[float]] = []
     while len(rounds) < 2 or (len(rounds) <= trials and time.perf_counter() - started < seconds):
         times = []

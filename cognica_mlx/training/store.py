@@ -203,4 +203,5 @@ def _open(path: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
             f"{path} holds {array.dtype} {array.shape}, not {np.dtype(kind)} {shape}: delete its "
             "folder to have it made again"
         )
-    return array.view(np.ndarray)  # np.memmap's own indexing is slow
+    plain: np.ndarray = array.view(np.ndarray)  # np.memmap's own indexing is slow
+    return plain
