@@ -47,7 +47,8 @@ def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
     except RankLostError:
         if last_resort(model) is None:
             raise
-
+        # Nothing can be measured, and nothing needs to be: every reply goes on with the stages that
+        # are left.
         return bytes_read(model)
     prefix = mode.prefix if isinstance(mode, Speculative) else None
     if prefix is None:
