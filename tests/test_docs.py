@@ -17,7 +17,8 @@ from mlx_poe.commands import generate as generate_command
 from mlx_poe.loading import machine_costs as machine
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG"))]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 README = PAGES[0].read_text(encoding="utf-8")
 
 
