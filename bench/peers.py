@@ -9,20 +9,24 @@ speculation, while the big model's work is unchanged.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import llama
 
-from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure, stage_name
-from cognica_mlx.bench.timing import Samples, interleaved
+from cognica_mlx.bench.sections.stage_speeds import (
+    Figure,
+    Setup,
+    cut_mode,
+    cut_name,
+    figure,
+)
+from cognica_mlx.bench.shapes import random_weights
+from cognica_mlx.bench.timing import Samples, first_and_next
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.single import decode
 
 DRAFTS = 3
@@ -45,11 +49,7 @@ def peer_model(config: PoEConfig, n_layer: int, dtype: mx.Dtype) -> llama.Model:
             tie_word_embeddings=False,
         )
     )
-    bound = (3 / config.n_embd) ** 0.5
-    for name, parameter in dict(tree_flatten(model.parameters())).items():
-        drawn = mx.random.uniform(-bound, bound, parameter.shape, dtype)
-        model.update(tree_unflatten([(name, drawn if parameter.ndim > 1 else mx.ones_like(drawn))]))
-        mx.eval(drawn)
+    model.update(random_weights(model, dtype))
     return model
 
 
@@ -65,9 +65,8 @@ def peers(setup: Setup, prompt_tokens: int) -> list[Figure]:
     mx.eval(big.parameters())
     draft = _beginning(big, depth)
 
-    def ours(mode: str, **options: int) -> Iterable[object]:
-        chosen = make_mode(model, mode, ModeOptions(**options))  # type: ignore[arg-type]
-        return decode(model, prompt, chosen, max_tokens=setup.tokens)
+    def ours(stage: int | None) -> Iterable[object]:
+        return decode(model, prompt, cut_mode(model, stage), max_tokens=setup.tokens)
 
     def theirs() -> Iterable[object]:
         return generate_step(mx.array(prompt), big, max_tokens=setup.tokens)
@@ -77,35 +76,28 @@ def peers(setup: Setup, prompt_tokens: int) -> list[Figure]:
             mx.array(prompt), big, draft, num_draft_tokens=DRAFTS, max_tokens=setup.tokens
         )
 
+    plain, full = "mlx-lm's Llama of equal size", f"ours, {cut_name(None)}"
+    drafted = f"mlx-lm's Llama, {depth}-layer draft model, all of {DRAFTS} drafts accepted"
     runs: dict[str, Callable[[], Iterable[object]]] = {
-        "mlx-lm's Llama of equal size": theirs,
-        f"mlx-lm's Llama, {depth}-layer draft model, all of {DRAFTS} drafts accepted": (
-            theirs_drafted
-        ),
-        "ours, full stack": partial(ours, "full"),
-        f"ours, {stage_name(0)}": partial(ours, "stage", stage=0),
+        plain: theirs,
+        drafted: theirs_drafted,
+        full: partial(ours, None),
+        f"ours, {cut_name(0)}": partial(ours, 0),
     }
     reading: dict[str, list[float]] = {name: [] for name in runs}
 
     def run(name: str) -> float:
-        started, first = time.perf_counter(), 0.0
-        count = 0
-        for count, _ in enumerate(runs[name](), start=1):
-            if count == 1:
-                first = time.perf_counter()
-        reading[name].append(len(prompt) / (first - started))
-        return 1e3 * (time.perf_counter() - first) / (count - 1)
+        first, each = first_and_next(runs[name]())
+        reading[name].append(len(prompt) / first)
+        return 1e3 * each
 
-    taken = interleaved(
-        {name: partial(run, name) for name in runs}, setup.trials, setup.progress, "peers"
-    )
-    plain = next(iter(runs))
+    taken = setup.interleaved({name: partial(run, name) for name in runs}, "peers")
     figures = [
-        figure("peers", name, "ms/token", taken[name], speedup=taken[plain].over(taken[name]))
-        for name in runs
+        figure("peers", name, "ms/token", samples, speedup=taken[plain].over(samples))
+        for name, samples in taken.items()
     ]
     prompts = {name: Samples(tuple(speeds[1:])) for name, speeds in reading.items()}
-    for name in (plain, "ours, full stack"):
+    for name in (plain, full):
         speedup = prompts[name].over(prompts[plain])
         label = f"{name}, prompt of {len(prompt)} tokens"
         figures.append(figure("peers", label, "tokens/s", prompts[name], speedup=speedup))

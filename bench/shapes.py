@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from cognica_mlx.config import PoEConfig
@@ -54,25 +55,31 @@ def random_model(
     """A model of this shape with small random weights of `dtype`, drawn from `seed`, or a `part` of
     it."""
     model = PoEModel(config)
-    keys = iter(mx.random.split(mx.random.key(seed), 10_000))
-    weights = []
-    built: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    weights = random_weights(model, dtype, seed, part)  # those that the whole would have
     if part:
         part.strip(model)
-    for name, parameter in built.items():
-        key = next(keys)
-        if part and not part.holds(name):
-            continue
-        if parameter.ndim < 2:  # the lambdas: as in a plain transformer
-            weights.append((name, parameter.astype(dtype)))
-            continue
-        # Rows of unit length times a small factor, so that nothing grows with depth.
-        bound = (3 / parameter.shape[-1]) ** 0.5
-        weights.append((name, mx.random.uniform(-bound, bound, parameter.shape, dtype, key)))
-        mx.eval(weights[-1][1])
-    model.update(tree_unflatten(weights))
+    model.update(weights)
     model.eval()
     return model
+
+
+def random_weights(
+    module: nn.Module, dtype: mx.Dtype, seed: int = 0, part: Part | None = None
+) -> dict[str, Any]:
+    """Small random matrices for a module, or for a `part` of it; its vectors as they are."""
+    weights: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    keys = mx.random.split(mx.random.key(seed), 10_000)
+    for key, (name, parameter) in zip(keys, list(weights.items()), strict=False):
+        if part and not part.holds(name):
+            del weights[name]
+        elif parameter.ndim < 2:  # norms and lambdas: as in a plain transformer
+            weights[name] = parameter.astype(dtype)
+        else:
+            # Rows of unit length times a small factor, so that nothing grows with depth.
+            bound = (3 / parameter.shape[-1]) ** 0.5
+            weights[name] = mx.random.uniform(-bound, bound, parameter.shape, dtype, key)
+            mx.eval(weights[name])
+    return tree_unflatten(list(weights.items()))
 
 
 def rounded(model: PoEModel, bits: int) -> PoEModel:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,10 @@ class Samples:
         """The first and third quartiles."""
         low, high = np.percentile(self.values, (25, 75))
         return float(low), float(high)
+
+    def each(self, change: Callable[[float], float]) -> Samples:
+        """Every trial's value changed."""
+        return Samples(tuple(map(change, self.values)))
 
     def over(self, other: Samples) -> float:
         """Median ratio of this to the other, trial by trial: what slowed both cancels out."""
@@ -55,3 +60,10 @@ def interleaved(
             if progress:
                 progress(label, trial * len(cases) + i + 1, (trials + 1) * len(cases))
     return {name: Samples(tuple(values)) for name, values in taken.items()}
+
+
+def first_and_next(items: Iterable[object]) -> tuple[float, float]:
+    """Seconds until the first item, and per item after it; there must be at least two."""
+    times = [time.perf_counter()]
+    times += [time.perf_counter() for _ in items]
+    return times[1] - times[0], (times[-1] - times[1]) / (len(times) - 2)

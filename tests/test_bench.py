@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +22,7 @@ from conftest import FIXTURES
 from mlx.utils import tree_flatten
 from rich.console import Console
 
+from cognica_mlx.bench import timing
 from cognica_mlx.bench.machine_card import Machine, this_machine
 from cognica_mlx.bench.report import Report, compare, read
 from cognica_mlx.bench.sections import stage_speeds as figures
@@ -28,12 +30,13 @@ from cognica_mlx.bench.sections.mode_speeds import Recording, modes
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, read_per_token
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import synthetic_model
-from cognica_mlx.bench.timing import Samples, interleaved
+from cognica_mlx.bench.timing import Samples, first_and_next, interleaved
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.scripted import RIGHT, Script, Scripted
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError
+from cognica_mlx.machines.placement import Part
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs, bytes_read
 from cognica_mlx.pricing.measuring import calibrate
@@ -211,6 +214,21 @@ def test_sections_measure_what_they_say():
 
 def model_bytes(model: PoEModel) -> int:
     return sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+
+
+def test_a_part_of_a_random_model_has_the_wholes_weights():
+    config = shape_config("tiny")
+    whole = dict(tree_flatten(random_model(config, mx.float32, seed=3).parameters()))
+    part = Part(frozenset([2, 3]), embedding=False, lambdas=False, heads=frozenset())
+    found = dict(tree_flatten(random_model(config, mx.float32, 3, part).parameters()))
+    assert found and {name.split(".")[1] for name in found} == {"2", "3"}
+    assert all(mx.array_equal(array, whole[name]) for name, array in found.items())
+
+
+def test_seconds_are_told_apart_from_the_first_on(monkeypatch):
+    times = iter([10.0, 13.0, 14.0, 16.0])
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert first_and_next("abc") == (3, 1.5)
 
 
 def test_rounding_is_that_of_the_loader():

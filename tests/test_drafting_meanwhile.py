@@ -275,7 +275,9 @@ def test_the_benchmark_compares_it_with_the_better_of_one_machines_modes(rounds,
     whole, tokenizer = load("poe-tiny")
     text = tokenizer.encode(PROMPTS[0])
     with elsewhere() as (model, _):
-        *others, best, found = machines.speculation(model, whole, (0, 1, 1, 1), text, 0.8, 12, 1)
+        *others, best, found = machines.Machines(
+            model, whole, (0, 1, 1, 1), text, tokens=12, trials=1
+        ).speculation(0.8)
     assert any(one.made for one in rounds)
     assert best.speedup == 1.0 and [one.value >= best.value for one in others] == [True]
     assert found.notes["of_ceiling"] == pytest.approx(found.speedup / found.predicted)

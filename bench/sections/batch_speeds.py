@@ -10,18 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.generate import BatchGenerator
 
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
-from cognica_mlx.bench.timing import Samples, interleaved
+from cognica_mlx.bench.timing import Samples
 from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence, Mode, prefill_step_size_here
+from cognica_mlx.decoding.state import Progress
 from cognica_mlx.network.mlx_lm_model import Model
-from cognica_mlx.pricing.costs import nbytes
 from cognica_mlx.pricing.pace import Pace
 from cognica_mlx.pricing.timed_costs import measure
 
@@ -74,6 +76,10 @@ def _rate(batch: Batch, count: int) -> float:
     return tokens / (time.perf_counter() - started)
 
 
+def _rates(name: str, samples: Samples, baseline: Samples, **more: Any) -> Figure:
+    return figure("batch", name, "tokens/s", samples, speedup=samples.over(baseline), **more)
+
+
 def _counts(setup: Setup) -> list[Figure]:
     """Several sequences at full depth, against one, and the ceiling from the cost of rows."""
     full = [make_mode(setup.model)]
@@ -84,25 +90,13 @@ def _counts(setup: Setup) -> list[Figure]:
         for count in COUNTS:
             ceilings[count].append(count * costs.full_pass() / costs.full_pass(count))
 
-    texts = {count: prompts(setup, count) for count in COUNTS}
-    taken = interleaved(
-        {str(n): partial(_run, setup, texts[n], full) for n in COUNTS},
-        setup.trials,
-        setup.progress,
-        "batches",
-        rows,
-    )
-    one = taken["1"]
+    names = {f"{n} sequence{'s' * (n > 1)}, full depth": n for n in COUNTS}
+    cases = {name: partial(_run, setup, prompts(setup, n), full) for name, n in names.items()}
+    taken = setup.interleaved(cases, "batches", rows)
+    one = next(iter(taken.values()))
     return [
-        figure(
-            "batch",
-            f"{count} sequence{'s' * (count > 1)}, full depth",
-            "tokens/s",
-            taken[str(count)],
-            speedup=taken[str(count)].over(one),
-            predicted=Samples(tuple(ceilings[count][1:])).median,
-        )
-        for count in COUNTS
+        _rates(name, samples, one, predicted=float(np.median(ceilings[names[name]][1:])))
+        for name, samples in taken.items()
     ]
 
 
@@ -132,66 +126,58 @@ def _mixed(setup: Setup, calibration: Calibration | None) -> list[Figure]:
         return rate
 
     full = partial(_run, setup, texts, [make_mode(model)])
-    taken = interleaved({"full": full, "mixed": mixed}, setup.trials, setup.progress, "mixed modes")
-    note: dict[str, float | str] = {"fell_back": ", ".join(fell_back) or "none"}
+    taken = setup.interleaved({"full": full, "mixed": mixed}, "mixed modes")
+    notes = {"fell_back": ", ".join(fell_back) or "none"}
     label = f"{MIXED} sequences in {', '.join(names)}"
-    speedup = taken["mixed"].over(taken["full"])
-    return [figure("batch", label, "tokens/s", taken["mixed"], speedup=speedup, notes=note)]
+    return [_rates(label, taken["mixed"], taken["full"], notes=notes)]
 
 
 def _beside_a_prompt(setup: Setup) -> list[Figure]:
     """How many chunks of a long prompt are read before a short request that arrives meanwhile gets
     its first token."""
-    chunk = prefill_step_size_here()
-    long, mode = setup.text(max(8 * chunk, 1024)), make_mode(setup.model)
-    waited = []
-    for _ in range(setup.trials):
-        batch = Batch()
-        chunks: list[int] = []
+    long, mode = setup.text(max(8 * prefill_step_size_here(), 1024)), make_mode(setup.model)
+    batch, chunks, begun = Batch(), 0, 0
 
-        def chunk_read(done: int, _: int, chunks: list[int] = chunks) -> None:
-            chunks.append(done)
+    def chunk_read(_: int, __: int) -> None:
+        nonlocal chunks
+        chunks += 1
 
-        one = DecodingSequence(setup.model, long, mode, max_tokens=2, progress=chunk_read)
-        guide = DecodingSequence(setup.model, setup.texts[0], mode, max_tokens=40)
-        batch.add("guide", guide.steps())  # gives events while the prompt is read
-        batch.add("long", one.steps())
-        short = None
-        first = 0
-        while len(batch):
-            if short is None and len(chunks) >= 2:
-                short = DecodingSequence(setup.model, setup.texts[0][:9], mode, max_tokens=2)
-                batch.add("short", short.steps())
-                first = len(chunks)
-            if any(event.name == "short" and event.token for event in batch.run()):
-                waited.append(float(len(chunks) - first))
-                break
-        batch.close()
+    def add(name: str, text: Sequence[int], tokens: int, progress: Progress | None = None) -> None:
+        one = DecodingSequence(setup.model, text, mode, max_tokens=tokens, progress=progress)
+        batch.add(name, one.steps())
+
+    add("guide", setup.texts[0], 40)  # gives events while the prompt is read
+    add("long", long, 2, chunk_read)
+    while chunks < 2:
+        batch.run()
+    begun = chunks
+    add("short", setup.texts[0][:9], 2)
+    while not any(event.name == "short" and event.token for event in batch.run()):
+        pass
+    batch.close()
     label = f"chunks until a short request's first token, beside a prompt of {len(long)}"
-    return [figure("batch", label, "chunks", Samples(tuple(waited)))]
+    return [figure("batch", label, "chunks", Samples((float(chunks - begun),)))]
 
 
 def _memory(setup: Setup) -> list[Figure]:
-    """Memory held by the states of a batch, and the peak while it decodes, without the weights."""
-    model, texts = setup.model, prompts(setup, MIXED)
-    mode = make_mode(model)
+    """Memory held by a batch at its end, without the weights, and its share of separate states'."""
+    model, mode = setup.model, make_mode(setup.model)
     mx.clear_cache()
-    before = mx.get_active_memory() - nbytes(model)
-    batch = Batch()
+    before = mx.get_active_memory()
+    batch, states = Batch(), 0
+    texts = prompts(setup, MIXED)
     sequences = [DecodingSequence(model, t, mode, max_tokens=setup.tokens) for t in texts]
     for i, sequence in enumerate(sequences):
         batch.add(i, sequence.steps())
-    states = 0
     while len(batch):
         batch.run()
         arrays = {id(a): a for one in sequences for a in one.state.arrays()}
         states = max(states, sum(a.nbytes for a in arrays.values()))
     mx.clear_cache()
-    held = mx.get_active_memory() - nbytes(model) - before
-    note: dict[str, float | str] = {"of_states": held / states}
-    return [
-        figure("batch", f"held for {MIXED} sequences", "GB", Samples((held / 1e9,)), notes=note)
-    ]
+    held = mx.get_active_memory() - before
+    notes: dict[str, float | str] = {"of_states": held / states}
+    label = f"held for {MIXED} sequences"
+    return [figure("batch", label, "GB", Samples((held / 1e9,)), notes=notes)]
 
 
 def _peer(setup: Setup) -> list[Figure]:
@@ -231,15 +217,6 @@ def _peer(setup: Setup) -> list[Figure]:
         "ours": partial(ours, len(texts)),
         "mlx-lm": mlx_lm,
     }
-    cases = {name: partial(timed, work) for name, work in runs.items()}
-    taken = interleaved(cases, setup.trials, setup.progress, "mlx-lm's batch")
-    return [
-        figure(
-            "batch",
-            f"{len(texts)} prompts, {name}",
-            "tokens/s",
-            samples,
-            speedup=samples.over(taken["mlx-lm"]),
-        )
-        for name, samples in taken.items()
-    ]
+    cases = {f"{len(texts)} prompts, {name}": partial(timed, run) for name, run in runs.items()}
+    *_, theirs_taken = (taken := setup.interleaved(cases, "mlx-lm's batch")).values()
+    return [_rates(name, samples, theirs_taken) for name, samples in taken.items()]

@@ -1,7 +1,7 @@
-"""What constrained output costs and gains: the time for masks, and forced stretches in one pass.
+"""What constrained output costs and gains: the time for masks, and forced tokens in one pass.
 
 - in: a setup
-- out: the mask's share of a token's time; tokens per second with forced stretches in one pass,
+- out: the mask's share of a token's time; tokens per second with forced tokens in one pass,
   against one token at a time under the same grammar
 - with a made-up vocabulary of the model's size, so that random weights in a real shape will do
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import string
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ from llguidance.tiktoken import lltokenizer_from_encoding
 from tiktoken import Encoding
 
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
-from cognica_mlx.bench.timing import interleaved
 from cognica_mlx.decoding.constraint import Constraint, Grammar
 from cognica_mlx.decoding.json_schema import json_grammar
 from cognica_mlx.decoding.modes import make_mode
@@ -91,51 +90,32 @@ def _sequence(setup: Setup, constraint: Constraint, tokens: int) -> DecodingSequ
     )
 
 
-class _Timed:
-    """A constraint that counts its masks and the seconds that they take."""
+def _timed(constraint: Constraint) -> dict[str, list[float]]:
+    """The seconds of each call of the constraint's methods, from now on, by method."""
+    seconds: dict[str, list[float]] = {}
 
-    def __init__(self, constraint: Constraint):
-        self._constraint = constraint
-        self.ends, self.ended = constraint.ends, False
-        self.seconds, self.masks = 0.0, 0
-
-    @property
-    def length(self) -> int:
-        """See `Constraint`."""
-        return self._constraint.length
-
-    def mask(self) -> mx.array:
-        """See `Constraint`."""
-        self.masks += 1
-        return self._timed(self._constraint.mask)
-
-    def forced(self) -> list[int]:
-        """See `Constraint`."""
-        return self._timed(self._constraint.forced)
-
-    def commit(self, tokens: Sequence[int]) -> None:
-        """See `Constraint`."""
-        self._timed(self._constraint.commit, tokens)
-        self.ended = self._constraint.ended
-
-    def rollback(self, count: int) -> None:
-        """See `Constraint`."""
-        self._timed(self._constraint.rollback, count)
-
-    def _timed(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def call(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
         started = time.perf_counter()
-        done = work(*arguments)
-        self.seconds += time.perf_counter() - started
+        done = method(*arguments)
+        seconds[name].append(time.perf_counter() - started)
         return done
 
+    for name in ("mask", "forced", "commit", "rollback"):
+        seconds[name] = []
+        setattr(constraint, name, partial(call, name, getattr(constraint, name)))
+    return seconds
 
-class _OneByOne(_Timed):
-    """Asks the model for every token, even forced ones."""
 
-    def forced(self) -> list[int]:
-        """Only the end token."""
-        tokens = super().forced()
-        return tokens if self.ends.issuperset(tokens) else []
+def _one_by_one(constraint: Constraint) -> Constraint:
+    """The constraint, but only an end token counts as forced: the model predicts every other."""
+    forced, ends = constraint.forced, constraint.ends
+
+    def ending() -> list[int]:
+        tokens = forced()
+        return tokens if ends.issuperset(tokens) else []
+
+    setattr(constraint, "forced", ending)  # noqa: B010
+    return constraint
 
 
 def _masks(setup: Setup, vocabulary: LLTokenizer) -> list[Figure]:
@@ -143,45 +123,38 @@ def _masks(setup: Setup, vocabulary: LLTokenizer) -> list[Figure]:
     found = []
     for name, schema in (("a string", OPEN), ("a form", SCHEMA)):
         grammar = Grammar(vocabulary, json_grammar(schema))
-        samples = interleaved(
-            {name: partial(_share, setup, grammar)}, setup.trials, setup.progress, f"masks: {name}"
-        )
+        samples = setup.interleaved({name: partial(_share, setup, grammar)}, f"masks: {name}")
         found.append(figure("constrained", f"masks in {name}", "% of a token", samples[name]))
     return found
 
 
 def _share(setup: Setup, grammar: Grammar) -> float:
-    constraint = _Timed(grammar.start())
+    constraint = grammar.start()
     tokens = drive(_sequence(setup, constraint, setup.tokens).steps())
     next(tokens)
-    before, masks, started = constraint.seconds, constraint.masks, time.perf_counter()
+    seconds, started = _timed(constraint), time.perf_counter()
     for _ in tokens:
         pass
     whole = time.perf_counter() - started
-    host, masks = constraint.seconds - before, constraint.masks - masks
     # On the device, masks are timed separately: they cannot be told apart in a token's graph.
     scores, words = mx.zeros((1, setup.model.config.vocab_size)), grammar.start().mask()[None]
     mx.eval(scores, words)
     started = time.perf_counter()
     for _ in range(ROUNDS):
         mx.eval(masked(scores, words))
-    device = masks * (time.perf_counter() - started) / ROUNDS
-    return 100 * (host + device) / whole
+    device = len(seconds["mask"]) * (time.perf_counter() - started) / ROUNDS
+    return 100 * (sum(map(sum, seconds.values())) + device) / whole
 
 
 def _stretches(setup: Setup, vocabulary: LLTokenizer) -> list[Figure]:
-    """The same form with forced stretches in one pass, and token by token."""
+    """The same form with forced tokens in one pass, and token by token."""
     grammar = Grammar(vocabulary, json_grammar(SCHEMA))
     starts: dict[str, Callable[[], Constraint]] = {
-        "a form, token by token": lambda: _OneByOne(grammar.start()),
+        "a form, token by token": lambda: _one_by_one(grammar.start()),
         "a form, certain stretches in one pass": grammar.start,
     }
-    taken = interleaved(
-        {name: partial(_rate, setup, start) for name, start in starts.items()},
-        setup.trials,
-        setup.progress,
-        "certain stretches",
-    )
+    cases = {name: partial(_rate, setup, start) for name, start in starts.items()}
+    taken = setup.interleaved(cases, "forced tokens")
     base = next(iter(taken.values()))
     return [
         figure("constrained", name, "tokens/s", samples, speedup=samples.over(base))

@@ -8,21 +8,24 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from cognica_mlx.bench.sections.stage_speeds import ROWS, Figure, figure
-from cognica_mlx.bench.timing import Progress, Samples, interleaved
+from cognica_mlx.bench.sections.stages import ROWS
+from cognica_mlx.bench.timing import Progress, Samples, first_and_next, interleaved
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import advance
-from cognica_mlx.decoding.sequence import DecodingSequence, Mode, read_prompt, step_size_for
-from cognica_mlx.decoding.single import Single, carry_out, drive, prefill
+from cognica_mlx.decoding.sequence import Mode, read_prompt, step_size_for
+from cognica_mlx.decoding.single import Single, carry_out, decode, prefill
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.machines.placement import Part
@@ -55,58 +58,118 @@ def specialist_over(base: PoEConfig) -> tuple[PoEConfig, Part]:
     return config, Part(layers, False, False, frozenset([0]))
 
 
-def prompts(
-    split: PoEModel,
-    whole: PoEModel,
-    ranks: Sequence[int],
-    text: Sequence[int],
-    trials: int,
-    progress: Progress | None = None,
-) -> list[Figure]:
-    """Read a prompt in a pipeline; `ranks` has the owner of each stage."""
-    parts: list[list[float]] = []
+@dataclass(frozen=True)
+class Machines:
+    """A model on several machines and the whole of it here; `ranks` has the owner of each stage."""
 
-    chunk = step_size_for(split)
+    split: PoEModel
+    whole: PoEModel
+    ranks: Sequence[int]
+    text: Sequence[int]
+    tokens: int
+    trials: int
+    progress: Progress | None = None
 
-    def one() -> float:
-        parts.append(_stage_seconds(whole, text, chunk))
-        return sum(parts[-1])
+    def prompts(self) -> list[Figure]:
+        """Read a prompt in a pipeline."""
+        parts: list[list[float]] = []
+        chunk = step_size_for(self.split)
 
-    cases = {"one machine": one, "a pipeline": lambda: _pipeline_seconds(split, text)}
-    taken = interleaved(cases, trials, progress, "a prompt")
-    by_stage = np.median(parts[1:], axis=0)
-    each = _by_rank(by_stage.tolist(), ranks)
-    chunks = -(-len(text) // chunk)
-    # The slowest rank works all the time; the others add one chunk each, before or after it.
-    ceiling = sum(each) / (max(each) + (sum(each) - max(each)) / chunks)
-    return _pair(f"prompt of {len(text)} tokens", "s", taken, ceiling, len(each))
+        def one() -> float:
+            parts.append(_stage_seconds(self.whole, self.text, chunk))
+            return sum(parts[-1])
+
+        cases = {"one machine": one, "a pipeline": lambda: _pipeline_seconds(self.split, self.text)}
+        taken = interleaved(cases, self.trials, self.progress, "a prompt")
+        each = _by_rank(np.median(parts[1:], axis=0).tolist(), self.ranks)
+        chunks = -(-len(self.text) // chunk)
+        # The slowest rank works all the time; the others add one chunk each, before or after it.
+        ceiling = sum(each) / (max(each) + (sum(each) - max(each)) / chunks)
+        return self._figures(f"prompt of {len(self.text)} tokens", taken, ceiling)
+
+    def siblings(self) -> list[Figure]:
+        """Decode specialists pooled from separate ranks."""
+        parts: list[Costs] = []
+
+        def alone() -> float:
+            parts.append(measure(self.whole, (1,), text=self.text, trials=1))
+            return self._token_seconds(self.whole)
+
+        cases = {"one machine": alone, "side by side": lambda: self._token_seconds(self.split)}
+        taken = interleaved(cases, self.trials, self.progress, "siblings")
+        trunk, stages = len(self.whole.config.stage_layers), range(self.whole.poe_n_stages)
+        times = np.median(
+            [[c.stage(k) + (k >= trunk) * c.head(k) for k in stages] for c in parts], axis=0
+        )
+        base, special = times[:trunk].sum(), times[trunk:]
+        side_by_side = max(_by_rank(special.tolist(), self.ranks[trunk:]))
+        ceiling = float((base + special.sum()) / (base + side_by_side))
+        return self._figures(f"a token of {len(special)} specialists", taken, ceiling)
+
+    def speculation(self, agreement: float) -> list[Figure]:
+        """Self-speculation while other machines verify, compared with one machine's best mode.
+
+        The text is planted, so that drafts are accepted at the rate `agreement`. The costs of the
+        parts decide how many drafts a round has.
+        """
+        costs: list[Costs] = []
+        state = DecodingState(self.whole)
+        prefill(state, self.text, state.depth)
+        options = ModeOptions(draft_stage=0, num_draft_tokens=MOST_DRAFTS)
+
+        def measure_parts() -> None:
+            costs.append(measure(self.whole, ROWS, state=state, trials=1))
+
+        def drafting(model: PoEModel) -> float:
+            mode = make_mode(model, "speculative", options)
+            return self._token_seconds(model, mode, pace_for(model, mode, costs[-1]))
+
+        cases = {
+            "one machine": lambda: self._token_seconds(self.whole),
+            "one machine, drafting": lambda: drafting(self.whole),
+            "drafting meanwhile": lambda: drafting(self.split),
+        }
+        taken = interleaved(cases, self.trials, self.progress, "speculation", measure_parts)
+        *alone, together = cases
+        best, slower = sorted(alone, key=lambda name: taken[name].median)
+        mode = make_mode(self.whole, "speculative", options)
+        assert isinstance(mode, Speculative)
+        gains = [_gain_meanwhile(one, mode.drafters, agreement) for one in costs[1:]]
+        ceiling = float(np.median(gains))
+        pair = {best: taken[best], together: taken[together]}
+        speedup = taken[best].over(taken[slower])
+        return [
+            figure("machines", f"a token, {slower}", "s", taken[slower], speedup=speedup),
+            *self._figures("a token by speculation", pair, ceiling),
+        ]
+
+    def _figures(self, what: str, taken: dict[str, Samples], ceiling: float) -> list[Figure]:
+        """The figures of one machine and of all, with their ceiling."""
+        one, many = taken
+        speedup = taken[one].over(taken[many])
+        name = f"{what}, {many} of {len(set(self.ranks))} machines"
+        notes: dict[str, float | str] = {"of_ceiling": speedup / ceiling}
+        more: dict[str, Any] = {"speedup": speedup, "predicted": ceiling, "notes": notes}
+        return [
+            figure("machines", f"{what}, {one}", "s", taken[one], speedup=1.0),
+            figure("machines", name, "s", taken[many], **more),
+        ]
+
+    def _token_seconds(
+        self, model: PoEModel, mode: Mode | None = None, pace: Pace | None = None
+    ) -> float:
+        """Seconds per token after the first, in a mode or at full depth."""
+        mode = mode or make_mode(model)
+        options: dict[str, Any] = {"max_tokens": self.tokens + 1, "advice": pace}
+        driver = Metered(Single(), pace) if pace else None
+        return first_and_next(decode(model, self.text, mode, driver=driver, **options))[1]
 
 
 def _by_rank(by_stage: Sequence[float], ranks: Sequence[int]) -> list[float]:
-    return [
-        sum(t for t, owner in zip(by_stage, ranks, strict=True) if owner == rank)
-        for rank in sorted(set(ranks))
-    ]
-
-
-def _pair(
-    what: str, unit: str, taken: dict[str, Samples], ceiling: float, count: int
-) -> list[Figure]:
-    """The figures of one machine and of `count` machines, with their ceiling."""
-    one, many = taken
-    speedup = 1 / taken[many].over(taken[one])
-    return [
-        figure("machines", f"{what}, {one}", unit, taken[one], speedup=1.0),
-        figure(
-            "machines",
-            f"{what}, {many} of {count} machines",
-            unit,
-            taken[many],
-            speedup=speedup,
-            predicted=ceiling,
-            notes={"of_ceiling": speedup / ceiling},
-        ),
-    ]
+    totals: defaultdict[int, float] = defaultdict(float)
+    for seconds, owner in zip(by_stage, ranks, strict=True):
+        totals[owner] += seconds
+    return [*totals.values()]
 
 
 def _pipeline_seconds(model: PoEModel, text: Sequence[int]) -> float:
@@ -133,98 +196,6 @@ def _stage_seconds(model: PoEModel, text: Sequence[int], chunk: int) -> list[flo
     return times.tolist()
 
 
-def siblings(
-    split: PoEModel,
-    whole: PoEModel,
-    ranks: Sequence[int],
-    text: Sequence[int],
-    tokens: int,
-    trials: int,
-    progress: Progress | None = None,
-) -> list[Figure]:
-    """Decode specialists pooled from separate ranks; `ranks` has the owner of each stage."""
-    parts: list[Costs] = []
-
-    def alone() -> float:
-        parts.append(measure(whole, (1,), text=text, trials=1))
-        return _token_seconds(whole, text, tokens)
-
-    cases = {"one machine": alone, "side by side": lambda: _token_seconds(split, text, tokens)}
-    taken = interleaved(cases, trials, progress, "siblings")
-    trunk = len(whole.config.stage_layers)
-    stages = range(whole.poe_n_stages)
-    times = np.median([[c.stage(k) + (k >= trunk) * c.head(k) for k in stages] for c in parts], 0)
-    base, special = times[:trunk].sum(), times[trunk:]
-    side_by_side = max(_by_rank(special.tolist(), ranks[trunk:]))
-    ceiling = float((base + special.sum()) / (base + side_by_side))
-    what = f"a token of {len(special)} specialists"
-    return _pair(what, "s", taken, ceiling, len(set(ranks)))
-
-
-def speculation(
-    split: PoEModel,
-    whole: PoEModel,
-    ranks: Sequence[int],
-    text: Sequence[int],
-    agreement: float,
-    tokens: int,
-    trials: int,
-    progress: Progress | None = None,
-) -> list[Figure]:
-    """Self-speculation while other machines verify, compared with one machine's best mode.
-
-    `text` is planted, so that drafts are accepted at the rate `agreement`. The costs of the parts
-    decide how many drafts a round has.
-    """
-    costs: list[Costs] = []
-    state = DecodingState(whole)
-    prefill(state, text, state.depth)
-    options = ModeOptions(draft_stage=0, num_draft_tokens=MOST_DRAFTS)
-
-    def drafts(model: PoEModel) -> Speculative:
-        mode = make_mode(model, "speculative", options)
-        assert isinstance(mode, Speculative)
-        return mode
-
-    def measure_parts() -> None:
-        costs.append(measure(whole, ROWS, state=state, trials=1))
-
-    def drafting(model: PoEModel) -> float:
-        mode = drafts(model)
-        pace = pace_for(model, mode, costs[-1])
-        return _token_seconds(model, text, tokens, mode, pace)
-
-    cases = {
-        "one machine": lambda: _token_seconds(whole, text, tokens),
-        "one machine, drafting": lambda: drafting(whole),
-        "drafting meanwhile": lambda: drafting(split),
-    }
-    taken = interleaved(cases, trials, progress, "speculation", measure_parts)
-    *alone, together = cases
-    best = min(alone, key=lambda name: taken[name].median)
-    drafters = drafts(whole).drafters
-    ceiling = float(np.median([_gain_meanwhile(one, drafters, agreement) for one in costs[1:]]))
-    pair = _pair(
-        "a token by speculation",
-        "s",
-        {best: taken[best], together: taken[together]},
-        ceiling,
-        len(set(ranks)),
-    )
-    slower = (name for name in alone if name != best)
-    others = [
-        figure(
-            "machines",
-            f"a token, {name}",
-            "s",
-            taken[name],
-            speedup=1 / taken[name].over(taken[best]),
-        )
-        for name in slower
-    ]
-    return [*others, *pair]
-
-
 def _gain_meanwhile(costs: Costs, drafters: Sequence[StageDrafter], agreement: float) -> float:
     """The speedup of drafting while others verify over one machine's better mode, by costs."""
     alone, meanwhile = (
@@ -232,21 +203,3 @@ def _gain_meanwhile(costs: Costs, drafters: Sequence[StageDrafter], agreement: f
         for meanwhile in (False, True)
     )
     return min(costs.full_token, alone) / meanwhile
-
-
-def _token_seconds(
-    model: PoEModel,
-    text: Sequence[int],
-    tokens: int,
-    mode: Mode | None = None,
-    pace: Pace | None = None,
-) -> float:
-    """Seconds per token after the first, in a mode or at full depth."""
-    sequence = DecodingSequence(
-        model, text, mode or make_mode(model), max_tokens=tokens + 1, advice=pace
-    )
-    steps = drive(sequence.steps(), Metered(Single(), pace) if pace else None)
-    next(steps)
-    started = time.perf_counter()
-    count = sum(1 for _ in steps)
-    return (time.perf_counter() - started) / count

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,7 +19,7 @@ from cognica_mlx.bench.shapes import rounded
 from cognica_mlx.bench.timing import Progress, Samples, interleaved
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import DecodedToken
-from cognica_mlx.decoding.sequence import DecodingSequence
+from cognica_mlx.decoding.sequence import DecodingSequence, Mode
 from cognica_mlx.decoding.single import Driver, decode, drive, prefill, set_depth
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.network.model import PoEModel
@@ -27,6 +27,7 @@ from cognica_mlx.pricing.costs import Costs, bytes_read, nbytes
 from cognica_mlx.pricing.timed_costs import measure
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 16)
+FULL = "full stack"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,15 @@ class Setup:
         text = list(self.texts[0])
         return (text * (count // len(text) + 1))[:count]
 
+    def interleaved(
+        self,
+        cases: Mapping[str, Callable[[], float]],
+        label: str,
+        before_round: Callable[[], None] = lambda: None,
+    ) -> dict[str, Samples]:
+        """See `timing.interleaved`; `label` is what the progress bar says."""
+        return interleaved(cases, self.trials, self.progress, label, before_round)
+
     def state(self, depth: int, text: Sequence[int]) -> DecodingState:
         """A state that holds `text` without its last token, up to stage `depth`."""
         state = DecodingState(self.model)
@@ -74,73 +84,108 @@ class Setup:
         return state
 
 
-def stage_name(stage: int) -> str:
-    """The stage's name, with our number and the paper's."""
-    return f"stage {stage} (paper: Stage {stage + 1})"
+@dataclass(frozen=True)
+class _Cut:
+    """A cut-off to time: `stage`'s own predictions, or with None the full model's.
+
+    `state` holds `text` without its last token. `baseline` names the cut-off to compare with.
+    """
+
+    model: PoEModel
+    stage: int | None
+    state: DecodingState
+    text: Sequence[int]
+    baseline: str = FULL
+    notes: dict[str, float | str] = field(default_factory=dict)
+
+
+def cut_mode(model: PoEModel, stage: int | None) -> Mode:
+    """The mode that emits a stage's predictions; with None, the full model's."""
+    if stage is None:
+        return make_mode(model)
+    return make_mode(model, "stage", ModeOptions(stage=stage))
+
+
+def cut_name(stage: int | None) -> str:
+    """The cut-off's name, with our number of the stage and the paper's."""
+    return FULL if stage is None else f"stage {stage} (paper: Stage {stage + 1})"
 
 
 def stages(setup: Setup) -> list[Figure]:
     """A token's latency at each stage cut-off and at full depth."""
-    model, text = setup.model, setup.texts[0]
-    last = model.poe_n_stages - 1
-    cuts: dict[str, tuple[str, dict[str, int]]] = {
-        stage_name(k): ("stage", {"stage": k}) for k in range(last)
-    }
-    cuts["full stack"] = ("full", {})
-    depths = dict(zip(cuts, range(last + 1), strict=True))
+    model, text, last = setup.model, setup.texts[0], setup.model.poe_n_stages - 1
     # A state of the text for each depth, kept for all trials.
-    held = {name: setup.state(depths[name], text) for name in cuts}
-    taken = interleaved(
-        {
-            name: partial(_per_token, setup, mode, options, held[name], text)
-            for name, (mode, options) in cuts.items()
-        },
-        setup.trials,
-        setup.progress,
-        "stage cut-offs",
-    )
-    return [
-        _latency(
-            setup,
-            "stages",
-            name,
-            taken[name],
-            taken["full stack"],
-            read_per_token(model, depths[name], len(text), full=name == "full stack"),
+    cuts = {
+        cut_name(stage): _Cut(
+            model, stage, setup.state(last if stage is None else stage, text), text
         )
-        for name in cuts
-    ]
+        for stage in (*range(last), None)
+    }
+    return _latencies(setup, "stages", cuts)
 
 
 def lengths(setup: Setup, counts: Sequence[int]) -> list[Figure]:
     """A token's latency at full depth and at stage 0, after texts of `counts` tokens."""
     model, longest = setup.model, setup.text(max(counts))
-    last = model.poe_n_stages - 1
-    state, cases, sizes = DecodingState(model), {}, {}
+    state, cuts = DecodingState(model), {}
     for i, count in enumerate(sorted(counts)):
-        prefill(state, longest[state.length : count - 1], last)
-        sizes[count] = state.nbytes
+        prefill(state, longest[state.length : count - 1], model.poe_n_stages - 1)
         if setup.progress:
             setup.progress("reading", i + 1, len(counts))
-        for mode, options in (("full", {}), ("stage", {"stage": 0})):
-            cases[mode, count] = partial(
-                _per_token, setup, mode, options, state.fork(), longest[:count]
+        notes: dict[str, float | str] = {"state_mb": state.nbytes / 1e6}
+        for stage in (None, 0):
+            name = f"{cut_name(stage)} at {{}} tokens"
+            cuts[name.format(count)] = _Cut(
+                model, stage, state.fork(), longest[:count], name.format(min(counts)), notes
             )
-    named = {f"{mode} {count}": run for (mode, count), run in cases.items()}
-    taken = interleaved(named, setup.trials, setup.progress, "text lengths")
-    least = min(counts)
-    return [
-        _latency(
-            setup,
-            "lengths",
-            f"{'full stack' if mode == 'full' else stage_name(0)} at {count} tokens",
-            taken[f"{mode} {count}"],
-            taken[f"{mode} {least}"],
-            read_per_token(model, last if mode == "full" else 0, count, full=mode == "full"),
-            {"state_mb": sizes[count] / 1e6},
+    return _latencies(setup, "lengths", cuts)
+
+
+def quantised(setup: Setup, bits: Sequence[int]) -> list[Figure]:
+    """A token's latency at full depth and stage 0, with matrices of `bits` bits each."""
+    text, last = setup.texts[0], setup.model.poe_n_stages - 1
+    setups = {"as it is": setup}
+    setups.update({f"{n} bits": replace(setup, model=rounded(setup.model, n)) for n in bits})
+    cuts = {
+        f"{cut_name(stage)}, {label}": _Cut(
+            one.model, stage, one.state(depth, text), text, f"{FULL}, as it is"
         )
-        for mode, count in cases
-    ]
+        for label, one in setups.items()
+        for stage, depth in ((None, last), (0, 0))
+    }
+    return _latencies(setup, "quantised", cuts)
+
+
+def _latencies(setup: Setup, section: str, cuts: Mapping[str, _Cut]) -> list[Figure]:
+    """A token's latency at each cut-off, with its limit by the bytes that a token reads."""
+    taken = setup.interleaved(
+        {name: partial(_per_token, setup.tokens, cut) for name, cut in cuts.items()}, section
+    )
+    found = []
+    for name, cut in cuts.items():
+        full = cut.stage is None
+        stage = cut.model.poe_n_stages - 1 if cut.stage is None else cut.stage
+        read = read_per_token(cut.model, stage, len(cut.text), full=full)
+        found.append(
+            figure(
+                section,
+                name,
+                "ms/token",
+                taken[name],
+                speedup=taken[cut.baseline].over(taken[name]),
+                limit=1e3 * read / setup.machine.bandwidth,
+                notes={"read_mb": read / 1e6, **cut.notes},
+            )
+        )
+    return found
+
+
+def _per_token(tokens: int, cut: _Cut) -> float:
+    mode = cut_mode(cut.model, cut.stage)
+    seconds, decoded = timed_decode(
+        DecodingSequence(cut.model, cut.text, mode, max_tokens=tokens, state=cut.state)
+    )
+    return 1e3 * seconds / len(decoded)
 
 
 def rows(setup: Setup) -> list[Figure]:
@@ -171,60 +216,26 @@ def rows(setup: Setup) -> list[Figure]:
 
 def prompts(setup: Setup, count: int) -> list[Figure]:
     """Reading a prompt of `count` tokens: tokens per second, and the time to the first token."""
-    model, text = setup.model, setup.text(count)
-    cases = {"full stack": ("full", {}), stage_name(0): ("stage", {"stage": 0})}
-    taken = interleaved(
-        {
-            name: partial(_first_token, model, mode, options, text)
-            for name, (mode, options) in cases.items()
-        },
-        setup.trials,
-        setup.progress,
+    text = setup.text(count)
+    taken = setup.interleaved(
+        {cut_name(stage): partial(_first_token, setup.model, stage, text) for stage in (None, 0)},
         "prompts",
     )
-    figures = []
-    for name, samples in taken.items():
-        speed = Samples(tuple(count / seconds for seconds in samples.values))
-        speedup = taken["full stack"].over(samples)
-        figures.append(
-            figure("prompt", f"{name}, {count} tokens", "tokens/s", speed, speedup=speedup)
-        )
-        to_first = Samples(tuple(1e3 * seconds for seconds in samples.values))
-        figures.append(
-            figure("prompt", f"{name}, time to first token", "ms", to_first, speedup=speedup)
-        )
-    return figures
+    found = []
+    for name, seconds in taken.items():
+        speedup = taken[FULL].over(seconds)
+        for label, unit, measured in (
+            (f"{name}, {count} tokens", "tokens/s", seconds.each(lambda s: count / s)),
+            (f"{name}, time to first token", "ms", seconds.each(lambda s: 1e3 * s)),
+        ):
+            found.append(figure("prompt", label, unit, measured, speedup=speedup))
+    return found
 
 
-def quantised(setup: Setup, bits: Sequence[int]) -> list[Figure]:
-    """A token's latency at full depth and stage 0, with matrices of `bits` bits each."""
-    model, text, last = setup.model, setup.texts[0], setup.model.poe_n_stages - 1
-    setups = {"as it is": setup}
-    setups.update({f"{n} bits": replace(setup, model=rounded(model, n)) for n in bits})
-    cuts = {"full stack": ("full", last, {}), stage_name(0): ("stage", 0, {"stage": 0})}
-    taken = interleaved(
-        {
-            f"{cut}, {label}": partial(_per_token, one, mode, options, one.state(depth, text), text)
-            for label, one in setups.items()
-            for cut, (mode, depth, options) in cuts.items()
-        },
-        setup.trials,
-        setup.progress,
-        "quantised",
-    )
-    baseline = taken["full stack, as it is"]
-    return [
-        _latency(
-            one,
-            "quantised",
-            f"{cut}, {label}",
-            taken[f"{cut}, {label}"],
-            baseline,
-            read_per_token(one.model, depth, len(text), full=depth == last),
-        )
-        for label, one in setups.items()
-        for cut, (_, depth, _) in cuts.items()
-    ]
+def _first_token(model: PoEModel, stage: int | None, text: Sequence[int]) -> float:
+    started = time.perf_counter()
+    next(decode(model, text, cut_mode(model, stage), max_tokens=1))
+    return time.perf_counter() - started
 
 
 def memory(setup: Setup, count: int) -> list[Figure]:
@@ -243,13 +254,7 @@ def memory(setup: Setup, count: int) -> list[Figure]:
         f"most held while reading {count} tokens": peak,
     }
     return [
-        figure(
-            "memory",
-            name,
-            "GB",
-            Samples((size / 1e9,)),
-            notes={"of_weights": size / weights},
-        )
+        figure("memory", name, "GB", Samples((size / 1e9,)), notes={"of_weights": size / weights})
         for name, size in sizes.items()
     ]
 
@@ -270,44 +275,6 @@ def timed_decode(
     started = time.perf_counter()
     decoded = list(drive(sequence.steps(), driver))
     return time.perf_counter() - started, decoded
-
-
-def _per_token(
-    setup: Setup, mode: str, options: dict, state: DecodingState, text: Sequence[int]
-) -> float:
-    model = setup.model
-    chosen = make_mode(model, mode, ModeOptions(**options))
-    seconds, decoded = timed_decode(
-        DecodingSequence(model, text, chosen, max_tokens=setup.tokens, state=state)
-    )
-    return 1e3 * seconds / len(decoded)
-
-
-def _first_token(model: PoEModel, mode: str, options: dict, text: Sequence[int]) -> float:
-    chosen = make_mode(model, mode, ModeOptions(**options))
-    started = time.perf_counter()
-    next(decode(model, text, chosen, max_tokens=1))
-    return time.perf_counter() - started
-
-
-def _latency(
-    setup: Setup,
-    section: str,
-    name: str,
-    samples: Samples,
-    baseline: Samples,
-    read: int,
-    notes: dict[str, float | str] | None = None,
-) -> Figure:
-    return figure(
-        section,
-        name,
-        "ms/token",
-        samples,
-        speedup=baseline.over(samples),
-        limit=1e3 * read / setup.machine.bandwidth,
-        notes={"read_mb": read / 1e6, **(notes or {})},
-    )
 
 
 def figure(

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from operator import add
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
-from cognica_mlx.bench.timing import Samples, interleaved
+from cognica_mlx.bench.timing import Samples
 from cognica_mlx.errors import RequestError
 from cognica_mlx.training.batches import Batches, Text
 from cognica_mlx.training.optimizer import MuonAdamW
@@ -51,39 +52,31 @@ def training(setup: Setup) -> list[Figure]:
             "with a store": partial(_iteration, stage, parameters, batches, stored),
             "running the base": partial(_iteration, stage, parameters, batches, LiveBase(model)),
         }
-        taken = interleaved(cases, setup.trials, setup.progress, "training")
+        taken = setup.interleaved(cases, "training")
         peak = _peak(lambda: _iteration(stage, parameters, batches, stored))
     update = _update(stage, parameters, state, optimizer)
     # An update's share of an iteration, with as many tokens per update as the released models had.
     share = update * tokens / UPDATE_TOKENS
-    whole = {
-        name: Samples(tuple(value + share for value in samples.values))
-        for name, samples in taken.items()
-    }
     notes: dict[str, float | str] = {"positions": tokens, "counted": int(tokens / 2)}
-    counted = {"an iteration ": taken, "the same with its share of an update, ": whole}
-    found = [
-        figure(
-            "training",
-            f"{label}{name}",
-            "s",
-            samples,
-            speedup=1 / samples.over(ways["running the base"]),
-            notes=notes,
-        )
-        for label, ways in counted.items()
-        for name, samples in ways.items()
-    ]
-    found.append(figure("training", "an update", "s", Samples((update,))))
+    found = []
+    for label, extra in (
+        ("an iteration ", 0.0),
+        ("the same with its share of an update, ", share),
+    ):
+        ways = {name: one.each(partial(add, extra)) for name, one in taken.items()}
+        for name, samples in ways.items():
+            speedup = ways["running the base"].over(samples)
+            found.append(
+                figure("training", label + name, "s", samples, speedup=speedup, notes=notes)
+            )
     held = stage.nbytes + sum(a.nbytes for part in (parameters, state) for a in part.values())
-    sizes = {
-        "memory of an iteration with a store: weights and optimizer": held,
-        "the same: gradients and activations": peak,
-        "the base's weights, which are not in it": _base_bytes(setup, stage),
-    }
-    found += [
-        figure("training", name, "GB", Samples((size / 1e9,))) for name, size in sizes.items()
-    ]
+    for name, unit, value in (
+        ("an update", "s", update),
+        ("memory of an iteration with a store: weights and optimizer", "GB", held / 1e9),
+        ("the same: gradients and activations", "GB", peak / 1e9),
+        ("the base's weights, which are not in it", "GB", _base_bytes(setup, stage) / 1e9),
+    ):
+        found.append(figure("training", name, unit, Samples((value,))))
     return found
 
 

@@ -11,11 +11,9 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.bench.sections.several_machines import (
+    Machines,
     part_of,
-    prompts,
-    siblings,
     specialist_over,
-    speculation,
 )
 from cognica_mlx.bench.sections.stage_speeds import Figure
 from cognica_mlx.bench.shapes import random_model, shape_config
@@ -87,18 +85,17 @@ def measure_machines(
         if not shared:
             return None
         found, whole = shared
-        trials, ranks = (args.trials, progress), found.split.ranks
+        ranks, run = found.split.ranks, (args.max_tokens, args.trials, progress)
         if planted:
             text = planted.text(args.context, 1000)
-            models = found.model, whole.base
-            agreed = planted.agreement
-            return name, speculation(*models, ranks, text, agreed, args.max_tokens, *trials)
+            machines = Machines(found.model, whole.base, ranks, text, *run)
+            return name, machines.speculation(planted.agreement)
         count = args.context if args.siblings else args.prompt_tokens
         text = np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
         if not args.siblings:
-            return name, prompts(found.model, whole.base, ranks, text, *trials)
+            return name, Machines(found.model, whole.base, ranks, text, *run).prompts()
         many, one = (over.compose(over.names) for over in (found.specialists, whole))
-        return name, siblings(many, one, ranks, text, args.max_tokens, *trials)
+        return name, Machines(many, one, ranks, text, *run).siblings()
 
 
 @contextmanager
