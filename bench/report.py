@@ -86,51 +86,56 @@ def show(report: Report, console: Console) -> None:
             console.print(_table(title, figures))
 
 
+def _with(form: str, value: float | str | None) -> str | None:
+    return None if value is None else form.format(value)
+
+
+def _note(name: str, form: str) -> Callable[[Figure], str | None]:
+    return lambda figure: _with(form, figure.notes.get(name))
+
+
 # Columns of a section's table; one is shown if any of the figures has a value for it.
 _COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "speed": lambda f: _with("{:.2f}x", f.speedup),
-    "mlx_lm.server": lambda f: _with("{:.4g}", f.notes.get("peer")),
+    "mlx_lm.server": _note("peer", "{:.4g}"),
     "parts predict": lambda f: _with("{:.2f}x", f.predicted),
-    "over its parts": lambda f: _with("{:+.1%}", f.notes.get("over_its_parts")),
+    "over its parts": _note("over_its_parts", "{:+.1%}"),
     "limit": lambda f: _with("{:.4g}", f.limit),
     "of limit": lambda f: None if f.limit is None else f"{f.limit / f.value:.0%}",
-    "reads": lambda f: _with("{:.1f} MB", f.notes.get("read_mb")),
-    "of one row": lambda f: _with("{:.2f}x", f.notes.get("times_one_row")),
-    "state": lambda f: _with("{:.1f} MB", f.notes.get("state_mb")),
-    "of weights": lambda f: _with("{:.1%}", f.notes.get("of_weights")),
-    "agreement": lambda f: _with("{:.1%}", f.notes.get("agreement")),
-    "of the states": lambda f: _with("{:.1%}", f.notes.get("of_states")),
-    "fell back": lambda f: _with("{}", f.notes.get("fell_back")),
-    "depth": lambda f: _with("{:.2f}", f.notes.get("mean_depth")),
-    "accepted": lambda f: _with("{:.1%}", f.notes.get("acceptance")),
-    "tokens a round": lambda f: _with("{:.2f}", f.notes.get("tokens_a_round")),
-    "best drafts": lambda f: _with("{}", f.notes.get("best_drafts")),
-    "copy": lambda f: _with("{:.3g} MB", f.notes.get("copy_mb")),
-    "of the prompt kept": lambda f: _with("{:.1%}", f.notes.get("cached")),
-    "peer's resets": lambda f: _with("{}", f.notes.get("peer_resets")),
-    "peer failed": lambda f: _with("{}", f.notes.get("peer_failed")),
+    "reads": _note("read_mb", "{:.1f} MB"),
+    "of one row": _note("times_one_row", "{:.2f}x"),
+    "state": _note("state_mb", "{:.1f} MB"),
+    "of weights": _note("of_weights", "{:.1%}"),
+    "agreement": _note("agreement", "{:.1%}"),
+    "of the states": _note("of_states", "{:.1%}"),
+    "fell back": _note("fell_back", "{}"),
+    "depth": _note("mean_depth", "{:.2f}"),
+    "accepted": _note("acceptance", "{:.1%}"),
+    "tokens a round": _note("tokens_a_round", "{:.2f}"),
+    "best drafts": _note("best_drafts", "{}"),
+    "copy": _note("copy_mb", "{:.3g} MB"),
+    "of the prompt kept": _note("cached", "{:.1%}"),
+    "peer's resets": _note("peer_resets", "{}"),
+    "peer failed": _note("peer_failed", "{}"),
 }
 
 
 def _table(title: str, figures: Sequence[Figure]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    table.add_column("median", justify="right")
-    table.add_column("quartiles", justify="right")
-    shown = {
-        name: cell for name, cell in _COLUMNS.items() if any(cell(f) is not None for f in figures)
-    }
-    for name in shown:
-        table.add_column(name, justify="right")
-    for f in figures:
+    cells = {name: [cell(f) for f in figures] for name, cell in _COLUMNS.items()}
+    shown = {name: column for name, column in cells.items() if any(column)}
+    table = _columns(title, "", "median", "quartiles", *shown)
+    for i, f in enumerate(figures):
         quartiles = f"{f.low:.4g} to {f.high:.4g}" if f.low != f.high else ""
-        cells = [cell(f) or "" for cell in shown.values()]
-        table.add_row(f.name, f"{f.value:.4g} {f.unit}", quartiles, *cells)
+        more = [column[i] or "" for column in shown.values()]
+        table.add_row(f.name, f"{f.value:.4g} {f.unit}", quartiles, *more)
     return table
 
 
-def _with(form: str, value: float | str | None) -> str | None:
-    return None if value is None else form.format(value)
+def _columns(title: str, first: str, *others: str) -> Table:
+    table = Table(first, title=title, title_justify="left")
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
 
 
 def read(text: str, name: str) -> dict[str, Any]:
@@ -139,24 +144,19 @@ def read(text: str, name: str) -> dict[str, Any]:
         fields = json.loads(text, parse_constant=lambda _: None)
         if fields["format"] != FORMAT:
             raise ValueError(f"its format is {fields['format']}, not {FORMAT}")
-        _expect_text(date=fields["date"], model=fields["model"])
-        _expect_text(processor=fields["machine"]["processor"])
+        texts = [fields["date"], fields["model"], fields["machine"]["processor"]]
         for figure in fields["figures"]:
-            _expect_text(section=figure["section"], name=figure["name"], unit=figure["unit"])
+            texts += [figure[name] for name in ("section", "name", "unit")]
             for number in (figure["value"], figure.get("speedup")):
                 # null means that it was not finite
                 if number is not None and not abs(number) < sys.float_info.max:
                     raise ValueError(f"{number} is not a usable number")
+        if odd := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"{odd[0]} is not text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise RequestError(f"{name} is not a result file of mlx_poe.bench ({reason})") from None
     return fields
-
-
-def _expect_text(**values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{name} is not text")
 
 
 def compare(report: Report, old: dict[str, Any], console: Console) -> None:
@@ -168,9 +168,8 @@ def compare(report: Report, old: dict[str, Any], console: Console) -> None:
             "compare speed-ups rather than times",
             highlight=False,
         )
-    table = Table(title=f"Against {old['date']}, {old['model']}", title_justify="left")
-    for column in ("", "then", "now", "better by", "speed then", "speed now"):
-        table.add_column(column, justify="left" if not column else "right")
+    title = f"Against {old['date']}, {old['model']}"
+    table = _columns(title, "", "then", "now", "better by", "speed then", "speed now")
     for now in report.figures:
         then = before.get((now.section, now.name))
         if then is None or not then.get("value") or not now.value:
@@ -186,7 +185,5 @@ def compare(report: Report, old: dict[str, Any], console: Console) -> None:
             _with("{:.2f}x", then.get("speedup")) or "",
             _with("{:.2f}x", now.speedup) or "",
         )
-    if not table.row_count:
-        console.print("the two runs have no figure in common", highlight=False)
-    else:
-        console.print(table)
+    nothing = "the two runs have no figure in common"
+    console.print(table if table.row_count else nothing, highlight=False)

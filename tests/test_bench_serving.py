@@ -7,13 +7,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from servers import PATIENCE
 
 from cognica_mlx.bench import servers
 from cognica_mlx.bench.sections import serving
+from cognica_mlx.bench.sections.stages import Setup
 from cognica_mlx.bench.servers import Outcome, Reply, ServerFailed, ServerProcess, closed_loop
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands import bench as command
@@ -104,7 +104,7 @@ def two_loads(monkeypatch) -> None:
 
 def compared(theirs: str) -> dict[str, serving.Figure]:
     """The figures of a good server beside one of another kind, by name."""
-    setup = SimpleNamespace(texts=[[0] * 5], trials=1, progress=None)
+    setup = Setup(None, None, [[0] * 5], tokens=2, trials=1)
 
     def loop(server, path, requests, clients, patience):
         assert patience >= serving.LEAST_PATIENCE

@@ -15,8 +15,8 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from typing import Any
 
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
 from cognica_mlx.bench.servers import Outcome, Reply, ServerFailed, ServerProcess, closed_loop
-from cognica_mlx.bench.timing import Samples, interleaved
+from cognica_mlx.bench.timing import Samples
 from cognica_mlx.convert.checkpoint import read_checkpoint
 from cognica_mlx.convert.conversion import prepare
 from cognica_mlx.convert.quantization import scheme
@@ -133,12 +133,10 @@ class _Client:
         return json.dumps({**self._fields, **asked}).encode()
 
     def ask(self, prompt: str) -> Reply:
-        """One reply from a server that has loaded its model; RequestError if it fails."""
-        try:
+        """One reply, as the first that a server gives; RequestError if it fails."""
+        with _named(self.server):
             reply = self.server.ask(self.path, self.request(prompt), FIRST_PATIENCE)
             _ = reply.usage
-        except ServerFailed as failure:
-            raise _refused(self.server, failure) from None
         return reply
 
 
@@ -214,12 +212,9 @@ def _compare(
     trials: dict[Load, _Trials] = defaultdict(_Trials)
 
     def ours(load: Load, patience: float) -> float:
-        try:
-            outcome = run(OURS, load, patience)
-        except ServerFailed as failure:
-            raise _refused(clients[OURS].server, failure) from None
-        trials[load].ours.append(outcome)
-        return outcome.rate
+        with _named(clients[OURS].server):
+            trials[load].ours.append(run(OURS, load, patience))
+        return trials[load].ours[-1].rate
 
     def theirs(load: Load, patience: float) -> float:
         found = trials[load]
@@ -243,7 +238,7 @@ def _compare(
     for load in loads:
         cases[f"{load.name}, ours"] = partial(ours, load, patience)
         cases[f"{load.name}, peer"] = partial(theirs, load, patience)
-    interleaved(cases, setup.trials, setup.progress, "serving", draw)
+    setup.interleaved(cases, "serving", draw)
     return [one for load in loads for one in _figures(load, trials[load])]
 
 
@@ -303,10 +298,10 @@ def _second_turn(setup: Setup, served: Served, prompt_tokens: int) -> list[Figur
     first, second = (name for name, _ in served.specialists[:2])
     config = read_checkpoint(served.specialists[1][1]).config
     share = sum(config.specialist_layers) / config.n_layer
-    flags = [f"{name}={source.name}" for name, source in served.specialists[:2]]
     command = our_command(served.model, *served.flags)
-    for flag in flags:
-        command += ["--specialist", flag]
+    for name, source in served.specialists[:2]:
+        command += ["--specialist", f"{name}={source.name}"]
+    replies: dict[str, list[Reply]] = defaultdict(list)
     with ExitStack() as stack:
         server = _start(stack, OURS, command)
         chat = {about["id"]: about["poe"]["chat"] for about in _models(server)}
@@ -315,7 +310,6 @@ def _second_turn(setup: Setup, served: Served, prompt_tokens: int) -> list[Figur
             _Client(server, 1, chat[name], model=name, repetition_penalty=1)
             for name in (first, second)
         )
-        replies: dict[str, list[Reply]] = defaultdict(list)
 
         def run(name: str, before: _Client | None) -> float:
             prompt = texts.next(prompt_tokens)
@@ -325,43 +319,45 @@ def _second_turn(setup: Setup, served: Served, prompt_tokens: int) -> list[Figur
             return 1e3 * replies[name][-1].first
 
         cases = {"nobody": None, "another": one, "itself": other}
-        taken = interleaved(
+        taken = setup.interleaved(
             {name: partial(run, name, before) for name, before in cases.items()},
-            setup.trials,
-            setup.progress,
             "a second specialist's turn",
         )
     cold, again = taken["nobody"], taken["itself"]
+    parts = zip(cold.values, again.values, strict=True)
+    own = Samples(tuple(b + share * (a - b) for a, b in parts))
     found = []
     for name, samples in taken.items():
         reply = replies[name][-1]
-        notes: dict[str, float | str] = {
+        about: dict[str, Any] = {
             "prompt_tokens": reply.prompt_tokens,
             "cached": reply.cached_tokens / reply.prompt_tokens,
         }
-        predicted = None
-        if name == "another":
-            parts = zip(cold.values, again.values, strict=True)
-            own = Samples(tuple(b + share * (a - b) for a, b in parts))
-            predicted = cold.over(own)
         label = f"{second}, first token, prompt read before by {name}"
+        predicted = cold.over(own) if name == "another" else None
         speedup = cold.over(samples)
-        about: dict[str, Any] = {"speedup": speedup, "predicted": predicted, "notes": notes}
-        found.append(figure("serving", label, "ms", samples, **about))
+        found.append(
+            figure(
+                "serving", label, "ms", samples, speedup=speedup, predicted=predicted, notes=about
+            )
+        )
     return found
 
 
 def _start(stack: ExitStack, name: str, command: Sequence[str]) -> ServerProcess:
     server = ServerProcess(name, command)
-    try:
+    with _named(server):
         return stack.enter_context(server)
-    except ServerFailed as failure:
-        raise _refused(server, failure) from None
 
 
 def _models(server: ServerProcess) -> list[dict[str, Any]]:
     return server.get("/v1/models")["data"]
 
 
-def _refused(server: ServerProcess, failure: ServerFailed) -> RequestError:
-    return RequestError(f"{server.name} {failure}")
+@contextmanager
+def _named(server: ServerProcess) -> Iterator[None]:
+    """A failure of the server ends the benchmark, with its name."""
+    try:
+        yield
+    except ServerFailed as failure:
+        raise RequestError(f"{server.name} {failure}") from None

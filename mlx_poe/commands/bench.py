@@ -65,6 +65,15 @@ SECTIONS = (
 )
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
 
+# Flags that take a whole number: default, least, most, help.
+NUMBERS = (
+    ("trials", 5, 1, 1000, "rounds over all cases"),
+    # A state can roll back no more tokens.
+    ("max-tokens", 32, 2, 120, "tokens decoded per trial"),
+    ("context", 128, 16, 10**6, "tokens of text before those"),
+    ("prompt-tokens", 512, 16, 10**6, "length of the prompt read"),
+)
+
 EXAMPLES = """\
   mlx_poe.bench                                        # the built-in poe-tiny
   mlx_poe.bench --model cognica/Cognica-PoE-v1.0-1.3B-base --peers
@@ -123,16 +132,10 @@ def build_parser() -> argparse.ArgumentParser:
         "for the section serving, which loads the first and lets the second take over from it "
         "(default: poe-tiny's own)",
     )
-    how.add_argument("--trials", type=int, default=5, help="rounds over all cases (default: 5)")
-    how.add_argument(
-        "--max-tokens", "-m", type=int, default=32, help="tokens decoded per trial (default: 32)"
-    )
-    how.add_argument(
-        "--context", type=int, default=128, help="tokens of text before those (default: 128)"
-    )
-    how.add_argument(
-        "--prompt-tokens", type=int, default=512, help="length of the prompt read (default: 512)"
-    )
+    for name, default, _, _, text in NUMBERS:
+        short = ("-m",) if name == "max-tokens" else ()
+        text = f"{text} (default: {default})"
+        how.add_argument(f"--{name}", *short, type=int, default=default, help=text)
     how.add_argument(
         "--lengths",
         type=numbers(int),
@@ -241,16 +244,10 @@ def _check(args: argparse.Namespace) -> None:
     for section in args.only or ():
         if section not in SECTIONS:
             raise RequestError(f"--only {section}: choose from {', '.join(SECTIONS)}")
-    for flag, least, most in (
-        ("trials", 1, 1000),
-        ("max_tokens", 2, 120),  # a state can roll back no more
-        ("context", 16, 10**6),
-        ("prompt_tokens", 16, 10**6),
-    ):
-        value = getattr(args, flag)
+    for name, _, least, most, _ in NUMBERS:
+        value = getattr(args, name.replace("-", "_"))
         if not least <= value <= most:
-            flag = flag.replace("_", "-")
-            raise RequestError(f"--{flag} {value} is not between {least} and {most}")
+            raise RequestError(f"--{name} {value} is not between {least} and {most}")
     if not args.lengths or min(args.lengths) < 16:
         raise RequestError("--lengths: each must be at least 16")
     if any(bits not in BITS for bits in args.q_bits):

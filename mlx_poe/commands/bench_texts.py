@@ -35,7 +35,7 @@ def long_text(parts: list[list[int]], count: int, bos: int) -> list[int]:
 
 
 def prompts(args: argparse.Namespace, model: PoEModel) -> list[list[int]]:
-    """What the section drafts has a model reply to; nothing where only its shape is known."""
+    """The prompts of the section drafts; none for a shape without weights to reply with."""
     if args.shape:
         return []
     _, tokenizer = load(args.model, revision=args.revision, lazy=True)
