@@ -25,9 +25,14 @@ from rich.console import Console
 from cognica_mlx.bench import timing
 from cognica_mlx.bench.machine_card import Machine, this_machine
 from cognica_mlx.bench.report import Report, compare, read
+from cognica_mlx.bench.sections import several_machines
 from cognica_mlx.bench.sections import stage_speeds as figures
+from cognica_mlx.bench.sections.batch_speeds import batches
 from cognica_mlx.bench.sections.mode_speeds import Recording, modes
+from cognica_mlx.bench.sections.several_machines import Machines, specialist_over
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, read_per_token
+from cognica_mlx.bench.sections.stage_speeds import stages as figures
+from cognica_mlx.bench.sections.stage_training import training
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import synthetic_model
 from cognica_mlx.bench.timing import Samples, first_and_next, interleaved
@@ -200,16 +205,59 @@ def test_sections_measure_what_they_say():
     long = figures.lengths(setup, [16, 1500])
     states = [f.notes["state_mb"] for f in long]
     assert [f.name.split(" at ")[1] for f in long] == ["16 tokens"] * 2 + ["1500 tokens"] * 2
-    assert states[0] < states[2]
-    batches = figures.rows(setup)
-    assert [f.notes["times_one_row"] for f in batches if f.notes["rows"] == 1] == [1] * 4
+    assert states[0] < states[2] and [f.speedup for f in long[:2]] == [1, 1]
+    many_rows = figures.rows(setup)
+    assert [f.notes["times_one_row"] for f in many_rows if f.notes["rows"] == 1] == [1] * 4
     read_in = figures.prompts(setup, 64)
     assert [f.unit for f in read_in] == ["tokens/s", "ms"] * 2
+    assert read_in[2].value * read_in[3].value == pytest.approx(64e3)
     held = figures.memory(setup, 600)
     assert held[0].value == pytest.approx(model_bytes(model) / 1e9)
     assert held[2].value >= held[0].value
     by_bits = figures.quantised(setup, [4])
     assert by_bits[2].notes["read_mb"] < by_bits[0].notes["read_mb"] / 5
+    assert by_bits[0].speedup == 1
+
+
+def test_many_sequences_are_measured_beside_one_and_beside_the_peer():
+    model = random_model(shape_config("tiny"), mx.float32)
+    setup = Setup(model, MACHINE, [list(range(20, 52))], tokens=3, trials=1)
+    found = {f.name: f for f in batches(setup, None, peer=True)}
+    one, eight = found["1 sequence, full depth"], found["8 sequences, full depth"]
+    assert one.speedup == one.predicted == 1 and eight.predicted > 0
+    assert eight.speedup == pytest.approx(eight.value / one.value)
+    assert found["8 sequences in full, speculative, stage"].notes["fell_back"]
+    (chunks,) = (f.value for f in found.values() if f.unit == "chunks")
+    assert 1 <= chunks <= 2
+    assert found["held for 8 sequences"].notes["of_states"] < 1.5
+    ours, theirs = (found[f"16 prompts, {name}"] for name in ("ours", "mlx-lm"))
+    assert theirs.speedup == 1 and ours.speedup == pytest.approx(ours.value / theirs.value)
+
+
+def test_an_iteration_of_training_is_measured_with_and_without_its_update():
+    config, _ = specialist_over(shape_config("tiny"))
+    model = random_model(config, mx.float32)
+    found = {f.name: f for f in training(Setup(model, MACHINE, [[5]], tokens=3, trials=1))}
+    plain, whole = (
+        found[f"{label} running the base"]
+        for label in ("an iteration", "the same with its share of an update,")
+    )
+    share = found["an update"].value * 8 * 64 / 65536
+    assert whole.value == pytest.approx(plain.value + share) and plain.speedup == 1
+    stored = found["an iteration with a store"]
+    assert stored.speedup == pytest.approx(plain.value / stored.value)
+
+
+def test_a_pipelines_ceiling_follows_from_the_slowest_rank(monkeypatch):
+    model = random_model(shape_config("tiny"), mx.float32)
+    monkeypatch.setattr(several_machines, "step_size_for", lambda _: 16)
+    monkeypatch.setattr(several_machines, "_stage_seconds", lambda *_: [1.0, 2.0, 3.0, 4.0])
+    text = list(range(20, 60))
+    one, many = Machines(model, model, (0, 0, 1, 1), text, tokens=3, trials=1).prompts()
+    # Three chunks: the second rank works for 7 s, the first adds a third of its 3 s.
+    assert many.predicted == pytest.approx(10 / 8)
+    assert one.value == 10 and many.speedup == pytest.approx(10 / many.value)
+    assert many.name == "prompt of 40 tokens, a pipeline of 2 machines"
 
 
 def model_bytes(model: PoEModel) -> int:

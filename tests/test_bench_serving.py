@@ -13,7 +13,7 @@ from servers import PATIENCE
 
 from cognica_mlx.bench import servers
 from cognica_mlx.bench.sections import serving
-from cognica_mlx.bench.sections.stages import Setup
+from cognica_mlx.bench.sections.stage_speeds import Setup
 from cognica_mlx.bench.servers import Outcome, Reply, ServerFailed, ServerProcess, closed_loop
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands import bench as command

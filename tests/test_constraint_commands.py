@@ -13,6 +13,8 @@ import pytest
 from chats import FUNCTIONS, new_chat
 
 from cognica_mlx.bench.sections import constrained
+from cognica_mlx.decoding.constraint import Grammar
+from cognica_mlx.decoding.json_schema import json_grammar
 from mlx_poe.chat.conversation import Chat
 from mlx_poe.commands import bench
 from mlx_poe.commands.generate import main
@@ -152,6 +154,12 @@ def test_the_chat_through_a_pipe(schema_file):
         text=True,
     )
     assert fits(done.stdout) and done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+def test_the_benchmark_can_ask_for_every_token_that_is_forced():
+    grammar = Grammar(constrained.made_up(600), json_grammar({"const": "forced"}))
+    one_by_one = constrained._one_by_one(grammar.start())
+    assert grammar.start().forced() and not one_by_one.forced()
 
 
 def test_the_benchmark_has_a_section(capsys, tmp_path, monkeypatch):
