@@ -31,7 +31,6 @@ from cognica_mlx.bench.sections.batch_speeds import batches
 from cognica_mlx.bench.sections.mode_speeds import Recording, modes
 from cognica_mlx.bench.sections.several_machines import Machines, specialist_over
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, read_per_token
-from cognica_mlx.bench.sections.stage_speeds import stages as figures
 from cognica_mlx.bench.sections.stage_training import training
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
 from cognica_mlx.bench.synthetic import synthetic_model

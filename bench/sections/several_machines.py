@@ -18,7 +18,6 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from cognica_mlx.bench.sections.stage_speeds import ROWS, Figure, figure
-from cognica_mlx.bench.sections.stages import ROWS
 from cognica_mlx.bench.timing import Progress, Samples, first_and_next, interleaved
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.decoding.drafters import StageDrafter
