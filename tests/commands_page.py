@@ -32,7 +32,8 @@ def page() -> str:
 def _section(parser: argparse.ArgumentParser) -> str:
     lines = [f"## {parser.prog}", "", parser.description or "", ""]
     for group in parser._action_groups:
-        shown = [a for a in group._group_actions if a.dest != "help"]
+        shown = [a for a in group._group_actions if a.help != argparse.SUPPRESS]
+        shown = [a for a in shown if a.dest != "help"]
         if not shown:
             continue
         title = "" if group.title in ("options", "positional arguments") else group.title

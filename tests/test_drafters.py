@@ -51,9 +51,8 @@ from mlx_poe.commands import generate as generate_command
 from mlx_poe.engine import Engine
 from mlx_poe.engine.scheduler import Scheduler
 from mlx_poe.generation.reply_form import make_grammar
+from mlx_poe.generation.request import read_request
 from mlx_poe.generation.responses import drafts_by_maker
-from mlx_poe.generation.task import make_task
-from mlx_poe.generation.text import read_request
 from mlx_poe.loading.model_info import describe
 from mlx_poe.loading.specialists import Specialists
 from mlx_poe.loading.tokenizer import Tokenizer
@@ -746,23 +745,21 @@ def test_options_of_drafters_come_as_numbers_words_and_flags():
 
 def test_a_schedulers_memory_counts_the_copy():
     model, tokenizer = fixture("poe-tiny")
-    asked = read_request(tokenizer, STORY, {"draft_bits": 4})
-    other = read_request(tokenizer, STORY, {"num_draft_tokens": 6})
-    plain = make_task(model, other, "speculative", max_tokens=8)
-    task = make_task(model, asked, "speculative", max_tokens=8)
-    scheduler = Scheduler(tokenizer, memory=1 << 30)
+    options = {"mode": "speculative", "max_tokens": 8}
+    plain = read_request(tokenizer, STORY, {"num_draft_tokens": 6, **options}).on(model)
+    task = read_request(tokenizer, STORY, {"draft_bits": 4, **options}).on(model)
+    scheduler = Scheduler(memory=1 << 30)
     copied = task.mode.prefix.nbytes
     need = scheduler.bytes_needed(task)
     # The drafter's own rows beside the stage's.
     assert need > scheduler.bytes_needed(plain)
-    tight = Scheduler(tokenizer, memory=need + copied - 1)
-    with pytest.raises(RequestError, match=r"with 0.4 MB of rounded stages"):
+    tight = Scheduler(memory=need + copied - 1)
+    with pytest.raises(RequestError, match=r"with 0.4 MB of quantized stages"):
         tight.check(task)
-    enough = Scheduler(tokenizer, memory=need + copied)
+    enough = Scheduler(memory=need + copied)
     enough.add(task)
     while len(enough):
-        for update in enough.step():
-            assert update.error is None
+        assert not any(isinstance(news, Exception) for _, news in enough.step())
     # It stays with the model: what is kept of prompts has to leave room for it.
     assert enough._free == need
     enough.close()

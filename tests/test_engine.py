@@ -268,7 +268,7 @@ def test_costs_decide_whether_a_mode_goes_on():
         paced, plain = (
             list(engine.submit(STORY, mode=mode, max_tokens=30)) for mode in ("speculative", "full")
         )
-    assert paced[-1].parked and not plain[-1].parked
+    assert paced[-1].fell_back and not plain[-1].fell_back
     assert tokens_of(paced) == tokens_of(plain)
 
 
@@ -363,8 +363,11 @@ def test_what_a_model_is(engine):
         engine.describe("nobody")
 
 
-def test_a_mode_that_does_not_park():
+def test_a_mode_that_does_not_fall_back():
     with Engine(base, endless, costs=lambda *_: DEAR) as engine:
         options = {"mode": "wand", "max_tokens": 40}
-        assert list(engine.submit(STORY, **options))[-1].parked
-        assert list(engine.submit(STORY, parks=False, **options))[-1].parked is None
+        last = list(engine.submit(STORY, **options))[-1]
+        assert last.fell_back and last.parked == last.fell_back
+        # With the names of version 0.2, too.
+        for kept in ({"no_fallback": True}, {"no_park": True}, {"parks": False}):
+            assert list(engine.submit(STORY, **kept, **options))[-1].fell_back is None

@@ -338,26 +338,27 @@ def test_an_unwritable_cache_only_costs_the_measurement(monkeypatch):
     assert machine.known_costs(model) == CHEAP
 
 
-def test_the_command_parks_with_one_line(monkeypatch, capsys, tmp_path: Path):
+def test_the_command_falls_back_with_one_line(monkeypatch, capsys, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machine, "measure", lambda *a, **k: DEAR)
     flags = ["--dtype", "float32", "--prompt", "Once upon a time", "-m", "40"]
     assert generate_command.main([*flags, "--mode", "wand"]) == 0
-    parked = capsys.readouterr()
-    assert parked.err.startswith("wand fell back to full depth: ") and parked.err.count("\n") == 1
-    assert generate_command.main([*flags, "--mode", "wand", "--no-park"]) == 0
-    assert capsys.readouterr().err == ""
+    slow = capsys.readouterr()
+    assert slow.err.startswith("wand fell back to full depth: ") and slow.err.count("\n") == 1
+    for kept in ("--no-fallback", "--no-park"):  # the second as in version 0.2
+        assert generate_command.main([*flags, "--mode", "wand", kept]) == 0
+        assert capsys.readouterr().err == ""
     assert generate_command.main(flags) == 0
-    assert capsys.readouterr().out == parked.out
+    assert capsys.readouterr().out == slow.out
 
 
-def test_responses_say_when_a_mode_has_parked():
+def test_responses_say_when_a_mode_has_fallen_back():
     model, tokenizer = fixture("poe-tiny")
     options = {"max_tokens": 40, "mode": "speculative"}
     stream = list(stream_generate(model, tokenizer, "Once", costs=DEAR, **options))
-    assert stream[-1].parked
+    assert stream[-1].fell_back
     assert "".join(r.text for r in stream) == generate(model, tokenizer, "Once", max_tokens=40)
-    assert not any(r.parked for r in stream_generate(model, tokenizer, "Once", **options))
+    assert not any(r.fell_back for r in stream_generate(model, tokenizer, "Once", **options))
 
 
 def test_a_shortlist_costs_what_was_measured_else_its_share():

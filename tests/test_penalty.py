@@ -1,19 +1,29 @@
 """The repetition penalty that applies when the user has not chosen one."""
 
-from conftest import fixture
+from typing import Any
 
-from mlx_poe.generation.penalty import default_repetition_penalty
+import pytest
 
-
-def test_a_specialist_gets_the_penalty_that_its_model_card_recommends():
-    assert default_repetition_penalty(fixture("poe-tiny-chat")[0]) == 1.15
+from mlx_poe.generation.penalty import with_usual_penalty
 
 
-def test_a_specialist_that_is_offered_functions_may_repeat_what_it_was_given():
-    assert default_repetition_penalty(fixture("poe-tiny-tool")[0], formal=True) == 1.0
-
-
-def test_a_base_model_has_no_default_penalty():
-    base = fixture("poe-tiny")[0]
-    assert default_repetition_penalty(base) is None
-    assert default_repetition_penalty(base, formal=True) is None
+@pytest.mark.parametrize(
+    ("options", "specialist", "penalty"),
+    [
+        # The model cards recommend it.
+        ({}, True, 1.15),
+        ({"repetition_penalty": None, "tools": None}, True, 1.15),
+        # Function calls repeat the names and values that they were given.
+        ({"tools": []}, True, 1.0),
+        ({"json_schema": {}}, True, 1.0),
+        ({"repetition_penalty": 1.3, "tools": []}, True, 1.3),
+        ({}, False, None),
+        ({"tools": []}, False, None),
+    ],
+)
+def test_a_specialist_is_penalized_as_its_model_card_recommends_unless_constrained(
+    options: dict[str, Any], specialist, penalty
+):
+    found = with_usual_penalty(options, specialist)
+    assert found.pop("repetition_penalty", None) == penalty
+    assert found == {k: v for k, v in options.items() if k != "repetition_penalty"}

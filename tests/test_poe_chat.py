@@ -479,11 +479,11 @@ def test_it_runs_where_there_is_no_home(tmp_path):
 
 
 def test_a_mode_that_does_not_pay_says_that_it_fell_back(repl, capsys, monkeypatch):
-    def parked(*arguments: object, **keywords: object):
+    def slow(*arguments: object, **keywords: object):
         for response in stream_generate(*arguments, **keywords):  # type: ignore[arg-type]
-            yield replace(response, parked="a token costs more")
+            yield replace(response, fell_back="a token costs more")
 
-    monkeypatch.setattr("mlx_poe.chat.conversation.stream_generate", parked)
+    monkeypatch.setattr("mlx_poe.chat.conversation.stream_generate", slow)
     assert repl.obey(TALK[0])
     said = capsys.readouterr().err
-    assert said == "full fell back to full depth: a token costs more (--no-park prevents it)\n"
+    assert said == "full fell back to full depth: a token costs more (--no-fallback keeps it)\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import fixture
-from test_scheduler import endless, models, run, task, text, tokens_of
+from test_scheduler import endless, models, response, run, task, text, tokens_of
 
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.single import prefill
@@ -15,7 +15,7 @@ from cognica_mlx.network.model import PoEModel
 from mlx_poe import stream_generate
 from mlx_poe.engine.scheduler import Scheduler
 from mlx_poe.generation.prompt_cache import LEAST, PromptCache, chat_marks, common_start
-from mlx_poe.generation.task import Task
+from mlx_poe.generation.request import GenerationRequest
 
 base, tokenizer = fixture("poe-tiny")
 SYSTEM = {"role": "system", "content": "You are a kind and patient teacher. " * 12}
@@ -34,17 +34,17 @@ def size_of(tokens: list[int]) -> int:
     return cache.nbytes
 
 
-def replies(scheduler: Scheduler, tasks: list[Task]) -> list[tuple[list[int], int]]:
+def replies(scheduler: Scheduler, tasks: list[GenerationRequest]) -> list[tuple[list[int], int]]:
     """Each task's tokens, and how much of its prompt was cached."""
-    updates = run(scheduler, tasks)
+    heard = run(scheduler, tasks)
     found = []
     for each in tasks:
-        responses = [update.response for update in updates[each] if update.response]
+        responses = heard[each]
         found.append((tokens_of(responses), responses[-1].cached_tokens))
     return found
 
 
-def cold(each: Task, mode: str = "full", **options: Any) -> list[int]:
+def cold(each: GenerationRequest, mode: str = "full", **options: Any) -> list[int]:
     stream = stream_generate(
         each.model, endless, each.tokens, max_tokens=each.max_tokens, mode=mode, **options
     )
@@ -64,7 +64,7 @@ def test_a_hit_gives_the_tokens_of_a_cold_run(mode):
     options = {"p99_bounds": [0.3] * 3} if "p99_bounds" in MODES[mode] else {}
     prompt = text(420)
     for other in ("stage", "full"):
-        scheduler = Scheduler(endless)
+        scheduler = Scheduler()
         run(scheduler, [task(prompt, mode=other)])
         each = task([*prompt, 5, 6, 7], mode=mode, **options)
         ((tokens, cached),) = replies(scheduler, [each])
@@ -75,7 +75,7 @@ def test_a_hit_gives_the_tokens_of_a_cold_run(mode):
 
 def test_what_is_kept_is_not_part_of_what_others_still_write():
     """Or it would keep their rows in memory, and they would be copied at every pass."""
-    scheduler = Scheduler(endless)
+    scheduler = Scheduler()
     tasks = [task(text(20 + i), max_tokens=10 + 10 * (i > 0)) for i in range(4)]
     scheduler.add(*tasks)
     while len(scheduler.cache) < 1:
@@ -87,7 +87,7 @@ def test_what_is_kept_is_not_part_of_what_others_still_write():
 
 
 def test_the_next_turn_reads_the_new_turn_only():
-    scheduler = Scheduler(endless)
+    scheduler = Scheduler()
     first = task(text(40), max_tokens=20)
     ((said, cached),) = replies(scheduler, [first])
     assert cached == 0
@@ -101,7 +101,7 @@ def test_the_next_turn_reads_the_new_turn_only():
 
 
 def test_a_sequence_that_is_still_running_serves_others():
-    scheduler = Scheduler(endless)
+    scheduler = Scheduler()
     long = task(text(200), max_tokens=40)
     scheduler.add(long)
     said = []
@@ -114,24 +114,24 @@ def test_a_sequence_that_is_still_running_serves_others():
 @pytest.mark.parametrize("more", [5, 30])
 def test_a_sequence_beside_others_serves_what_its_copy_can_go_back_to(more):
     """Side by side they keep rows that a copy does not."""
-    scheduler = Scheduler(endless)
+    scheduler = Scheduler()
     scheduler.add(*(task(text(250, start=i), max_tokens=200) for i in range(2)))
     said = []
     while len(said) < 2 * more:
-        said += [update.response for update in scheduler.step() if update.response]
+        said += [response(news) for _, news in scheduler.step()]
     states = [running.state for running in scheduler._running.values()]
     assert all(cache.content.place for state in states for cache in state.caches)
     assert not any(state.fork().earliest_rollback > state.earliest_rollback for state in states)
     other = task([*text(21), 9, 9, 9])
-    updates = run(scheduler, [other])[other]
-    assert tokens_of([u.response for u in updates if u.response]) == cold(other)
+    heard = run(scheduler, [other])[other]
+    assert tokens_of(heard) == cold(other)
 
 
 def test_equal_prompts_at_once():
     tasks = [task(text(60), max_tokens=5) for _ in range(6)]
-    need = Scheduler(endless).bytes_needed(tasks[0])
+    need = Scheduler().bytes_needed(tasks[0])
     for memory in (need, 2 * need, None):
-        scheduler = Scheduler(endless, memory=memory, max_sequences=3, prompt_cache_bytes=need)
+        scheduler = Scheduler(memory=memory, max_sequences=3, prompt_cache_bytes=need)
         found = replies(scheduler, tasks)
         assert [tokens for tokens, _ in found] == [cold(tasks[0])] * 6
         assert found[-1][1] == 59
@@ -140,7 +140,7 @@ def test_equal_prompts_at_once():
 @pytest.mark.parametrize("first", ["base", "math", "both"])
 @pytest.mark.parametrize("then", ["base", "chat", "both"])
 def test_what_the_base_has_read_serves_every_specialist(first, then):
-    scheduler = Scheduler(endless, keep_trunk=1024)
+    scheduler = Scheduler(keep_trunk=1024)
     prompt = text(400)
     run(scheduler, [task(prompt, model=models()[first])])
     state = next(iter(scheduler.cache._entries.values()))[0]
@@ -152,14 +152,14 @@ def test_what_the_base_has_read_serves_every_specialist(first, then):
 
 
 def test_a_specialist_that_would_need_what_is_gone_reads_again():
-    scheduler = Scheduler(endless, keep_trunk=0)
+    scheduler = Scheduler(keep_trunk=0)
     run(scheduler, [task(text(400))])
     each = task(text(420), model=models()["chat"])
     assert replies(scheduler, [each]) == [(cold(each), 0)]
 
 
 def test_tokens_that_a_specialist_embeds_anew_are_not_shared():
-    scheduler = Scheduler(endless, keep_trunk=1024)
+    scheduler = Scheduler(keep_trunk=1024)
     prompt = [2039, 2040, *text(30)[1:]]
     run(scheduler, [task(prompt)])
     each = task([*prompt, 3, 4], model=models()["chat"])
@@ -196,12 +196,12 @@ def talk(*said: str) -> list[dict[str, str]]:
 def test_a_system_text_is_shared_by_conversations():
     """Longer than what can be rolled back, and beyond the short windows."""
     model = models()["chat"]
-    scheduler = Scheduler(endless)
+    scheduler = Scheduler()
     tasks = [
         task(talk(words), model=model, max_tokens=4)
         for words in ("Tell me about the sea. " * 50, "12 plus 13?", "Why?")
     ]
-    (mark,) = [m for m in tasks[0].asked.marks if m > LEAST]
+    (mark,) = [m for m in tasks[0].marks if m > LEAST]
     assert mark > 128
     for each in tasks:
         ((tokens, cached),) = replies(scheduler, [each])
@@ -211,7 +211,7 @@ def test_a_system_text_is_shared_by_conversations():
 
 def test_another_last_question_finds_the_conversation_before_it():
     model = models()["chat"]
-    scheduler = Scheduler(endless)
+    scheduler = Scheduler()
     history = ("Hello! " * 40, "Good morning. " * 30)
     one, other = (
         task(talk(*history, last), model=model, max_tokens=3)
@@ -220,7 +220,7 @@ def test_another_last_question_finds_the_conversation_before_it():
     replies(scheduler, [one])
     ((tokens, cached),) = replies(scheduler, [other])
     assert tokens == cold(other)
-    start = other.asked.marks[-1]
+    start = other.marks[-1]
     assert other.tokens[start] == tokenizer.token_id("<|user_start|>")
     assert start <= cached <= start + 8
 
@@ -304,8 +304,8 @@ def test_shared_arrays_are_counted_once():
 
 def test_kept_prompts_make_room_for_those_that_run():
     each = task(text(100), max_tokens=4)
-    need = Scheduler(endless).bytes_needed(each)
-    scheduler = Scheduler(endless, memory=need + need // 2, prompt_cache_bytes=need)
+    need = Scheduler().bytes_needed(each)
+    scheduler = Scheduler(memory=need + need // 2, prompt_cache_bytes=need)
     for i in range(8):
         scheduler.add(task(text(100, start=i), max_tokens=4))
         while len(scheduler):

@@ -21,8 +21,8 @@ from cognica_mlx.machines.messages import FORK, Reader, Wire, encode
 from cognica_mlx.pricing.pace import pace_for
 from mlx_poe import batch_generate, stream_generate
 from mlx_poe.engine import Engine
-from mlx_poe.engine.batch_generate import plan
 from mlx_poe.engine.scheduler import Scheduler
+from mlx_poe.generation.request import read_request
 from mlx_poe.loading import split_loading
 from mlx_poe.loading.machine_costs import known_costs
 from mlx_poe.loading.split_loading import _Rank
@@ -193,24 +193,27 @@ def test_costs_are_not_needed_once_a_rank_is_lost(monkeypatch, tmp_path):
 def test_a_batch_reports_what_failed_on_the_rank():
     whole, tokenizer = fixture("poe-tiny")
     with on_threads(whole, "0|1,2,3") as ranks:
-        scheduler = Scheduler(tokenizer)
+        scheduler = Scheduler()
         prompts = TEXT[:4], TEXT[:5], TEXT[:6]
-        tasks = [plan(tokenizer, text, model=ranks.model, max_tokens=9) for text in prompts]
+        tasks = [
+            read_request(tokenizer, text, {"max_tokens": 9}).on(ranks.model) for text in prompts
+        ]
         scheduler.add(*tasks[:2])
         tokens, errors = [[], [], []], ["", "", ""]
         while len(scheduler):
-            for update in scheduler.step():
-                index = tasks.index(update.task)
-                if update.response:
-                    tokens[index].append(update.response.token)
-                errors[index] = str(update.error or "")
+            for task, news in scheduler.step():
+                index = tasks.index(task)
+                if isinstance(news, Exception):
+                    errors[index] = str(news)
+                else:
+                    tokens[index].append(news.token)
             if len(tokens[0]) == 3 and not errors[0]:
                 # As if its owner had lost the first sequence.
                 scheduler._running[tasks[0]].state.caches[-1].number = 10**6
         # Not what went wrong after it, when each was tried alone.
         assert errors == ["rank 1: a sequence holds 0 of 7 positions"] * 2 + [""]
         scheduler.add(tasks[2])
-        later = [update.response.token for _ in range(99) for update in scheduler.step()]
+        later = [news.token for _ in range(99) for _, news in scheduler.step()]
         assert later == [token for token, *_ in reply(whole, "full", {}, prompts[2], 9)]
         scheduler.close()
 

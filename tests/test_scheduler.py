@@ -18,12 +18,11 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs
 from mlx_poe import batch_generate, stream_generate
-from mlx_poe.engine.batch_generate import plan
 from mlx_poe.engine.memory import memory_for_states
 from mlx_poe.engine.scheduler import Scheduler
 from mlx_poe.generation.prompt_cache import PromptCache
-from mlx_poe.generation.responses import GenerationResponse
-from mlx_poe.generation.task import Task, Update
+from mlx_poe.generation.request import GenerationRequest, read_request
+from mlx_poe.generation.responses import GenerationResponse, is_last
 from mlx_poe.loading.specialists import Specialists
 from mlx_poe.loading.tokenizer import Tokenizer
 
@@ -52,20 +51,29 @@ def text(length: int, start: int = 0) -> list[int]:
     return [2039, *((7 * i + start) % 2000 for i in range(1, length))]
 
 
-def task(prompt: Any = STORY, **options: Any) -> Task:
-    options = {"model": base, "max_tokens": 12, **options}
-    return plan(endless, prompt, **options)
+def task(prompt: Any = STORY, **options: Any) -> GenerationRequest:
+    model = options.pop("model", base)
+    return read_request(endless, prompt, {"max_tokens": 12, **options}).on(model)
 
 
-def run(scheduler: Scheduler, tasks: list[Task]) -> dict[Task, list[Update]]:
-    """Every update of each task, run to its end."""
-    updates: dict[Task, list[Update]] = {each: [] for each in tasks}
+def run(
+    scheduler: Scheduler, tasks: list[GenerationRequest]
+) -> dict[GenerationRequest, list[GenerationResponse]]:
+    """Every response to each request, run to its end."""
+    heard: dict[GenerationRequest, list[GenerationResponse]] = {each: [] for each in tasks}
     for each in tasks:
         scheduler.add(each)
     while len(scheduler):
-        for update in scheduler.step():
-            updates.setdefault(update.task, []).append(update)
-    return updates
+        for each, news in scheduler.step():
+            heard.setdefault(each, []).append(response(news))
+    return heard
+
+
+def response(news: GenerationResponse | Exception) -> GenerationResponse:
+    """The response that news is; an error fails the test."""
+    if isinstance(news, Exception):
+        raise news
+    return news
 
 
 def tokens_of(responses: list[GenerationResponse]) -> list[int]:
@@ -77,7 +85,7 @@ def told(responses: list[GenerationResponse]) -> list[tuple]:
     return [
         (
             *(r.text, r.token, r.stage, r.from_draft, r.prompt_tokens, r.generation_tokens),
-            *(r.drafted_tokens, r.parked, r.finish_reason, pytest.approx(r.logprob, abs=2e-4)),
+            *(r.drafted_tokens, r.fell_back, r.finish_reason, pytest.approx(r.logprob, abs=2e-4)),
         )
         for r in responses
     ]
@@ -271,15 +279,15 @@ def test_a_state_that_was_long_is_counted_as_such():
 
 
 def test_what_does_not_fit_waits_and_what_never_fits_is_refused():
-    short = Scheduler(endless).bytes_needed(task())
-    scheduler = Scheduler(endless, memory=2 * short, prompt_cache_bytes=0)
+    short = Scheduler().bytes_needed(task())
+    scheduler = Scheduler(memory=2 * short, prompt_cache_bytes=0)
     tasks = [task() for _ in range(5)]
     most = 0
     for each in tasks:
         scheduler.add(each)
     order = []
     while len(scheduler):
-        order += [update.task for update in scheduler.step() if update.ended]
+        order += [each for each, news in scheduler.step() if is_last(news)]
         stats = scheduler.stats
         most = max(most, stats.running)
         assert stats.state_bytes <= 2 * short
@@ -287,22 +295,21 @@ def test_what_does_not_fit_waits_and_what_never_fits_is_refused():
     assert order == tasks
     large = task(text(400))
     assert short < scheduler.bytes_needed(large)
-    scheduler = Scheduler(endless, memory=short)
+    scheduler = Scheduler(memory=short)
     with pytest.raises(RequestError, match=r"400 tokens of prompt and 12 .* MB, but .* MB: allow"):
         scheduler.add(large)
     assert not len(scheduler)
 
 
 def test_a_large_task_is_not_overtaken_for_ever():
-    small = Scheduler(endless).bytes_needed(task())
+    small = Scheduler().bytes_needed(task())
     large = task(text(600))
-    need = Scheduler(endless).bytes_needed(large)
-    scheduler = Scheduler(endless, memory=need + small // 2, prompt_cache_bytes=0)
+    need = Scheduler().bytes_needed(large)
+    scheduler = Scheduler(memory=need + small // 2, prompt_cache_bytes=0)
     tasks = [task(), large, task(), task()]
-    updates = run(scheduler, tasks)
-    assert all(each[-1].ended and not each[-1].error for each in updates.values())
-    ends = [tasks.index(update.task) for each in updates.values() for update in each[-1:]]
-    assert ends == [0, 1, 2, 3]
+    heard = run(scheduler, tasks)
+    assert all(is_last(each[-1]) for each in heard.values())
+    assert [tasks.index(each) for each in heard] == [0, 1, 2, 3]
 
 
 def held(scheduler: Scheduler) -> int:
@@ -328,16 +335,16 @@ def test_real_memory_stays_within_the_budget():
             options["num_draft_tokens"] = 1 + pick % 7
         prompt = text(10 + pick % 3 * 150 + pick % 11, start=pick % 3)
         tasks.append(task(prompt, model=model, mode=mode, max_tokens=1 + pick % 20, **options))
-    need = max(Scheduler(endless, keep_trunk=1024).bytes_needed(each) for each in tasks)
+    need = max(Scheduler(keep_trunk=1024).bytes_needed(each) for each in tasks)
     scheduler = Scheduler(
-        endless, memory=4 * need, prompt_cache_bytes=need, max_sequences=6, keep_trunk=1024
+        memory=4 * need, prompt_cache_bytes=need, max_sequences=6, keep_trunk=1024
     )
     for each in tasks:
         scheduler.add(each)
     most = 0
     while len(scheduler):
-        for update in scheduler.step():
-            assert not update.error
+        for _, news in scheduler.step():
+            response(news)
         stats = scheduler.stats
         assert stats.cache_bytes <= need
         assert stats.state_bytes + stats.cache_bytes <= 4 * need
@@ -348,25 +355,24 @@ def test_real_memory_stays_within_the_budget():
     assert scheduler.stats.cache_hits > 5
 
 
-def drafting(**options: Any) -> Task:
+def drafting(**options: Any) -> GenerationRequest:
     """A task with a rounded drafter."""
     return task(mode="speculative", draft_bits=4, **options)
 
 
 def test_what_was_accepted_runs_when_a_rounded_copy_has_taken_its_share():
-    probe, long = Scheduler(endless, max_sequences=1), task(text(600))
+    probe, long = Scheduler(max_sequences=1), task(text(600))
     first, again = drafting(), drafting(num_draft_tokens=2)
     (prefix,) = first.prefixes
     memory = max(probe.bytes_needed(long), probe.bytes_needed(first) + prefix.nbytes)
     assert probe.bytes_needed(long) + prefix.nbytes > memory
-    scheduler = Scheduler(endless, max_sequences=1, memory=memory, prompt_cache_bytes=0)
+    scheduler = Scheduler(max_sequences=1, memory=memory, prompt_cache_bytes=0)
     scheduler.add(first, long, again)
-    replies: dict[Task, list[GenerationResponse]] = {first: [], long: [], again: []}
+    replies: dict[GenerationRequest, list[GenerationResponse]] = {first: [], long: [], again: []}
     copies, before = [], prefix.arrays
     for _ in range(100):
-        for update in scheduler.step():
-            assert update.response and not update.error
-            replies[update.task].append(update.response)
+        for each, news in scheduler.step():
+            replies[each].append(response(news))
         stats = scheduler.stats
         assert stats.state_bytes + stats.copy_bytes <= memory
         copies.append(stats.copy_bytes)
@@ -382,12 +388,12 @@ def test_what_was_accepted_runs_when_a_rounded_copy_has_taken_its_share():
 
 
 def test_a_copy_is_counted_before_the_task_that_drafts_with_it_starts():
-    probe = Scheduler(endless)
+    probe = Scheduler()
     one, other = task(), drafting()
     (prefix,) = other.prefixes
     both = probe.bytes_needed(one) + probe.bytes_needed(other) + prefix.nbytes
     for memory, running in ((both - 1, 1), (both, 2)):
-        scheduler = Scheduler(endless, memory=memory, prompt_cache_bytes=0)
+        scheduler = Scheduler(memory=memory, prompt_cache_bytes=0)
         scheduler.add(one, other)
         scheduler.step()
         assert scheduler.stats.running == running
@@ -396,7 +402,7 @@ def test_a_copy_is_counted_before_the_task_that_drafts_with_it_starts():
 
 def test_a_kept_state_that_is_too_large_for_what_is_left_is_not_used():
     long, beside, short = task(text(370), max_tokens=1), task(text(9, 5)), task([*text(20), 1, 2])
-    scheduler = Scheduler(endless, max_sequences=2)
+    scheduler = Scheduler(max_sequences=2)
     run(scheduler, [long])
     ((kept, _),) = scheduler.cache._entries.values()
     need = scheduler.bytes_needed(short, kept)
@@ -415,7 +421,7 @@ def test_a_kept_state_that_is_too_large_for_what_is_left_is_not_used():
 def test_a_state_from_the_cache_fits_its_promise_without_others_beside_it(step_size):
     """Activations are dropped in pieces as large as those that another task has read."""
     for first, then in (("full", "full"), ("wand", "full"), ("stage", "stage")):
-        scheduler = Scheduler(endless, max_sequences=1)
+        scheduler = Scheduler(max_sequences=1)
         bounds = {"p99_bounds": BOUNDS} if first == "wand" else {}
         run(scheduler, [task(text(300), mode=first, max_tokens=1, **bounds)])
         for prompt in ([*text(20), 1, 2], [*text(299), 1, *text(90)]):
@@ -429,7 +435,7 @@ def test_a_state_from_the_cache_fits_its_promise_without_others_beside_it(step_s
 
 
 def test_a_short_task_that_goes_on_from_a_long_text_is_counted_with_its_buffers():
-    scheduler = Scheduler(endless)
+    scheduler = Scheduler()
     run(scheduler, [task(text(370), max_tokens=1)])
     short = task([*text(20), 1, 2], max_tokens=30)
     scheduler.add(short)
@@ -443,7 +449,7 @@ def test_a_short_task_that_goes_on_from_a_long_text_is_counted_with_its_buffers(
 
 def test_rows_of_others_do_not_stay_in_memory():
     """One long sequence beside many short ones."""
-    scheduler = Scheduler(endless, max_sequences=5, keep_trunk=1024, prompt_cache_bytes=0)
+    scheduler = Scheduler(max_sequences=5, keep_trunk=1024, prompt_cache_bytes=0)
     long = task(text(20), max_tokens=120)
     scheduler.add(long)
     while not scheduler._running:
@@ -468,17 +474,16 @@ def test_there_is_memory_on_this_machine():
 
 
 def test_a_task_can_be_cancelled_wherever_it_is():
-    scheduler = Scheduler(endless, max_sequences=2)
+    scheduler = Scheduler(max_sequences=2)
     tasks = [task(max_tokens=40) for _ in range(4)]
     for each in tasks:
         scheduler.add(each)
-    got: dict[Task, list[int]] = {each: [] for each in tasks}
+    got: dict[GenerationRequest, list[int]] = {each: [] for each in tasks}
     steps = 0
     while len(scheduler):
         steps += 1
-        for update in scheduler.step():
-            if update.response:
-                got[update.task].append(update.response.token)
+        for each, news in scheduler.step():
+            got[each].append(response(news).token)
         if steps == 5:
             scheduler.cancel(tasks[0])  # running
             scheduler.cancel(tasks[3])  # waiting
@@ -492,14 +497,14 @@ def test_a_task_can_be_cancelled_wherever_it_is():
 
 @pytest.mark.parametrize("where", ["running", "waiting", "reading"])
 def test_a_paused_task_leaves_its_slot_to_others_and_goes_on_where_it_was(where):
-    scheduler = Scheduler(endless, max_sequences=1)
+    scheduler = Scheduler(max_sequences=1)
     prompt = text(900) if where == "reading" else STORY
     options = {"temp": 0.8, "seed": 3, "max_tokens": 30, "repetition_penalty": 1.2}
     first, other = task(prompt, **options), task(text(30, start=500))
     got: list[GenerationResponse] = []
     scheduler.add(*((other, first) if where == "waiting" else (first, other)))
     while len(got) < (5 if where == "running" else 0) or not scheduler._running:
-        got += [u.response for u in scheduler.step() if u.response and u.task is first]
+        got += [response(news) for each, news in scheduler.step() if each is first]
     scheduler.pause(first)
     scheduler.pause(first)
     assert scheduler.stats.paused == 1
@@ -510,9 +515,9 @@ def test_a_paused_task_leaves_its_slot_to_others_and_goes_on_where_it_was(where)
     scheduler.add(last)
     scheduler.resume(first)
     scheduler.resume(first)
-    updates = run(scheduler, [])
-    assert list(updates) == [first, last]
-    got += [update.response for update in updates[first] if update.response]
+    heard = run(scheduler, [])
+    assert list(heard) == [first, last]
+    got += heard[first]
     alone = stream_generate(base, endless, prompt, **options)
     assert told(got) == told(list(alone))
     # What it had read was kept.
@@ -520,7 +525,7 @@ def test_a_paused_task_leaves_its_slot_to_others_and_goes_on_where_it_was(where)
 
 
 def test_a_paused_task_can_be_cancelled():
-    scheduler = Scheduler(endless, max_sequences=1)
+    scheduler = Scheduler(max_sequences=1)
     first, other = task(), task()
     scheduler.add(first, other)
     scheduler.step()
@@ -533,7 +538,7 @@ def test_a_paused_task_can_be_cancelled():
 
 @pytest.mark.parametrize("where", [(PromptCache, "find"), (PromptCache, "put"), (Batch, "add")])
 def test_an_interruption_between_two_requests_loses_no_task(where, monkeypatch):
-    scheduler = Scheduler(endless, max_sequences=2)
+    scheduler = Scheduler(max_sequences=2)
     tasks = [task(TALK, max_tokens=5, seed=i, temp=0.8) for i in range(4)]
     scheduler.add(*tasks)
     real, calls, updates = getattr(*where), [], []
@@ -554,8 +559,8 @@ def test_an_interruption_between_two_requests_loses_no_task(where, monkeypatch):
             interruptions += 1
     assert interruptions > 1 and not len(scheduler) and not scheduler.stats.running
     for i, each in enumerate(tasks):
-        mine = [update for update in updates if update.task is each]
-        assert [update.ended for update in mine] == [False] * 4 + [True]
+        mine = [response(news) for other, news in updates if other is each]
+        assert [is_last(news) for news in mine] == [False] * 4 + [True]
         alone = stream_generate(base, endless, TALK, max_tokens=5, seed=i, temp=0.8)
         assert tokens_of([u.response for u in mine if u.response]) == tokens_of(list(alone))
 
@@ -566,50 +571,46 @@ def test_a_task_that_started_just_before_an_interruption_is_not_started_again():
             scheduler._waiting = deque(self)
             raise KeyboardInterrupt
 
-    scheduler = Scheduler(endless, max_sequences=2)
+    scheduler = Scheduler(max_sequences=2)
     scheduler._waiting = Interrupted()
     each = task(TALK, max_tokens=5)
     scheduler.add(each)
     with pytest.raises(KeyboardInterrupt):
         scheduler.step()
-    updates = run(scheduler, [])
+    heard = run(scheduler, [])
     alone = stream_generate(base, endless, TALK, max_tokens=5)
-    assert tokens_of([u.response for u in updates[each] if u.response]) == tokens_of(list(alone))
+    assert tokens_of(heard[each]) == tokens_of(list(alone))
 
 
 def test_a_reply_that_ends_early_leaves_the_state_at_its_end():
     """Several tokens may come at once; those behind a stop string are not the reply's."""
-    scheduler = Scheduler(endless)
+    scheduler = Scheduler()
     options = {"mode": "speculative", "num_draft_tokens": 6, "max_tokens": 40}
     each = task("The capital of France is", stop=" French", **options)
-    updates = run(scheduler, [each])[each]
+    heard = run(scheduler, [each])[each]
     ((state, _),) = scheduler.cache._entries.values()
-    said = [*each.tokens, *(update.response.token for update in updates if update.response)]
+    said = [*each.tokens, *tokens_of(heard)]
     assert state.tokens in (said, said[:-1])
-    assert updates[-1].response and updates[-1].response.finish_reason == "stop"
-    assert sum(update.ended for update in updates) == 1
+    assert [r.finish_reason for r in heard] == [None] * (len(heard) - 1) + ["stop"]
 
 
 def test_a_mode_that_does_not_pay_falls_back_beside_others():
     dear = Costs((1, 8), ((1.0, 20.0),) * 4, ((1.0, 20.0),) * 4, (3,))
     options = {"mode": "speculative", "costs": dear, "max_tokens": 30}
     tasks = [task(**options), task(text(30)), task(mode="speculative", max_tokens=30)]
-    updates = run(Scheduler(endless), tasks)
-    parked, _, unwatched = (
-        [update.response for update in updates[each] if update.response] for each in tasks
-    )
-    assert tokens_of(parked) == tokens_of(unwatched)
-    assert parked[-1].parked and "full depth" in parked[-1].parked
-    assert unwatched[-1].parked is None
-    assert parked[-1].drafted_tokens < unwatched[-1].drafted_tokens
+    heard = run(Scheduler(), tasks)
+    left, _, unwatched = (heard[each] for each in tasks)
+    assert tokens_of(left) == tokens_of(unwatched)
+    assert left[-1].fell_back and "full depth" in left[-1].fell_back
+    assert unwatched[-1].fell_back is None
+    assert left[-1].drafted_tokens < unwatched[-1].drafted_tokens
 
 
 def test_nothing_grows_over_several_hundred_requests():
-    scheduler = Scheduler(endless, max_sequences=4, prompt_cache_bytes=12_000_000)
+    scheduler = Scheduler(max_sequences=4, prompt_cache_bytes=12_000_000)
     sizes = []
     for i in range(200):
-        updates = run(scheduler, [task(text(12 + i % 5, start=i), max_tokens=2)])
-        assert all(not each[-1].error for each in updates.values())
+        run(scheduler, [task(text(12 + i % 5, start=i), max_tokens=2)])
         if i in (104, 199):
             cache = scheduler.cache
             sizes.append((len(cache), cache.nbytes, len(cache._users), mx.get_active_memory()))
@@ -621,7 +622,7 @@ def test_nothing_grows_over_several_hundred_requests():
 
 
 def test_a_closed_scheduler_holds_nothing():
-    scheduler = Scheduler(endless, max_sequences=1)
+    scheduler = Scheduler(max_sequences=1)
     for _ in range(3):
         scheduler.add(task())
     scheduler.step()

@@ -24,10 +24,9 @@ from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.shared_base import share_base
 from cognica_mlx.pricing.costs import Costs
 from mlx_poe import stream_generate
-from mlx_poe.engine.batch_generate import plan
 from mlx_poe.engine.scheduler import Scheduler
-from mlx_poe.generation.responses import GenerationResponse
-from mlx_poe.generation.task import Task
+from mlx_poe.generation.request import GenerationRequest, read_request
+from mlx_poe.generation.responses import GenerationResponse, is_last
 from mlx_poe.loading.specialists import Specialists
 
 STEPS = int(os.environ.get("POE_WALK_STEPS", "300"))
@@ -154,7 +153,7 @@ def alone(model: str, prompt: str, options: str) -> list[GenerationResponse]:
 class Asked:
     """One request of the walk: what it asked for, and what came of it."""
 
-    def __init__(self, task: Task, key: tuple[str, str, str]):
+    def __init__(self, task: GenerationRequest, key: tuple[str, str, str]):
         self.task, self.key = task, key
         self.got: list[GenerationResponse] = []
         self.ended = self.disturbed = False
@@ -180,22 +179,21 @@ class Walk:
     def begin(self) -> None:
         """A new scheduler, with a budget that barely fits some of the requests, and not others."""
         random = self.random
-        probe = Scheduler(tokenizer, keep_trunk=1024, max_sequences=random.choice([1, 2, 3, 6]))
-        asked = plan(tokenizer, text(random.choice(CUTS)), model=models()["base"], **SPECULATIVE)
+        probe = Scheduler(keep_trunk=1024, max_sequences=random.choice([1, 2, 3, 6]))
+        asked = read_request(tokenizer, text(random.choice(CUTS)), SPECULATIVE).on(models()["base"])
         need = probe.bytes_needed(asked) + sum(prefix.nbytes for prefix in asked.prefixes)
         memory = int(need * random.choice([1, 1, 1.3, 2.5]))
         self.scheduler = Scheduler(
-            tokenizer,
             keep_trunk=1024,
             max_sequences=probe.max_sequences,
             memory=memory,
             prompt_cache_bytes=random.choice([0, memory // 4, memory]),
         )
-        self.asked: dict[Task, Asked] = {}
-        self.paused: list[Task] = []
+        self.asked: dict[GenerationRequest, Asked] = {}
+        self.paused: list[GenerationRequest] = []
 
     @property
-    def alive(self) -> list[Task]:
+    def alive(self) -> list[GenerationRequest]:
         return [task for task, asked in self.asked.items() if not asked.ended]
 
     def join(self) -> None:
@@ -210,7 +208,7 @@ class Walk:
         prompt, options = any_prompt(request), any_options(request)
         if "p99_bounds" in options:
             options["p99_bounds"] = [0.3] * (model.poe_n_stages - 1)
-        task = plan(tokenizer, prompt, **{"model": model, **options})
+        task = read_request(tokenizer, prompt, options).on(model)
         try:
             self.scheduler.add(task)
         except RequestError:
@@ -253,25 +251,24 @@ class Walk:
         calls = int(10 ** self.random.uniform(0, 4)) if self.random.random() < 0.08 else 0
         try:
             with interrupted(calls):
-                updates = scheduler.step()
+                all_news = scheduler.step()
         except KeyboardInterrupt:
             self.interruptions += 1
             for task in self.alive:
                 self.asked[task].disturbed = True
             return
-        for update in updates:
-            assert not update.error, (self.asked[update.task].key, update.error)
-            asked = self.asked[update.task]
-            if update.response:
-                asked.got.append(update.response)
-            asked.ended = update.ended
+        for task, news in all_news:
+            asked = self.asked[task]
+            assert not isinstance(news, Exception), (asked.key, news)
+            asked.got.append(news)
+            asked.ended = is_last(news)
             if asked.ended:
                 asked.check()
-                del self.asked[update.task]
+                del self.asked[task]
         stats = scheduler.stats
         assert stats.state_bytes + stats.cache_bytes + stats.copy_bytes <= stats.memory_bytes
         for running in scheduler._running.values():
-            assert running.state.nbytes <= running.need, running.task.mode
+            assert running.state.nbytes <= running.need, running.request.mode
         assert held(scheduler) <= stats.state_bytes + stats.cache_bytes
 
     def end(self) -> None:

@@ -59,7 +59,7 @@ def from_arrays(
     if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
         raise RequestError("the saved state is damaged: it contains a value that is not a number")
     state = DecodingState(model, **{name: fields[name] for name in OPTIONS})
-    state.check_ids(fields["tokens"])
+    state.model.check_ids(fields["tokens"])
     try:
         _restore(state, arrays, fields)
     except (KeyError, ValueError, TypeError, IndexError) as error:

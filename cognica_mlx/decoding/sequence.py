@@ -28,7 +28,7 @@ from cognica_mlx.decoding.requests import (
     through,
     top_of,
 )
-from cognica_mlx.decoding.sampling import Context, Sampler, logprob_of
+from cognica_mlx.decoding.sampling import Context, Sampler, SamplingOptions, logprob_of
 from cognica_mlx.decoding.state import DecodingState, Progress
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RankLostError, RequestError, RollbackError
@@ -85,19 +85,12 @@ class DecodingSequence:
         every chunk of `prefill_step_size` prompt tokens. The output satisfies `constraint`, which
         must be at its beginning, and ends where it ends. With `score_prompt` the whole prompt is
         run, even if the state holds part of it."""
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        if max_tokens < 1:
-            raise RequestError(f"max_tokens {max_tokens} must be at least 1")
-        if prefill_step_size is not None and prefill_step_size < 1:
-            raise RequestError(f"prefill_step_size {prefill_step_size} must be at least 1")
+        self.sampler = sampler or Sampler()
+        check_sequence(model, prompt, self.sampler.options, max_tokens, prefill_step_size)
         state = state or DecodingState(model)
         if state.model is not model:
             raise RequestError("the decoding state belongs to another model")
-        state.check_ids(prompt)
         self.model, self.mode, self.state = model, mode, state
-        self.sampler = sampler or Sampler()
-        state.check_ids([*(self.sampler.options.logit_bias or ())])
         self.advice, self.fallback = advice or NoAdvice(), fallback
         self.last_resort = last_resort
         self.constraint = constraint
@@ -300,6 +293,25 @@ class DecodingSequence:
         except RollbackError:
             self.state.rollback(0)
         return self.state.length
+
+
+def check_sequence(
+    model: PoEModel,
+    prompt: Sequence[int],
+    sampling: SamplingOptions,
+    max_tokens: int,
+    prefill_step_size: int | None = None,
+) -> None:
+    """Raise RequestError for an empty prompt, a token id outside the model's vocabulary, or a limit
+    below 1."""
+    if not prompt:
+        raise RequestError("the prompt is empty; give at least one token")
+    if max_tokens < 1:
+        raise RequestError(f"max_tokens {max_tokens} must be at least 1")
+    if prefill_step_size is not None and prefill_step_size < 1:
+        raise RequestError(f"prefill_step_size {prefill_step_size} must be at least 1")
+    model.check_ids(prompt)
+    model.check_ids([*(sampling.logit_bias or ())])
 
 
 def prefill_step_size_here() -> int:

@@ -143,7 +143,7 @@ class DecodingState:
         Raises RequestError for ids outside the vocabulary.
         """
         if not isinstance(tokens, mx.array):
-            self.check_ids(tokens)
+            self.model.check_ids(tokens)
             if not self._late:
                 self._ids += tokens
                 return
@@ -154,14 +154,6 @@ class DecodingState:
         if len(self._late) > 2 * UNREAD:
             # Computed long ago; otherwise a long text would keep an array for every token.
             self._read(UNREAD)
-
-    def check_ids(self, tokens: Sequence[int]) -> None:
-        """Raise RequestError for a token id outside the vocabulary."""
-        size = self.model.config.vocab_size
-        if not tokens or (min(tokens) >= 0 and max(tokens) < size):
-            return
-        token = next(token for token in tokens if not 0 <= token < size)
-        raise RequestError(f"token id {token} is outside the vocabulary of {size}")
 
     def _span(self, start: int, stop: int) -> mx.array:
         """The tokens at positions start .. stop - 1 as an array (1, T)."""

@@ -342,6 +342,14 @@ class PoEModel(nn.Module):
                 f"{what} {stage}: this model has stages 0 to {self.poe_n_stages - 1}"
             )
 
+    def check_ids(self, tokens: Sequence[int]) -> None:
+        """Raise RequestError for a token id outside the vocabulary."""
+        size = self.config.vocab_size
+        if not tokens or (min(tokens) >= 0 and max(tokens) < size):
+            return
+        token = next(token for token in tokens if not 0 <= token < size)
+        raise RequestError(f"token id {token} is outside the vocabulary of {size}")
+
     def boundaries(self, tokens: mx.array, last_stage: int | None = None) -> list[Hidden]:
         """The output of every stage up to `last_stage` (default: the last) for tokens (B, T)."""
         last_stage = self.poe_n_stages - 1 if last_stage is None else last_stage

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END, REPLY_START, with_system
 from cognica_mlx.decoding.json_schema import read_schema
-from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions, make_mode
+from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
 from cognica_mlx.decoding.saved_state import from_arrays, to_arrays
 from cognica_mlx.decoding.state import MAX_PENDING, DecodingState, Progress
@@ -26,7 +26,7 @@ from cognica_mlx.errors import CheckpointError, PoEError, PoEWarning, RequestErr
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.chat.saved_chat import SavedChat, read_chat, write_chat
 from mlx_poe.chat.turns import Settings, Turn
-from mlx_poe.generation.penalty import default_repetition_penalty
+from mlx_poe.generation.penalty import with_usual_penalty
 from mlx_poe.generation.reply_form import make_grammar
 from mlx_poe.generation.text import GenerationResponse, stream_generate
 from mlx_poe.generation.tools import Functions, read_functions
@@ -44,7 +44,7 @@ class Chat:
     """A conversation with a model, or with specialists over it.
 
     The `set_...` methods check their arguments before they change `settings`. `last` holds the
-    responses of the latest reply. With `parks`, a mode that does not pay on this machine falls
+    responses of the latest reply. With `falls_back`, a mode that does not pay on this machine falls
     back to full depth for the rest of the reply. After an interrupt or an error, the conversation
     is unchanged, or holds the reply up to that point.
     """
@@ -56,12 +56,12 @@ class Chat:
         name: str,
         settings: Settings | None = None,
         *,
-        parks: bool = False,
+        falls_back: bool = False,
     ) -> None:
         self.specialists = Specialists(model)
         self.tokenizer, self.name = tokenizer, name
         self.settings = settings or Settings()
-        self.parks = parks
+        self.falls_back = falls_back
         self.turns: list[Turn] = []
         self.last: list[GenerationResponse] = []
         self.model = model
@@ -208,13 +208,11 @@ class Chat:
         self, prompt: list[int], progress: Progress | None
     ) -> Generator[GenerationResponse, None, None]:
         settings = self.settings
-        form: dict[str, Any] = {}
+        options: dict[str, Any] = {**settings.options}
         if settings.schema is not None:
-            form = {"json_schema": settings.schema}
+            options["json_schema"] = settings.schema
         elif settings.functions:
-            form = {"tools": settings.functions}
-        penalty = default_repetition_penalty(self.model, formal=bool(form))
-        paced = self.parks and settings.mode in PACED_MODES
+            options["tools"] = settings.functions
         return stream_generate(  # type: ignore[return-value]
             self.model,
             self.tokenizer,
@@ -224,9 +222,8 @@ class Chat:
             stop=settings.stop,
             state=self.state,
             prompt_progress_callback=progress,
-            costs=known_costs if paced else None,
-            **{"repetition_penalty": penalty, **settings.options},
-            **form,
+            costs=known_costs if self.falls_back else None,
+            **with_usual_penalty(options, self.can_chat),
         )
 
     def _turn(self, text: str, tokens: list[int]) -> Turn:
@@ -312,7 +309,7 @@ class Chat:
         turns: list[Turn] = []
         for number, turn in enumerate(saved.turns, 1):
             try:
-                self.state.check_ids([*turn.tokens, *turn.reply_tokens])
+                model.check_ids([*turn.tokens, *turn.reply_tokens])
                 if not self.tokenizer.decode(turn.reply_tokens).startswith(turn.reply):
                     raise CheckpointError("its reply does not match its tokens")
             except PoEError as error:

@@ -131,8 +131,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_constraint_flags(parser: argparse.ArgumentParser) -> None:
-    """--json-schema, --regex, --grammar, --tools: the form a reply must have."""
-    group = parser.add_argument_group("the reply's form (each a file, or the text itself)")
+    """--json-schema, --regex, --grammar, --tools: constraints on the reply."""
+    group = parser.add_argument_group("constraints on the reply (each a file, or the text itself)")
     group.add_argument(
         "--json-schema", metavar="SCHEMA", help="JSON that fits this schema; {} allows any object"
     )
@@ -237,10 +237,12 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         help="speculative: also draft the tokens that followed the same text earlier",
     )
     group.add_argument(
-        "--no-park",
+        "--no-fallback",
         action="store_true",
         help="wand, speculative, certified: keep the mode even if full depth is faster here",
     )
+    # As version 0.2 called it.
+    group.add_argument("--no-park", dest="no_fallback", action="store_true", help=argparse.SUPPRESS)
 
 
 def file_path(text: str) -> Path:

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from functools import partial
 
 from rich.color import ColorSystem
@@ -14,8 +13,6 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions
-from cognica_mlx.decoding.sampling import SamplingOptions
 from cognica_mlx.errors import RequestError
 from cognica_mlx.files import strict_json
 from cognica_mlx.network.model import PoEModel
@@ -31,11 +28,20 @@ from mlx_poe.commands.flags import (
     taken_constraints,
 )
 from mlx_poe.commands.progress import Bars
-from mlx_poe.commands.prompts_file import add_batch_flags, as_json, check_file_flags, generate_file
+from mlx_poe.commands.prompts_file import (
+    FLAG_OPTIONS,
+    add_batch_flags,
+    as_json,
+    check_file_flags,
+    generate_file,
+    named_specialists,
+    print_totals,
+    user_prompt,
+)
 from mlx_poe.commands.split import add_split_flags, check_split, over_machines
-from mlx_poe.generation.penalty import default_repetition_penalty
-from mlx_poe.generation.responses import drafts_in_words
-from mlx_poe.generation.text import GenerationResponse, Prompt, stream_generate
+from mlx_poe.generation.penalty import with_usual_penalty
+from mlx_poe.generation.responses import drafts_in_words, fallback_note
+from mlx_poe.generation.text import GenerationResponse, stream_generate
 from mlx_poe.loading.load import load
 from mlx_poe.loading.machine_costs import known_costs
 from mlx_poe.loading.specialists import Specialists
@@ -114,7 +120,7 @@ def _generate(args: argparse.Namespace) -> int:
         if args.top_logprobs and not args.json:
             raise RequestError("--top-logprobs needs --json or --prompts")
         if args.prompt != "-":
-            _check_text(args.prompt)
+            user_prompt(args, args.prompt, chats=True)
         work = _reply
     if args.split:
         return over_machines(args, [(n, n) for n in args.specialists or ()], partial(work, args))
@@ -127,67 +133,31 @@ def _generate(args: argparse.Namespace) -> int:
     return work(args, tokenizer, specialists)
 
 
-def _check_text(text: str) -> None:
-    if not text.strip():
-        raise RequestError("the prompt is empty; give some text with --prompt")
-
-
 def _reply(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Specialists) -> int:
     """Reply to `args.prompt`, print the reply, return the exit status."""
     text = read_stdin() if args.prompt == "-" else args.prompt
-    _check_text(text)
-    constraints = taken_constraints(args)
-    model = _chosen(args, specialists)
+    model = specialists.choose(named_specialists(args.specialists), args.weights)
     chats = bool(model.config.specialist_layers) and not args.ignore_chat_template
-    if chats and args.repetition_penalty is None:
-        args.repetition_penalty = default_repetition_penalty(model, formal=bool(constraints))
-    options = [f.name for f in (*fields(SamplingOptions), *fields(ModeOptions))]
+    options = {**taken(args, FLAG_OPTIONS), **taken_constraints(args)}
     responses: list[GenerationResponse] = []
     with Bars() as progress:
         stream = stream_generate(
             model,
             tokenizer,
-            _prompt(args, text, chats),
-            max_tokens=args.max_tokens,
-            mode=args.mode,
-            stop=args.stop,
+            user_prompt(args, text, chats),
             prompt_progress_callback=partial(progress, "prompt"),
-            costs=known_costs if args.mode in PACED_MODES and not args.no_park else None,
-            **taken(args, options),
-            **constraints,
+            costs=known_costs,
+            **with_usual_penalty(options, chats),
         )
         status = _consume(stream, responses, args, progress)
-    if responses and responses[-1].parked:
-        print(
-            f"{args.mode} fell back to full depth: {responses[-1].parked} (--no-park forces it)",
-            file=sys.stderr,
-        )
+    if note := fallback_note(args.mode, responses):
+        print(note, file=sys.stderr)
     if args.json:
         record = as_json(args.model, args.mode, text, responses)
         sys.stdout.buffer.write(strict_json.line(record))
     if args.verbose and responses:
         _print_statistics(model, responses)
     return status
-
-
-def _chosen(args: argparse.Namespace, specialists: Specialists) -> PoEModel:
-    """The base, one specialist on top of it, or the Log-OP of several."""
-    names = args.specialists or ()
-    if len(names) > 1:
-        return specialists.compose(names, args.weights)
-    if args.weights:
-        raise RequestError("--weights needs several --specialists")
-    return specialists.use(names[0] if names else None)
-
-
-def _prompt(args: argparse.Namespace, text: str, chats: bool) -> Prompt:
-    """A user's turn for a specialist, bare text for a base."""
-    if chats:
-        system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
-        return [*system, {"role": "user", "content": text}]
-    if args.system_prompt:
-        raise RequestError("--system-prompt needs a specialist and its chat template")
-    return text
 
 
 def _consume(
@@ -234,12 +204,7 @@ def print_legend(responses: Sequence[GenerationResponse]) -> None:
 def _print_statistics(model: PoEModel, responses: Sequence[GenerationResponse]) -> None:
     last, asked = responses[-1], [r for r in responses if not r.forced]
     stages = Counter(r.stage for r in asked)
-    lines = [
-        "=" * 10,
-        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec",
-        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec",
-        f"Peak memory: {last.peak_memory:.3f} GB",
-    ]
+    lines = []
     if asked:
         lines.append(
             "Stages: "
@@ -248,11 +213,11 @@ def _print_statistics(model: PoEModel, responses: Sequence[GenerationResponse]) 
             + f" of {model.poe_n_stages})"
         )
     if len(asked) < len(responses):
-        lines.append(f"Forced by the reply's form: {len(responses) - len(asked)} tokens")
+        lines.append(f"Forced by the constraint: {len(responses) - len(asked)} tokens")
     if last.drafted_tokens:
         kept = sum(r.from_draft for r in responses)
         lines.append(
             f"Acceptance: {kept} of {last.drafted_tokens} draft tokens"
             f" ({kept / last.drafted_tokens:.1%}): {drafts_in_words(responses)}"
         )
-    print("\n".join(lines), file=sys.stderr)
+    print_totals(f"Prompt: {last.prompt_tokens}", last, *lines)

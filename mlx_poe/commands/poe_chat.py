@@ -33,6 +33,7 @@ from mlx_poe.commands.flags import (
 )
 from mlx_poe.commands.generate import paint, print_legend
 from mlx_poe.commands.progress import Bars
+from mlx_poe.generation.responses import fallback_note
 from mlx_poe.generation.tools import ToolCallParser, check_call
 from mlx_poe.loading.load import DEFAULT_MODEL, load
 
@@ -88,7 +89,7 @@ def _make_chat(args: argparse.Namespace) -> Chat:
     name = args.model
     attached = args.specialist or [(one.rpartition("-")[2], one) for one in starters(name)]
     model, tokenizer = load(name, revision=args.revision, dtype=args.dtype, quantize=args.quantize)
-    chat = Chat(model, tokenizer, name, parks=not args.no_park)
+    chat = Chat(model, tokenizer, name, falls_back=not args.no_fallback)
     for one, source in attached:
         chat.specialists.attach(one, source, quantize=args.quantize)
     if attached:
@@ -241,9 +242,8 @@ class Repl:
             self._show_call(parser, functions)
         if paints and chat.last:
             print_legend(chat.last)
-        if chat.last and (reason := chat.last[-1].parked):
-            mode = chat.settings.mode
-            self.note(f"{mode} fell back to full depth: {reason} (--no-park prevents it)")
+        if note := fallback_note(chat.settings.mode, chat.last):
+            self.note(note)
 
     def _show_call(self, parser: ToolCallParser, functions: list[dict[str, object]]) -> None:
         if parser.call:

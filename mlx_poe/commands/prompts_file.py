@@ -13,13 +13,12 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions
-from cognica_mlx.decoding.sampling import SamplingOptions
+from cognica_mlx.decoding.modes import MODES, PACED_MODES
 from cognica_mlx.errors import PoEError, RankError, RequestError
 from cognica_mlx.files.stored import dtype_name
 from cognica_mlx.network.model import PoEModel
@@ -32,14 +31,22 @@ from mlx_poe.commands.replies_file import (
     open_replies,
     recorded,
 )
-from mlx_poe.engine.batch_generate import BatchStats, plan, run_tasks, trunk_to_keep
+from mlx_poe.engine.batch_generate import BatchStats, run_requests, trunk_to_keep
 from mlx_poe.engine.scheduler import MAX_SEQUENCES, Scheduler
 from mlx_poe.evaluation.answers import fingerprint, key_of
-from mlx_poe.generation.penalty import default_repetition_penalty
+from mlx_poe.generation.penalty import with_usual_penalty
 from mlx_poe.generation.reply_form import CONSTRAINTS, FORM_OPTIONS
+from mlx_poe.generation.request import (
+    EMPTY_PROMPT,
+    MODE_OPTIONS,
+    OPTIONS,
+    GenerationRequest,
+    Prompt,
+    are_messages,
+    read_request,
+    read_specialist,
+)
 from mlx_poe.generation.responses import GenerationResponse
-from mlx_poe.generation.task import Task
-from mlx_poe.generation.text import Prompt
 from mlx_poe.loading.machine_costs import known_costs
 from mlx_poe.loading.specialists import Specialists
 from mlx_poe.loading.tokenizer import Tokenizer
@@ -47,12 +54,12 @@ from mlx_poe.rows import file_name, json_lines, named
 
 # A line holds one of these, and options.
 PROMPTS = ("prompt", "messages", "tokens")
-OPTIONS = tuple(f.name for f in (*fields(SamplingOptions), *fields(ModeOptions)))
-ABOUT = ("id", "mode", "max_tokens", "stop", "specialist", "weights")
-NAMES = (*PROMPTS, *OPTIONS, *FORM_OPTIONS, *ABOUT)
+NAMES = (*PROMPTS, *OPTIONS, "id", "specialist", "weights")
+# The options that flags set, without constraints: see `taken_constraints`.
+FLAG_OPTIONS = (*(name for name in OPTIONS if name not in FORM_OPTIONS), "no_fallback")
 SHOWN = (
     *("finish_reason", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps"),
-    *("peak_memory", "drafted_tokens", "drafts", "parked", "cached_tokens"),
+    *("peak_memory", "drafted_tokens", "drafts", "fell_back", "parked", "cached_tokens"),
 )
 
 
@@ -107,36 +114,35 @@ def generate_file(args: argparse.Namespace, tokenizer: Tokenizer, specialists: S
     constraints = taken_constraints(args)
     done = finished_replies(output)
     models = _Models(args, specialists)
-    tasks = [_task(args, tokenizer, models, line, constraints) for line in lines]
+    requests = [_request(args, tokenizer, models, line, constraints) for line in lines]
     scheduler = Scheduler(
-        tokenizer,
         max_sequences=args.batch,
-        keep_trunk=trunk_to_keep([task.model for task, _ in tasks]),
+        keep_trunk=trunk_to_keep([request.model for request, _ in requests]),
     )
-    for line, (task, _) in zip(lines, tasks, strict=True):
+    left = []
+    for line, (request, options) in zip(lines, requests, strict=True):
         with _at(line):
-            scheduler.check(task)
-    left = [
-        (line, task, options)
-        for line, (task, options) in zip(lines, tasks, strict=True)
-        if not is_answered(output, line.index, done.get(line.index), line.prompt, options)
-    ]
+            scheduler.check(request)
+        if not is_answered(output, line.index, done.get(line.index), line.prompt, options):
+            left.append((line, request, options))
     if len(left) < len(lines):
         print(f"{len(lines) - len(left)} of {len(lines)} are already in {output}", file=sys.stderr)
     with open_replies(output) as write, Bars() as bars:
 
         def finished(i: int, responses: list[GenerationResponse]) -> None:
-            line, task, options = left[i]
-            record = as_json(models.name_of(task.model), _mode(args, line), line.prompt, responses)
+            line, request, options = left[i]
+            model, mode = models.name_of(request.model), request.mode_name
+            record = as_json(model, mode, line.prompt, responses)
             about = {k: line.fields[k] for k in ("id", "specialist") if k in line.fields}
             write(i, {"index": line.index, **about, "options": options, **record})
 
         def progress(count: int, _: int) -> None:
             bars("prompts", len(lines) - len(left) + count, len(lines))
 
-        result = run_tasks(scheduler, [task for _, task, _ in left], progress, finished)
+        result = run_requests(scheduler, [request for _, request, _ in left], progress, finished)
     if args.verbose:
-        _print_statistics(result.stats, len(left))
+        stats = result.stats
+        print_totals(f"Prompts: {len(left)}, {stats.prompt_tokens}", stats)
     return 0
 
 
@@ -176,42 +182,27 @@ class _Models:
     def __init__(self, args: argparse.Namespace, specialists: Specialists):
         self._args, self._specialists = args, specialists
         self._names = {id(specialists.base): args.model}
-        self._composed: dict[Any, PoEModel] = {}
+        self._known: dict[Any, PoEModel] = {}
         self._facts: dict[int, dict[str, Any]] = {}
-        names = args.specialists or None
-        if args.weights and len(names or ()) < 2:
-            raise RequestError("--weights needs several --specialists")
-        self._default = names if names is None or len(names) > 1 else names[0]
 
-    def of(self, fields: Mapping[str, Any]) -> PoEModel:
+    def of(self, line: Line) -> PoEModel:
         """The model for a line. RequestError if it names an unknown specialist."""
-        wanted = fields.get("specialist", self._default)
-        weights = fields.get("weights")
-        if "specialist" not in fields and weights is None:
-            weights = self._args.weights
-        names: list[Any] = [wanted] if isinstance(wanted, str | None) else list(wanted)
-        try:
-            for name in names:
-                if name is not None and name not in self._specialists.names:
-                    self._specialists.attach(name, name, quantize=self._args.quantize)
-        except PoEError as error:
-            raise RequestError(str(error)) from None
-        if len(names) == 1:
-            if weights is not None:
-                raise RequestError("weights need several specialists")
-            model = self._specialists.use(names[0])
-        else:
-            key = tuple(names), None if weights is None else tuple(weights)
-            if key not in self._composed:
-                self._composed[key] = self._specialists.compose(names, weights)
-            model = self._composed[key]
-        if names != [None]:
-            self._names.setdefault(id(model), "+".join(map(str, names)))
-        if id(model) not in self._facts:
+        wanted = named_specialists(self._args.specialists), self._args.weights
+        if "specialist" in line.fields or "weights" in line.fields:
+            wanted = line.fields.get("specialist", wanted[0]), line.fields.get("weights")
+        specialist, weights = wanted = read_specialist(*wanted)
+        names = specialist if isinstance(specialist, tuple) else (specialist,)
+        for name in names:
+            if name is not None and name not in self._specialists.names:
+                self._specialists.attach(name, name, quantize=self._args.quantize)
+        if wanted not in self._known:
+            model = self._known[wanted] = self._specialists.choose(specialist, weights)
             base = self._specialists.base
+            if model is not base:
+                self._names.setdefault(id(model), "+".join(map(str, names)))
             own = fingerprint(model, base) if model is not base else None
             self._facts[id(model)] = {"model": key_of(self._base, own), "weights": weights}
-        return model
+        return self._known[wanted]
 
     @cached_property
     def _base(self) -> str:
@@ -226,77 +217,73 @@ class _Models:
         return self._names[id(model)]
 
 
-def _task(
+def _request(
     args: argparse.Namespace,
     tokenizer: Tokenizer,
     models: _Models,
     line: Line,
     constraints: Mapping[str, Any],
-) -> tuple[Task, dict[str, Any]]:
-    """The task for a line, and every option that decides its reply, for the record."""
-    own = {k: v for k, v in line.fields.items() if k not in ("id", "specialist", "weights")}
-    mode, common = _mode(args, line), taken(args, OPTIONS)
+) -> tuple[GenerationRequest, dict[str, Any]]:
+    """The request of a line, and every option that decides its reply, for the record."""
+    own = {name: value for name, value in line.fields.items() if name in OPTIONS}
+    options, mode = taken(args, FLAG_OPTIONS), str(own.get("mode", args.mode))
+    if mode != args.mode:
+        # Mode options on the command line apply to the command line's mode only.
+        others = {*MODE_OPTIONS} - {*MODES.get(mode, MODE_OPTIONS)}
+        options = {name: value for name, value in options.items() if name not in others}
+    if not any(name in own for name in CONSTRAINTS):
+        options |= constraints
+    options = {**options, **own, "costs": known_costs}
     with _at(line):
-        if mode != args.mode and mode in MODES:
-            # Mode options on the command line apply to the command line's mode only.
-            others = {f.name for f in fields(ModeOptions)} - set(MODES[mode])
-            common = {k: v for k, v in common.items() if k not in others}
-        if not any(name in own for name in CONSTRAINTS):
-            common |= constraints
-        options = {"max_tokens": args.max_tokens, "stop": args.stop, **common, **own, "mode": mode}
-        model = models.of(line.fields)
-        if mode in PACED_MODES and not args.no_park:
-            options["costs"] = known_costs
-        prompt = _prompt(args, model, line.prompt)
-        if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
-            # A chat: the same default penalty as `--prompt`.
-            formal = any(name in options for name in CONSTRAINTS)
-            options.setdefault("repetition_penalty", default_repetition_penalty(model, formal))
-        task = plan(tokenizer, prompt, model=model, **options)
-    forms = {name: options.get(name) for name in FORM_OPTIONS}
-    stop = [task.stop] if isinstance(task.stop, str) else task.stop
+        model = models.of(line)
+        prompt = line.prompt
+        if isinstance(prompt, str):
+            chats = bool(model.config.specialist_layers) and not args.ignore_chat_template
+            prompt = user_prompt(args, prompt, chats)
+        elif args.system_prompt:
+            raise RequestError(
+                "--system-prompt goes with lines that have a prompt: begin messages with the "
+                "system's own"
+            )
+        specialist = bool(model.config.specialist_layers) and are_messages(prompt)
+        options = with_usual_penalty(options, specialist)
+        request = read_request(tokenizer, prompt, options).on(model)
     facts = {
         # In the order in which differences are named: these three change the weights too.
         "dtype": dtype_name(model.resid_lambdas.dtype),
         **{name: getattr(args, name) for name in ("quantize", "split", "degrade")},
         **models.facts_of(model),
-        "mode": mode,
-        **asdict(task.asked.mode_options),
-        "max_tokens": task.max_tokens,
-        "stop": stop or None,
-        **asdict(task.asked.sampling),
-        **forms,
+        "mode": request.mode_name,
+        **asdict(request.mode_options),
+        "max_tokens": request.max_tokens,
+        "stop": request.stop or None,
+        **asdict(request.sampling),
+        **{name: options.get(name) for name in FORM_OPTIONS},
     }
-    if mode in PACED_MODES:
-        facts["no_park"] = args.no_park
+    if request.mode_name in PACED_MODES:
+        facts["no_fallback"] = args.no_fallback
         facts["calibration"] = model.calibration and key_of(model.calibration.to_json())
     if isinstance(line.prompt, str):
         facts["system_prompt"] = args.system_prompt or None
         facts["ignore_chat_template"] = args.ignore_chat_template
-    return task, recorded(facts)
+    return request, recorded(facts)
 
 
-def _mode(args: argparse.Namespace, line: Line) -> str:
-    return line.fields.get("mode", args.mode)
+def named_specialists(names: Sequence[str] | None) -> str | Sequence[str] | None:
+    """The value of --specialists as an option: one name, or several to mix."""
+    return names[0] if names and len(names) == 1 else names or None
 
 
-def _prompt(args: argparse.Namespace, model: PoEModel, prompt: Prompt) -> Prompt:
-    """Turn text into a user's message for a specialist; leave everything else as it is."""
-    if not isinstance(prompt, str):
-        if args.system_prompt:
-            raise RequestError(
-                "--system-prompt goes with lines that have a prompt: begin messages with the "
-                "system's own"
-            )
-        return prompt
-    if args.ignore_chat_template or not model.config.specialist_layers:
-        if args.system_prompt:
-            raise RequestError("--system-prompt needs a specialist and its chat template")
-        return prompt
-    if not prompt.strip():
-        raise RequestError("the prompt is empty")
-    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
-    return [*system, {"role": "user", "content": prompt}]
+def user_prompt(args: argparse.Namespace, text: str, chats: bool) -> Prompt:
+    """A user's turn, after the system text, for a model that chats; bare text for another."""
+    if not text.strip():
+        raise RequestError(EMPTY_PROMPT)
+    if chats:
+        system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+        return [*system, {"role": "user", "content": text}]
+    if args.system_prompt:
+        raise RequestError("--system-prompt needs a specialist and its chat template")
+    return text
 
 
 @contextmanager
@@ -306,7 +293,7 @@ def _at(line: Line) -> Iterator[None]:
         yield
     except RankError:
         raise  # not the line's fault
-    except (PoEError, TypeError, ValueError, OverflowError) as error:
+    except PoEError as error:
         raise RequestError(f"line {line.number}: {error}") from None
 
 
@@ -338,11 +325,14 @@ def as_json(
     return result
 
 
-def _print_statistics(stats: BatchStats, count: int) -> None:
+def print_totals(prompts: str, totals: BatchStats | GenerationResponse, *more: str) -> None:
+    """Print statistics on stderr; `prompts` names what was read, and counts its tokens."""
     lines = [
         "=" * 10,
-        f"Prompts: {count}, {stats.prompt_tokens} tokens, {stats.prompt_tps:.3f} tokens-per-sec",
-        f"Generation: {stats.generation_tokens} tokens, {stats.generation_tps:.3f} tokens-per-sec",
-        f"Peak memory: {stats.peak_memory:.3f} GB",
+        f"{prompts} tokens, {totals.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {totals.generation_tokens} tokens, "
+        f"{totals.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {totals.peak_memory:.3f} GB",
+        *more,
     ]
     print("\n".join(lines), file=sys.stderr)

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,9 @@ from cognica_mlx.decoding.state import Progress
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.shared_base import shared_stages
-from mlx_poe.engine.scheduler import MAX_SEQUENCES, Scheduler
-from mlx_poe.generation.responses import GenerationResponse
-from mlx_poe.generation.task import Stats, Task, make_task
-from mlx_poe.generation.text import DEFAULT_MAX_TOKENS, Prompt, read_request
+from mlx_poe.engine.scheduler import MAX_SEQUENCES, Scheduler, Stats
+from mlx_poe.generation.request import GenerationRequest, Prompt, read_request
+from mlx_poe.generation.responses import GenerationResponse, is_last
 from mlx_poe.loading.tokenizer import Tokenizer
 
 Finished = Callable[[int, list[GenerationResponse]], None]
@@ -30,7 +30,7 @@ Finished = Callable[[int, list[GenerationResponse]], None]
 class BatchStats:
     """Totals over all prompts. Times are in seconds; peak_memory is the whole process's, in GB.
 
-    Some prompts are read while others are answered, so time is split between the two in
+    Some prompts are read while others' replies are generated, so time is split between the two in
     proportion to the positions run.
     """
 
@@ -86,73 +86,60 @@ def batch_generate(
     own = [{}] * len(prompts) if per_prompt is None else [each or {} for each in per_prompt]
     if len(own) != len(prompts):
         raise RequestError(f"per_prompt has {len(own)} entries for {len(prompts)} prompts")
-    tasks = []
+    requests = []
     for i, (prompt, special) in enumerate(zip(prompts, own, strict=True)):
-        try:
-            tasks.append(plan(tokenizer, prompt, **{"model": model, **options, **special}))
-        except RequestError as error:
-            raise RequestError(f"prompt {i}: {error}") from None
+        with _named(i):
+            about = {"model": model, **options, **special}
+            chosen = about.pop("model")
+            if not isinstance(chosen, PoEModel):
+                raise RequestError(f"model must be a loaded model, not {type(chosen).__name__}")
+            requests.append(read_request(tokenizer, prompt, about).on(chosen))
     scheduler = Scheduler(
-        tokenizer,
         max_sequences=max_sequences,
         memory=memory,
         prompt_cache_bytes=prompt_cache_bytes,
-        keep_trunk=trunk_to_keep([task.model for task in tasks]),
+        keep_trunk=trunk_to_keep([request.model for request in requests]),
     )
-    return run_tasks(scheduler, tasks, progress, finished)
+    return run_requests(scheduler, requests, progress, finished)
 
 
-def plan(
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    *,
-    model: PoEModel,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    mode: str = "full",
-    **options: Any,
-) -> Task:
-    """The task for one prompt, with the options of `stream_generate`.
-
-    Raises RequestError for a bad option.
-    """
-    if not isinstance(model, PoEModel):
-        raise RequestError(f"model must be a loaded model, not {type(model).__name__}")
-    common = {k: options.pop(k, None) for k in ("stop", "prefill_step_size", "costs")}
-    asked = read_request(tokenizer, prompt, options)
-    return make_task(model, asked, mode, max_tokens=max_tokens, **common)
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"prompt {index}: {error}") from None
 
 
-def run_tasks(
+def run_requests(
     scheduler: Scheduler,
-    tasks: Sequence[Task],
+    requests: Sequence[GenerationRequest],
     progress: Progress | None = None,
     finished: Finished | None = None,
 ) -> BatchResult:
-    """Run all tasks to completion. See `batch_generate` for the arguments."""
-    responses: list[list[GenerationResponse]] = [[] for _ in tasks]
-    index = {task: i for i, task in enumerate(tasks)}
+    """Run all requests to completion. See `batch_generate` for the arguments."""
+    responses: list[list[GenerationResponse]] = [[] for _ in requests]
+    index = {request: i for i, request in enumerate(requests)}
     errors: list[Exception] = []
     done = 0
     try:
-        for i, task in enumerate(tasks):
-            try:
-                scheduler.add(task)
-            except RequestError as error:
-                raise RequestError(f"prompt {i}: {error}") from None
+        for i, request in enumerate(requests):
+            with _named(i):
+                scheduler.add(request)
         while len(scheduler):
-            for update in scheduler.step():
-                i = index[update.task]
-                if update.response:
-                    responses[i].append(update.response)
-                if not update.ended:
+            for request, news in scheduler.step():
+                i = index[request]
+                if isinstance(news, Exception):
+                    errors.append(news)
+                else:
+                    responses[i].append(news)
+                if not is_last(news):
                     continue
                 done += 1
-                if update.error:
-                    errors.append(update.error)
-                elif finished:
+                if finished and not isinstance(news, Exception):
                     finished(i, responses[i])
                 if progress:
-                    progress(done, len(tasks))
+                    progress(done, len(requests))
         stats = batch_stats(scheduler.stats)
     finally:
         scheduler.close()

@@ -23,17 +23,14 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from cognica_mlx.backend.streams import end_with_thread
-from cognica_mlx.decoding.modes import MODES, PACED_MODES
-from cognica_mlx.errors import RequestError
 from cognica_mlx.machines.link import Link
 from cognica_mlx.machines.remote import lost_link
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.pace import KnownCosts
-from mlx_poe.engine.scheduler import MAX_SEQUENCES, Scheduler
-from mlx_poe.engine.ticket import EngineClosedError, EngineRequest, Item, Prepared, Wish
-from mlx_poe.generation.responses import StopStrings
-from mlx_poe.generation.task import Stats, Task, Update, make_task
-from mlx_poe.generation.text import DEFAULT_MAX_TOKENS, Prompt, read_request
+from mlx_poe.engine.scheduler import MAX_SEQUENCES, Scheduler, Stats
+from mlx_poe.engine.ticket import EngineClosedError, EngineRequest, Listener, Wish
+from mlx_poe.generation.request import GenerationRequest, Prompt, read_request
+from mlx_poe.generation.responses import GenerationResponse, is_last
 from mlx_poe.loading.model_info import ModelInfo, describe
 from mlx_poe.loading.specialists import Specialists
 from mlx_poe.loading.tokenizer import Tokenizer
@@ -80,7 +77,7 @@ class Engine:
         self._costs = costs
         self._specialists = specialists or Specialists(model)
         self._compositions: OrderedDict[tuple, PoEModel] = OrderedDict()
-        self._requests: dict[Task, EngineRequest] = {}
+        self._requests: dict[GenerationRequest, EngineRequest] = {}
         self._commands: SimpleQueue[_Command | None] = SimpleQueue()
         # Guards `_closed`: no command may be queued after the last.
         self._lock = threading.Lock()
@@ -92,7 +89,7 @@ class Engine:
             # How far back a specialist can reuse what the base has read.
             "keep_trunk": 2 * model.config.sequence_len,
         }
-        self._scheduler = Scheduler(tokenizer, **self._options)
+        self._scheduler = Scheduler(**self._options)
         self.stats: Stats = self._scheduler.stats
         self._thread = threading.Thread(target=self._run, name="cognica-mlx engine", daemon=True)
         self._thread.start()
@@ -106,13 +103,17 @@ class Engine:
 
     # For callers
 
-    def submit(self, prompt: Prompt, **options: Any) -> EngineRequest:
+    def submit(
+        self, prompt: Prompt, *, listener: Listener | None = None, **options: Any
+    ) -> EngineRequest:
         """Queue a prompt. Returns once it has been checked, after the current pass at the latest.
 
-        Takes the options of `prepare`. Raises RequestError, before any work, for a request that
-        cannot be carried out.
+        Takes the options of `prepare`. `listener` is called in the engine's thread with each
+        response and, at the end, with None or the exception that ended the request. It must not
+        block; if it raises, the request ends. Raises RequestError, before any work, for a request
+        that cannot be carried out.
         """
-        return self.start([self.prepare(prompt, **options)])[0]
+        return self.start([self.prepare(prompt, **options)], [listener])[0]
 
     def prepare(
         self,
@@ -120,35 +121,31 @@ class Engine:
         *,
         specialist: str | Sequence[str] | None = None,
         weights: Sequence[float] | None = None,
-        mode: str = "full",
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        stop: str | Sequence[str] | None = None,
-        listener: Callable[[Item], None] | None = None,
-        parks: bool = True,
         **options: Any,
-    ) -> Prepared:
+    ) -> GenerationRequest:
         """A request, read and checked as far as any thread can do that.
 
         `specialist` is the name of an attached specialist, or several names whose predictions are
-        mixed with `weights` (equal by default); None is the model itself. `listener` is called in
-        the engine's thread with each response and, at the end, with None or the exception that
-        ended the request. It must not block; if it raises, the request ends. Without `parks` a mode
-        continues even if full depth is faster. Other arguments are those of `stream_generate`.
+        mixed with `weights` (equal by default); None is the model itself. With `no_fallback` a mode
+        continues even if full depth is faster. Other options are those of `stream_generate`.
 
         Raises RequestError for invalid arguments.
         """
-        if not isinstance(mode, str) or mode not in MODES:
-            raise RequestError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-        StopStrings(stop)
-        asked = read_request(self.tokenizer, prompt, options)
-        return Prepared(asked, specialist, weights, mode, max_tokens, stop, parks, listener)
+        if "parks" in options:  # as version 0.2 called it
+            options["no_fallback"] = not options.pop("parks")
+        options = {"costs": self._costs, **options}
+        return read_request(self.tokenizer, prompt, options, specialist=specialist, weights=weights)
 
-    def start(self, requests: Sequence[Prepared]) -> list[EngineRequest]:
-        """Queue several requests: all of them or, on an error, none.
+    def start(
+        self,
+        requests: Sequence[GenerationRequest],
+        listeners: Sequence[Listener | None] | None = None,
+    ) -> list[EngineRequest]:
+        """Queue several requests, with the listener of each: all of them or, on an error, none.
 
         They are added between two passes, so that they start together if there is room.
         """
-        return self._call(lambda: self._add_all(requests))
+        return self._call(lambda: self._add_all(requests, listeners or [None] * len(requests)))
 
     def describe(
         self, specialist: str | Sequence[str] | None = None, weights: Sequence[float] | None = None
@@ -166,7 +163,9 @@ class Engine:
     ) -> None:
         """Attach a specialist by name: see `Specialists.attach`. Requests wait while it loads."""
         self._call(
-            lambda: self._attach(name, path_or_hf_repo, revision=revision, quantize=quantize)
+            lambda: self._specialists.attach(
+                name, path_or_hf_repo, revision=revision, quantize=quantize
+            )
         )
 
     def detach(self, name: str) -> None:
@@ -211,14 +210,12 @@ class Engine:
             self._commands.put(command)
         return command.result.result()
 
-    def _tell(self, task: Task, what: Wish) -> None:
+    def _tell(self, request: GenerationRequest, wish: Wish) -> None:
         def work() -> None:
-            if what == "cancel":
-                self._drop(task)
-            elif what == "pause":
-                self._scheduler.pause(task)
+            if wish == "cancel":
+                self._drop(request)
             else:
-                self._scheduler.resume(task)
+                getattr(self._scheduler, wish)(request)
 
         with self._lock:
             if not self._closed:
@@ -234,17 +231,17 @@ class Engine:
                 if not self._obey():
                     break
                 try:
-                    updates = self._scheduler.step()
+                    all_news = self._scheduler.step()
                 except Exception as problem:
                     # Not the error of a single sequence. Let later requests start afresh.
                     self._fail_all(problem)
                     self._scheduler.close()
-                    self._scheduler = Scheduler(self.tokenizer, **self._options)
-                    updates = []
+                    self._scheduler = Scheduler(**self._options)
+                    all_news = []
                 # Before delivery, so that the statistics include every delivered response.
                 self.stats = self._scheduler.stats
-                for update in updates:
-                    self._deliver(update)
+                for request, news in all_news:
+                    self._deliver(request, news)
         except BaseException as problem:
             error = RuntimeError(f"the engine's thread has died: {problem!r}")
             raise
@@ -279,34 +276,22 @@ class Engine:
                 if command := self._commands.get(block=False):
                     command.result.set_exception(error)
 
-    def _add_all(self, requests: Sequence[Prepared]) -> list[EngineRequest]:
-        tasks = [self._task(request) for request in requests]
-        self._scheduler.add(*tasks)
+    def _add_all(
+        self, requests: Sequence[GenerationRequest], listeners: Sequence[Listener | None]
+    ) -> list[EngineRequest]:
+        placed = [one.on(self._model(one.specialist, one.weights)) for one in requests]
+        self._scheduler.add(*placed)
         added = []
-        for task, request in zip(tasks, requests, strict=True):
-            added.append(EngineRequest(partial(self._tell, task), request.listener))
-            self._requests[task] = added[-1]
+        for request, listener in zip(placed, listeners, strict=True):
+            added.append(EngineRequest(partial(self._tell, request), listener))
+            self._requests[request] = added[-1]
         return added
-
-    def _task(self, request: Prepared) -> Task:
-        model = self._model(request.specialist, request.weights)
-        watched = request.parks and request.mode in PACED_MODES
-        return make_task(
-            model,
-            request.asked,
-            request.mode,
-            max_tokens=request.max_tokens,
-            stop=request.stop,
-            costs=self._costs if watched else None,
-        )
 
     def _model(
         self, specialist: str | Sequence[str] | None, weights: Sequence[float] | None
     ) -> PoEModel:
         if specialist is None or isinstance(specialist, str):
-            if weights is not None:
-                raise RequestError("weights need several specialists")
-            return self._specialists.use(specialist)
+            return self._specialists.choose(specialist, weights)
         key = tuple(specialist), None if weights is None else tuple(weights)
         if key not in self._compositions:
             self._compositions[key] = self._specialists.compose(specialist, weights)
@@ -315,9 +300,6 @@ class Engine:
         self._compositions.move_to_end(key)
         return self._compositions[key]
 
-    def _attach(self, name: str, path: str | Path, **options: Any) -> None:
-        self._specialists.attach(name, path, **options)
-
     def _detach(self, name: str) -> None:
         gone = [self._specialists.use(name)]
         for key in [key for key in self._compositions if name in key[0]]:
@@ -325,24 +307,24 @@ class Engine:
         self._specialists.detach(name)
         self._scheduler.cache.drop(gone)
 
-    def _drop(self, task: Task) -> None:
-        """A request was cancelled."""
-        if self._requests.pop(task, None):
-            self._scheduler.cancel(task)
+    def _drop(self, request: GenerationRequest) -> None:
+        """A request was canceled."""
+        if self._requests.pop(request, None):
+            self._scheduler.cancel(request)
 
-    def _deliver(self, update: Update) -> None:
-        request = self._requests.get(update.task)
-        if request is None:
+    def _deliver(self, request: GenerationRequest, news: GenerationResponse | Exception) -> None:
+        handle = self._requests.get(request)
+        if handle is None:
             return
         try:
-            if update.response:
-                request.deliver(update.response)
-            if update.ended:
-                del self._requests[update.task]
-                request.deliver(update.error)
+            if is_last(news):
+                del self._requests[request]
+            handle.deliver(news)
+            if is_last(news) and not isinstance(news, Exception):
+                handle.deliver(None)
         except Exception:
             # The listener raised, so there is nobody to tell.
-            self._drop(update.task)
+            self._drop(request)
 
     def _fail_all(self, error: Exception) -> None:
         for request in self._requests.values():

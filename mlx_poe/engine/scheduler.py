@@ -1,10 +1,10 @@
 """Many prompts over time: which run together, how much memory they use, what they share.
 
-- in: tasks, first come, first served
-- out: for each task, a response per token, then its end
-- a task starts once there is a slot and enough memory for the most it may need; cached prompts,
-  and rounded copies that no running task drafts with, make room for it
-- a task can pause: it gives up its slot and its memory, and goes on later
+- in: requests, first come, first served
+- out: for each request, a response per token, then its end
+- a request starts once there is a slot and enough memory for the most it may need; cached prompts,
+  and quantized copies that no running request drafts with, make room for it
+- a request can pause: it gives up its slot and its memory, and goes on later
 - synchronous, for one thread; `Engine` and `batch_generate` are built on it
 """
 
@@ -19,56 +19,64 @@ from weakref import WeakSet
 
 from cognica_mlx.decoding.batch import Batch, Event
 from cognica_mlx.decoding.footprint import state_bytes
-from cognica_mlx.decoding.modes import last_resort, make_mode
-from cognica_mlx.decoding.requests import DecodedToken, Resumable, Steps
+from cognica_mlx.decoding.requests import Resumable, Steps
 from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
-from cognica_mlx.decoding.sampling import Sampler
-from cognica_mlx.decoding.sequence import (
-    DecodingSequence,
-    prefill_step_size_here,
-    read_prompt,
-    ready,
-)
+from cognica_mlx.decoding.sequence import prefill_step_size_here, read_prompt, ready
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.state import MAX_PENDING, DecodingState
 from cognica_mlx.errors import RequestError
 from cognica_mlx.files.byte_sizes import byte_size, size_text
 from mlx_poe.engine.memory import memory_for_states
 from mlx_poe.generation.prompt_cache import LEAST, PromptCache
-from mlx_poe.generation.responses import GenerationResponse, Responses
-from mlx_poe.generation.task import Stats, Task, Update
-from mlx_poe.loading.tokenizer import Tokenizer
+from mlx_poe.generation.request import GenerationRequest
+from mlx_poe.generation.responses import GenerationResponse, Reply, is_last
 
 MAX_SEQUENCES = 8
 # Copy a state's activations once their arrays hold this many positions of other sequences.
 EXCESS = 256
 
+# A response, or the error that ended a request.
+News = tuple[GenerationRequest, GenerationResponse | Exception]
 
-@dataclass(eq=False)
-class _Running:
-    """A task that has begun. `over`: its reply is complete."""
 
-    task: Task
-    sequence: DecodingSequence
-    responses: Responses
-    need: int = 0
-    over: bool = False
+@dataclass(frozen=True)
+class Stats:
+    """Totals and current figures. Times are in seconds, memory in bytes.
+
+    prompt_time and generation_time: the decoding time, split in proportion to the positions run
+    for prompts and replies. state_bytes: the most that running sequences may come to need; together
+    with cache_bytes and copy_bytes, those of quantized copies, it never exceeds memory_bytes.
+    """
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prompt_time: float = 0.0
+    generation_time: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cached_tokens: int = 0
+    cache_entries: int = 0
+    cache_bytes: int = 0
+    state_bytes: int = 0
+    memory_bytes: int = 0
+    paused: int = 0
+    copy_bytes: int = 0
+
+
+class _Running(Reply):
+    """A reply that has begun. `need` is the most bytes that its state may take."""
+
+    need = 0
 
     @property
     def state(self) -> DecodingState:
         return self.sequence.state
 
-    def tell(self, token: DecodedToken) -> GenerationResponse | None:
-        """The response to a token; None after the reply's end."""
-        if self.over:
-            return None
-        response = self.responses.add(token)
-        self.over = response.finish_reason is not None
-        return response
-
 
 class Scheduler:
-    """Runs tasks, `max_sequences` at a time.
+    """Runs requests, `max_sequences` at a time.
 
     `memory` is the most bytes for states and cached prompts together (default:
     `memory_for_states()`), `prompt_cache_bytes` the most for cached prompts (default: a quarter of
@@ -78,7 +86,6 @@ class Scheduler:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
         *,
         max_sequences: int = MAX_SEQUENCES,
         memory: int | str | None = None,
@@ -87,28 +94,28 @@ class Scheduler:
     ):
         if max_sequences < 1:
             raise RequestError(f"max_sequences {max_sequences} must be at least 1")
-        self.tokenizer, self.max_sequences = tokenizer, max_sequences
+        self.max_sequences = max_sequences
         self.memory = memory_for_states() if memory is None else byte_size(memory)
         cached = self.memory // 4 if prompt_cache_bytes is None else byte_size(prompt_cache_bytes)
         self.cache = PromptCache(cached)
         self.keep_trunk = keep_trunk
         self._batch = Batch()
-        self._waiting: deque[Task] = deque()
-        self._running: dict[Task, _Running] = {}
-        # Tasks that have begun but are not running, and those that may not start.
-        self._begun: dict[Task, _Running] = {}
-        self._paused: set[Task] = set()
+        self._waiting: deque[GenerationRequest] = deque()
+        self._running: dict[GenerationRequest, _Running] = {}
+        # Requests that have begun but are not running, and those that may not start.
+        self._begun: dict[GenerationRequest, _Running] = {}
+        self._paused: set[GenerationRequest] = set()
         # Kept from call to call: an interruption must not lose any.
         self._events: deque[Event] = deque()
-        self._updates: list[Update] = []
-        # Rounded copies in memory.
+        self._news: list[News] = []
+        # Quantized copies in memory.
         self._prefixes: WeakSet[RoundedPrefix] = WeakSet()
         self._prompt_tokens = self._generation_tokens = 0
         self._prompt_time = self._generation_time = 0.0
 
     def __len__(self) -> int:
-        """How many tasks have not ended, or ended without an update so far; not those paused."""
-        untold = sum(update.ended for update in self._updates)
+        """How many requests have not ended, or not as far as is told; without those paused."""
+        untold = sum(is_last(news) for _, news in self._news)
         return len(self._waiting) + len(self._running) + untold
 
     @property
@@ -132,82 +139,82 @@ class Scheduler:
             _bytes(self._prefixes),
         )
 
-    def add(self, *tasks: Task) -> None:
-        """Queue tasks: all of them, or none.
+    def add(self, *requests: GenerationRequest) -> None:
+        """Queue requests: all of them, or none.
 
-        Raises RequestError for a task that could never run.
+        Raises RequestError for a request that could never run.
         """
-        for task in tasks:
-            self.check(task)
-        self._waiting.extend(tasks)
+        for request in requests:
+            self.check(request)
+        self._waiting.extend(requests)
 
-    def check(self, task: Task) -> None:
-        """Raise RequestError for a task that needs more memory than the budget."""
-        need, copies = self.bytes_needed(task), _bytes(task.prefixes)
+    def check(self, request: GenerationRequest) -> None:
+        """Raise RequestError for a request that needs more memory than the budget."""
+        need, copies = self.bytes_needed(request), _bytes(request.prefixes)
         if need + copies > self.memory:
-            rounded = f", with {size_text(copies)} of rounded stages" if copies else ""
+            quantized = f", with {size_text(copies)} of quantized stages" if copies else ""
             raise RequestError(
-                f"{len(task.tokens)} tokens of prompt and {task.max_tokens} to generate may need "
-                f"{size_text(need + copies)}{rounded}, but all sequences together may take "
+                f"{len(request.tokens)} tokens of prompt and {request.max_tokens} to generate may "
+                f"need {size_text(need + copies)}{quantized}, but all sequences together may take "
                 f"{size_text(self.memory)}: allow more memory, or fewer tokens"
             )
 
-    def bytes_needed(self, task: Task, state: DecodingState | None = None) -> int:
-        """The most bytes that the task's state can need, if it continues from `state`."""
-        last, mode = task.model.poe_n_stages - 1, task.mode
+    def bytes_needed(self, request: GenerationRequest, state: DecodingState | None = None) -> int:
+        """The most bytes that the request's state can need, if it continues from `state`."""
+        last, mode = request.model.poe_n_stages - 1, request.mode
         drafting = mode if isinstance(mode, Speculative) else None
         drafts = drafting.most if drafting else 0
         plain = mode.depth == mode.prefill_stage == last
         return state_bytes(
-            task.model,
-            len(task.tokens) + task.max_tokens + drafts,
+            request.model,
+            len(request.tokens) + request.max_tokens + drafts,
             keep_trunk=self.keep_trunk,
             pending=0 if plain and not drafts else MAX_PENDING,
             spare=EXCESS if drafts or self.max_sequences > 1 else 0,
-            chunk=task.step_size or prefill_step_size_here(),
+            chunk=request.prefill_step_size or prefill_step_size_here(),
             start=state,
             aside=drafting.prefix.of if drafting and drafting.prefix else (),
         )
 
-    def cancel(self, task: Task) -> None:
-        """End a task, running or waiting; do nothing if it has ended. What it read stays cached."""
-        if task in self._running:
-            self._finish(self._running[task])
-        self._forget(task)
+    def cancel(self, request: GenerationRequest) -> None:
+        """End a request, running or waiting, if it has not ended. What it read stays cached."""
+        if request in self._running:
+            self._finish(self._running[request])
+        self._forget(request)
 
-    def pause(self, task: Task) -> None:
-        """Take a task's slot and memory away until `resume`; do nothing if it has ended. What it
+    def pause(self, request: GenerationRequest) -> None:
+        """Take a request's slot and memory away until `resume`; do nothing if it has ended. What it
         read stays cached, as long as there is room, and its reply goes on where it was."""
-        running = self._running.get(task)
+        running = self._running.get(request)
         if running and not running.over:
-            self._paused.add(task)
-            self._begun[task] = running
+            self._paused.add(request)
+            self._begun[request] = running
             self._finish(running)
-        elif task in self._waiting:
-            self._paused.add(task)
-            self._waiting.remove(task)
+        elif request in self._waiting:
+            self._paused.add(request)
+            self._waiting.remove(request)
 
-    def resume(self, task: Task) -> None:
-        """Let a paused task go on, before all that wait; do nothing if it is not paused."""
-        if task in self._paused:
-            self._paused.remove(task)
-            self._waiting.appendleft(task)
+    def resume(self, request: GenerationRequest) -> None:
+        """Let a paused request go on, before all that wait; do nothing if it is not paused."""
+        if request in self._paused:
+            self._paused.remove(request)
+            self._waiting.appendleft(request)
 
     def close(self) -> None:
-        """End all tasks and free their memory, and that of cached prompts."""
-        for tasks in (self._waiting, self._begun, self._paused, self._events, self._updates):
-            tasks.clear()
+        """End all requests and free their memory, and that of cached prompts."""
+        for requests in (self._waiting, self._begun, self._paused, self._events, self._news):
+            requests.clear()
         self._batch.close()
         self._running.clear()
         self.cache.shrink(0)
 
-    def step(self) -> list[Update]:
-        """Work until there are updates, for at most one sweep of the batch. An interruption loses
-        none: the next call continues."""
+    def step(self) -> list[News]:
+        """Work until there is news, for at most one sweep of the batch: responses, and the errors
+        that ended requests. An interruption loses none: the next call continues."""
         started = time.perf_counter()
         self._admit()
         before = [
-            (running, running.state.positions_run[0], running.responses.count > 0)
+            (running, running.state.positions_run[0], running.count > 0)
             for running in self._running.values()
         ]
         self._events += self._batch.run()
@@ -218,34 +225,33 @@ class Scheduler:
         self._charge(time.perf_counter() - started, before)
         for running in self._running.values():
             running.state.compact(EXCESS)
-        updates, self._updates = self._updates, []
-        return updates
+        news, self._news = self._news, []
+        return news
 
     def _hear(self, event: Event) -> None:
-        """Make an update of an event, unless its task was canceled or its reply is complete."""
-        task, response = event.name, event.token
-        assert isinstance(task, Task)
-        running = self._running.get(task) or self._begun.get(task)
+        """Make news of an event, unless its request was canceled or its reply is complete."""
+        request, response = event.name, event.token
+        assert isinstance(request, GenerationRequest)
+        running = self._running.get(request) or self._begun.get(request)
         if running is None:
             return
         if response:
             self._generation_tokens += 1
             if response.generation_tokens == 1:
                 self._prompt_tokens += response.prompt_tokens
-            over = response.finish_reason is not None
-            self._updates.append(Update(task, response, ended=over))
+            self._news.append((request, response))
         elif not running.over:
-            self._forget(task)
+            self._forget(request)
             error = event.error or RuntimeError("the sequence ended before its reply did")
-            self._updates.append(Update(task, error=error, ended=True))
+            self._news.append((request, error))
 
-    def _forget(self, task: Task) -> None:
-        """Drop a task that has ended, wherever it is."""
-        self._running.pop(task, None)
-        self._begun.pop(task, None)
-        self._paused.discard(task)
-        if task in self._waiting:
-            self._waiting.remove(task)
+    def _forget(self, request: GenerationRequest) -> None:
+        """Drop a request that has ended, wherever it is."""
+        self._running.pop(request, None)
+        self._begun.pop(request, None)
+        self._paused.discard(request)
+        if request in self._waiting:
+            self._waiting.remove(request)
 
     @property
     def _free(self) -> int:
@@ -257,29 +263,29 @@ class Scheduler:
         return sum(running.need for running in self._running.values())
 
     def _admit(self) -> None:
-        """Start waiting tasks in order, as far as slots and memory allow."""
+        """Start waiting requests in order, as far as slots and memory allow."""
         while self._waiting and len(self._running) < self.max_sequences:
-            task = self._waiting[0]
-            if task not in self._running:  # it is if an interruption came right after its start
-                if not self._make_room(task):
+            request = self._waiting[0]
+            if request not in self._running:  # it is if an interruption came right after its start
+                if not self._make_room(request):
                     break
                 try:
-                    self._start(task)
+                    self._start(request)
                 except BaseException as error:
-                    self._running.pop(task, None)
-                    self._batch.remove(task)
+                    self._running.pop(request, None)
+                    self._batch.remove(request)
                     if not isinstance(error, Exception):
                         raise
-                    self._begun.pop(task, None)
-                    self._updates.append(Update(task, error=error, ended=True))
+                    self._begun.pop(request, None)
+                    self._news.append((request, error))
             self._waiting.popleft()
             self.cache.shrink(self._free)
 
-    def _make_room(self, task: Task) -> bool:
-        """Whether a task fits beside those that run, if need be without the rounded copies that
-        none of them drafts with; those then give their memory back."""
-        used = task.prefixes.union(*(other.prefixes for other in self._running))
-        room = self.memory - self._promised - self.bytes_needed(task)
+    def _make_room(self, request: GenerationRequest) -> bool:
+        """Whether a request fits beside those that run, if need be without the quantized copies
+        that none of them drafts with; those then give their memory back."""
+        used = request.prefixes.union(*(other.prefixes for other in self._running))
+        room = self.memory - self._promised - self.bytes_needed(request)
         if room < _bytes({*self._prefixes, *used}):
             if room < _bytes(used):
                 return False
@@ -289,66 +295,51 @@ class Scheduler:
                 self._prefixes.remove(prefix)
         return True
 
-    def _start(self, task: Task) -> None:
-        self._prefixes.update(task.prefixes)
-        begun, free, found = self._begun.get(task), self._free, None
-        if begun or not task.asked.prompt_logprobs:
+    def _start(self, request: GenerationRequest) -> None:
+        self._prefixes.update(request.prefixes)
+        begun, free, found = self._begun.get(request), self._free, None
+        if begun or not request.prompt_logprobs:
             found = self.cache.find(
-                task.model,
-                begun.sequence.text if begun else task.tokens,
-                task.mode.depth,
+                request.model,
+                begun.sequence.text if begun else request.tokens,
+                request.mode.depth,
                 [other.state for other in self._running.values()],
-                # A state that has grown long may be too large for a short task.
-                lambda state: self.bytes_needed(task, state) <= free,
+                # A state that has grown long may be too large for a short request.
+                lambda state: self.bytes_needed(request, state) <= free,
             )
-        state = found.state if found else DecodingState(task.model, keep_trunk=self.keep_trunk)
-        running = begun or self._begin(task, state, found.length if found else 0)
-        running.sequence.state, running.need = state, self.bytes_needed(task, state)
-        self._running[task] = running
-        steps = Resumable(partial(self._steps, running))
-        self._batch.add(task, steps, task.pace, running.tell)
-        self._begun.pop(task, None)
-
-    def _begin(self, task: Task, state: DecodingState, cached: int) -> _Running:
-        sequence = DecodingSequence(
-            task.model,
-            task.tokens,
-            task.mode,
-            max_tokens=task.max_tokens,
-            sampler=Sampler(task.asked.sampling),
-            state=state,
-            prefill_step_size=task.step_size,
-            progress=lambda *_: sequence.state.compact(EXCESS),
-            advice=task.pace,
-            fallback=make_mode(task.model),
-            last_resort=last_resort(task.model),
-            constraint=task.asked.grammar.start() if task.asked.grammar else None,
-            score_prompt=task.asked.prompt_logprobs,
-            special=self.tokenizer.special_ids,
+        state = found.state if found else DecodingState(request.model, keep_trunk=self.keep_trunk)
+        running = begun or _Running(
+            request,
+            state,
+            lambda *_: running.state.compact(EXCESS),
+            cached=found.length if found else 0,
         )
-        responses = Responses(self.tokenizer, sequence, task.stop, task.pace, cached)
-        return _Running(task, sequence, responses)
+        running.sequence.state, running.need = state, self.bytes_needed(request, state)
+        self._running[request] = running
+        steps = Resumable(partial(self._steps, running))
+        self._batch.add(request, steps, running.pace, running.add)
+        self._begun.pop(request, None)
 
     def _steps(self, running: _Running) -> Steps:
         """Read the prompt up to each mark and keep the state, then run the sequence's own steps."""
-        task, sequence, state = running.task, running.sequence, running.state
-        for mark in sorted(task.asked.marks):
-            if state.length + LEAST <= mark < len(task.tokens):
-                yield from ready(state, task.mode.depth, task.step_size)
-                rest = task.tokens[state.length : mark]
-                depth = task.mode.prefill_stage
-                yield from read_prompt(state, rest, depth, task.step_size, sequence.progress)
+        request, sequence, state = running.request, running.sequence, running.state
+        for mark in request.marks:
+            if state.length + LEAST <= mark < len(request.tokens):
+                yield from ready(state, request.mode.depth, request.prefill_step_size)
+                rest = request.tokens[state.length : mark]
+                depth, size = request.mode.prefill_stage, request.prefill_step_size
+                yield from read_prompt(state, rest, depth, size, sequence.progress)
                 self._keep(state.fork())
         yield from sequence.steps()
 
     def _finish(self, running: _Running) -> None:
-        """Take a task out of the batch: roll its state back to the end of its text and keep it, for
-        the next turn or until it is resumed."""
-        self._batch.remove(running.task)
-        del self._running[running.task]
-        state, task = running.state, running.task
-        running.sequence.state = DecodingState(task.model)  # the other is the cache's from now on
-        end = len(task.tokens) + running.responses.count
+        """Take a request out of the batch: roll its state back to the end of its text and keep it,
+        for the next turn or until it is resumed."""
+        request, state = running.request, running.state
+        self._batch.remove(request)
+        del self._running[request]
+        running.sequence.state = DecodingState(request.model)  # the other is the cache's now
+        end = len(request.tokens) + running.count
         if state.length > end:
             state.rollback(end)
         self._keep(state)
@@ -368,5 +359,5 @@ class Scheduler:
 
 
 def _bytes(prefixes: Collection[RoundedPrefix]) -> int:
-    """What rounded copies take; they may share matrices."""
+    """What quantized copies take; they may share matrices."""
     return sum({key: size for prefix in prefixes for key, size in prefix.sizes.items()}.values())

@@ -1,33 +1,17 @@
-"""A request to the engine, before and after it is submitted.
+"""A request submitted to the engine, in its caller's hands.
 
-- in: items from the engine's thread
-- out: responses, in the caller's thread
+- in: responses from the engine's thread
+- out: the same, in the caller's thread; wishes to cancel, pause and resume
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Literal
 
 from cognica_mlx.errors import RequestError
 from mlx_poe.generation.responses import GenerationResponse
-from mlx_poe.generation.text import Asked
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A parsed request; `asked.tokens` is its prompt. See `Engine.prepare`."""
-
-    asked: Asked
-    specialist: str | Sequence[str] | None
-    weights: Sequence[float] | None
-    mode: str
-    max_tokens: int
-    stop: str | Sequence[str] | None
-    parks: bool
-    listener: Callable[[Item], None] | None
 
 
 class EngineClosedError(RequestError):
@@ -37,8 +21,8 @@ class EngineClosedError(RequestError):
 # What a caller may want of a request under way.
 Wish = Literal["cancel", "pause", "resume"]
 
-# A request's results: responses, then the error that ended it, or None.
-Item = GenerationResponse | Exception | None
+# Told each response, then the error that ended the request, or None.
+Listener = Callable[[GenerationResponse | Exception | None], None]
 
 
 class EngineRequest:
@@ -48,15 +32,11 @@ class EngineRequest:
     a `listener`, everything goes there instead.
     """
 
-    def __init__(
-        self,
-        tell: Callable[[Wish], None],
-        listener: Callable[[Item], None] | None = None,
-    ):
+    def __init__(self, tell: Callable[[Wish], None], listener: Listener | None = None):
         """`tell` passes a wish on to the engine."""
         self._tell = tell
-        self._queue: SimpleQueue[Item] = SimpleQueue()
-        self.deliver = listener or self._queue.put
+        self._queue: SimpleQueue[GenerationResponse | Exception | None] = SimpleQueue()
+        self.deliver: Listener = listener or self._queue.put
         self._over = False
 
     def __iter__(self) -> Iterator[GenerationResponse]:
@@ -66,12 +46,12 @@ class EngineRequest:
         """
         while not self._over:
             item = self._queue.get()
-            if item is None or isinstance(item, Exception):
-                self._over = True
-                if item:
-                    raise item
-                return
-            yield item
+            if isinstance(item, GenerationResponse):
+                yield item
+                continue
+            self._over = True
+            if item:
+                raise item
 
     def cancel(self) -> None:
         """End the request and drop the responses not taken yet. May be called from any thread."""

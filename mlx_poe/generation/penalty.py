@@ -1,23 +1,25 @@
-"""The repetition penalty to use if the user has not set one.
+"""The repetition penalty of a chat whose user has not set one.
 
-- in: a model, and whether its reply must have a form (functions are offered, or a schema is set)
-- out: the penalty, or None for none
+The model cards recommend it: without it the specialists' greedy replies fall into loops.
 """
 
 from __future__ import annotations
 
-from cognica_mlx.network.model import PoEModel
+from collections.abc import Mapping
+from typing import Any
 
-# The model cards recommend it: without it the specialists' greedy replies fall into loops.
+from mlx_poe.generation.reply_form import CONSTRAINTS
+
 SPECIALIST_PENALTY = 1.15
 
 
-def default_repetition_penalty(model: PoEModel, formal: bool = False) -> float | None:
-    """`chat_penalty` for a specialist, None for a base model."""
-    return chat_penalty(formal) if model.config.specialist_layers else None
+def with_usual_penalty(options: Mapping[str, Any], specialist: bool) -> dict[str, Any]:
+    """Options of `stream_generate` for a chat with a specialist, or with a base model.
 
-
-def chat_penalty(formal: bool = False) -> float:
-    """1.15, or 1.0 if the reply must have a form: function calls repeat the names and values they
-    were given, and JSON repeats quotes and keys. Neither must be penalized."""
-    return 1.0 if formal else SPECIALIST_PENALTY
+    A constrained reply is not penalized: function calls repeat the names and values they were
+    given, and JSON repeats quotes and keys.
+    """
+    if not specialist or options.get("repetition_penalty") is not None:
+        return dict(options)
+    constrained = any(options.get(name) is not None for name in CONSTRAINTS)
+    return {**options, "repetition_penalty": 1.0 if constrained else SPECIALIST_PENALTY}

@@ -1,7 +1,7 @@
 """From tokens to what a caller sees: text, finish reasons, and speeds.
 
-- in: the tokens of one sequence, one by one
-- out: a `GenerationResponse` for each
+- in: a request, and the tokens of its sequence, one by one
+- out: a `GenerationResponse` for each, which is what every consumer reads
 - shared by `stream_generate`, which decodes one sequence, and `Scheduler`, which decodes many
 """
 
@@ -14,15 +14,13 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.constraint import check_characters
 from cognica_mlx.decoding.drafters import LOOKED_UP, OWN, ROUNDED
 from cognica_mlx.decoding.requests import DecodedToken
-from cognica_mlx.decoding.sequence import DecodingSequence
-from cognica_mlx.errors import RequestError
+from cognica_mlx.decoding.state import DecodingState, Progress
 from cognica_mlx.pricing.pace import Pace
-from mlx_poe.loading.tokenizer import Tokenizer
+from mlx_poe.generation.request import GenerationRequest
 
-_MAKERS = {OWN: "own stages", ROUNDED: "rounded stages", LOOKED_UP: "looked up"}
+_MAKERS = {OWN: "own stages", ROUNDED: "quantized stages", LOOKED_UP: "looked up"}
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,10 @@ class GenerationResponse:
     text: the text that this token completed, possibly empty; the pieces joined are the reply.
     token, logprob, stage, from_draft: as in `DecodedToken`, with stages counted from 0.
     prompt_tps and generation_tps: tokens per second so far. peak_memory: the whole process's, in
-    GB. drafter: what drafted the token, or None: "stages" (the model's own), "rounded" (a copy of
-    them) or "lookup" (the text itself). drafted_tokens: drafts made so far, kept or not; drafts:
+    GB. drafter: what drafted the token, or None: "stages" (the model's own), "rounded" (a quantized
+    copy) or "lookup" (the text itself). drafted_tokens: drafts made so far, kept or not; drafts:
     the same by drafter.
-    parked: None, or why decoding fell back to full depth: see `costs` in `stream_generate`.
+    fell_back: None, or why decoding fell back to full depth: see `costs` in `stream_generate`.
     finish_reason: "stop" or "length" for the last token, otherwise None.
     cached_tokens: how many of the prompt's positions came from a state and were not run.
     forced: a constraint allowed no other token, so no stage was run for it and `stage` is 0.
@@ -56,7 +54,7 @@ class GenerationResponse:
     generation_tps: float
     peak_memory: float
     drafted_tokens: int = 0
-    parked: str | None = None
+    fell_back: str | None = None
     finish_reason: str | None = None
     cached_tokens: int = 0
     forced: bool = False
@@ -65,6 +63,22 @@ class GenerationResponse:
     prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None = None
     drafter: str | None = None
     drafts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def parked(self) -> str | None:
+        """`fell_back`, as version 0.2 called it."""
+        return self.fell_back
+
+
+def is_last(news: GenerationResponse | Exception) -> bool:
+    """Whether a reply ends with this response, or error."""
+    return isinstance(news, Exception) or news.finish_reason is not None
+
+
+def fallback_note(mode: str, responses: Sequence[GenerationResponse]) -> str | None:
+    """The note of a command whose reply fell back to full depth."""
+    reason = responses[-1].fell_back if responses else None
+    return f"{mode} fell back to full depth: {reason} (--no-fallback keeps it)" if reason else None
 
 
 def drafts_by_maker(responses: Sequence[GenerationResponse]) -> dict[str, tuple[int, int]]:
@@ -83,25 +97,26 @@ def drafts_in_words(responses: Sequence[GenerationResponse]) -> str:
     return ", ".join(parts)
 
 
-class Responses:
-    """Makes the responses of one sequence; its clock starts here."""
+class Reply:
+    """A request's reply as it is made: its sequence, and a response to each token.
+
+    Its clock starts here. `cached` is reported as `cached_tokens`, by default the sequence's own
+    count. `count` tokens have been added; the reply is `over` at the last one.
+    """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        sequence: DecodingSequence,
-        stop: str | Sequence[str] | None = None,
-        pace: Pace | None = None,
+        request: GenerationRequest,
+        state: DecodingState | None = None,
+        progress: Progress | None = None,
         cached: int | None = None,
     ):
-        """`cached` is reported as `cached_tokens`; by default it is the sequence's own count.
-
-        Raises RequestError for an empty stop string.
-        """
-        self._sequence, self._pace, self._cached = sequence, pace, cached
-        self._eos = tokenizer.eos_token_ids
-        self._detokenizer = tokenizer.detokenizer()
-        self._stops = StopStrings(stop)
+        self.request, self._cached = request, cached
+        self.sequence = request.sequence(state, progress)
+        advice = self.sequence.advice
+        self.pace = advice if isinstance(advice, Pace) else None
+        self._detokenizer = request.tokenizer.detokenizer()
+        self._stops = StopStrings(request.stop)
         self._begun = self._started = time.perf_counter()
         self._prompt_seconds = 0.0
         self._reading = True
@@ -110,10 +125,14 @@ class Responses:
         # Characters so far, including those held back.
         self._length = 0
         self.count = 0
+        self.over = False
 
-    def add(self, decoded: DecodedToken) -> GenerationResponse:
-        """The response to the sequence's next token; the last one has a `finish_reason`."""
-        sequence, stops, now = self._sequence, self._stops, time.perf_counter()
+    def add(self, decoded: DecodedToken) -> GenerationResponse | None:
+        """The response to the sequence's next token; the last one has a `finish_reason`. None for a
+        token after that."""
+        if self.over:
+            return None
+        sequence, stops, now = self.sequence, self._stops, time.perf_counter()
         self.count += 1
         if not self._reading:
             self._generated += 1
@@ -123,7 +142,7 @@ class Responses:
             self._started, self._reading = now, decoded.forced
         finish_reason = "length" if self.count == sequence.max_tokens else None
         text, offset = "", self._length
-        if decoded.token in self._eos:
+        if decoded.token in self.request.tokenizer.eos_token_ids:
             finish_reason = "stop"
         else:
             piece = self._detokenizer.add_token(decoded.token)
@@ -133,6 +152,7 @@ class Responses:
             text += stops.add(self._detokenizer.finalize()) + stops.rest()
         if stops.found:
             finish_reason = "stop"
+        self.over = finish_reason is not None
         return GenerationResponse(
             text=text,
             token=decoded.token,
@@ -145,7 +165,7 @@ class Responses:
             generation_tps=self._generated / (now - self._started) if self._generated else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             drafted_tokens=sequence.drafted,
-            parked=self._pace.parked if self._pace else None,
+            fell_back=self.pace.parked if self.pace else None,
             finish_reason=finish_reason,
             cached_tokens=sequence.cached if self._cached is None else self._cached,
             forced=decoded.forced,
@@ -157,27 +177,20 @@ class Responses:
         )
 
     def _top(self, decoded: DecodedToken) -> tuple[tuple[int, float], ...]:
-        if decoded.forced and self._sequence.sampler.options.top_logprobs:
+        if decoded.forced and self.request.sampling.top_logprobs:
             return ((decoded.token, 0.0),)
         return decoded.top
 
     def _prompt_logprobs(self) -> tuple | None:
-        first = self.count == 1 and self._sequence.score_prompt
-        return tuple(self._sequence.prompt_scores) if first else None
+        first = self.count == 1 and self.sequence.score_prompt
+        return tuple(self.sequence.prompt_scores) if first else None
 
 
 class StopStrings:
     """Passes text on until a stop string appears; holds back what may be the start of one."""
 
-    def __init__(self, stop: str | Sequence[str] | None = None):
-        """Raises RequestError for an empty stop string, or one that is not text."""
-        self.stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        for one in self.stops:
-            if not isinstance(one, str):
-                raise RequestError(f"stop: a stop string is text, not {type(one).__name__}")
-            if not one:
-                raise RequestError("stop: a stop string is empty")
-            check_characters(one, "stop: a stop string")
+    def __init__(self, stops: Sequence[str] = ()):
+        self.stops = stops
         self.held = ""
         self.found = False
 

@@ -98,6 +98,16 @@ class Specialists:
         models = [self.use(name) for name in names]
         return Siblings(models, [1.0] * len(models) if weights is None else weights)
 
+    def choose(
+        self, specialist: str | Sequence[str] | None, weights: Sequence[float] | None = None
+    ) -> PoEModel:
+        """`use` one specialist, or `compose` several."""
+        if specialist is not None and not isinstance(specialist, str):
+            return self.compose(specialist, weights)
+        if weights is not None:
+            raise RequestError("weights need several specialists")
+        return self.use(specialist)
+
     def detach(self, name: str) -> None:
         """Detach a specialist; its memory is freed once nothing decodes with it anymore."""
         self.use(name)
