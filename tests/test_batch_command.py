@@ -53,9 +53,8 @@ def read(path: Path) -> dict[int, dict[str, Any]]:
 def run(tmp_path: Path, prompts: list[Any], *flags: str) -> int:
     source = write(tmp_path / "in.jsonl", prompts)
     output = str(tmp_path / "out.jsonl")
-    return main(
-        ["--prompts", str(source), "--output", output, "--dtype", "float32", "--no-park", *flags]
-    )
+    fixed = ("--dtype", "float32", "--no-fallback")
+    return main(["--prompts", str(source), "--output", output, *fixed, *flags])
 
 
 def test_each_line_gets_what_the_prompt_gets_alone(tmp_path, capsys):

@@ -130,7 +130,8 @@ def test_the_installed_script_reads_stdin():
 
 
 def test_json_is_all_that_stdout_holds(run_here):
-    flags = ("--json", "--verbose", "--mode", "speculative", "--num-draft-tokens", "4", "--no-park")
+    flags = ("--json", "--verbose", "--mode", "speculative", "--num-draft-tokens", "4")
+    flags += ("--no-fallback",)
     result = run_here("--prompt", "\u00c0 Paris,", "--max-tokens", "16", *flags)
     assert result.stdout.count(b"\n") == 1
     answer = json.loads(result.stdout)
@@ -164,7 +165,7 @@ def test_json_has_null_for_what_is_not_a_number(monkeypatch, capsys):
 
 
 def test_statistics_go_to_stderr(run_here):
-    flags = ("--verbose", "--mode", "speculative", "--no-park")
+    flags = ("--verbose", "--mode", "speculative", "--no-fallback")
     result = run_here("--prompt", PROMPT, "--max-tokens", "12", *flags)
     assert result.stdout.decode() == text_of(PROMPT, max_tokens=12) + "\n"
     lines = result.stderr.decode().splitlines()
@@ -244,7 +245,7 @@ def test_help_shows_examples(run_here):
 def test_colours_are_for_terminals_unless_forced(run_here):
     plain = text_of(PROMPT, max_tokens=30, mode="wand", safety=0.3) + "\n"
     flags = ("--prompt", PROMPT, "--max-tokens", "30", "--mode", "wand", "--safety", "0.3")
-    flags += ("--no-park",)
+    flags += ("--no-fallback",)
     piped = run_here(*flags, "--color-stages", TERM="xterm")
     assert piped.stdout.decode() == plain
     forced = run_here(*flags, "--color-stages", FORCE_COLOR="1", TERM="xterm").stdout.decode()

@@ -45,10 +45,10 @@ def schema_file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("mode", ["full", "speculative", "wand"])
 def test_a_schema_from_a_file_or_as_text(mode, schema_file, capsys):
     for schema in (str(schema_file), json.dumps(SCHEMA)):
-        flags = ["--json-schema", schema, "--mode", mode, "--no-park", "--verbose"]
+        flags = ["--json-schema", schema, "--mode", mode, "--no-fallback", "--verbose"]
         assert main(["--prompt", "A country:", *flags]) == 0
         shown = capsys.readouterr()
-        assert fits(shown.out) and "Forced by the reply's form: " in shown.err
+        assert fits(shown.out) and "Forced by the constraint: " in shown.err
 
 
 def test_a_schema_from_a_file_with_a_byte_order_mark_or_through_a_pipe(tmp_path, capsys):
@@ -108,8 +108,8 @@ def test_each_prompt_of_a_file_has_its_own(tmp_path, capsys):
         {"prompt": "Which?", "grammar": 'start: "this" | "that"', "mode": "speculative"},
     ]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = ["--prompts", str(source), "--output", str(output), "--regex", "yes|no", "--no-park"]
-    assert main(flags) == 0
+    flags = ["--prompts", str(source), "--output", str(output), "--no-fallback"]
+    assert main([*flags, "--regex", "yes|no"]) == 0
     records = {r["index"]: r for r in map(json.loads, output.read_text().splitlines())}
     assert records[0]["text"] in ("yes", "no") and fits(records[1]["text"])
     assert records[2]["text"] in ("this", "that")

@@ -56,7 +56,7 @@ from mlx_poe.generation.responses import drafts_by_maker
 from mlx_poe.loading.model_info import describe
 from mlx_poe.loading.specialists import Specialists
 from mlx_poe.loading.tokenizer import Tokenizer
-from mlx_poe.server.choice import Choice, usage
+from mlx_poe.server.response_frame import Choice, usage
 from mlx_poe.server.shared_fields import Options
 
 STORY = "Once upon a time"
@@ -715,7 +715,7 @@ def test_a_delta_stores_no_copy(tmp_path, capsys):
 
 
 def test_the_command_says_which_drafter_made_what(capsys):
-    flags = ["--prompt", STORY, "-m", "60", "--mode", "speculative", "--no-park"]
+    flags = ["--prompt", STORY, "-m", "60", "--mode", "speculative", "--no-fallback"]
     flags += ["--draft-bits", "4", "--num-draft-tokens", "4"]
     assert generate_command.main([*flags, "--verbose"]) == 0
     shown = capsys.readouterr()

@@ -32,7 +32,7 @@ def piped(text: str, *flags: str, **environment: str) -> subprocess.CompletedPro
 
 def test_through_a_pipe_only_replies_come_out():
     done = piped(
-        "What is the capital of Italy?\n/mode speculative\nTell me about Kenya.\n", "--no-park"
+        "What is the capital of Italy?\n/mode speculative\nTell me about Kenya.\n", "--no-fallback"
     )
     assert done.stdout == (
         "The capital of Italy is Rome.\n"

@@ -84,7 +84,7 @@ def as_options(about: dict[str, Any], own: dict[str, Any], formal: bool) -> dict
 def test_a_reply_is_the_one_that_generate_gives(client, model, about, own):
     formal = bool({"regex", "grammar"} & own.keys() or "response_format" in about)
     expected = alone(TALK, model, **as_options(about, own, formal))
-    about = {"max_completion_tokens": 24, **about, "extra_body": {**own, "no_park": True}}
+    about = {"max_completion_tokens": 24, **about, "extra_body": {**own, "no_fallback": True}}
     reply = chat(client, model, **about)
     (choice,) = reply.choices
     assert choice.message.content == said(expected)
@@ -105,7 +105,7 @@ def test_a_reply_is_the_one_that_generate_gives(client, model, about, own):
     assert ours["forced_tokens"] == len(expected) - len(asked)
     if asked:
         assert ours["mean_depth"] == pytest.approx(sum(asked) / len(asked) + 1)
-    assert (ours["mode"], ours["parked"]) == (own.get("mode", "full"), None)
+    assert (ours["mode"], ours["fell_back"]) == (own.get("mode", "full"), None)
 
     chunks, usage = streamed(client, model, **about)
     deltas = [chunk.choices[0].delta for chunk in chunks]
@@ -364,7 +364,7 @@ def test_another_specialists_turn_uses_what_the_first_has_read(client):
 
 def test_health_and_metrics(client, server):
     before = server.figures()
-    lookup = {"mode": "speculative", "draft_lookup": True, "no_park": True}
+    lookup = {"mode": "speculative", "draft_lookup": True, "no_fallback": True}
     fact = "The capital of Japan is Tokyo. "
     talk = [{"role": "user", "content": 2 * fact + "What is the capital of Japan?"}]
     usage = chat(client, messages=talk, extra_body=lookup).usage

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_poe.server.error_bodies import ApiError
-from mlx_poe.server.fields import Fields, shown
-from mlx_poe.server.shared_fields import _mode
+from mlx_poe.server.fields import Fields, read_object, shown
 from mlx_poe.server.wire import event, to_json
 
 
@@ -40,33 +39,10 @@ def test_true_and_numbers_are_read_as_what_they_are():
     assert [shown(value) for value in (True, False, None, 1)] == ["true", "false", "null", "1"]
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"mode": "compose", "stages": [0, True]},
-        {"mode": "compose", "stages": [0.5]},
-        {"mode": "compose", "stages": ["0"]},
-        {"mode": "compose", "stage_weights": [1, False]},
-        {"mode": "compose", "stage_weights": [[1]]},
-        {"mode": "speculative", "draft_bits": True},
-        {"mode": "speculative", "draft_bits": 4.0},
-    ],
-)
-def test_what_is_no_number_in_a_mode_s_option_is_refused(given):
-    with pytest.raises(ApiError, match=f"{list(given)[1]}: expected"):
-        _mode(Fields(given))
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"mode": "compose", "stages": [0, 1], "stage_weights": [1, 0.5]},
-        {"mode": "speculative", "draft_bits": 4},
-        {"mode": "speculative", "draft_bits": "mxfp4"},
-    ],
-)
-def test_numbers_in_a_mode_s_option_are_taken(given):
-    assert _mode(Fields(given)) == given
+def test_a_number_too_large_for_a_float_is_refused():
+    assert read_object(b'{"x": 1e308}').number("x", 0, 1e309) == 1e308
+    with pytest.raises(ApiError, match="1e400 is too large"):
+        read_object(b'{"x": 1e400}')
 
 
 @pytest.mark.parametrize("text", ["naïve 日本 🎉", "\ud83c", "\u2028", "\x00"])

@@ -136,7 +136,7 @@ class Endless:
     """A run whose reply never ends."""
 
     def __init__(self) -> None:
-        self.answer = SimpleNamespace(id="x")
+        self.frame = SimpleNamespace(id="x")
         self.closed = False
         self.wishes: list[str] = []
         self.paused = asyncio.Event()
@@ -202,6 +202,7 @@ PATIENT = """
 import socket, sys
 from mlx_poe.commands import server
 from mlx_poe.server import request_life
+from mlx_poe.server import request_life as serving
 
 listen = socket.socket.listen
 

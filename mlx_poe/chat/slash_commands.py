@@ -245,7 +245,7 @@ def _stats(repl: Repl, argument: str) -> None:
         stages = Counter(r.stage for r in last if not r.forced)
         table.add_row("stages", ", ".join(f"{k}: {stages[k]}" for k in sorted(stages)))
         if forced := sum(r.forced for r in last):
-            table.add_row("forced", f"{forced} tokens, by the reply's form")
+            table.add_row("forced", f"{forced} tokens, by the constraint")
         if drafted := last[-1].drafted_tokens:
             kept = sum(r.from_draft for r in last)
             table.add_row("drafts", f"{kept} of {drafted} accepted: {drafts_in_words(last)}")

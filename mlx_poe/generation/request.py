@@ -48,7 +48,7 @@ _WHOLE = (
     *("stage", "max_stages", "stages", "exit_stages", "prefill_step_size"),
     *("draft_stage", "num_draft_tokens", "draft_rank", "draft_bits"),
 )
-_AS_GIVEN = ("draft_head", "costs", *FORM_OPTIONS)  # checked by those that use them
+_AS_GIVEN = ("costs", *FORM_OPTIONS)  # checked by those that use them
 # Larger numbers overflow in Python's floats, or in MLX.
 _LARGEST = 2**64
 
@@ -210,6 +210,10 @@ def _read(name: str, value: Any) -> Any:
     if name in _FLAGS:
         if not isinstance(value, bool):
             raise RequestError(f"{name} must be True or False, not {value!r:.60}")
+        return value
+    if name == "draft_head":
+        if not isinstance(value, str):
+            raise RequestError(f"draft_head must be text, not {value!r:.60}")
         return value
     if name == "stop":
         return _stop_strings(value)

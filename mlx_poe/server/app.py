@@ -61,14 +61,14 @@ class Server:
     async def chat_completions(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         body = await self._body(request)
-        asked = read_chat(body, self.catalog.named_in(body))
-        return await self.service.answer(asked, "chat", request.receive)
+        frame = read_chat(body, self.catalog.named_in(body), self.engine.tokenizer)
+        return await self.service.respond(frame, "chat", request.receive)
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
         body = await self._body(request)
-        asked = read_completion(body, self.catalog.named_in(body))
-        return await self.service.answer(asked, "completions", request.receive)
+        frame = read_completion(body, self.catalog.named_in(body), self.engine.tokenizer)
+        return await self.service.respond(frame, "completions", request.receive)
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
@@ -135,7 +135,7 @@ class Server:
 
     async def _body(self, request: Request) -> Fields:
         """The request's JSON. A body that is too large is still read up to a point and discarded;
-        otherwise the client would not read the answer."""
+        otherwise the client would not read the response."""
         limit, size = self.limits.body_bytes, 0
         parts: list[bytes] = []
         with anyio.move_on_after(BODY_SECONDS) as scope:

@@ -1,53 +1,32 @@
 """`POST /v1/chat/completions`.
 
 - in: a request's fields
-- out: a prompt of messages with its options, and the answer's choices: texts and tool calls
+- out: a prompt of messages with its options, and the response's choices: texts and tool calls
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from mlx_poe.generation.penalty import chat_penalty
-from mlx_poe.generation.reply_form import CONSTRAINTS
+from mlx_poe.generation.penalty import with_usual_penalty
+from mlx_poe.generation.responses import GenerationResponse
 from mlx_poe.generation.tools import ToolCallParser
 from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.server.catalog import Served
 from mlx_poe.server.chat_history import read_messages
-from mlx_poe.server.choice import Piece
 from mlx_poe.server.error_bodies import refused
 from mlx_poe.server.fields import Fields, shown
 from mlx_poe.server.logprobs import chat_logprobs, stages_of
-from mlx_poe.server.response_frame import Answer
+from mlx_poe.server.response_frame import ResponseFrame
 from mlx_poe.server.shared_fields import Options, read_options
 
 DEFAULT_MAX_TOKENS = 512
 MAX_TOP_LOGPROBS = 20
 
 
-@dataclass(frozen=True)
-class ChatRequest:
-    """A parsed request: the prompt, and how to answer it."""
-
-    messages: list[dict[str, str]]
-    options: Options
-    tools: bool
-
-    @property
-    def prompts(self) -> list[Any]:
-        """The one prompt."""
-        return [self.messages]
-
-    def answer(self, tokenizer: Tokenizer, tokens: Sequence[Sequence[int]]) -> ChatAnswer:
-        """An empty answer."""
-        return ChatAnswer(self, tokenizer)
-
-
-def read_chat(body: Fields, served: Served) -> ChatRequest:
+def read_chat(body: Fields, served: Served, tokenizer: Tokenizer) -> ChatResponse:
     """Parse a request. ApiError for anything that cannot be honored."""
     if not served.info.chats:
         message = (
@@ -63,15 +42,14 @@ def read_chat(body: Fields, served: Served) -> ChatRequest:
         options.top_logprobs = top or 0
     elif top is not None:
         raise refused("top_logprobs", "it needs logprobs: true")
-    messages = read_messages(body)
+    options.prompts = [read_messages(body)]
     body.only("modalities", ["text"])
     body.ignore(["parallel_tool_calls"])  # a reply has one call at most
     _read_form(body, options)
     tools = _read_tools(body, options)
     body.done()
-    formal = any(name in options.decoding for name in CONSTRAINTS)
-    options.decoding.setdefault("repetition_penalty", chat_penalty(formal))
-    return ChatRequest(messages, options, tools)
+    options.decoding = with_usual_penalty(options.decoding, specialist=True)
+    return ChatResponse(options, tokenizer, tools)
 
 
 def _read_form(body: Fields, options: Options) -> None:
@@ -130,60 +108,62 @@ def _read_tools(body: Fields, options: Options) -> bool:
     return True
 
 
-class ChatAnswer(Answer):
+class ChatResponse(ResponseFrame):
     """Chat completions; a call in a reply's text becomes `tool_calls`."""
 
     prefix, whole_object = "chatcmpl", "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, request: ChatRequest, tokenizer: Tokenizer):
-        super().__init__(request.options, tokenizer, request.options.n)
-        self._parsers = [ToolCallParser() if request.tools else None for _ in self.choices]
+    def __init__(self, options: Options, tokenizer: Tokenizer, tools: bool):
+        super().__init__(options, tokenizer)
+        self._parsers = [ToolCallParser() if tools else None for _ in self.choices]
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """The role."""
         return [self._delta(index, {"role": "assistant", "content": ""}, [])]
 
-    def deltas(self, index: int, piece: Piece, first: bool) -> list[dict[str, Any]]:
+    def deltas(
+        self, index: int, response: GenerationResponse, tokens: list[GenerationResponse]
+    ) -> list[dict[str, Any]]:
         """Text as it comes; a call once it is complete, its name and then its arguments."""
-        text, call = self._read(index, piece)
+        text, call = self._read(index, response.text, bool(response.finish_reason))
         found = []
         wanted = self.options.top_logprobs is not None or self.options.token_stages
-        if text or (piece.tokens and wanted):
-            found.append(self._delta(index, {"content": text}, piece.tokens))
+        if text or (tokens and wanted):
+            found.append(self._delta(index, {"content": text}, tokens))
         if call:
             head = {**call, "function": {**call["function"], "arguments": ""}}
             rest = {"index": 0, "function": {"arguments": call["function"]["arguments"]}}
             found.append(self._delta(index, {"tool_calls": [{"index": 0, **head}]}, []))
             found.append(self._delta(index, {"tool_calls": [rest]}, []))
-        if piece.finish_reason:
-            reason = "tool_calls" if call else piece.finish_reason
+        if response.finish_reason:
+            reason = "tool_calls" if call else response.finish_reason
             found.append({**self._delta(index, {}, []), "finish_reason": reason})
         return found
 
-    def choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
+    def choice(self, index: int) -> dict[str, Any]:
         """The message."""
-        read = [self._read(index, piece) for piece in pieces]
-        text, call = "".join(text for text, _ in read), read[-1][1]
+        choice = self.choices[index]
+        text, call = self._read(index, choice.text, over=True)
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        reason = pieces[-1].finish_reason
+        reason = choice.responses[-1].finish_reason
         if call:
             message |= {"content": text or None, "tool_calls": [call]}
             reason = "tool_calls"
-        tokens = [token for piece in pieces for token in piece.tokens]
-        choice = {"index": index, "message": message, **self._about(tokens)}
-        return {**choice, "finish_reason": reason}
+        about = self._about(choice.tokens)
+        return {"index": index, "message": message, **about, "finish_reason": reason}
 
-    def _read(self, index: int, piece: Piece) -> tuple[str, dict[str, Any] | None]:
-        """The text in a piece that is not part of a call, and at the end the call, if any.
+    def _read(self, index: int, text: str, over: bool) -> tuple[str, dict[str, Any] | None]:
+        """The part of a reply's next text that is not part of a call, and at the end the call, if
+        any.
 
         A call that was cut off counts neither as a call nor as text.
         """
         parser = self._parsers[index]
         if parser is None:
-            return piece.text, None
-        text = parser.feed(piece.text)
-        if not piece.finish_reason:
+            return text, None
+        text = parser.feed(text)
+        if not over:
             return text, None
         text += parser.finish()
         if parser.call is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from math import isfinite
 from typing import Any, NoReturn
 
 from cognica_mlx.errors import one_line
@@ -88,18 +89,6 @@ class Fields:
                 raise refused(where, f"expected an object, got {shown(value)}")
             yield Fields(value, where)
 
-    def texts(self, field: str, most: int) -> list[str]:
-        """A string, or an array of up to `most`, as a list."""
-        value = self.take(field)
-        found = [value] if isinstance(value, str) else ([] if value is None else value)
-        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-            raise refused(
-                self.name(field), f"expected a string or an array of strings, got {shown(value)}"
-            )
-        if len(found) > most:
-            raise refused(self.name(field), f"{len(found)} strings, {most} at most")
-        return found
-
     def required(self, field: str, read: Callable[[str], Any]) -> Any:
         """The value that `read` returns for the field; a 400 if it is missing."""
         value = read(field)
@@ -131,7 +120,7 @@ class Fields:
 def read_object(body: bytes) -> Fields:
     """The JSON object in a request's body. ApiError if it is anything else."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         message = f"the body is not JSON: {one_line(error)}"
         raise ApiError(400, message, code="invalid_json") from None
@@ -144,6 +133,12 @@ def read_object(body: bytes) -> Fields:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    if isfinite(number := float(text)):
+        return number
+    raise ValueError(f"{text:.20} is too large a number")
 
 
 def _shallow(value: Any, depth: int) -> bool:

@@ -57,25 +57,22 @@ def stages_of(tokenizer: Tokenizer, tokens: Iterable[GenerationResponse]) -> lis
     ]
 
 
-class TextLogprobs:
-    """The `logprobs` of a completion: four arrays with one entry per token."""
+def text_logprobs(
+    tokenizer: Tokenizer, entries: Iterable[tuple[int, float | None, Top, int]], count: int
+) -> dict[str, list[Any]]:
+    """The `logprobs` of a completion, with `count` alternatives: four arrays with one item for each
+    token, log-probability, best tokens and offset in the text.
 
-    def __init__(self, tokenizer: Tokenizer, count: int):
-        self._tokenizer, self._count = tokenizer, count
-        self._arrays: dict[str, list[Any]] = {name: [] for name in ARRAYS}
-
-    def add(self, token: int, logprob: float | None, top: Top, offset: int) -> None:
-        """Add a token. The first one of a prompt cannot be predicted: its logprob is None."""
+    The first token of a prompt cannot be predicted: its log-probability is None.
+    """
+    arrays: dict[str, list[Any]] = {name: [] for name in ARRAYS}
+    for token, logprob, top, offset in entries:
         best: dict[str, float] | None = None
         if logprob is not None:
             # Always include the token itself, even if it is not among the best.
-            pairs = [*top[: self._count], (token, logprob)]
-            best = {shown(self._tokenizer, other): value for other, value in pairs}
-        values = shown(self._tokenizer, token), logprob, best, offset
-        for array, value in zip(self._arrays.values(), values, strict=True):
+            pairs = [*top[:count], (token, logprob)]
+            best = {shown(tokenizer, other): value for other, value in pairs}
+        values = shown(tokenizer, token), logprob, best, offset
+        for array, value in zip(arrays.values(), values, strict=True):
             array.append(value)
-
-    def take(self) -> dict[str, list[Any]]:
-        """The entries added since the last call."""
-        taken, self._arrays = self._arrays, {name: [] for name in ARRAYS}
-        return taken
+    return arrays

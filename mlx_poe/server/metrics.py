@@ -54,7 +54,7 @@ class Metrics:
         self.stage_tokens = self._counter(
             "stage_tokens", "Tokens by the stage that emitted them", "stage"
         )
-        self.forced_tokens = self._counter("forced_tokens", "Tokens forced by the reply's form")
+        self.forced_tokens = self._counter("forced_tokens", "Tokens forced by a constraint")
         self.drafts = self._counter(
             "draft_tokens", "Drafts by drafter and verdict", "drafter", "verdict"
         )

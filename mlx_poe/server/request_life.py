@@ -1,7 +1,7 @@
 """A request's sequences: admitted, started, streamed, and released.
 
-- in: a parsed request; the engine
-- out: an answer, whole or as server-sent events
+- in: a parsed request, as the frame of its response; the engine
+- out: the response, whole or as server-sent events
 - runs in the event loop's thread; the engine's responses arrive from the engine's thread
 - if a client disconnects, its places are freed at once; if it does not read, its sequences pause
 """
@@ -11,24 +11,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mlx_poe.engine import Engine, EngineClosedError, EngineRequest, Item, Prepared
-from mlx_poe.generation.responses import GenerationResponse
-from mlx_poe.loading.tokenizer import Tokenizer
+from mlx_poe.engine import Engine, EngineClosedError, EngineRequest, Listener
+from mlx_poe.generation.responses import GenerationResponse, is_last
 from mlx_poe.server.error_bodies import ApiError, as_api_error
 from mlx_poe.server.metrics import Metrics
-from mlx_poe.server.response_frame import Answer
-from mlx_poe.server.shared_fields import Limits, Options
+from mlx_poe.server.response_frame import ResponseFrame
+from mlx_poe.server.shared_fields import Limits
 from mlx_poe.server.wire import DONE, KEEP_ALIVE, Json, event
 
 KEEP_ALIVE_SECONDS = 5.0
@@ -40,23 +38,8 @@ logger = logging.getLogger("mlx_poe.server")
 Result = TypeVar("Result")
 
 
-class Asked(Protocol):
-    """A parsed request: `ChatRequest` or `CompletionRequest`."""
-
-    @property
-    def options(self) -> Options:
-        """How to answer."""
-
-    @property
-    def prompts(self) -> list[Any]:
-        """One or more."""
-
-    def answer(self, tokenizer: Tokenizer, tokens: Sequence[Sequence[int]]) -> Answer:
-        """An empty answer; `tokens` are those of each prompt."""
-
-
 class ClientGone(Exception):
-    """The client no longer waits for the answer."""
+    """The client no longer waits for the response."""
 
 
 class Service:
@@ -68,21 +51,20 @@ class Service:
         self.taken, self._mean_seconds = 0, 1.0
         self.closing = False
 
-    async def answer(self, asked: Asked, endpoint: str, receive: Receive) -> Response:
-        """The whole answer, or a stream."""
-        run = await unless_gone(receive, self._start(asked, endpoint))
-        if asked.options.stream:
+    async def respond(self, frame: ResponseFrame, endpoint: str, receive: Receive) -> Response:
+        """The whole response, or a stream."""
+        run = await unless_gone(receive, self._start(frame, endpoint))
+        if frame.options.stream:
             return EventStream(run)
         try:
             await unless_gone(receive, run.collect())
-            return Json(run.answer.whole(), headers={"x-request-id": run.answer.id})
+            return Json(frame.whole(), headers={"x-request-id": frame.id})
         finally:
             run.close()
 
-    async def _start(self, asked: Asked, endpoint: str) -> Run:
-        count = len(asked.prompts) * asked.options.n
-        self._admit(count, "prompt" if len(asked.prompts) > 1 else "n")
-        run = Run(self, asked, endpoint, count)
+    async def _start(self, frame: ResponseFrame, endpoint: str) -> Run:
+        self._admit(len(frame.choices), "prompt" if len(frame.options.prompts) > 1 else "n")
+        run = Run(self, frame, endpoint)
         try:
             await run.begin()
         except BaseException:
@@ -114,100 +96,79 @@ class Service:
 class Run:
     """One request's sequences while they run."""
 
-    def __init__(self, service: Service, asked: Asked, endpoint: str, count: int):
-        self._service, self._asked, self._count = service, asked, count
+    def __init__(self, service: Service, frame: ResponseFrame, endpoint: str):
+        self._service, self.frame = service, frame
         self._record = service.metrics.begin(endpoint)
-        self._items: list[tuple[int, Item]] = []
+        self._news: list[tuple[int, GenerationResponse | Exception]] = []
         self._come = asyncio.Event()
-        self._left, self._closed = count, False
+        self._left, self._closed = len(frame.choices), False
         self._started = monotonic()
         self._requests: list[EngineRequest] = []
         self._begun, self._paused = False, False
-        self.answer: Answer
 
     async def begin(self) -> None:
         """Read the prompts and start them in the engine. ApiError if it refuses them."""
         loop = asyncio.get_running_loop()
 
-        def listener(index: int) -> Callable[[Item], None]:
+        def listener(index: int) -> Listener:
             return lambda item: loop.call_soon_threadsafe(self._put, index, item)  # type: ignore
 
-        listeners = [listener(index) for index in range(self._count)]
+        listeners = [listener(index) for index in range(self._left)]
         # In another thread: texts may be long, and the engine only answers between two passes.
         work = asyncio.ensure_future(anyio.to_thread.run_sync(self._submit, listeners))
         try:
-            self._requests, tokens = await asyncio.shield(work)
+            self._requests = await asyncio.shield(work)
         except asyncio.CancelledError:
             work.add_done_callback(_cancel_all)
             raise
-        self.answer = self._asked.answer(self._service.engine.tokenizer, tokens)
         self._begun = True
 
-    def _submit(
-        self, listeners: Sequence[Callable[[Item], None]]
-    ) -> tuple[list[EngineRequest], list[Sequence[int]]]:
-        """The requests, and the tokens of each prompt. Runs in a worker thread."""
-        options, engine = self._asked.options, self._service.engine
-        prepared: list[Prepared] = []
-        for prompt in self._asked.prompts:
-            for choice in range(options.n):
-                about = options.submission(choice)
-                one = engine.prepare(prompt, listener=listeners[len(prepared)], **about)
-                prepared.append(replace(one, max_tokens=self._room(len(one.asked.tokens))))
-        return engine.start(prepared), [one.asked.tokens for one in prepared[:: options.n]]
+    def _submit(self, listeners: Sequence[Listener]) -> list[EngineRequest]:
+        """Runs in a worker thread."""
+        options, service = self.frame.options, self._service
+        requests = options.requests(service.engine, service.limits.context)
+        self.frame.tokens = [request.tokens for request in requests[:: options.n]]
+        return service.engine.start(requests, listeners)
 
-    def _room(self, prompt_tokens: int) -> int:
-        """How many tokens to generate after a prompt."""
-        options, most = self._asked.options, self._service.limits.context
-        wanted = options.max_tokens
-        if wanted is None:
-            wanted = max(min(options.default_max_tokens, most - prompt_tokens), 1)
-        if prompt_tokens + wanted > most:
-            message = (
-                f"{prompt_tokens} prompt tokens and {wanted} to generate exceed the limit of "
-                f"{most} together"
-            )
-            raise ApiError(400, message, "max_tokens", "context_length_exceeded")
-        # Even a prompt that is only scored generates one token.
-        return max(wanted, 1)
+    def _put(self, index: int, item: GenerationResponse | Exception | None) -> None:
+        if item is not None:  # the end, which the last response has told
+            self._news.append((index, item))
+            self._come.set()
 
-    def _put(self, index: int, item: Item) -> None:
-        self._items.append((index, item))
-        self._come.set()
-
-    async def _take(self) -> list[tuple[int, Item]]:
-        """The items that have arrived, by sequence; none after `KEEP_ALIVE_SECONDS` without any."""
-        if not self._items:
+    async def _take(self) -> list[tuple[int, GenerationResponse]]:
+        """The responses that have arrived, by choice; none after `KEEP_ALIVE_SECONDS` without any.
+        Raises the error that ended a sequence."""
+        if not self._news:
             self._come.clear()
             with anyio.move_on_after(KEEP_ALIVE_SECONDS):
                 await self._come.wait()
-        items, self._items = self._items, []
-        for _, item in items:
+        news, self._news = self._news, []
+        found = []
+        for index, item in news:
             if isinstance(item, Exception):
                 raise item
-            self._left -= item is None
-        if items:
+            found.append((index, item))
+            self._left -= is_last(item)
+        if found:
             self._record.first_token()
-        return items
+        return found
 
     async def collect(self) -> None:
-        """Wait for the whole answer."""
+        """Wait for the whole response."""
         while self._left:
-            for index, item in await self._take():
-                if isinstance(item, GenerationResponse):
-                    self.answer.add(index, item)
+            for index, response in await self._take():
+                self.frame.choices[index].add(response)
         self._record.outcome = "ok"
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events. An error on the way becomes the last event."""
-        yield b"".join(map(event, self.answer.first_chunks())) or KEEP_ALIVE
+        """The response as server-sent events. An error on the way becomes the last event."""
+        yield b"".join(map(event, self.frame.first_chunks())) or KEEP_ALIVE
         try:
             while self._left:
-                items, chunks = await self._take(), []
-                for index, item in items:
-                    if isinstance(item, GenerationResponse):
-                        chunks += self.answer.chunks(index, item)
-                if chunks or not items:
+                responses, chunks = await self._take(), []
+                for index, response in responses:
+                    chunks += self.frame.chunks(index, response)
+                if chunks or not responses:
                     yield b"".join(map(event, chunks)) or KEEP_ALIVE
         except Exception as error:
             problem = as_api_error(error)
@@ -215,7 +176,7 @@ class Run:
                 logger.error("a reply ended early", exc_info=error)
             yield event(problem.as_json())
         else:
-            yield b"".join(map(event, self.answer.last_chunks())) + DONE
+            yield b"".join(map(event, self.frame.last_chunks())) + DONE
             self._record.outcome = "ok"
 
     def pause(self) -> None:
@@ -237,15 +198,15 @@ class Run:
             self._closed = True
             for request in self._requests:
                 request.cancel()
-            self._service.leave(self._count, monotonic() - self._started)
-            self._record.end(self.answer.usage if self._begun else None)
+            self._service.leave(len(self.frame.choices), monotonic() - self._started)
+            self._record.end(self.frame.usage if self._begun else None)
 
 
 class EventStream(Response):
-    """An answer that is sent as it is made."""
+    """A response that is sent as it is made."""
 
     def __init__(self, run: Run):
-        headers = {"x-request-id": run.answer.id, "cache-control": "no-cache"}
+        headers = {"x-request-id": run.frame.id, "cache-control": "no-cache"}
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self._run = run
@@ -296,5 +257,5 @@ async def _gone(receive: Receive) -> None:
 def _cancel_all(work: asyncio.Future) -> None:
     """Cancel requests started for a client that has left."""
     if not work.cancelled() and work.exception() is None:
-        for request in work.result()[0]:
+        for request in work.result():
             request.cancel()

@@ -1,7 +1,7 @@
-"""The frame of both endpoints' answers, whole or as a stream of chunks.
+"""The frame of both endpoints' responses, whole or as a stream of chunks.
 
 - in: the engine's responses, by choice
-- out: JSON objects; each endpoint defines what a choice looks like
+- out: JSON objects, and the usage; each endpoint defines what a choice looks like
 """
 
 from __future__ import annotations
@@ -9,25 +9,58 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from mlx_poe.generation.responses import GenerationResponse
+from mlx_poe.generation.responses import GenerationResponse, drafts_by_maker
 from mlx_poe.loading.tokenizer import Tokenizer
-from mlx_poe.server.choice import Choice, Piece, usage
 from mlx_poe.server.shared_fields import Options
 
 
-class Answer(ABC):
-    """An answer under construction, with `count` choices."""
+class Choice:
+    """One sequence's reply so far: its responses, and the `tokens` that are part of its text.
+
+    A token counts once any of its text is certain. The tokens of a stop string, and the one that
+    ends a reply, never do.
+    """
+
+    def __init__(self, eos_token_ids: frozenset[int]):
+        self._eos = eos_token_ids
+        self._held: list[GenerationResponse] = []
+        self._length = 0
+        self.responses: list[GenerationResponse] = []
+        self.tokens: list[GenerationResponse] = []
+
+    def add(self, response: GenerationResponse) -> list[GenerationResponse]:
+        """Add the next response. Returns the tokens that it makes certain."""
+        self.responses.append(response)
+        self._length += len(response.text)
+        if response.token not in self._eos:
+            self._held.append(response)
+        count = sum(held.text_offset < self._length for held in self._held)
+        certain, self._held = self._held[:count], self._held[count:]
+        self.tokens += certain
+        return certain
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(response.text for response in self.responses)
+
+
+class ResponseFrame(ABC):
+    """A response under construction. `tokens` are those of each prompt, once they are read."""
 
     prefix: str
     whole_object: str
     chunk_object: str
 
-    def __init__(self, options: Options, tokenizer: Tokenizer, count: int):
+    def __init__(self, options: Options, tokenizer: Tokenizer):
         self.options, self.tokenizer = options, tokenizer
+        count = options.n * len(options.prompts)
         self.choices = [Choice(tokenizer.eos_token_ids) for _ in range(count)]
-        self.pieces: list[list[Piece]] = [[] for _ in range(count)]
+        self.tokens: list[Sequence[int]] = []
         self._frame = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -36,7 +69,7 @@ class Answer(ABC):
 
     @property
     def id(self) -> str:
-        """The answer's id."""
+        """The response's id."""
         return str(self._frame["id"])
 
     @property
@@ -44,25 +77,24 @@ class Answer(ABC):
         """The usage so far."""
         return usage(self.options, self.choices)
 
-    @abstractmethod
     def opening(self, index: int) -> list[dict[str, Any]]:
         """Choices to send before the first token."""
+        return []
 
     @abstractmethod
-    def deltas(self, index: int, piece: Piece, first: bool) -> list[dict[str, Any]]:
-        """What a piece adds to a choice, as chunks' choices; `first` marks the choice's first."""
+    def deltas(
+        self, index: int, response: GenerationResponse, tokens: list[GenerationResponse]
+    ) -> list[dict[str, Any]]:
+        """What a response, and the tokens that it makes certain, add to a choice, as chunks'
+        choices."""
 
     @abstractmethod
-    def choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
+    def choice(self, index: int) -> dict[str, Any]:
         """A whole choice."""
 
-    def add(self, index: int, response: GenerationResponse) -> None:
-        """Add a choice's response to a whole answer."""
-        self.pieces[index].append(self.choices[index].add(response))
-
     def whole(self) -> dict[str, Any]:
-        """The answer, once all choices are complete."""
-        choices = [self.choice(index, pieces) for index, pieces in enumerate(self.pieces)]
+        """The response, once all choices are complete."""
+        choices = [self.choice(index) for index in range(len(self.choices))]
         return {
             **self._frame,
             "object": self.whole_object,
@@ -76,9 +108,8 @@ class Answer(ABC):
 
     def chunks(self, index: int, response: GenerationResponse) -> list[dict[str, Any]]:
         """Add a choice's response. Returns the chunks to send for it."""
-        first = self.choices[index].last is None
-        piece = self.choices[index].add(response)
-        return [self._chunk(choice) for choice in self.deltas(index, piece, first)]
+        tokens = self.choices[index].add(response)
+        return [self._chunk(choice) for choice in self.deltas(index, response, tokens)]
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """Chunks to send once all choices are complete."""
@@ -89,3 +120,48 @@ class Answer(ABC):
     def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
         chunk = {**self._frame, "object": self.chunk_object, "choices": [choice]}
         return {**chunk, "usage": None} if self.options.include_usage else chunk
+
+
+def usage(options: Options, choices: Sequence[Choice]) -> dict[str, Any]:
+    """A response's usage: OpenAI's figures, and ours under "poe".
+
+    Every `options.n` consecutive choices share a prompt, which counts once. A token's depth is how
+    many stages were run for it; forced tokens do not count.
+    """
+    last = [choice.responses[-1] for choice in choices if choice.responses]
+    prompts = [choice.responses[-1] for choice in choices[:: options.n] if choice.responses]
+    prompt_tokens = sum(response.prompt_tokens for response in prompts)
+    replies = [] if options.max_tokens == 0 else [choice.responses for choice in choices]
+    completion_tokens = sum(map(len, replies))
+    forced = sum(response.forced for reply in replies for response in reply)
+    stages = Counter(r.stage for reply in replies for r in reply if not r.forced)
+    accepted: Counter[str] = Counter()
+    drafted: Counter[str] = Counter()
+    for reply in replies:
+        for maker, (kept, made) in drafts_by_maker(reply).items():
+            accepted[maker] += kept
+            drafted[maker] += made
+    depths = sum((stage + 1) * count for stage, count in stages.items())
+    fell_back = next((response.fell_back for response in last if response.fell_back), None)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(r.cached_tokens for r in prompts)},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted.total(),
+            "rejected_prediction_tokens": drafted.total() - accepted.total(),
+        },
+        "poe": {
+            "mode": options.decoding.get("mode", "full"),
+            "tokens_per_stage": [stages[k] for k in range(options.served.info.stages)],
+            "mean_depth": depths / stages.total() if stages.total() else None,
+            "forced_tokens": forced,
+            "fell_back": fell_back,
+            "parked": fell_back,  # as version 0.2 called it
+            "drafts": {
+                maker: {"accepted": accepted[maker], "rejected": made - accepted[maker]}
+                for maker, made in drafted.items()
+            },
+        },
+    }

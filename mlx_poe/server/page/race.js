@@ -56,7 +56,7 @@ export class Race {
     const asked = {
       ...this.settings.shared,
       ...(model.poe.chat ? { messages } : { prompt }),
-      no_park: true, // If a mode fell back, the race would compare full depth with itself.
+      no_fallback: true, // If a mode fell back, the race would compare full depth with itself.
     };
     // Fix both requests now: the pickers may change before the second lane's turn.
     const runs = this.#lanes.map(({ picker, body }) => {

@@ -60,8 +60,8 @@ export class Reply {
       this.#paint();
       this.#settle(content);
       if (this.finish === "length") this.note("Stopped at the token limit.");
-      const parked = usage?.poe?.parked;
-      if (parked) this.note(`Fell back to full depth: ${parked}`);
+      const reason = usage?.poe?.fell_back;
+      if (reason) this.note(`Fell back to full depth: ${reason}`);
       return true;
     } catch (error) {
       if (error.name !== "AbortError") throw error;
