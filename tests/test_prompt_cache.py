@@ -106,7 +106,7 @@ def test_a_sequence_that_is_still_running_serves_others():
     scheduler.add(long)
     said = []
     while len(said) < 5:
-        said += [u.response.token for u in scheduler.step() if u.response]
+        said += [response(news).token for _, news in scheduler.step()]
     other = task([*text(150), 9, 9, 9])
     assert replies(scheduler, [other]) == [(cold(other), 150)]
 

@@ -31,8 +31,8 @@ from mlx_poe.commands.replies_file import (
     open_replies,
     recorded,
 )
-from mlx_poe.engine.batch_generate import BatchStats, run_requests, trunk_to_keep
-from mlx_poe.engine.scheduler import MAX_SEQUENCES, Scheduler
+from mlx_poe.engine.batch_generate import run_requests, trunk_to_keep
+from mlx_poe.engine.scheduler import MAX_SEQUENCES, Scheduler, Stats
 from mlx_poe.evaluation.answers import fingerprint, key_of
 from mlx_poe.generation.penalty import with_usual_penalty
 from mlx_poe.generation.reply_form import CONSTRAINTS, FORM_OPTIONS
@@ -325,7 +325,7 @@ def as_json(
     return result
 
 
-def print_totals(prompts: str, totals: BatchStats | GenerationResponse, *more: str) -> None:
+def print_totals(prompts: str, totals: Stats | GenerationResponse, *more: str) -> None:
     """Print statistics on stderr; `prompts` names what was read, and counts its tokens."""
     lines = [
         "=" * 10,

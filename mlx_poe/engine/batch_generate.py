@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
-
 from cognica_mlx.decoding.state import Progress
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel
@@ -27,28 +25,11 @@ Finished = Callable[[int, list[GenerationResponse]], None]
 
 
 @dataclass(frozen=True)
-class BatchStats:
-    """Totals over all prompts. Times are in seconds; peak_memory is the whole process's, in GB.
-
-    Some prompts are read while others' replies are generated, so time is split between the two in
-    proportion to the positions run.
-    """
-
-    prompt_tokens: int
-    prompt_tps: float
-    prompt_time: float
-    generation_tokens: int
-    generation_tps: float
-    generation_time: float
-    peak_memory: float
-
-
-@dataclass(frozen=True)
 class BatchResult:
     """The result for each prompt, in order."""
 
     responses: list[list[GenerationResponse]]
-    stats: BatchStats
+    stats: Stats
 
     @property
     def texts(self) -> list[str]:
@@ -140,29 +121,12 @@ def run_requests(
                     finished(i, responses[i])
                 if progress:
                     progress(done, len(requests))
-        stats = batch_stats(scheduler.stats)
+        stats = scheduler.stats
     finally:
         scheduler.close()
     if errors:
         raise errors[0]
     return BatchResult(responses, stats)
-
-
-def batch_stats(stats: Stats) -> BatchStats:
-    """A scheduler's totals, with the rates computed from them."""
-
-    def rate(tokens: int, seconds: float) -> float:
-        return tokens / seconds if seconds else 0.0
-
-    return BatchStats(
-        stats.prompt_tokens,
-        rate(stats.prompt_tokens, stats.prompt_time),
-        stats.prompt_time,
-        stats.generation_tokens,
-        rate(stats.generation_tokens, stats.generation_time),
-        stats.generation_time,
-        mx.get_peak_memory() / 1e9,
-    )
 
 
 def trunk_to_keep(models: Sequence[PoEModel]) -> int:

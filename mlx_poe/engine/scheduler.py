@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from weakref import WeakSet
 
+import mlx.core as mx
+
 from cognica_mlx.decoding.batch import Batch, Event
 from cognica_mlx.decoding.footprint import state_bytes
 from cognica_mlx.decoding.requests import Resumable, Steps
@@ -44,8 +46,10 @@ class Stats:
     """Totals and current figures. Times are in seconds, memory in bytes.
 
     prompt_time and generation_time: the decoding time, split in proportion to the positions run
-    for prompts and replies. state_bytes: the most that running sequences may come to need; together
-    with cache_bytes and copy_bytes, those of quantized copies, it never exceeds memory_bytes.
+    for prompts and replies, since some prompts are read while others' replies are generated; the
+    `..._tps` are tokens per second of that. state_bytes: the most that running sequences may come
+    to need; together with cache_bytes and copy_bytes, those of quantized copies, it never exceeds
+    memory_bytes.
     """
 
     prompt_tokens: int = 0
@@ -63,6 +67,21 @@ class Stats:
     memory_bytes: int = 0
     paused: int = 0
     copy_bytes: int = 0
+
+    @property
+    def prompt_tps(self) -> float:
+        """Tokens per second; 0 before any."""
+        return self.prompt_tokens / self.prompt_time if self.prompt_time else 0.0
+
+    @property
+    def generation_tps(self) -> float:
+        """Tokens per second; 0 before any."""
+        return self.generation_tokens / self.generation_time if self.generation_time else 0.0
+
+    @property
+    def peak_memory(self) -> float:
+        """The whole process's, in GB."""
+        return mx.get_peak_memory() / 1e9
 
 
 class _Running(Reply):

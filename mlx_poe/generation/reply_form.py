@@ -1,4 +1,4 @@
-"""The form that a caller wants a reply to have, as a grammar.
+"""The constraint that a caller puts on a reply, as a grammar.
 
 - in: a JSON schema, a regular expression, a Lark grammar, or functions to call
 - out: a compiled `Grammar` for this tokenizer; each reply starts its own constraint from it
@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -18,40 +18,35 @@ from cognica_mlx.errors import RequestError
 from mlx_poe.generation.tools import call_grammar
 from mlx_poe.loading.tokenizer import Tokenizer
 
-# Their names as options of everything that generates.
-CONSTRAINTS = ("json_schema", "regex", "grammar", "tools")
+# Each option of everything that generates, with what makes a grammar of its value.
+_SOURCES: dict[str, Callable[[Any], str]] = {
+    "json_schema": json_grammar,
+    "regex": regex_grammar,
+    "grammar": lark_grammar,
+}
+CONSTRAINTS = (*_SOURCES, "tools")
 FORM_OPTIONS = (*CONSTRAINTS, "tool_choice")
 
 
 def make_grammar(
-    tokenizer: Tokenizer,
-    *,
-    json_schema: Mapping[str, Any] | str | None = None,
-    regex: str | None = None,
-    grammar: str | None = None,
-    tools: Any = None,
-    tool_choice: str | None = None,
+    tokenizer: Tokenizer, *, tool_choice: str | None = None, **options: Any
 ) -> Grammar | None:
-    """The grammar for the option given; None if there is none.
+    """The grammar for the option of `CONSTRAINTS` that is given; None if there is none.
 
     Raises RequestError for an option that cannot be used, or if several are given.
     """
-    options = zip(CONSTRAINTS, (json_schema, regex, grammar, tools), strict=True)
-    given = {name: value for name, value in options if value is not None}
-    if tool_choice is not None and tools is None:
+    given = {name: value for name, value in options.items() if value is not None}
+    if tool_choice is not None and "tools" not in given:
         raise RequestError("tool_choice is given, but no tools")
     if len(given) > 1:
-        raise RequestError(f"{' and '.join(given)} cannot be combined: give one")
+        names = (name for name in CONSTRAINTS if name in given)
+        raise RequestError(f"{' and '.join(names)} cannot be combined: give one")
     for name, value in given.items():
         try:
-            if name == "json_schema":
-                source = json_grammar(value)
-            elif name == "regex":
-                source = regex_grammar(value)
-            elif name == "grammar":
-                source = lark_grammar(value)
-            else:
+            if name == "tools":
                 source = call_grammar(value, tool_choice or "auto")
+            else:
+                source = _SOURCES[name](value)
             return _compiled(tokenizer.vocabulary, source)
         except RequestError as error:
             raise RequestError(f"{name}: {error}") from None

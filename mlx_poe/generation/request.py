@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import index
+from sys import float_info
 from typing import Any
 
 from cognica_mlx.decoding.constraint import Grammar, check_characters
@@ -49,8 +50,6 @@ _WHOLE = (
     *("draft_stage", "num_draft_tokens", "draft_rank", "draft_bits"),
 )
 _AS_GIVEN = ("costs", *FORM_OPTIONS)  # checked by those that use them
-# Larger numbers overflow in Python's floats, or in MLX.
-_LARGEST = 2**64
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,6 +255,6 @@ def _number(name: str, value: Any) -> int | float:
         raise RequestError(
             f"{name} takes {'whole numbers' if whole else 'numbers'}, not {value!r:.60}"
         )
-    if isinstance(value, int) and abs(value) > _LARGEST:
+    if not whole and isinstance(value, int) and abs(value) > float_info.max:
         raise RequestError(f"{name} {value!r:.30} is out of range")
     return value
