@@ -41,7 +41,7 @@ def test_true_and_numbers_are_read_as_what_they_are():
 
 def test_a_number_too_large_for_a_float_is_refused():
     assert read_object(b'{"x": 1e308}').number("x", 0, 1e309) == 1e308
-    with pytest.raises(ApiError, match="1e400 is too large"):
+    with pytest.raises(ApiError, match="1e400 is not a number in JSON, or too large"):
         read_object(b'{"x": 1e400}')
 
 

@@ -17,6 +17,32 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
+def loads(text: str, levels: int, **options: Any) -> Any:
+    """A value that a stranger sent: finite numbers, at most `levels` inside each other. ValueError
+    for anything else."""
+    try:
+        value = json.loads(text, parse_constant=_number, parse_float=_number, **options)
+    except RecursionError:
+        value = None
+    else:
+        if _fits(value, levels):
+            return value
+    raise ValueError(f"nested more than {levels} deep")
+
+
+def _number(text: str) -> float:
+    if math.isfinite(number := float(text)):
+        return number
+    raise ValueError(f"{text:.20} is not a number in JSON, or too large")
+
+
+def _fits(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_fits(item, levels - 1) for item in inner)
+
+
 def dumps(value: Any, **options: Any) -> str:
     """`json.dumps` with null for each float that JSON cannot represent."""
     return json.dumps(_finite(value), allow_nan=False, **options)

@@ -56,7 +56,7 @@ EXAMPLES = """\
   mlx_poe.generate --prompt "Once there was a" --mode speculative --num-draft-tokens 4 --verbose
   mlx_poe.generate --prompt "Once there was a" --mode wand --color-stages
   mlx_poe.generate --specialists poe-tiny-math,poe-tiny-chat --weights 1,0.5 --prompt "Hello!"
-  mlx_poe.generate --prompts questions.jsonl --output answers.jsonl --batch 16
+  mlx_poe.generate --prompts questions.jsonl --output replies.jsonl --batch 16
   echo "Once there was a" | mlx_poe.generate --prompt - --temp 0.8 --seed 7 --json"""
 
 

@@ -27,7 +27,7 @@ from mlx_poe.commands.progress import Bars
 from mlx_poe.commands.replies_file import (
     check_replies_file,
     finished_replies,
-    is_answered,
+    has_reply,
     open_replies,
     recorded,
 )
@@ -57,6 +57,7 @@ PROMPTS = ("prompt", "messages", "tokens")
 NAMES = (*PROMPTS, *OPTIONS, "id", "specialist", "weights")
 # The options that flags set, without constraints: see `taken_constraints`.
 FLAG_OPTIONS = (*(name for name in OPTIONS if name not in FORM_OPTIONS), "no_fallback")
+TOKEN = ("token", "text", "logprob", "stage", "from_draft", "drafter", "forced", "top_logprobs")
 SHOWN = (
     *("finish_reason", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps"),
     *("peak_memory", "drafted_tokens", "drafts", "fell_back", "parked", "cached_tokens"),
@@ -87,8 +88,8 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=file_path,
         metavar="OUT.jsonl",
-        help="append replies to this file, - for stdout; prompts already answered in it with the "
-        "same options are skipped",
+        help="append replies to this file, - for stdout; prompts that have a reply in it, with the "
+        "same options, are skipped",
     )
     group.add_argument(
         "--batch",
@@ -123,7 +124,7 @@ def generate_file(args: argparse.Namespace, tokenizer: Tokenizer, specialists: S
     for line, (request, options) in zip(lines, requests, strict=True):
         with _at(line):
             scheduler.check(request)
-        if not is_answered(output, line.index, done.get(line.index), line.prompt, options):
+        if not has_reply(output, line.index, done.get(line.index), line.prompt, options):
             left.append((line, request, options))
     if len(left) < len(lines):
         print(f"{len(lines) - len(left)} of {len(lines)} are already in {output}", file=sys.stderr)
@@ -307,16 +308,7 @@ def as_json(
         "prompt": prompt,
         "text": "".join(r.text for r in responses),
         "tokens": [
-            {
-                "token": r.token,
-                "text": r.text,
-                "logprob": r.logprob,
-                "stage": r.stage,
-                "from_draft": r.from_draft,
-                "drafter": r.drafter,
-                "forced": r.forced,
-                **({"top_logprobs": r.top_logprobs} if r.top_logprobs else {}),
-            }
+            {name: getattr(r, name) for name in TOKEN if name != "top_logprobs" or r.top_logprobs}
             for r in responses
         ],
     }

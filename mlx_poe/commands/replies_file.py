@@ -86,12 +86,12 @@ def finished_replies(path: Path) -> dict[int, Finished]:
     return done
 
 
-def is_answered(
+def has_reply(
     path: Path, index: int, finished: Finished | None, prompt: Any, options: Mapping[str, Any]
 ) -> bool:
     """Whether `finished` is the reply to this prompt with these `recorded` options.
 
-    A changed prompt is not answered yet. RequestError for a reply made with other options.
+    A changed prompt has none yet. RequestError for a reply made with other options.
     """
     if finished is None or finished.prompt != prompt:
         return False

@@ -17,6 +17,7 @@ from typing import Any
 from cognica_mlx.decoding.constraint import check_characters, lark_grammar
 from cognica_mlx.decoding.json_schema import closed, json_layout
 from cognica_mlx.errors import RequestError
+from cognica_mlx.files import strict_json
 
 CALL_MARK = "<functioncall>"
 MAX_CALL = 64 * 1024
@@ -293,24 +294,5 @@ def _shown(value: Any) -> str:
 
 def _from_json(text: str) -> Any:
     """Parse `text`. ValueError if it is not JSON, or nested too deeply."""
-    try:
-        # Not strict: the model may write a line break inside a string.
-        value = json.loads(text, strict=False, parse_constant=_refuse)
-    except RecursionError:
-        value = None
-    else:
-        if _is_shallow(value, MAX_NESTING):
-            return value
-    raise ValueError(f"nested more than {MAX_NESTING} deep")
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number in JSON")
-
-
-def _is_shallow(value: Any, levels: int) -> bool:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list):
-        return True
-    return levels > 0 and all(_is_shallow(item, levels - 1) for item in value)
+    # Not strict: the model may write a line break inside a string.
+    return strict_json.loads(text, MAX_NESTING, strict=False)

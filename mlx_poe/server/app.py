@@ -152,14 +152,14 @@ class Server:
         return read_object(b"".join(parts))
 
     async def refusal(self, request: Request, error: Exception) -> Response:
-        """The answer to a request that cannot be honored or has failed."""
+        """The response to a request that cannot be honored or has failed."""
         if isinstance(error, (ClientGone, ClientDisconnect)):
             return Response(status_code=499)
         if isinstance(error, HTTPException):
             error = _routing_error(request, error)
-        answer = as_api_error(error)
-        self.metrics.refused(_NAMES.get(request.url.path, "other"), answer.status)
-        return answer.response()
+        problem = as_api_error(error)
+        self.metrics.refused(_NAMES.get(request.url.path, "other"), problem.status)
+        return problem.response()
 
 
 _NAMES = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
@@ -186,10 +186,10 @@ def _page() -> dict[str, Endpoint]:
 
 
 def _static(content: bytes, kind: str) -> Endpoint:
-    async def answer(request: Request) -> Response:
+    async def respond(request: Request) -> Response:
         return Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
-    return answer
+    return respond
 
 
 def make_app(

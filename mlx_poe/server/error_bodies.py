@@ -46,7 +46,7 @@ class ApiError(Exception):
         return {"error": about}
 
     def response(self) -> Json:
-        """The answer to send."""
+        """The response to send."""
         return Json(self.as_json(), self.status, self.headers)
 
 

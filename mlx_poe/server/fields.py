@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from math import isfinite
-from typing import Any, NoReturn
+from typing import Any
 
 from cognica_mlx.errors import one_line
+from cognica_mlx.files import strict_json
 from mlx_poe.server.error_bodies import ApiError, refused
 
 # Deeper than any sensible request, and far below Python's recursion limit.
@@ -120,30 +119,13 @@ class Fields:
 def read_object(body: bytes) -> Fields:
     """The JSON object in a request's body. ApiError if it is anything else."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
+        value = strict_json.loads(body.decode("utf-8"), MAX_NESTING)
+    except ValueError as error:
         message = f"the body is not JSON: {one_line(error)}"
         raise ApiError(400, message, code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is {shown(value)}, not a JSON object", code="invalid_json")
-    if not _shallow(value, MAX_NESTING):
-        raise ApiError(400, f"the body is nested more than {MAX_NESTING} deep", code="invalid_json")
     return Fields(value)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _finite(text: str) -> float:
-    if isfinite(number := float(text)):
-        return number
-    raise ValueError(f"{text:.20} is too large a number")
-
-
-def _shallow(value: Any, depth: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > 0 and all(_shallow(item, depth - 1) for item in inner)
 
 
 def shown(value: Any) -> str:

@@ -78,7 +78,7 @@ class Metrics:
         return Record(self, endpoint)
 
     def refused(self, endpoint: str, status: int) -> None:
-        """A request was answered with an error before any work."""
+        """A request was refused before any work."""
         outcome = "refused" if status < 500 else "error"
         self.requests.labels(endpoint, outcome).inc()
 

@@ -114,7 +114,7 @@ class Run:
             return lambda item: loop.call_soon_threadsafe(self._put, index, item)  # type: ignore
 
         listeners = [listener(index) for index in range(self._left)]
-        # In another thread: texts may be long, and the engine only answers between two passes.
+        # In another thread: texts may be long, and the engine only listens between two passes.
         work = asyncio.ensure_future(anyio.to_thread.run_sync(self._submit, listeners))
         try:
             self._requests = await asyncio.shield(work)

@@ -23,7 +23,7 @@ def event(value: Any) -> bytes:
 
 
 class Json(Response):
-    """A JSON answer."""
+    """A JSON response."""
 
     media_type = "application/json"
 
