@@ -380,7 +380,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_bad_line_is_named_before_any_work(tmp_path, capsys, monkeypatch, line, named):
-    monkeypatch.setattr(command, "run_tasks", None)
+    monkeypatch.setattr(command, "run_requests", None)
     source = tmp_path / "in.jsonl"
     source.write_text(f'"Once"\n\n{line}\n')
     output = tmp_path / "out.jsonl"
