@@ -132,6 +132,9 @@ def test_what_is_wrong_is_said_in_the_same_words_everywhere(
     assert str(caught.value) == message
     status, response, _ = server.ask("/v1/completions", body("Hi", options))
     assert (status, response["error"]["message"]) == (400, message)
+    # The field at fault is named, too.
+    fields = [NAMES.get(name, name) for name in options]
+    assert response["error"]["param"] in fields
     if "no_fallback" not in options:  # a line of a file cannot decide that
         assert from_file(tmp_path, "Hi", options)[0] == 2
         assert capsys.readouterr().err.endswith(f"line 1: {message}\n")

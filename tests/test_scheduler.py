@@ -222,11 +222,17 @@ def test_an_error_in_one_reply_is_raised_after_the_others(monkeypatch):
 
     monkeypatch.setattr(Tokenizer, "detokenizer", failing)
     finished: list[int] = []
+    done: list[int] = []
     with pytest.raises(OSError, match="a broken reply"):
         batch_generate(
-            base, endless, [STORY] * 3, max_tokens=3, finished=lambda i, _: finished.append(i)
+            base,
+            endless,
+            [STORY] * 3,
+            max_tokens=3,
+            progress=lambda count, _: done.append(count),
+            finished=lambda i, _: finished.append(i),
         )
-    assert finished == [0, 2]
+    assert finished == [0, 2] and done == [1, 2, 3]
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from mlx_poe.server.wire import Json
 # Fields by the names of the engine's options.
 _FIELDS = {
     **{f.name: f.name for options in (ModeOptions, SamplingOptions) for f in fields(options)},
-    **{name: name for name in (*FORM_OPTIONS, "mode", "stop")},
+    **{name: name for name in (*FORM_OPTIONS, "mode", "stop", "no_fallback")},
     **{"temp": "temperature", "json_schema": "response_format", "token": "prompt"},
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
