@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+import huggingface_hub  # its client takes long to load, and most models are in folders
 
 from cognica_mlx.errors import CheckpointError
 
@@ -97,7 +97,7 @@ def _fetch(hub_id: str, revision: str | None) -> Source:
     own, _, base = (revision or "").partition(":")
     try:
         # A pattern's * matches subfolders too, which we do not need.
-        snapshot = snapshot_download(
+        snapshot = huggingface_hub.snapshot_download(
             hub_id, revision=own or None, allow_patterns=list(FILES), ignore_patterns=["*/*"]
         )
     except Exception as error:

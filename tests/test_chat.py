@@ -10,6 +10,11 @@ from mlx_poe import stream_generate
 from mlx_poe.chat.conversation import Chat
 
 
+def prompt_of(chat: Chat) -> list[int]:
+    """What the model read before its last reply."""
+    return chat.tokens[: -len(chat.turns[-1].reply_tokens) - 1]
+
+
 @pytest.mark.parametrize("mode", ["full", "speculative", "wand", "certified"])
 def test_every_turn_is_what_a_fresh_prompt_gives(mode):
     chat = new_chat(max_tokens=24)
@@ -17,17 +22,17 @@ def test_every_turn_is_what_a_fresh_prompt_gives(mode):
     for text in TALK:
         before = chat.tokens
         say(chat, text)
-        turn = chat.turns[-1]
+        assert prompt_of(chat)[: len(before)] == before
         fresh = stream_generate(
             chat.model,
             chat.tokenizer,
-            before + turn.tokens,
+            prompt_of(chat),
             max_tokens=24,
             mode=mode,
             repetition_penalty=1.15,
         )
         tokens = [r.token for r in fresh if r.token not in chat.tokenizer.eos_token_ids]
-        assert turn.reply_tokens == tokens
+        assert chat.turns[-1].reply_tokens == tokens
     assert chat.tokenizer.decode(chat.tokens).count("<|assistant_end|>") == len(TALK)
 
 
@@ -40,7 +45,7 @@ def test_a_turn_runs_its_own_tokens_only_however_long_the_conversation():
         # The prompt's last token and the last one generated may run a turn later.
         ran, grown = chat.state.positions_run[0] - before[0], len(chat.tokens) - before[1]
         run.append(ran - grown)
-        sizes.append(chat.nbytes)
+        sizes.append(chat.state.nbytes)
     assert len(chat.tokens) > 3 * 513  # the widest window, several times over
     assert max(abs(extra) for extra in run) <= 2
     assert max(sizes[50:]) < 1.05 * max(sizes[38:50])
@@ -90,15 +95,13 @@ def test_a_broken_off_reply_stays_as_far_as_it_came():
     pieces = [next(stream).text for _ in range(4)]
     stream.close()
     assert chat.turns[-1].reply == "".join(pieces)
-    assert not chat.turns[-1].ended
     assert len(chat.turns[-1].reply_tokens) == 4
-    before = chat.tokens
     say(chat, TALK[2])
     fresh = new_chat()
     fresh_reply = stream_generate(
         fresh.model,
         fresh.tokenizer,
-        before + chat.turns[-1].tokens,
+        prompt_of(chat),
         max_tokens=40,
         repetition_penalty=1.15,
     )
@@ -109,11 +112,12 @@ def test_system_text_and_special_tokens_in_what_is_said():
     chat = new_chat(system="Be brief.")
     say(chat, "<|assistant_end|> hello <|bos|>")
     special = {chat.tokenizer.token_id(name) for name in ("<|assistant_end|>", "<|bos|>")}
-    assert not special & set(chat.turns[0].tokens)
+    assert not special & set(prompt_of(chat)[1:])
     assert "Be brief.\n\n<|assistant_end|> hello" in chat.tokenizer.decode(chat.tokens)
-    chat.set_system("Be long.")
+    chat.change(system="Be long.")
     assert "Be long.\n\n" in chat.tokenizer.decode(chat.tokens)
     assert say(chat, TALK[0])
+    assert chat.tokenizer.decode(chat.tokens).count("Be long.") == 1
 
 
 def test_options_are_checked_and_kept():
@@ -156,7 +160,7 @@ def test_the_penalty_is_the_users_or_else_the_models_default(monkeypatch):
     assert penalty() == 1.15
     chat.set_functions(FUNCTIONS)
     assert penalty() == 1.0
-    chat.set_system("Be brief.")
+    chat.change(system="Be brief.", functions=[])
     assert penalty() == 1.15
     chat.set_option("repetition_penalty", 1.3)
     assert penalty() == 1.3
@@ -186,15 +190,15 @@ def test_functions_take_the_system_texts_place_and_give_it_back():
 def test_a_stop_text_ends_the_reply_and_is_not_read_again():
     whole = say(new_chat(), TALK[1])
     chat = new_chat()
-    chat.set_stop(["Its", ", and"])
+    chat.change(stop=["Its", ", and"])
     reply = say(chat, TALK[1])
     assert reply == whole[: whole.index("Its")]
     turn = chat.turns[0]
-    assert (turn.reply, turn.ended) == (reply, True)
+    assert turn.reply == reply
     assert chat.tokenizer.decode(turn.reply_tokens) == reply  # though a token is cut in two
     with pytest.raises(RequestError, match="stop text is empty"):
-        chat.set_stop([""])
-    chat.set_stop([])
+        chat.change(stop=[""])
+    chat.change(stop=[])
     assert say(chat, TALK[1])
 
 
@@ -253,7 +257,7 @@ def test_wherever_a_reply_is_interrupted_the_next_one_is_right(mode):
         assert len(chat.turns) == 2
         say(chat, TALK[2])
         fresh.turns = chat.turns[:2]
-        fresh.state = fresh._new_state()
+        fresh.state = fresh._new_state(fresh.model)
         say(fresh, TALK[2])
         assert chat.turns == fresh.turns
 
@@ -298,5 +302,5 @@ def test_after_an_error_the_next_reply_begins_with_a_new_state(monkeypatch):
 def test_numbers_that_make_no_sense_are_refused():
     chat = new_chat()
     with pytest.raises(RequestError):
-        chat.set_max_tokens(0)
+        chat.change(max_tokens=0)
     assert chat.settings.max_tokens == 40

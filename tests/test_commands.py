@@ -26,7 +26,7 @@ from reference import write_checkpoint
 from mlx_poe import GenerationResponse, generate, load, stream_generate
 from mlx_poe.commands import entry
 from mlx_poe.commands import generate as generate_command
-from mlx_poe.commands.progress import Bars
+from mlx_poe.generation.progress import Bars
 
 PROMPT = "The capital of France is"
 COMMAND = (sys.executable, "-m", "mlx_poe", "generate", "--dtype", "float32")

@@ -16,9 +16,10 @@ from cognica_mlx.bench.sections import constrained
 from cognica_mlx.decoding.constraint import Grammar
 from cognica_mlx.decoding.json_schema import json_grammar
 from mlx_poe.chat.conversation import Chat
+from mlx_poe.chat.repl import Repl
+from mlx_poe.chat.slash_commands import COMMANDS
 from mlx_poe.commands import bench
 from mlx_poe.commands.generate import main
-from mlx_poe.commands.poe_chat import Repl
 from mlx_poe.generation.tools import CALL_MARK
 
 SCHEMA = {
@@ -122,7 +123,7 @@ def test_a_schema_in_the_chat(schema_file, tmp_path):
     def said(chat: Chat, text: str) -> str:
         return "".join(r.text for r in chat.send(text))
 
-    repl = Repl(new_chat())
+    repl = Repl(new_chat(), COMMANDS)
     chat = repl.chat
     repl.obey(f"/schema {schema_file}")
     assert fits(said(chat, "Tell me about Kenya."))

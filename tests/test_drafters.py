@@ -45,7 +45,7 @@ from cognica_mlx.pricing.rounds import WORTH_LEAVING, RoundCosts
 from cognica_mlx.pricing.timed_costs import measure_drafter
 from cognica_mlx.scheme import DRAFT_BITS, draft_scheme
 from mlx_poe import load, stream_generate
-from mlx_poe.chat.slash_commands import perform
+from mlx_poe.chat.slash_commands import COMMANDS
 from mlx_poe.commands import convert as convert_command
 from mlx_poe.commands import generate as generate_command
 from mlx_poe.engine import Engine
@@ -818,7 +818,7 @@ def test_sampled_tokens_follow_the_full_models_distribution():
 def test_draft_in_the_chat(said, options):
     heard = []
     chat = SimpleNamespace(set_mode=lambda mode, **given: heard.append((mode, given)))
-    perform(SimpleNamespace(chat=chat), f"/draft {said}")
+    COMMANDS["draft"].do(SimpleNamespace(chat=chat), said)
     looked_up = {"draft_lookup": True} if "lookup" in said else {}
     assert heard == [("speculative", options | looked_up)]
 

@@ -143,7 +143,7 @@ def test_errors_of_the_hubs_http_library_are_ours(monkeypatch):
     def fail(*_: object, **__: object) -> str:
         raise TransportError("Server disconnected\nwithout sending a response")
 
-    monkeypatch.setattr("cognica_mlx.convert.sources.snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     assert_refused("org/name", CheckpointError, "(TransportError: Server disconnected)")
 
 
@@ -159,7 +159,7 @@ def test_only_a_models_own_files_are_fetched(monkeypatch, tmp_path):
         fetched.extend(filter_repo_objects([*stored, *others], **patterns))
         return str(write_base(tmp_path))
 
-    monkeypatch.setattr("cognica_mlx.convert.sources.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     load("org/name")
     assert fetched == stored
 
@@ -207,7 +207,7 @@ def cached(hub, monkeypatch) -> None:
         commit = COMMITS[revision or "main"] if revision in (None, *COMMITS) else revision
         return str(hub / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / commit)
 
-    monkeypatch.setattr("cognica_mlx.convert.sources.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
 
 
 def test_a_pinned_delta_warns_that_its_base_may_move(cached):
@@ -237,12 +237,13 @@ def test_a_chat_is_continued_with_the_commits_that_it_was_saved_with(tmp_path):
     model, tokenizer = load("poe-tiny-chat")
     model.revision = "a1:b2"
     chat = Chat(model, tokenizer, "org/stage")
-    chat.set_max_tokens(3)
+    chat.change(max_tokens=3)
     list(chat.send("Hello"))
     chat.save(tmp_path / "chat")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert chat.load(tmp_path / "chat")
+    assert chat.load(tmp_path / "chat") == []
     model.revision = "a1:c3"
-    with pytest.warns(PoEWarning, match="was saved with revision a1:b2 of org/stage"):
-        assert not chat.load(tmp_path / "chat")
+    (note,) = chat.load(tmp_path / "chat")
+    assert "was saved with revision a1:b2 of org/stage" in note
+    chat.name = "org/other"
+    (note,) = chat.load(tmp_path / "chat")
+    assert "was saved with org/stage; this is org/other" in note

@@ -345,3 +345,20 @@ def test_the_default_type_is_float32_on_the_cpu_and_bfloat16_on_a_gpu(monkeypatc
         assert stored.dtype_named(None) == dtype
         assert stored.dtype_named("float16") == mx.float16
     assert [stored.dtype_name(dtype) for dtype in stored.DTYPES.values()] == list(stored.DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("module", "most", "absent"),
+    [
+        ("mlx_poe", 550, ["starlette", "matplotlib", "prompt_toolkit", "rich", "mlx_poe.chat"]),
+        ("mlx_poe.commands.server", 600, ["matplotlib", "prompt_toolkit", "mlx_poe.chat"]),
+        ("mlx_poe.chat.slash_commands", 900, ["starlette", "mlx_poe.commands", "mlx_poe.server"]),
+    ],
+)
+def test_importing_a_module_loads_no_package_that_it_does_not_need(module, most, absent):
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert module in loaded
+    assert not {*absent, "mlx_lm", "huggingface_hub.hf_api"} & {*loaded}
+    assert len(loaded) < most

@@ -17,7 +17,11 @@ from prompt_toolkit.output import DummyOutput
 
 from mlx_poe import stream_generate
 from mlx_poe.chat.conversation import Chat
-from mlx_poe.commands.poe_chat import COMMANDS, ChatHistory, Repl, main, printable
+from mlx_poe.chat.repl import Repl
+from mlx_poe.chat.slash_commands import COMMANDS
+from mlx_poe.chat.terminal import ChatHistory
+from mlx_poe.commands.poe_chat import main
+from mlx_poe.generation.display import printable
 
 
 def piped(text: str, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +63,7 @@ def test_through_a_pipe_only_replies_come_out():
 
 @pytest.fixture
 def repl() -> Repl:
-    return Repl(new_chat())
+    return Repl(new_chat(), COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,7 @@ def test_a_terminal_session(capsys, tmp_path, monkeypatch):
         keys.send_text("What is the capital\x1b\rof Italy?\r")
         keys.send_text("/stats\r")
         keys.send_text("\x04")
-        Repl(new_chat()).run()
+        Repl(new_chat(), COMMANDS).run()
     printed = capsys.readouterr().out
     assert "1 exchange, " in printed
     assert "half" not in (tmp_path / "cognica-mlx" / "chat_history").read_text()
@@ -209,12 +213,12 @@ def test_the_status_line_fits(repl, monkeypatch):
     repl.obey("/mode speculative")
     repl.obey(TALK[1])
     monkeypatch.setenv("COLUMNS", "120")
-    repl = Repl(repl.chat)
+    repl = Repl(repl.chat, COMMANDS)
     whole = repl.status()
     for part in ("poe-tiny", "chat", "speculative", "tok/s", "stages", "accepted", "MB"):
         assert part in whole
     monkeypatch.setenv("COLUMNS", "30")
-    assert len(Repl(repl.chat).status()) < 30
+    assert len(Repl(repl.chat, COMMANDS).status()) < 30
 
 
 def test_nothing_steers_the_terminal():
@@ -393,7 +397,7 @@ def test_functions_outlive_saving_and_leave_the_users_penalty_alone(repl, capsys
     path.write_text(json.dumps(FUNCTIONS))
     for line in ("/use tool", "/repetition-penalty 1.05", f"/tools {path}", f"/save {saved}"):
         assert repl.obey(line)
-    fresh = Repl(new_chat())
+    fresh = Repl(new_chat(), COMMANDS)
     assert fresh.obey(f"/load {saved}")
     capsys.readouterr()
     assert fresh.obey("What is the capital of Peru?")
@@ -411,7 +415,7 @@ def session(chat: Chat, *lines: str) -> None:
         for line in lines:
             keys.send_text(f"{line}\r")
         keys.send_text("\x04")
-        Repl(chat).run()
+        Repl(chat, COMMANDS).run()
 
 
 def break_history(tmp_path: Path, how: str) -> Path:
@@ -458,7 +462,8 @@ def test_a_history_that_fails_later_is_given_up(capsys, tmp_path, monkeypatch):
 def test_it_runs_where_there_is_no_home(tmp_path):
     code = (
         "import os, sys; os.environ.pop('HOME', None); os.getuid = lambda: 2**31 - 7\n"
-        "from mlx_poe.commands.poe_chat import ChatHistory, main\n"
+        "from mlx_poe.chat.terminal import ChatHistory\n"
+        "from mlx_poe.commands.poe_chat import main\n"
         "assert 'home' in ChatHistory().problem\n"
         "sys.exit(main(['--mode', 'speculative']))"
     )

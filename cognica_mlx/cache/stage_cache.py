@@ -219,16 +219,6 @@ class StageCache:
                 )
         return found
 
-    def restore(self, rows: Sequence[tuple[mx.array, mx.array]], offset: int) -> None:
-        """Restore the `rows` of another cache with the same windows and slack."""
-        spans = {
-            window: Span(keys.shape[2])
-            for window, (keys, _) in zip(self.windows, rows, strict=bool(rows))
-        }
-        layers = tuple(Layer(keys, values) for keys, values in rows)
-        empty = StageCache(self.windows, self.slack).content
-        self.content = Content(offset, spans, layers) if rows else empty
-
     def arrays(self) -> list[mx.array]:
         """The buffers and tails, or views of the shelf's slot, to evaluate or count bytes."""
         place = self.content.place

@@ -265,17 +265,6 @@ class RemoteCache(StageCache):
         self._stage.link.tell(self._stage.rank, FORK, other.number, self.number)
         return other
 
-    def rows(self) -> NoReturn:
-        """Raises RequestError: the rows are on another machine."""
-        raise RequestError(
-            f"a sequence with stages on rank {self._stage.rank} cannot be written to a file"
-        )
-
-    def restore(self, rows: Sequence[tuple[mx.array, mx.array]], offset: int) -> None:
-        """Raises RequestError unless there is nothing to restore."""
-        if offset:
-            self.rows()
-
 
 class _Done:
     """A pass of `count` positions that a cache's owner has been asked for."""

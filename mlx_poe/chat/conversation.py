@@ -2,38 +2,34 @@
 
 - in: models over one base, and what the user says
 - out: replies, token by token; nothing here knows about a terminal
-- every turn keeps its exact token ids, so the state already holds the start of the next prompt
+- every reply keeps its exact token ids, so the state already holds the start of the next prompt
   and only the new turn is run
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END, REPLY_START, with_system
 from cognica_mlx.decoding.json_schema import read_schema
-from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
-from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
-from cognica_mlx.decoding.saved_state import from_arrays, to_arrays
-from cognica_mlx.decoding.state import MAX_PENDING, DecodingState, Progress
-from cognica_mlx.errors import CheckpointError, PoEError, PoEWarning, RequestError
+from cognica_mlx.decoding.state import DecodingState, Progress
+from cognica_mlx.errors import PoEError, RequestError
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.chat.saved_chat import SavedChat, read_chat, write_chat
 from mlx_poe.chat.turns import Settings, Turn
 from mlx_poe.generation.penalty import with_usual_penalty
 from mlx_poe.generation.reply_form import make_grammar
+from mlx_poe.generation.request import SAMPLING, read_request
 from mlx_poe.generation.text import GenerationResponse, stream_generate
 from mlx_poe.generation.tools import Functions, read_functions
 from mlx_poe.loading.machine_costs import known_costs
 from mlx_poe.loading.specialists import Specialists
 from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.paths import user_path
+from mlx_poe.rows import named
 
 __all__ = ["Chat", "Settings", "Turn"]
 
@@ -43,10 +39,9 @@ SLACK = 256  # positions that /undo and /retry can take back without rerunning t
 class Chat:
     """A conversation with a model, or with specialists over it.
 
-    The `set_...` methods check their arguments before they change `settings`. `last` holds the
-    responses of the latest reply. With `falls_back`, a mode that does not pay on this machine falls
-    back to full depth for the rest of the reply. After an interrupt or an error, the conversation
-    is unchanged, or holds the reply up to that point.
+    `last` holds the responses of the latest reply. With `falls_back`, a mode that does not pay on
+    this machine falls back to full depth for the rest of the reply. After an interrupt or an
+    error, the conversation is unchanged, or holds the reply up to that point.
     """
 
     def __init__(
@@ -59,19 +54,17 @@ class Chat:
         falls_back: bool = False,
     ) -> None:
         self.specialists = Specialists(model)
-        self.tokenizer, self.name = tokenizer, name
+        self.model, self.tokenizer, self.name = model, tokenizer, name
         self.settings = settings or Settings()
         self.falls_back = falls_back
         self.turns: list[Turn] = []
         self.last: list[GenerationResponse] = []
-        self.model = model
-        self.state = self._new_state()
+        self.state = self._new_state(model)
 
-    def _new_state(self, model: PoEModel | None = None) -> DecodingState:
-        model = model or self.model
+    @staticmethod
+    def _new_state(model: PoEModel) -> DecodingState:
         # Within this distance, switching specialists runs only the specialist's own layers.
-        keep_trunk = 2 * model.config.sequence_len
-        return DecodingState(model, slack=SLACK, keep_trunk=keep_trunk)
+        return DecodingState(model, slack=SLACK, keep_trunk=2 * model.config.sequence_len)
 
     @property
     def can_chat(self) -> bool:
@@ -80,84 +73,57 @@ class Chat:
 
     # Settings
 
+    def change(self, **settings: Any) -> None:
+        """Replace settings by name. RequestError, changing nothing, if they do not work.
+
+        After a change of the opening, the next reply runs the conversation again.
+        """
+        changed = replace(self.settings, **settings)
+        self._check(self.model, changed)
+        self.settings = changed
+
+    def _check(self, model: PoEModel, settings: Settings) -> None:
+        options = {**settings.options, **settings.form}
+        limits = {"max_tokens": settings.max_tokens, "stop": settings.stop}
+        read_request(
+            self.tokenizer,
+            [self.tokenizer.token_id(BOS)],
+            {**options, **limits, "mode": settings.mode},
+        ).on(model)
+
     def set_mode(self, mode: str, **options: Any) -> None:
-        """Change the decoding mode and its options. Raises RequestError, changing nothing, for
-        a mode or options that do not work."""
-        if mode not in MODES:
-            raise RequestError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-        modes = {name for names in MODES.values() for name in names}
-        kept = {k: v for k, v in self.settings.options.items() if k not in modes}
-        self._check(self.model, mode, kept | options)
-        self.settings.mode, self.settings.options = mode, kept | options
+        """Change the decoding mode and its options; see `change`."""
+        sampling = {k: v for k, v in self.settings.options.items() if k in SAMPLING}
+        self.change(mode=mode, options=sampling | options)
 
     def set_option(self, name: str, value: Any) -> None:
-        """Change a sampling option; None restores the default. RequestError for a bad value."""
-        options = {k: v for k, v in self.settings.options.items() if k != name}
-        if value is not None:
-            options[name] = value
-        self._check(self.model, self.settings.mode, options)
-        self.settings.options = options
-
-    @staticmethod
-    def _check(model: PoEModel, mode: str, options: dict[str, Any]) -> None:
-        names = ModeOptions.__dataclass_fields__
-        sampling = SamplingOptions(**{k: v for k, v in options.items() if k not in names})
-        chosen = ModeOptions(**{k: v for k, v in options.items() if k in names})
-        Sampler(sampling)
-        make_mode(model, mode, chosen, model.calibration)
-
-    def set_max_tokens(self, count: int) -> None:
-        """Limit the length of replies. RequestError if `count` is below 1."""
-        if count < 1:
-            raise RequestError(f"max_tokens {count} must be at least 1")
-        self.settings.max_tokens = count
-
-    def set_stop(self, texts: Sequence[str]) -> None:
-        """End replies before any of these texts. RequestError if one is empty."""
-        if not all(texts):
-            raise RequestError("a stop text is empty")
-        self.settings.stop = list(texts)
-
-    def set_system(self, text: str) -> None:
-        """Change the system text. It replaces any functions offered.
-
-        The next reply runs the conversation again from the beginning.
-        """
-        self._change_opening(system=text, functions=[])
+        """Change a sampling option; None restores the default. See `change`."""
+        options = {**self.settings.options, name: value}
+        self.change(options={k: v for k, v in options.items() if v is not None})
 
     def set_functions(self, functions: Functions | None) -> None:
         """Offer functions in place of the system text; None brings the system text back.
 
-        The next reply runs the conversation again. RequestError if they are not valid functions,
-        or if their parameters have a schema that cannot be enforced.
+        RequestError if they are not valid functions, or if their parameters have a schema that
+        cannot be enforced.
         """
         if functions:
-            make_grammar(self.tokenizer, tools=functions)
-        self._change_opening(functions=read_functions(functions) if functions else [])
+            make_grammar(self.tokenizer, tools=functions)  # even if a schema comes before them
+        self.change(functions=read_functions(functions) if functions else [])
 
     def set_schema(self, text: str | None) -> None:
-        """Reply in JSON that fits the schema in `text`; None turns this off. RequestError for a
-        schema that cannot be used."""
-        schema = None if text is None else read_schema(text)
-        make_grammar(self.tokenizer, json_schema=schema)
-        self.settings.schema = schema
-
-    def _change_opening(self, **changes: Any) -> None:
-        settings, turns = replace(self.settings, **changes), self.turns
-        if turns:
-            tokens = self._user_tokens(turns[0].user, settings.system_text)
-            turns = [replace(turns[0], tokens=tokens), *turns[1:]]
-        self.settings, self.turns = settings, turns
+        """Reply in JSON that fits the schema in `text`; None turns this off. See `change`."""
+        self.change(schema=None if text is None else read_schema(text))
 
     def use(self, name: str | None) -> None:
         """Switch to another specialist, or with None to the base model, and keep the conversation.
 
         Raises RequestError if no specialist has that name, or if it does not support the mode.
         """
-        model = self.specialists.use(name)
-        self._check(model, self.settings.mode, self.settings.options)
+        model, settings = self.specialists.use(name), replace(self.settings, specialist=name)
+        self._check(model, settings)
         state = self.state.switch(model)
-        self.model, self.state, self.settings.specialist = model, state, name
+        self.model, self.state, self.settings = model, state, settings
 
     # Replies
 
@@ -186,33 +152,30 @@ class Chat:
         self, turns: list[Turn], text: str, progress: Progress | None
     ) -> Generator[GenerationResponse, None, None]:
         """The reply to `text` after `turns`. The conversation changes only at the end, at once."""
-        tokens = self._user_tokens(text, "" if turns else self.settings.system_text)
+        prompt = self._read([*turns, Turn(text)])[:-1]  # up to the end of the reply to come
         self.last = []
-        stream = self._stream(self._joined(turns) + tokens, progress)
+        stream = self._stream(prompt, progress)
         try:
             for response in stream:
                 self.last.append(response)
                 yield response
         except Exception:
             # We cannot tell how far the state got. The next reply runs the conversation again.
-            self.state = self._new_state()
+            self.state = self._new_state(self.model)
             raise
         finally:
             try:
                 stream.close()
             finally:
                 if self.last:
-                    self.turns = [*turns, self._turn(text, tokens)]
+                    reply = "".join(r.text for r in self.last)
+                    self.turns = [*turns, Turn(text, reply, self._written(reply))]
 
     def _stream(
         self, prompt: list[int], progress: Progress | None
     ) -> Generator[GenerationResponse, None, None]:
         settings = self.settings
-        options: dict[str, Any] = {**settings.options}
-        if settings.schema is not None:
-            options["json_schema"] = settings.schema
-        elif settings.functions:
-            options["tools"] = settings.functions
+        options = {**settings.options, **settings.form}
         return stream_generate(  # type: ignore[return-value]
             self.model,
             self.tokenizer,
@@ -226,45 +189,29 @@ class Chat:
             **with_usual_penalty(options, self.can_chat),
         )
 
-    def _turn(self, text: str, tokens: list[int]) -> Turn:
-        """The turn made of the user's text and the reply in `last`."""
+    def _written(self, reply: str) -> list[int]:
+        """The ids of the last reply, without an end token, or a stop text and other text held back
+        when it ended: the model should read what the user sees."""
         ids = [r.token for r in self.last]
-        reply = "".join(r.text for r in self.last)
-        ended = self.last[-1].finish_reason == "stop"
         if ids[-1] in self.tokenizer.eos_token_ids:
             ids.pop()
-        elif ended:
-            ids = self._shortened(ids, reply)
-        return Turn(text, tokens, reply, ids, ended)
-
-    def _shortened(self, ids: list[int], text: str) -> list[int]:
-        """Token ids that spell `text`, which is what `ids` spell, cut before a stop text.
-
-        This keeps the stop text out of the conversation that the model reads later.
-        """
-        while not text.startswith(start := self.tokenizer.decode(ids)):
-            ids = ids[:-1]
-        rest = text.removeprefix(start)
+        while not reply.startswith(start := self.tokenizer.decode(ids)):
+            ids.pop()
+        rest = reply.removeprefix(start)
         return [*ids, *self.tokenizer.encode(rest, add_special_tokens=False)]
 
     @property
     def tokens(self) -> list[int]:
         """The conversation so far, as the model reads it."""
-        return self._joined(self.turns)
+        return self._read(self.turns)
 
-    def _joined(self, turns: Sequence[Turn]) -> list[int]:
-        end = self.tokenizer.token_id(REPLY_END)
-        tokens = [self.tokenizer.token_id(BOS)]
+    def _read(self, turns: Sequence[Turn]) -> list[int]:
+        start, end = map(self.tokenizer.token_id, (REPLY_START, REPLY_END))
+        tokens, system = [self.tokenizer.token_id(BOS)], self.settings.system_text
         for turn in turns:
-            tokens += [*turn.tokens, *turn.reply_tokens, end]
+            text, system = with_system(system, turn.user) if system else turn.user, ""
+            tokens += [*self.tokenizer.encode_turn("user", text), start, *turn.reply_tokens, end]
         return tokens
-
-    def _user_tokens(self, text: str, system_text: str) -> list[int]:
-        """A user's turn, up to where the reply begins. The first one includes the system text."""
-        if system_text:
-            text = with_system(system_text, text)
-        tokens = self.tokenizer.encode_turn("user", text)
-        return [*tokens, self.tokenizer.token_id(REPLY_START)]
 
     # The conversation as a whole
 
@@ -278,80 +225,51 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation; the settings stay."""
-        self.turns, self.last, self.state = [], [], self._new_state()
+        self.turns, self.last, self.state = [], [], self._new_state(self.model)
 
     def save(self, path: Path) -> None:
-        """Write conversation, settings and state to one safetensors file, whole or not at all.
+        """Write the conversation and its settings to a JSON file, whole or not at all.
 
         Raises RequestError for an invalid path, CheckpointError if it cannot be written.
         """
-        arrays, fields = to_arrays(self.state)
-        probe = _probe(self.model)
-        revisions = self._revisions(self.model)
-        saved = SavedChat(self.name, self.settings, self.turns, revisions, probe, fields, arrays)
+        saved = SavedChat(self.name, self._revisions(self.model), self.settings, self.turns)
         write_chat(user_path(path), saved)
 
     def _revisions(self, model: PoEModel) -> list[str | None]:
         return [self.specialists.base.revision, model.revision]
 
-    def load(self, path: Path) -> bool:
-        """Continue a saved conversation. Returns True if its state fits and nothing is rerun. Warns
-        if it was saved with other commits of the models.
+    def load(self, path: Path) -> list[str]:
+        """Continue a saved conversation. The next reply reads it from the beginning.
 
-        Raises CheckpointError, changing nothing, for a file that is not a saved chat, and
-        RequestError for settings that this model does not support.
+        Returns notes for the user: what the file names that is not used, and whether it was saved
+        with another model. A reply edited by hand is read as edited. Raises CheckpointError,
+        changing nothing, for a file that is not a saved chat, and RequestError for settings that
+        this model does not support.
         """
         path = user_path(path)
         saved = read_chat(path)
-        settings = saved.settings
-        model = self.specialists.use(settings.specialist)
-        self._check(model, settings.mode, settings.options)
-        turns: list[Turn] = []
-        for number, turn in enumerate(saved.turns, 1):
-            try:
-                model.check_ids([*turn.tokens, *turn.reply_tokens])
-                if not self.tokenizer.decode(turn.reply_tokens).startswith(turn.reply):
-                    raise CheckpointError("its reply does not match its tokens")
-            except PoEError as error:
-                message = f"{path} is a damaged chat, or another model's: turn {number}: {error}"
-                raise CheckpointError(message) from None
-            # Encode again, so that the model reads what the user sees.
-            tokens = self._user_tokens(turn.user, "" if turns else settings.system_text)
-            turns.append(replace(turn, tokens=tokens))
-        state = self._saved_state(model, saved)
-        ready = state is not None
-        state = state or self._new_state(model)
-        self.settings, self.turns, self.model, self.last = settings, turns, model, []
-        self.state = state
-        for then, now in zip(saved.revisions, self._revisions(model), strict=True):
-            if then and then != now:
-                warnings.warn(
-                    f"{path} was saved with revision {then} of {saved.model} or its specialist, "
-                    f"and this is {now or 'another model'}: start with {then} to continue with it",
-                    PoEWarning,
-                    stacklevel=2,
-                )
-        return ready
+        with named(str(path)):
+            model = self.specialists.use(saved.settings.specialist)
+            self._check(model, saved.settings)
+        turns = [replace(turn, reply_tokens=self._spelling(turn)) for turn in saved.turns]
+        state, revisions = self._new_state(model), self._revisions(model)
+        self.settings, self.turns, self.last = saved.settings, turns, []
+        self.model, self.state = model, state
+        if saved.model and saved.model != self.name:
+            return [*saved.notes, f"{path} was saved with {saved.model}; this is {self.name}"]
+        return saved.notes + [
+            f"{path} was saved with revision {then} of {saved.model} or its specialist, and this "
+            f"is another one: start with {then} to continue with it"
+            for then in dict.fromkeys(saved.revisions)
+            if then and then not in revisions
+        ]
 
-    def _saved_state(self, model: PoEModel, saved: SavedChat) -> DecodingState | None:
-        """The state in a saved chat; None if it does not belong to `model` as configured now."""
-        fresh = self._new_state(model)
-        sizes = {"slack": SLACK, "max_pending": MAX_PENDING, "keep_trunk": fresh.keep_trunk}
-        if saved.revisions != self._revisions(model) and any(saved.revisions):
-            return None
-        if saved.probe != _probe(model) or any(saved.state.get(k) != v for k, v in sizes.items()):
-            return None
+    def _spelling(self, turn: Turn) -> list[int]:
+        """The ids saved with a reply if they still decode to it, otherwise new ones."""
         try:
-            return from_arrays(model, saved.arrays, saved.state)
+            self.model.check_ids(turn.reply_tokens)
+            if self.tokenizer.decode(turn.reply_tokens) == turn.reply:
+                return turn.reply_tokens
         except PoEError:
-            return None
-
-    @property
-    def nbytes(self) -> int:
-        """The state's size in bytes."""
-        return self.state.nbytes
-
-
-def _probe(model: PoEModel) -> list[float]:
-    """A few logits, to recognize the model that a saved state belongs to."""
-    return [round(z, 2) for z in model(mx.array([[0, 1]]))[0, -1, :8].tolist()]  # type: ignore[arg-type,union-attr]
+            pass
+        return self.tokenizer.encode(turn.reply, add_special_tokens=False)

@@ -8,70 +8,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from rich.table import Table
 
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.errors import RequestError
 from cognica_mlx.scheme import DRAFT_BITS
+from mlx_poe.chat.conversation import Chat
+from mlx_poe.chat.repl import Command, Misused, Repl
+from mlx_poe.generation.display import mean_depth, printable
 from mlx_poe.generation.responses import drafts_in_words
-from mlx_poe.generation.text import GenerationResponse
 from mlx_poe.paths import user_path
 from mlx_poe.rows import read_text
-
-if TYPE_CHECKING:
-    from mlx_poe.chat.conversation import Chat
-    from mlx_poe.commands.poe_chat import Repl
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command's arguments and purpose, as the help shows them, and its function."""
-
-    arguments: str
-    purpose: str
-    do: Callable[[Repl, str], None]
-
-
-class _Misused(Exception):
-    """The arguments do not match the help."""
-
-
-def perform(repl: Repl, line: str) -> None:
-    """Run a line that begins with /. RequestError if there is no such command."""
-    name, argument = [*line[1:].split(maxsplit=1), "", ""][:2]
-    if name not in COMMANDS:
-        raise RequestError(f"there is no command /{name}; /help lists them")
-    command = COMMANDS[name]
-    try:
-        command.do(repl, argument.strip())
-    except _Misused:
-        raise RequestError(f"usage: /{name} {command.arguments}") from None
-
-
-def printable(text: str) -> str:
-    """`text` without control characters, which could affect the terminal. Keeps tab and newline."""
-    return "".join(c for c in text if c in "\n\t" or not _is_control(ord(c)))
-
-
-def _is_control(code: int) -> bool:
-    return code < 32 or 127 <= code < 160
-
-
-def mean_depth(responses: Sequence[GenerationResponse], n_stages: int) -> str:
-    """The tokens' average depth, in words. Forced tokens, which ran no stage, do not count."""
-    asked = [r for r in responses if not r.forced] or responses
-    mean = sum(r.stage + 1 for r in asked) / len(asked)
-    return f"{mean:.1f} of {n_stages} stages"
 
 
 def _word(argument: str) -> str:
     words = argument.split()
     if len(words) != 1:
-        raise _Misused
+        raise Misused
     return words[0]
 
 
@@ -83,9 +39,23 @@ def _number(kind: type[int] | type[float], argument: str) -> int | float:
         raise RequestError(f"{argument!a:.40} is not a {whole}number") from None
 
 
+def _file_or_off(argument: str) -> str | None:
+    """The named file's text; None for "off"."""
+    if argument == "off":
+        return None
+    path = user_path(argument)
+    if not path.is_file():
+        raise RequestError(f"{path} is not a regular file")
+    return read_text(path)
+
+
+def _table() -> Table:
+    return Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+
+
 def _help(repl: Repl, argument: str) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, command in COMMANDS.items():
+    table = _table()
+    for name, command in repl.commands.items():
         table.add_row(f"/{name} {command.arguments}".rstrip(), command.purpose)
     repl.show(table)
     repl.show("Start a message with // if it should begin with a slash.", style="dim")
@@ -97,10 +67,6 @@ def _mode(repl: Repl, argument: str) -> None:
         return
     current = repl.chat.settings.mode
     repl.show(" ".join(f"[{mode}]" if mode == current else mode for mode in MODES))
-
-
-def _stage(repl: Repl, argument: str) -> None:
-    repl.chat.set_mode("stage", stage=_number(int, argument))
 
 
 def _draft(repl: Repl, argument: str) -> None:
@@ -128,46 +94,22 @@ def _option(name: str, kind: type[int] | type[float]) -> Callable[[Repl, str], N
     return change
 
 
-def _max_tokens(repl: Repl, argument: str) -> None:
-    repl.chat.set_max_tokens(int(_number(int, argument)))
-
-
 def _stop(repl: Repl, argument: str) -> None:
-    chat = repl.chat
+    stop = repl.chat.settings.stop
     if argument:
-        chat.set_stop([] if argument == "off" else [*chat.settings.stop, argument])
+        repl.chat.change(stop=[] if argument == "off" else [*stop, argument])
     else:
-        repl.show("\n".join(map(repr, chat.settings.stop)) or "(none)")
+        repl.show("\n".join(map(repr, stop)) or "(none)")
 
 
 def _system(repl: Repl, argument: str) -> None:
-    chat = repl.chat
+    settings = repl.chat.settings
     if not argument:
-        repl.show(printable(chat.settings.system_text) or "(none)")
+        repl.show(printable(settings.system_text) or "(none)")
         return
-    if chat.settings.functions:
+    if settings.functions:
         repl.note("the functions are no longer offered: the system text takes their place")
-    chat.set_system("" if argument == "off" else argument)
-
-
-def _tools(repl: Repl, argument: str) -> None:
-    repl.chat.set_functions(_file_or_off(argument))
-
-
-def _schema(repl: Repl, argument: str) -> None:
-    repl.chat.set_schema(_file_or_off(argument))
-
-
-def _file_or_off(argument: str) -> str | None:
-    """The named file's text; None for "off"."""
-    if not argument:
-        raise _Misused
-    if argument == "off":
-        return None
-    path = user_path(argument)
-    if not path.is_file():
-        raise RequestError(f"{path} is not a regular file")
-    return read_text(path)
+    repl.chat.change(system="" if argument == "off" else argument, functions=[])
 
 
 def _use(repl: Repl, argument: str) -> None:
@@ -189,55 +131,36 @@ def _use(repl: Repl, argument: str) -> None:
 
 
 def _attach(repl: Repl, argument: str) -> None:
-    name, model = [*argument.split(maxsplit=1), "", ""][:2]
+    name, *model = argument.split(maxsplit=1)
     if not model:
-        raise _Misused
+        raise Misused
     # May be a folder, a hub id or a built-in name. This refuses only impossible paths.
-    user_path(model)
-    repl.chat.specialists.attach(name, model)
-
-
-def _retry(repl: Repl, argument: str) -> None:
-    repl.reply()
-
-
-def _undo(repl: Repl, argument: str) -> None:
-    turn = repl.chat.undo()
-    repl.note(f"taken back: {printable(turn.user)[:60]}")
-
-
-def _reset(repl: Repl, argument: str) -> None:
-    repl.chat.reset()
+    user_path(model[0])
+    repl.chat.specialists.attach(name, model[0])
 
 
 def _save(repl: Repl, argument: str) -> None:
-    if not argument:
-        raise _Misused
     path = user_path(argument)
     repl.chat.save(path)
     repl.note(f"saved to {path}")
 
 
 def _load(repl: Repl, argument: str) -> None:
-    if not argument:
-        raise _Misused
     chat = repl.chat
-    ready = chat.load(user_path(argument))
-    again = "" if ready else "; its state cannot be used, so the next reply reruns the conversation"
-    repl.note(f"{_exchanges(chat)}{again}")
+    notes = chat.load(user_path(argument))
+    for note in (*notes, _exchanges(chat)):
+        repl.note(note)
     for turn in chat.turns[-2:]:
         repl.show(f">>> {printable(turn.user)}", style="dim")
         repl.show(printable(turn.reply))
 
 
 def _exchanges(chat: Chat) -> str:
-    count = len(chat.turns)
-    return "1 exchange" if count == 1 else f"{count} exchanges"
+    return f"{len(chat.turns)} exchange{'s' if len(chat.turns) != 1 else ''}"
 
 
 def _stats(repl: Repl, argument: str) -> None:
-    chat, last = repl.chat, repl.chat.last
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    chat, last, table = repl.chat, repl.chat.last, _table()
     if last:
         table.add_row("prompt", f"{last[-1].prompt_tps:.1f} tokens/s")
         table.add_row("reply", f"{len(last)} tokens, {last[-1].generation_tps:.1f} tokens/s")
@@ -250,19 +173,15 @@ def _stats(repl: Repl, argument: str) -> None:
             kept = sum(r.from_draft for r in last)
             table.add_row("drafts", f"{kept} of {drafted} accepted: {drafts_in_words(last)}")
     table.add_row("conversation", f"{_exchanges(chat)}, {len(chat.tokens)} tokens")
-    table.add_row("state", f"{chat.nbytes / 1e6:.1f} MB")
+    table.add_row("state", f"{chat.state.nbytes / 1e6:.1f} MB")
     repl.show(table)
 
 
 def _color(repl: Repl, argument: str) -> None:
     if argument not in ("", "on", "off"):
-        raise _Misused
+        raise Misused
     repl.color = argument == "on" if argument else not repl.color
     repl.note(f"color is {'on' if repl.color else 'off'}")
-
-
-def _debug(repl: Repl, argument: str) -> None:
-    repl.note(printable(repl.traceback).rstrip() or "no unexpected error so far")
 
 
 def _exit(repl: Repl, argument: str) -> None:
@@ -271,16 +190,20 @@ def _exit(repl: Repl, argument: str) -> None:
 
 COMMANDS = {
     "help": Command("", "this list", _help),
-    "mode": Command("[NAME]", f"how to decode: {', '.join(MODES)}", _mode),
-    "stage": Command("N", "let stage N reply alone", _stage),
+    "mode": Command("[NAME]", f"decoding mode: {', '.join(MODES)}", _mode, lambda chat: MODES),
+    "stage": Command(
+        "N",
+        "let stage N reply alone",
+        lambda repl, argument: repl.chat.set_mode("stage", stage=_number(int, argument)),
+    ),
     "draft": Command(
         "[STAGE [LENGTH]] [4-bit] [lookup]",
-        "speculate: draft with this stage, rounded, or from earlier text",
+        "speculate: draft with this stage, its quantized copy, or from earlier text",
         _draft,
     ),
     "temp": Command("T|off", "temperature; 0 is greedy", _option("temp", float)),
     "top-p": Command("P|off", "nucleus probability", _option("top_p", float)),
-    "top-k": Command("K|off", "keep the k best tokens", _option("top_k", int)),
+    "top-k": Command("K|off", "sample from the k best tokens", _option("top_k", int)),
     "min-p": Command(
         "P|off", "least probability, as a share of the best token's", _option("min_p", float)
     ),
@@ -290,20 +213,45 @@ COMMANDS = {
         _option("repetition_penalty", float),
     ),
     "seed": Command("N|off", "seed for sampling", _option("seed", int)),
-    "max-tokens": Command("N", "most tokens in a reply", _max_tokens),
-    "stop": Command("[TEXT|off]", "also end replies before this text", _stop),
+    "max-tokens": Command(
+        "N",
+        "most tokens in a reply",
+        lambda repl, argument: repl.chat.change(max_tokens=_number(int, argument)),
+    ),
+    "stop": Command("[TEXT|off]", "end replies before this text, too", _stop),
     "system": Command("[TEXT|off]", "system text", _system),
-    "schema": Command("FILE|off", "reply in JSON that fits a schema", _schema),
-    "tools": Command("FILE|off", "offer functions from a JSON file to a tool specialist", _tools),
-    "use": Command("[NAME|base]", "change the specialist", _use),
+    "schema": Command(
+        "FILE|off",
+        "reply in JSON that fits the schema in a file",
+        lambda repl, argument: repl.chat.set_schema(_file_or_off(argument)),
+    ),
+    "tools": Command(
+        "FILE|off",
+        "offer the functions in a JSON file to a tool specialist",
+        lambda repl, argument: repl.chat.set_functions(_file_or_off(argument)),
+    ),
+    "use": Command(
+        "[NAME|base]",
+        "switch to another specialist",
+        _use,
+        lambda chat: (*chat.specialists.names, "base"),
+    ),
     "attach": Command("NAME MODEL", "load another specialist", _attach),
-    "retry": Command("", "get another reply to the last message", _retry),
-    "undo": Command("", "take back the last exchange", _undo),
-    "reset": Command("", "start a new conversation", _reset),
-    "save": Command("FILE", "write conversation and state to a file", _save),
+    "retry": Command("", "get another reply to the last message", lambda repl, _: repl.reply()),
+    "undo": Command(
+        "",
+        "take back the last exchange",
+        lambda repl, _: repl.note(f"taken back: {repl.chat.undo().user:.60}"),
+    ),
+    "reset": Command("", "start a new conversation", lambda repl, _: repl.chat.reset()),
+    "save": Command("FILE", "write the conversation to a JSON file that you can edit", _save),
     "load": Command("FILE", "continue a saved conversation", _load),
     "stats": Command("", "figures of the last reply", _stats),
-    "color": Command("[on|off]", "paint each token by the stage that emitted it", _color),
-    "debug": Command("", "traceback of the last unexpected error", _debug),
+    "color": Command("[on|off]", "color each token by the stage that emitted it", _color),
+    "debug": Command(
+        "",
+        "traceback of the last unexpected error",
+        lambda repl, _: repl.note(repl.traceback.rstrip() or "no unexpected error so far"),
+    ),
     "exit": Command("", "leave (also Ctrl-D)", _exit),
 }

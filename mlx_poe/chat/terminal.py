@@ -1,22 +1,17 @@
-"""What poe-chat adds to the terminal's line editing: history, completion, a key for a new line."""
+"""What poe-chat adds to the terminal's line editing: history, and a key for a new line."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion
-from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.errors import PoEError
 from cognica_mlx.files.whole_file import private_folder
-from mlx_poe.chat.conversation import Chat
-from mlx_poe.chat.slash_commands import COMMANDS
 from mlx_poe.paths import user_path
 
 
@@ -75,32 +70,3 @@ def key_bindings() -> KeyBindings:
         event.current_buffer.insert_text("\n")
 
     return bindings
-
-
-class CommandCompleter(Completer):
-    """Completes commands, and the names that some of them take."""
-
-    def __init__(self, chat: Chat) -> None:
-        self._chat = chat
-
-    def get_completions(
-        self, document: Document, complete_event: CompleteEvent
-    ) -> Iterator[Completion]:
-        """The completions of the text before the cursor."""
-        text = document.text_before_cursor
-        if not text.startswith("/") or text.startswith("//") or "\n" in text:
-            return
-        command, space, word = text[1:].partition(" ")
-        if not space:
-            for name, what in COMMANDS.items():
-                if name.startswith(command):
-                    yield Completion(name, -len(command), display_meta=what.purpose)
-            return
-        choices: tuple[str, ...] = ()
-        if command == "mode":
-            choices = tuple(MODES)
-        elif command == "use":
-            choices = (*self._chat.specialists.names, "base")
-        for choice in choices:
-            if choice.startswith(word):
-                yield Completion(choice, -len(word))

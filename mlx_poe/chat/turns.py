@@ -8,7 +8,7 @@ from typing import Any
 from mlx_poe.generation.tools import tool_system_prompt
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     """How replies are made.
 
@@ -31,14 +31,18 @@ class Settings:
         """What the model reads before the first turn: the functions offered, or the system text."""
         return tool_system_prompt(self.functions) if self.functions else self.system
 
+    @property
+    def form(self) -> dict[str, Any]:
+        """The option that replies get their form from: the schema, or else the functions."""
+        if self.schema is not None:
+            return {"json_schema": self.schema}
+        return {"tools": self.functions} if self.functions else {}
+
 
 @dataclass(frozen=True)
 class Turn:
-    """A user's message and the reply, with the token ids of both. `ended` is False if the reply
-    was cut short."""
+    """A user's message and the reply to it, with the token ids that the model wrote."""
 
     user: str
-    tokens: list[int]
-    reply: str
-    reply_tokens: list[int]
-    ended: bool
+    reply: str = ""
+    reply_tokens: list[int] = field(default_factory=list)

@@ -55,7 +55,7 @@ from mlx_poe.commands.flags import (
     numbers,
     starters,
 )
-from mlx_poe.commands.progress import Bars
+from mlx_poe.generation.progress import Bars
 from mlx_poe.loading.load import DEFAULT_MODEL, find_model, load
 from mlx_poe.rows import read_text
 

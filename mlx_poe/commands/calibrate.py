@@ -14,7 +14,7 @@ from cognica_mlx.pricing.measuring import calibrate
 from mlx_poe.commands.entry import make_parser, run
 from mlx_poe.commands.flags import LOADING, add_model_flags, check_output, file_path, taken, whole
 from mlx_poe.commands.measured_texts import read_texts, replies, segments
-from mlx_poe.commands.progress import Bars
+from mlx_poe.generation.progress import Bars
 from mlx_poe.loading.load import find_model, load
 
 EXAMPLES = """\

@@ -27,7 +27,7 @@ from cognica_mlx.scheme import BITS, DRAFT_BITS, MODES, Scheme
 from mlx_poe.commands.entry import interruptible, make_parser, run
 from mlx_poe.commands.flags import add_revision_flag, file_path, folder_path, whole
 from mlx_poe.commands.measured_texts import Text, read_texts, segments
-from mlx_poe.commands.progress import Bars
+from mlx_poe.generation.progress import Bars
 from mlx_poe.loading.load import find_model, load
 from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.loading.verify import SAMPLE, compare

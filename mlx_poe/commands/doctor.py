@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from cognica_mlx.files import whole_file
 from mlx_poe.commands.entry import interruptible, make_parser, run
 from mlx_poe.commands.flags import check_output, file_path
-from mlx_poe.commands.progress import Bars
 from mlx_poe.doctor.examination import examine
+from mlx_poe.generation.progress import Bars
 from mlx_poe.loading.load import DEFAULT_MODEL
 
 EXAMPLES = """\

@@ -30,11 +30,11 @@ from mlx_poe.commands.flags import (
     whole,
 )
 from mlx_poe.commands.measured_texts import read_texts, replies, segments
-from mlx_poe.commands.progress import Bars
 from mlx_poe.evaluation.answers import Answers, fingerprint
 from mlx_poe.evaluation.on_text import Measured, measure_text
 from mlx_poe.evaluation.predictors import Predictors, chosen
 from mlx_poe.evaluation.scoring import BATCH
+from mlx_poe.generation.progress import Bars
 from mlx_poe.loading.load import load
 from mlx_poe.loading.tokenizer import Tokenizer
 

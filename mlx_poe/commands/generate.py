@@ -8,10 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from rich.color import ColorSystem
 from rich.console import Console
-from rich.style import Style
-from rich.text import Text
 
 from cognica_mlx.errors import RequestError
 from cognica_mlx.files import strict_json
@@ -27,7 +24,6 @@ from mlx_poe.commands.flags import (
     taken,
     taken_constraints,
 )
-from mlx_poe.commands.progress import Bars
 from mlx_poe.commands.prompts_file import (
     FLAG_OPTIONS,
     add_batch_flags,
@@ -39,16 +35,15 @@ from mlx_poe.commands.prompts_file import (
     user_prompt,
 )
 from mlx_poe.commands.split import add_split_flags, check_split, over_machines
+from mlx_poe.generation.display import paint, paints, print_legend
 from mlx_poe.generation.penalty import with_usual_penalty
+from mlx_poe.generation.progress import Bars
 from mlx_poe.generation.responses import drafts_in_words, fallback_note
 from mlx_poe.generation.text import GenerationResponse, stream_generate
 from mlx_poe.loading.load import load
 from mlx_poe.loading.machine_costs import known_costs
 from mlx_poe.loading.specialists import Specialists
 from mlx_poe.loading.tokenizer import Tokenizer
-
-# One color per stage, shallow to deep; deeper models start over.
-STAGE_COLORS = ("green", "cyan", "blue", "magenta", "red", "yellow")
 
 EXAMPLES = """\
   mlx_poe.generate --prompt "The capital of France is"
@@ -167,8 +162,7 @@ def _consume(
     progress: Bars,
 ) -> int:
     """Collect the responses, printing each as it comes. Ctrl-C keeps those so far."""
-    console = Console()
-    paints = args.color_stages and console.color_system is not None and not console.no_color
+    painted = args.color_stages and paints(Console())
     status = 0
     try:
         for response in stream:
@@ -176,29 +170,14 @@ def _consume(
             responses.append(response)
             if args.json:
                 continue
-            print(paint(response) if paints else response.text, end="", flush=True)
+            print(paint(response) if painted else response.text, end="", flush=True)
     except KeyboardInterrupt:
         status = INTERRUPTED
     if not args.json:
         print(flush=True)
-        if paints:
+        if painted:
             print_legend(responses)
     return status
-
-
-def paint(response: GenerationResponse) -> str:
-    """The response's text in its stage's color."""
-    # Style.render leaves the text alone; rich's console would drop control characters.
-    style = Style.parse(STAGE_COLORS[response.stage % len(STAGE_COLORS)])
-    return style.render(response.text, color_system=ColorSystem.STANDARD)
-
-
-def print_legend(responses: Sequence[GenerationResponse]) -> None:
-    """Print each stage in its color, on stderr."""
-    legend = Text("stages:")
-    for stage in sorted({r.stage for r in responses}):
-        legend.append(f" {stage}", style=STAGE_COLORS[stage % len(STAGE_COLORS)])
-    Console(stderr=True).print(legend)
 
 
 def _print_statistics(model: PoEModel, responses: Sequence[GenerationResponse]) -> None:

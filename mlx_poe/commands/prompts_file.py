@@ -23,7 +23,6 @@ from cognica_mlx.errors import PoEError, RankError, RequestError
 from cognica_mlx.files.stored import dtype_name
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.commands.flags import file_path, taken, taken_constraints
-from mlx_poe.commands.progress import Bars
 from mlx_poe.commands.replies_file import (
     check_replies_file,
     finished_replies,
@@ -35,6 +34,7 @@ from mlx_poe.engine.batch_generate import run_requests, trunk_to_keep
 from mlx_poe.engine.scheduler import MAX_SEQUENCES, Scheduler, Stats
 from mlx_poe.evaluation.answers import fingerprint, key_of
 from mlx_poe.generation.penalty import with_usual_penalty
+from mlx_poe.generation.progress import Bars
 from mlx_poe.generation.reply_form import CONSTRAINTS, FORM_OPTIONS
 from mlx_poe.generation.request import (
     EMPTY_PROMPT,

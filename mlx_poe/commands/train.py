@@ -21,7 +21,7 @@ from cognica_mlx.files.byte_sizes import size_text
 from cognica_mlx.training.trainer import Evaluation
 from mlx_poe.commands.entry import INTERRUPTED, interruptible, make_parser, run
 from mlx_poe.commands.flags import add_checkpoint_flags, check_output, file_path, folder_path, taken
-from mlx_poe.commands.progress import Bars
+from mlx_poe.generation.progress import Bars
 from mlx_poe.paths import user_path
 from mlx_poe.rows import read_text
 from mlx_poe.training import InterruptedTraining, Result, TrainingSettings, train
