@@ -155,7 +155,7 @@ def test_the_penalty_is_the_users_or_else_the_models_default(monkeypatch):
     chat = new_chat()
 
     def penalty() -> object:
-        return options_passed(chat, monkeypatch)["repetition_penalty"]
+        return options_passed(chat, monkeypatch).get("repetition_penalty")
 
     assert penalty() == 1.15
     chat.set_functions(FUNCTIONS)
@@ -196,7 +196,7 @@ def test_a_stop_text_ends_the_reply_and_is_not_read_again():
     turn = chat.turns[0]
     assert turn.reply == reply
     assert chat.tokenizer.decode(turn.reply_tokens) == reply  # though a token is cut in two
-    with pytest.raises(RequestError, match="stop text is empty"):
+    with pytest.raises(RequestError, match="stop string is empty"):
         chat.change(stop=[""])
     chat.change(stop=[])
     assert say(chat, TALK[1])
