@@ -30,8 +30,13 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cognica-mlx-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # How long an example takes depends on the machine, and on what the first one has to load.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "untimed", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("untimed")
+
+# A case that a plain run leaves out.
+SOAK = pytest.mark.soak
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDENS = ("flat-d8", "gqa-logop-d8", "stage-on-flat", "chain-on-stage")

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import write_base
-from conftest import FIXTURES
+from conftest import FIXTURES, SOAK
 from mlx.utils import tree_flatten
 from rich.console import Console
 
@@ -137,6 +135,7 @@ def test_a_synthetic_model_agrees_about_as_often_as_asked(agreement, shape):
     assert len(set(planted)) == 300 and 0.75 < np.mean(planted < 512) < 0.9
 
 
+@SOAK
 def test_the_synthetic_model_can_be_calibrated_and_its_modes_measured():
     built = synthetic_model(shape_config("tiny"), mx.float32, 0.88, MARGINS)
     texts = [built.text(150, start) for start in (0, 300)]
@@ -434,15 +433,12 @@ def test_figures_that_are_not_finite_are_null():
     assert "nan" not in console.file.getvalue()
 
 
-def test_a_binary_file_is_not_a_result_file(tmp_path):
+def test_a_binary_file_is_not_a_result_file(tmp_path, capsys):
     (tmp_path / "binary").write_bytes(b"\xfd\x00\xff")
-    flags = [sys.executable, "-m", "mlx_poe", "bench", "--compare", str(tmp_path / "binary")]
-    done = subprocess.run(flags, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert (
-        "binary, line 1: not UTF-8 text at position 0" in done.stderr
-        and done.stderr.count("\n") == 1
-    )
+    assert command.main(["--compare", str(tmp_path / "binary")]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert "binary, line 1: not UTF-8 text at position 0" in error
 
 
 def test_results_go_through_links_and_to_devices(quick, tmp_path):
@@ -465,11 +461,10 @@ def test_an_unusable_calibration_is_named(quick, tmp_path, capsys):
     assert "stage_layers is missing" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_missing_result_file_is_named():
-    flags = [sys.executable, "-m", "mlx_poe", "bench", "--compare", "nowhere.json"]
-    done = subprocess.run(flags, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert "nowhere.json" in done.stderr and done.stderr.count("\n") == 1
+def test_a_missing_result_file_is_named(capsys):
+    assert command.main(["--compare", "nowhere.json"]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1) and "nowhere.json" in error
 
 
 def test_drawing_without_matplotlib_says_what_to_install(monkeypatch, capsys):

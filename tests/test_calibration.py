@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FIXTURES, fixture
+from conftest import FIXTURES, SOAK, fixture
 
 from cognica_mlx.calibration_file import (
     CALIBRATION_FILE,
@@ -121,9 +121,10 @@ def test_acceptance_is_what_speculation_does(measured):
         assert abs(sequence.drafted - replay.drafted) <= count
 
 
+@SOAK
 @pytest.mark.parametrize("mode", ["wand", "certified", "speculative"])
 def test_shipped_calibration_keeps_99_percent_agreement_at_well_below_full_depth(mode):
-    """Run it with `-n 0 -s` for the figures that the README gives."""
+    """Run it with `-m soak -n 0 -s` for the figures that the README gives."""
     model, tokenizer = fixture("poe-tiny")
     assert model.calibration is not None
     agreeing = total = depth = 0
@@ -143,15 +144,16 @@ def test_shipped_calibration_keeps_99_percent_agreement_at_well_below_full_depth
     assert depth / total < 0.7 * model.poe_n_stages
 
 
+@pytest.mark.parametrize("count", [2, pytest.param(None, marks=SOAK)])
 @pytest.mark.parametrize("name", ["chat", "math", "tool"])
 @pytest.mark.parametrize("mode", ["wand", "certified", "speculative"])
-def test_shipped_specialists_answer_the_same_in_every_mode(name, mode):
+def test_shipped_specialists_answer_the_same_in_every_mode(name, mode, count):
     model, _ = fixture(f"poe-tiny-{name}")
     assert model.calibration is not None
     known = json.loads((FIXTURES / "poe-tiny-goldens.json").read_text())[name]
     assert known
     chosen = make_mode(model, mode, calibration=model.calibration)
-    for one in known:
+    for one in known[:count]:
         made = decode(model, one["prompt"], chosen, max_tokens=len(one["full"]))
         assert [d.token for d in made] == one["full"]
 

@@ -8,7 +8,9 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 
+import pytest
 from chats import FUNCTIONS, TALK, Interrupt, new_chat
+from conftest import SOAK
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
@@ -19,7 +21,7 @@ from mlx_poe.chat.repl import Repl
 from mlx_poe.chat.saved_chat import read_chat
 from mlx_poe.chat.slash_commands import COMMANDS
 
-STEPS, WALKS = 25, 15
+STEPS = 25
 PATHS = ("", "~nosuchuser/x", "a\0b", "/", "/dev/null", "/dev/null/x", "/dev/full", "nowhere/x",
          "saved", "damaged", "functions.json", "schema.json", "link", "a b")  # fmt: skip
 NUMBERS = ("", "off", "0", "1", "3", "0.5", "-1", "4", "99", "1e999", "nan", "x", "1 2", "0 4",
@@ -179,11 +181,13 @@ class Walk(RuleBasedStateMachine):
         self.type("/load damaged")
 
 
-def test_a_walk_through_the_commands_never_loses_the_conversation():
+@pytest.mark.parametrize("walks", [3, pytest.param(15, marks=SOAK)])
+def test_a_walk_through_the_commands_never_loses_the_conversation(walks):
+    before = steps
     run_state_machine_as_test(
         Walk,
         settings=settings(
-            max_examples=WALKS,
+            max_examples=walks,
             stateful_step_count=STEPS,
             derandomize=True,
             database=None,
@@ -191,4 +195,4 @@ def test_a_walk_through_the_commands_never_loses_the_conversation():
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert steps >= 300
+    assert steps - before >= 20 * walks

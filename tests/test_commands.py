@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import tiktoken
-from conftest import FIXTURES, fixture
+from conftest import FIXTURES, SOAK, fixture
 from pickles import Calls
 from reference import write_checkpoint
 
@@ -365,7 +365,7 @@ def test_failed_work_is_one_line_and_status_1(run_here, tmp_path, damage, named)
 # --- interruptions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [(), ("--verbose",)], ids=str)
+@pytest.mark.parametrize("flags", [pytest.param((), marks=SOAK), ("--verbose",)], ids=str)
 def test_ctrl_c_keeps_what_there_is(endless, flags):
     forever = ("--prompt", "hello", "--max-tokens", str(10**9))
     running = start("--model", str(endless), *forever, *flags, stdout=subprocess.PIPE, bufsize=0)
@@ -407,7 +407,14 @@ def test_a_reader_that_leaves_ends_it_quietly(endless):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--json",), ("--help",), ("--color-stages", "--verbose"), ()], ids=str
+    "flags",
+    [
+        ("--json",),
+        pytest.param(("--help",), marks=SOAK),
+        pytest.param(("--color-stages", "--verbose"), marks=SOAK),
+        (),
+    ],
+    ids=str,
 )
 def test_a_reader_that_has_left_already(flags):
     theirs, ours = os.pipe()
@@ -427,7 +434,9 @@ def test_a_closed_stdin_is_an_empty_prompt():
 SCRIPT = (str(Path(sys.executable).parent / "mlx_poe.generate"),)
 
 
-@pytest.mark.parametrize("command", [COMMAND[:4], SCRIPT], ids=["module", "script"])
+@pytest.mark.parametrize(
+    "command", [pytest.param(COMMAND[:4], marks=SOAK), SCRIPT], ids=["module", "script"]
+)
 def test_a_closed_stdin_takes_nothing_from_the_model(command):
     shell = ("sh", "-c", 'exec "$0" "$@" <&-', *command)
     result = run("--prompt", PROMPT, "-m", "12", "--dtype", "float32", command=shell)
@@ -454,7 +463,7 @@ def test_a_forked_worker_is_ended_by_its_pool_without_a_word():
     assert result.stdout.split() == [b"-15", b"interrupted"]
 
 
-@pytest.mark.parametrize("closed", ["0 1 2", "1", "2"])
+@pytest.mark.parametrize("closed", ["0 1 2", *(pytest.param(n, marks=SOAK) for n in "12")])
 def test_closed_streams_are_the_null_device(closed):
     """Seen from within: every descriptor is open, and none leads to another file."""
     script = (
@@ -473,7 +482,7 @@ def test_closed_streams_are_the_null_device(closed):
     assert result.stdout == (b"" if "1" in closed else b"to stdout\n")
 
 
-@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-"])
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", pytest.param("2>&-", marks=SOAK)])
 def test_a_failure_with_closed_streams_is_a_failure_still(closed):
     calibrate = (*COMMAND[:3], "calibrate", "--data", "nosuch")
     result = run(command=("sh", "-c", f'exec "$0" "$@" {closed}', *calibrate))
@@ -490,7 +499,11 @@ def test_a_full_disk_is_one_line():
 
 # --- bytes that are no text -----------------------------------------------------------------------
 
-LOCALES = [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "utf-8"}, {"PYTHONIOENCODING": "ascii"}]
+LOCALES = [
+    pytest.param({"LC_ALL": "C"}, marks=SOAK),
+    pytest.param({"PYTHONIOENCODING": "utf-8"}, marks=SOAK),
+    {"PYTHONIOENCODING": "ascii"},
+]
 
 
 @pytest.mark.parametrize("environment", LOCALES, ids=str)

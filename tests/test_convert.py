@@ -229,6 +229,9 @@ def test_plans():
     recipe = make_plan(config, low, rules)
     assert (recipe["lm_head"].bits, recipe["h.0.attn.c_v"].bits) == (6, 6)
     assert (recipe["h.0.attn.c_q"].bits, recipe["h.1.attn.c_v"].bits) == (2, 2)
+    # Of ten layers the first, the last two, and every third between.
+    more = [i for i in range(config.n_layer) if recipe[f"h.{i}.attn.c_v"].bits == 6]
+    assert more == [0, 3, 6, 8, 9]
     for rule in (("stage5", 4), ("layers8-10", 4), ("tail", 4), ("head", 7), ("layer5-2", 4)):
         with pytest.raises(RequestError):
             make_plan(config, Scheme(4, 64), [rule])

@@ -8,7 +8,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FIXTURES, GOLDENS, fixture, goldens
+from conftest import FIXTURES, GOLDENS, SOAK, fixture, goldens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,11 +75,11 @@ def prefilled(name: str, which: int) -> DecodingState:
 
 @cache
 def plain(name: str, which: int, stage: int | None = None) -> list[DecodedToken]:
-    """What the full model, or a stage, says after a prompt: 24 tokens."""
+    """What the full model, or a stage, says after a prompt: 14 tokens."""
     model, _ = fixture(name)
     prompt, options = prompts(name)[which], {} if stage is None else {"stage": stage}
     state = prefilled(name, which).fork()
-    return run(model, prompt, "stage" if options else "full", 24, state=state, **options)
+    return run(model, prompt, "stage" if options else "full", 14, state=state, **options)
 
 
 def lead(scores: np.ndarray) -> float:
@@ -91,14 +91,14 @@ def lead(scores: np.ndarray) -> float:
 def test_greedy_full_and_stages_match_the_goldens(name):
     (model, _), answers = fixture(name), goldens(name)
     prompt = answers["greedy.prompt"].tolist()
-    assert ids(run(model, prompt, "full", 48)) == answers["greedy.full"].tolist()
+    assert ids(run(model, prompt, "full", 32)) == answers["greedy.full"].tolist()[:32]
     for stage in range(4):
-        decoded = run(model, prompt, "stage", 48, stage=stage)
-        assert ids(decoded) == answers[f"greedy.stage_{stage}"].tolist()
+        decoded = run(model, prompt, "stage", 16, stage=stage)
+        assert ids(decoded) == answers[f"greedy.stage_{stage}"].tolist()[:16]
         assert {one.stage for one in decoded} == {stage}
 
 
-@pytest.mark.parametrize("entry", TINY["base"], ids=lambda e: str(e["prompt"][1:3]))
+@pytest.mark.parametrize("entry", TINY["base"][:3], ids=lambda e: str(e["prompt"][1:3]))
 def test_trained_model_matches_its_goldens(entry):
     """Decoded by the full model and by one of the stages; those of all stages against a forward."""
     model, _ = fixture("poe-tiny")
@@ -116,26 +116,25 @@ def test_trained_model_matches_its_goldens(entry):
 @pytest.mark.parametrize("name", MODELS)
 def test_speculation_gives_the_full_models_tokens(name):
     model, _ = fixture(name)
-    for which, length in enumerate((18, 10)):
+    for which, length in enumerate((10, 6)):
         prompt, state, full = prompts(name)[which], prefilled(name, which), plain(name, which)
         full = full[:length]
         for draft_stage in range(model.poe_n_stages):
-            # Each stage drafts each number of tokens, after one prompt or the other.
-            for count in (1, 2, 3, 5, 8)[(draft_stage + which) % 2 :: 2]:
-                decoded = run(
-                    model,
-                    prompt,
-                    "speculative",
-                    length,
-                    state=state.fork(),
-                    draft_stage=draft_stage,
-                    num_draft_tokens=count,
-                    draft_margin=0.5 if count == 5 else None,
-                )
-                assert ids(decoded) == ids(full), (draft_stage, count)
-                for ours, theirs in zip(decoded, full, strict=True):
-                    assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
-                    assert ours.stage == (draft_stage if ours.from_draft else theirs.stage)
+            count = (1, 2, 3, 5, 8)[(2 * draft_stage + 3 * which) % 5]
+            decoded = run(
+                model,
+                prompt,
+                "speculative",
+                length,
+                state=state.fork(),
+                draft_stage=draft_stage,
+                num_draft_tokens=count,
+                draft_margin=0.5 if count == 5 else None,
+            )
+            assert ids(decoded) == ids(full), (draft_stage, count)
+            for ours, theirs in zip(decoded, full, strict=True):
+                assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+                assert ours.stage == (draft_stage if ours.from_draft else theirs.stage)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -157,14 +156,12 @@ def test_prefix_and_compose_mix_what_they_say(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    ("bound", "safety", "exits"), [(0.2, 1.0, None), (1.0, 0.5, None), (0.3, 1.0, [1])]
-)
+@pytest.mark.parametrize(("bound", "safety", "exits"), [(0.4, 0.5, None), (0.3, 1.0, [1])])
 def test_wand_equals_its_rule_recomputed_from_scratch(name, bound, safety, exits):
     model, _ = fixture(name)
     steps = model.poe_n_stages - 1
     bounds, depths = [bound] * steps, set()
-    for which, count in enumerate((32, 12)):
+    for which, count in enumerate((24, 8)):
         prompt, state = prompts(name)[which], prefilled(name, which).fork() if which else None
         options = {"p99_bounds": bounds, "safety": safety, "exit_stages": exits}
         decoded = run(model, prompt, "wand", count, state=state, **options)
@@ -189,14 +186,16 @@ def test_bounds_of_infinity_mean_full_depth_and_of_zero_stage_0(name, mode):
     steps = model.poe_n_stages - 1
     for which, prompt in enumerate(prompts(name)):
         full, shallow = plain(name, which), plain(name, which, 0)
-        decoded = run(model, prompt, mode, 14, p99_bounds=[INF] * steps)
-        assert ids(decoded) == ids(full[:14])
-        decoded = run(model, prompt, mode, 14, p99_bounds=[0.0] * steps)
-        assert ids(decoded) == ids(shallow[:14]) and {d.stage for d in decoded} == {0}
+        state = prefilled(name, which).fork() if which else None
+        decoded = run(model, prompt, mode, 8, state=state, p99_bounds=[INF] * steps)
+        assert ids(decoded) == ids(full[:8])
+        state = prefilled(name, which).fork() if which else None
+        decoded = run(model, prompt, mode, 8, state=state, p99_bounds=[0.0] * steps)
+        assert ids(decoded) == ids(shallow[:8]) and {d.stage for d in decoded} == {0}
         # Not a number is what infinity times nothing would be.
         state = prefilled(name, which).fork()
-        decoded = run(model, prompt, mode, 6, state=state, p99_bounds=[INF] * steps, safety=0.0)
-        assert ids(decoded) == ids(full[:6])
+        decoded = run(model, prompt, mode, 4, state=state, p99_bounds=[INF] * steps, safety=0.0)
+        assert ids(decoded) == ids(full[:4])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -280,6 +279,7 @@ def test_repetition_penalty_is_the_same_one_token_or_many_at_a_time(name):
         assert ids(run(model, prompt, "certified", 24, sampling, p99_bounds=inf)) == decoded
 
 
+@SOAK
 @pytest.mark.parametrize(
     ("name", "mode", "options"),
     [
@@ -302,7 +302,8 @@ def test_sampled_tokens_follow_the_full_models_distribution(name, mode, options)
     assert cells == 16 and statistic < 37.7
 
 
-def test_drafts_far_from_the_full_model_leave_its_distribution_alone():
+@pytest.mark.parametrize("trials", [300, pytest.param(1000, marks=SOAK)])
+def test_drafts_far_from_the_full_model_leave_its_distribution_alone(trials):
     """Stage 0 and the full model put much weight on different tokens here, so that a biased
     acceptance, or a replacement drawn from the wrong rest, shows."""
     model, _ = fixture("flat-d8")
@@ -312,7 +313,7 @@ def test_drafts_far_from_the_full_model_leave_its_distribution_alone():
         for start in range(0, 200, 5)
         if distance(model, text := goldens("flat-d8")["long.tokens"][0].tolist()[start:][:6]) > 0.6
     )
-    seen = drawn_pairs(model, prompt, "speculative", sampling, 1000, num_draft_tokens=2)
+    seen = drawn_pairs(model, prompt, "speculative", sampling, trials, num_draft_tokens=2)
     statistic, cells = chi_squared(model, prompt, sampling, seen, 6)
     # The 99.9th percentile with 35 degrees of freedom.
     assert cells == 36 and statistic < 66.6
@@ -408,7 +409,7 @@ def test_modes_share_one_state_and_switch_at_any_time(data):
         assert held == text[: len(held)] and len(held) >= len(text) - 1
 
 
-@pytest.mark.parametrize("waiting", [39, 40, 41, 80, 81])
+@pytest.mark.parametrize("waiting", [39, 40, 81])
 @pytest.mark.parametrize("mode", MODES)
 def test_any_number_of_positions_may_be_pending(mode, waiting):
     """A stage catches up by itself at `max_pending`; no mode may depend on whether it just has."""

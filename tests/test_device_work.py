@@ -254,7 +254,7 @@ def test_a_large_buffer_is_written_once_between_two_waits(mode, monkeypatch):
         options["num_draft_tokens"] = 4
     chosen = make_mode(model, mode, ModeOptions(**options))
     prompt = [*held.tokens, 5]
-    sequence = DecodingSequence(model, prompt, chosen, max_tokens=30, state=held.fork())
+    sequence = DecodingSequence(model, prompt, chosen, max_tokens=16, state=held.fork())
     list(drive(sequence.steps(), Rounds()))
     assert set(most) == {1}
 
@@ -266,7 +266,7 @@ def test_a_token_takes_little_memory_beside_what_is_held(mode):
     least = min(a.nbytes for stage in held.caches for a in stage.arrays())
     chosen = make_mode(model, mode)
     prompt = [*held.tokens, 5]
-    sequence = DecodingSequence(model, prompt, chosen, max_tokens=40, state=held.fork())
+    sequence = DecodingSequence(model, prompt, chosen, max_tokens=24, state=held.fork())
     grown: list[int] = []
     active = 0
     old = mx.set_cache_limit(0)

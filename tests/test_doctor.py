@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import fixture
+from conftest import SOAK, fixture
 from record_answers import answers
 from test_evaluate import calibrated
 
@@ -138,7 +138,7 @@ def test_every_mode_passes_here():
     assert agreement.rows(base, tokenizer).status == OK
 
 
-@pytest.mark.parametrize("name", ["gqa-logop-d8", "stage-on-flat"])
+@pytest.mark.parametrize("name", ["gqa-logop-d8", pytest.param("stage-on-flat", marks=SOAK)])
 def test_every_mode_passes_with_other_kinds_of_models(name):
     model = calibrated(name)
     lines = by_name(agreement.modes(model, fixture(name)[1]))

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import fixture, goldens
+from conftest import SOAK, fixture, goldens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoding import chi_squared, drawn_pairs
@@ -164,10 +164,12 @@ DRAFTERS = [
     ("name", "options"),
     [
         *(("flat-d8", options) for options in DRAFTERS),
-        *(("gqa-logop-d8", options) for options in (DRAFTERS[2], DRAFTERS[4])),
-        *(("stage-on-flat", options) for options in (DRAFTERS[1], DRAFTERS[4], DRAFTERS[5])),
+        ("gqa-logop-d8", DRAFTERS[4]),
+        pytest.param("gqa-logop-d8", DRAFTERS[2], marks=SOAK),
+        ("stage-on-flat", DRAFTERS[5]),
+        *(pytest.param("stage-on-flat", DRAFTERS[i], marks=SOAK) for i in (1, 4)),
         ("chain-on-stage", DRAFTERS[4]),
-        ("poe-tiny", DRAFTERS[0]),
+        pytest.param("poe-tiny", DRAFTERS[0], marks=SOAK),
     ],
     ids=str,
 )
@@ -177,20 +179,20 @@ def test_every_drafter_gives_the_full_models_tokens(name, options):
         prompt = tokenizer.encode(STORY) * 2
     else:
         prompt = goldens(name)["greedy.prompt"].tolist() * 2
-    full, _ = run(model, prompt, 24)
+    full, _ = run(model, prompt, 16)
     state = DecodingState(model)
-    made, sequence = run(model, prompt, 20, state=state, **options)
-    assert ids(made) == ids(full)[:20]
+    made, sequence = run(model, prompt, 12, state=state, **options)
+    assert ids(made) == ids(full)[:12]
     for ours, theirs in zip(made, full, strict=False):
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
     # The state is the full model's own, whatever has drafted: it goes on in full.
     again = [*prompt, *ids(made)]
     assert state.tokens == again[: state.length]
-    assert ids(run(model, again, 4, state=state)[0]) == ids(full)[20:]
+    assert ids(run(model, again, 4, state=state)[0]) == ids(full)[12:]
     assert sequence.drafted and set(sequence.drafts) <= {ROUNDED, LOOKED_UP}
 
 
-@pytest.mark.parametrize("length", [520, 700])
+@pytest.mark.parametrize("length", [520, pytest.param(700, marks=SOAK)])
 def test_drafts_beyond_every_window(length):
     """The copy sees the window that the model's own stage sees."""
     model, _ = fixture("poe-tiny")
@@ -207,9 +209,9 @@ def test_specialists_draft_and_nothing_else_changes(temp):
     _, tokenizer = fixture("poe-tiny")
     prompt = tokenizer.encode("What is 3 plus 4?")
     for model in (attached.use("chat"), both):
-        full, _ = run(model, prompt, 24)
+        full, _ = run(model, prompt, 12)
         sampling = SamplingOptions(temp=temp, seed=3)
-        made, sequence = run(model, prompt, 24, sampling=sampling, draft_bits=4)
+        made, sequence = run(model, prompt, 12, sampling=sampling, draft_bits=4)
         assert sequence.drafts[ROUNDED] and any(one.drafter == ROUNDED for one in made)
         if not temp:
             assert ids(made) == ids(full)
@@ -264,7 +266,7 @@ def test_wherever_it_is_interrupted_nothing_of_a_draft_stays(options):
     prompt = goldens("flat-d8")["greedy.prompt"].tolist() * 2
     full = ids(run(model, prompt, 10)[0])
     mode = make_mode(model, "speculative", ModeOptions(**options))
-    for at in range(1, 34, 4):
+    for at in range(1, 34, 8):
         driver, left, state, taken = Single(), [at], DecodingState(model), []
 
         class Interrupted:
@@ -297,7 +299,7 @@ def test_a_batch_shares_the_copys_passes_and_each_gets_what_it_gets_alone():
     batch, made = Batch(), {i: [] for i in range(len(cases))}
     for i, (model, prompt) in enumerate(cases):
         mode = make_mode(model, "speculative", ModeOptions(**options))
-        sequence = DecodingSequence(model, prompt, mode, max_tokens=20)
+        sequence = DecodingSequence(model, prompt, mode, max_tokens=12)
         batch.add(i, sequence.steps())
     while len(batch):
         for event in batch.run():
@@ -305,9 +307,9 @@ def test_a_batch_shares_the_copys_passes_and_each_gets_what_it_gets_alone():
             if event.token:
                 made[event.name].append(event.token)
     for i, (model, prompt) in enumerate(cases):
-        alone, _ = run(model, prompt, 20, **options)
+        alone, _ = run(model, prompt, 12, **options)
         assert [(d.token, d.drafter) for d in made[i]] == [(d.token, d.drafter) for d in alone]
-        assert ids(alone) == ids(run(model, prompt, 20)[0])
+        assert ids(alone) == ids(run(model, prompt, 12)[0])
     assert batch.rows > 1.5 * batch.passes
 
 
@@ -316,7 +318,10 @@ def test_a_batch_shares_the_copys_passes_and_each_gets_what_it_gets_alone():
 
 @pytest.mark.parametrize(
     ("name", "text", "least"),
-    [("poe-tiny", STORY, 0.75), ("poe-tiny-chat", "Tell me a story about a cat.", 0.65)],
+    [
+        ("poe-tiny", STORY, 0.75),
+        pytest.param("poe-tiny-chat", "Tell me a story about a cat.", 0.65, marks=SOAK),
+    ],
 )
 def test_a_rounded_drafter_drafts_well(name, text, least):
     """A copy that is silently broken drafts what the model refuses."""
@@ -792,6 +797,7 @@ def test_the_servers_usage_tells_the_drafters_apart():
     assert set(by_maker) == {"rounded", "lookup"}
 
 
+@SOAK
 def test_sampled_tokens_follow_the_full_models_distribution():
     """Chi-squared over the first two tokens; what is looked up is likely, and not certain."""
     model, _ = fixture("flat-d8")
@@ -823,16 +829,16 @@ def test_draft_in_the_chat(said, options):
     assert heard == [("speculative", options | looked_up)]
 
 
-@pytest.mark.parametrize("tail", [64, 5])
+@pytest.mark.parametrize("tail", [24, 5])
 def test_beside_large_buffers_drafts_copy_none(tail, monkeypatch):
     """Drafts and their verification go to tails, until these are full."""
     model, tokenizer = fixture("poe-tiny")
     prompt = tokenizer.encode(STORY)
-    full, _ = run(model, prompt, 60)
+    full, _ = run(model, prompt, 32)
     monkeypatch.setattr(cache, "LARGE", 1)
     monkeypatch.setattr(cache, "TAIL", tail)
     state = DecodingState(model)
-    made, sequence = run(model, prompt, 60, state=state, draft_bits=4, num_draft_tokens=4)
-    assert ids(made) == ids(full) and sequence.drafts[ROUNDED] > 40
+    made, sequence = run(model, prompt, 32, state=state, draft_bits=4, num_draft_tokens=4)
+    assert ids(made) == ids(full) and sequence.drafts[ROUNDED] > 12
     spans = [span.tail for span in state.caches[0].content.spans.values()]
     assert max(spans) > 0 and max(spans) <= tail

@@ -100,9 +100,8 @@ def plainly(context: list[int], continuation: list[int]) -> mx.array:
 
 def test_every_predictor_gets_its_own_answers_from_one_pass():
     one = shared("0", "1", "2", "3", "full")
-    requests = asked(
-        ("The capital of France is", " Paris"), ("The capital of France is", " Rome"), ("", "Once")
-    )
+    said = "The capital of France is"
+    requests = asked((said, " Paris"), (said, " Rome"), (said, " Paris Rome"), ("", "Once"))
     for row in range(5):
         found = PredictorLM(one, row).loglikelihood(requests)
         for (context, continuation), (logprob, greedy) in zip(
@@ -113,7 +112,7 @@ def test_every_predictor_gets_its_own_answers_from_one_pass():
             plain = plainly(before, after)[row].sum().item()
             assert logprob == pytest.approx(plain, abs=1e-4)
             assert greedy == (continuation == " Paris")
-    assert one.scored == 3
+    assert one.scored == 4
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_and_nothing_is_scored_but_the_rest():

@@ -67,18 +67,18 @@ def test_every_mode_is_tried_here():
 
 @every_mode
 def test_pieces_join_to_the_text_of_the_tokens(mode):
-    responses = stream(max_tokens=30, mode=mode, **OPTIONS[mode])
-    text = generate(model, endless, PROMPT, max_tokens=30, mode=mode, **OPTIONS[mode])
+    responses = stream(max_tokens=16, mode=mode, **OPTIONS[mode])
+    text = generate(model, endless, PROMPT, max_tokens=16, mode=mode, **OPTIONS[mode])
     assert text_of(responses) == text == endless.decode(tokens_of(responses))
-    assert len(responses) == 30
+    assert len(responses) == 16
 
 
 @every_mode
 def test_responses_tell_where_things_stand(mode):
-    responses = stream(max_tokens=30, mode=mode, **OPTIONS[mode])
-    assert [r.generation_tokens for r in responses] == list(range(1, 31))
+    responses = stream(max_tokens=16, mode=mode, **OPTIONS[mode])
+    assert [r.generation_tokens for r in responses] == list(range(1, 17))
     assert {r.prompt_tokens for r in responses} == {len(tokenizer.encode(PROMPT))}
-    assert [r.finish_reason for r in responses] == [None] * 29 + ["length"]
+    assert [r.finish_reason for r in responses] == [None] * 15 + ["length"]
     assert all(r.logprob <= 0 for r in responses)
     assert all(r.prompt_tps > 0 and r.peak_memory > 0 for r in responses)
     assert responses[0].generation_tps == 0
@@ -144,7 +144,7 @@ def test_progress_is_told_chunk_by_chunk(step):
 # --- where it ends --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entry", TINY["chat"][:3], ids=range(3))
+@pytest.mark.parametrize("entry", TINY["chat"][:1], ids=range(1))
 @pytest.mark.parametrize("mode", ["full", "speculative", "wand"])
 def test_generation_ends_at_an_eos_token_which_is_no_text(entry, mode):
     specialist, its_tokenizer = fixture("poe-tiny-chat")
@@ -449,16 +449,15 @@ def test_options_of_another_mode_are_refused(mode):
 @every_mode
 def test_a_seed_makes_sampling_repeatable(mode):
     def draw(seed: int) -> list[int]:
-        options = {"temp": 1.0, "seed": seed, "max_tokens": 24, "mode": mode}
+        options = {"temp": 2.0, "seed": seed, "max_tokens": 8, "mode": mode}
         return tokens_of(stream("Once", **options, **OPTIONS[mode]))
 
-    drawn = [draw(seed) for seed in (1, 2, 3)]
-    assert drawn == [draw(seed) for seed in (1, 2, 3)]
-    assert len({tuple(tokens) for tokens in drawn}) == 3
+    one, other = draw(1), draw(2)
+    assert draw(1) == one != other
 
 
 def test_without_a_seed_every_run_is_another():
-    runs = {tuple(tokens_of(stream("Once", max_tokens=30, temp=1.5))) for _ in range(4)}
+    runs = {tuple(tokens_of(stream("Once", max_tokens=12, temp=1.5))) for _ in range(3)}
     assert len(runs) > 1
 
 
@@ -475,9 +474,9 @@ def test_filters_that_leave_one_token_are_greedy(options):
 
 def test_a_repetition_penalty_breaks_a_loop():
     plain = tokens_of(stream(max_tokens=80))
-    same = tokens_of(stream(max_tokens=80, repetition_penalty=1.0))
+    same = tokens_of(stream(max_tokens=20, repetition_penalty=1.0))
     penalised = tokens_of(stream(max_tokens=80, repetition_penalty=1.3))
-    assert same == plain
+    assert same == plain[:20]
 
     def repeats(tokens: list[int]) -> int:
         runs = [tuple(tokens[i : i + 5]) for i in range(len(tokens) - 4)]
@@ -498,7 +497,7 @@ def test_the_penalty_may_look_back_on_everything():
 
 @every_mode
 def test_a_kept_state_gives_the_same_text_for_less_work(mode):
-    options = {"mode": mode, "max_tokens": 12, **OPTIONS[mode]}
+    options = {"mode": mode, "max_tokens": 6, **OPTIONS[mode]}
     state = DecodingState(model)
     prompt = [token for entry in TINY["base"][:4] for token in entry["full"]]
     for turn in range(3):
@@ -560,8 +559,8 @@ def test_however_it_ends_the_state_holds_what_was_given_out(mode, end: Callable[
     talk = tokenizer.encode(PROMPT) + taken
     assert state.tokens in (talk, talk[:-1])  # nothing has been predicted from the last one yet
     assert all(filled <= state.length for filled in state.filled)
-    onward = stream(talk, state=state, max_tokens=10, **options)
-    assert tokens_of(onward) == tokens_of(stream(talk, max_tokens=10, **options))
+    onward = stream(talk, state=state, max_tokens=5, **options)
+    assert tokens_of(onward) == tokens_of(stream(talk, max_tokens=5, **options))
 
 
 @every_mode
@@ -617,7 +616,7 @@ if len(sys.argv) > 1:
 """
 
 
-@pytest.mark.parametrize("damaged", [False, False, False, True])
+@pytest.mark.parametrize("damaged", [False, True])
 def test_threads_that_load_and_generate_may_end_before_the_process(tmp_path, damaged):
     arguments = []
     if damaged:
@@ -633,7 +632,7 @@ def test_threads_that_load_and_generate_may_end_before_the_process(tmp_path, dam
 @every_mode
 def test_a_reply_may_be_read_from_one_thread_after_another(mode):
     """As web frameworks do it, with all that one token hands on to the next."""
-    options = {"mode": mode, "max_tokens": 9, "temp": 0.8, "seed": 3, **OPTIONS[mode]}
+    options = {"mode": mode, "max_tokens": 6, "temp": 0.8, "seed": 3, **OPTIONS[mode]}
     options |= {"repetition_penalty": 1.2, "frequency_penalty": 0.3}
     replies = [{}, {"temp": 0}, {"regex": "[a-z ]+"}]
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:

@@ -9,18 +9,24 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import SOAK
 
 from mlx_poe.commands.bench import main as bench
 from mlx_poe.commands.generate import main
 
 CHECKS = Path(__file__).parent / "split_checks.py"
 SECONDS = 600  # after which the ranks hang, however busy the machine is
-without_mpi = pytest.mark.skipif(
-    shutil.which("mpirun") is None, reason="no mpirun: install Open MPI to run these"
-)
+NO_MPIRUN = shutil.which("mpirun") is None
+
+
+def with_mpi(test: Callable[..., None]) -> Callable[..., None]:
+    """For tests that start processes with mpirun."""
+    skipped = pytest.mark.skipif(NO_MPIRUN, reason="no mpirun: install Open MPI to run these")
+    return pytest.mark.mpi(skipped(test))
 
 
 def environment() -> dict[str, str]:
@@ -92,25 +98,27 @@ def ring(count: int, *cases: str, ends: bool, folder: Path) -> tuple[int, str]:
             one.close()
 
 
-@without_mpi
+@with_mpi
 def test_two_machines_decode_in_every_mode_as_one_does(tmp_path):
     cases = "gqa-logop-d8:0,1|2,3", "drafting:0|1,2,3", "failing:0,1|2,3"
     done = by_mpi(2, *cases, folder=tmp_path)
     assert len(done) == 9 + 4 + 4 + 3  # and an owner's word for each that it holds nothing
 
 
-@without_mpi
+@SOAK
+@with_mpi
 def test_activations_go_from_machine_to_machine_and_specialists_work_side_by_side(tmp_path):
     cases = "chain-on-stage:0|1|2,3|4,5", "siblings:stages", "passing:0|1|2|3"
     done = by_mpi(4, *cases, folder=tmp_path)
     assert len(done) == 9 + 6 + 2 + 3 * 3
 
 
+@SOAK
 def test_a_ring_passes_messages_on(tmp_path):
     assert len(by_ring(4, "some:stage-on-flat:0,1|2|3|4", folder=tmp_path)) == 3 + 3
 
 
-@pytest.mark.parametrize(("how", "ends"), [("kill", 7), ("stop", 130)])
+@pytest.mark.parametrize(("how", "ends"), [("kill", 7), pytest.param("stop", 130, marks=SOAK)])
 def test_a_rank_that_is_lost_is_named_and_done_without(how, ends, tmp_path):
     status, err = ring(2, f"lost:{how}", ends=False, folder=tmp_path)
     assert status == ends, err[-2000:]
@@ -119,6 +127,7 @@ def test_a_rank_that_is_lost_is_named_and_done_without(how, ends, tmp_path):
     assert went_on == (ends == 7)
 
 
+@SOAK
 def test_a_rank_that_never_loads_its_part_is_named(tmp_path):
     status, err = ring(2, "late", ends=False, folder=tmp_path)
     assert (status, err) == (1, "error: rank 1 has not loaded its part for 0.5 seconds\n")
@@ -137,7 +146,7 @@ def command(*args: str, count: int = 0) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@without_mpi
+@with_mpi
 def test_the_command_says_what_each_machine_holds_and_replies_as_on_one():
     prompt = "--prompt", "Once there was a", "--quantize", "4"
     split = command("--split", "0|1,2,3", "--json", *prompt, count=2)
@@ -148,12 +157,14 @@ def test_the_command_says_what_each_machine_holds_and_replies_as_on_one():
     assert json.loads(split.stdout)["tokens"] == json.loads(one.stdout)["tokens"]
 
 
-@without_mpi
+@with_mpi
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (("--split", "0|1"), "give each of the stages 0 to 3 once, in order"),
-        (("--split", "stages", "--model", "nowhere"), "nowhere: no such folder"),
+        pytest.param(
+            *(("--split", "stages", "--model", "nowhere"), "nowhere: no such folder"), marks=SOAK
+        ),
     ],
 )
 def test_a_split_that_cannot_be_ends_every_rank_with_one_line(flags, said):
@@ -163,11 +174,11 @@ def test_a_split_that_cannot_be_ends_every_rank_with_one_line(flags, said):
     assert "Traceback" not in run.stderr
 
 
-def test_a_split_needs_several_machines():
-    run = command("--split", "stages", "--prompt", "x")
-    assert (run.returncode, run.stdout) == (2, "")
-    assert "start the command on each machine with mlx.launch" in run.stderr
-    assert run.stderr.count("\n") == 1
+def test_a_split_needs_several_machines(capsys):
+    assert main(["--split", "stages", "--prompt", "x"]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert "start the command on each machine with mlx.launch" in error
 
 
 @pytest.mark.parametrize(
@@ -201,8 +212,10 @@ def test_flags_of_the_benchmark_that_make_no_sense_are_refused(flags, said, caps
     assert said in capsys.readouterr().err
 
 
-@without_mpi
-@pytest.mark.parametrize("more", [(), ("--siblings", "2")], ids=["prompt", "siblings"])
+@with_mpi
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--siblings", "2"), marks=SOAK)], ids=["prompt", "siblings"]
+)
 def test_bench_measures_several_machines_against_one(more, tmp_path):
     out = tmp_path / "machines.json"
     flags = ["--only", "machines", "--split", "stages", "--trials", "1", "--json", str(out)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from conftest import FIXTURES, fixture, goldens
+from conftest import FIXTURES, SOAK, fixture, goldens
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, PromptProcessingBatch, generate_step
 from mlx_lm.models.cache import (
@@ -158,12 +158,12 @@ def run_batch(generator: BatchGenerator, wanted: dict[int, list[int]], rounds: i
 
 def test_batches_of_unequal_prompts_match_one_by_one(named):
     _, model = named
-    lengths, count = (3, 200, 131, 1, 600), 18
+    lengths, count = (3, 200, 131, 1, 600), 10
     prompts = [some_tokens(model, length, seed=length) for length in lengths]
     alone = [greedy(model, prompt, count) for prompt in prompts]
     generator = BatchGenerator(model, max_tokens=count, prefill_step_size=64, prefill_batch_size=3)
     got: dict[int, list[int]] = {uid: [] for uid in generator.insert(prompts[:3])}
-    run_batch(generator, got, rounds=7)
+    run_batch(generator, got, rounds=4)
     # Two join while the others are generating: one of a single token, and a long one.
     late = generator.insert(prompts[3:])
     got.update({uid: [] for uid in late})
@@ -236,19 +236,17 @@ def mlx_lm(command: str, folder: Path, *flags: str) -> str:
     return done.stdout
 
 
-def test_mlx_lm_generate_writes_what_ours_writes(converted):
-    model, tokenizer = load(converted["poe-tiny"], dtype="float32")
-    prompt = "The capital of Italy is"
-    ours = generate(model, tokenizer, prompt, max_tokens=20)
-    flags = ("--prompt", prompt, "--max-tokens", "20", "--verbose", "False")
-    assert mlx_lm("generate", converted["poe-tiny"], *flags).strip() == ours.strip()
-    model, tokenizer = load(converted["poe-tiny-chat"], dtype="float32")
+@pytest.mark.parametrize("name", ["poe-tiny-chat", pytest.param("poe-tiny", marks=SOAK)])
+def test_mlx_lm_generate_writes_what_ours_writes(converted, name):
+    model, tokenizer = load(converted[name], dtype="float32")
     question = "What is the capital of Italy?"
-    ours = generate(model, tokenizer, [{"role": "user", "content": question}], max_tokens=20)
+    prompt = [{"role": "user", "content": question}] if name == "poe-tiny-chat" else question
+    ours = generate(model, tokenizer, prompt, max_tokens=20)
     flags = ("--prompt", question, "--max-tokens", "20", "--verbose", "False")
-    assert mlx_lm("generate", converted["poe-tiny-chat"], *flags).strip() == ours.strip()
+    assert mlx_lm("generate", converted[name], *flags).strip() == ours.strip()
 
 
+@SOAK
 def test_mlx_lm_perplexity(converted, tmp_path):
     text = (FIXTURES / "heldout.txt").read_text()
     lines = [json.dumps({"text": text[i : i + 400]}) for i in range(0, len(text), 400)]
@@ -260,6 +258,7 @@ def test_mlx_lm_perplexity(converted, tmp_path):
     assert 1 < float(line.split()[1]) < 300
 
 
+@SOAK
 def test_mlx_lm_server_answers(converted):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 from chats import FUNCTIONS
 from conftest import fixture
@@ -14,6 +13,9 @@ from test_scheduler import STORY, TALK, models, text
 
 from mlx_poe import stream_generate
 from mlx_poe.generation.responses import GenerationResponse
+
+if TYPE_CHECKING:
+    import openai
 
 tokenizer = fixture("poe-tiny")[1]
 NAMES = {"base": "poe-tiny", "chat": "poe-tiny-chat", "math": "poe-tiny-math", "both": "both"}
@@ -27,6 +29,8 @@ SCHEMA = {
 
 @pytest.fixture(scope="session")
 def client(server):
+    import openai  # here, as it takes seconds, and most workers do not need it
+
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
@@ -334,6 +338,8 @@ def test_what_is_served(client, server):
     assert [about["chat"] for about in listed.values()] == [False, True, True, True, True]
     assert "wand" in listed["poe-tiny"]["modes"] and "wand" not in listed["both"]["modes"]
     assert client.models.retrieve("both").poe == listed["both"]
+    import openai
+
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("../../etc/passwd")
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import fixture
+from conftest import SOAK, fixture
 from servers import PATIENCE, RunningServer, until
 from test_scheduler import models, text
 
@@ -27,7 +27,7 @@ from mlx_poe.server import request_life as serving
 TEXTS = "/v1/completions"
 tokenizer = fixture("poe-tiny")[1]
 # The evidence in docs/measured.md is from 64 clients with 12 requests each.
-CLIENTS = int(os.environ.get("LOAD_CLIENTS", "12"))
+CLIENTS = int(os.environ.get("LOAD_CLIENTS", "6"))
 REQUESTS = int(os.environ.get("LOAD_REQUESTS", "3"))
 LONG = {"model": "poe-tiny", "prompt": text(40), "max_tokens": 3000, "logit_bias": {"2039": -100}}
 
@@ -52,8 +52,16 @@ def at_work(server: RunningServer) -> int:
     return health["running"] + health["waiting"]
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("prompt", [text(40), text(12000)], ids=["replying", "prefill"])
+@pytest.mark.parametrize(
+    ("prompt", "stream"),
+    [
+        (text(40), True),
+        (text(12000), False),
+        pytest.param(text(40), False, marks=SOAK),
+        pytest.param(text(12000), True, marks=SOAK),
+    ],
+    ids=["replying-True", "prefill-False", "replying-False", "prefill-True"],
+)
 def test_a_client_that_leaves_frees_its_slot(server, stream, prompt):
     body = {**LONG, "prompt": prompt, "stream": stream}
     connections = [begin(server, body) for _ in range(10)]
@@ -114,6 +122,7 @@ def test_a_full_queue_says_when_to_come_again(small):
     )
 
 
+@SOAK
 def test_what_never_fits_is_refused_with_the_numbers():
     running = RunningServer("--memory", "10000")
     status, answer, _ = running.ask(TEXTS, LONG)
@@ -254,7 +263,7 @@ sys.exit(server.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SOAK)])
 def test_a_signal_lets_requests_finish(number):
     running = RunningServer(command=["-c", HELD])
     answers: list[tuple[int, Any, Any]] = []

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from conftest import SOAK
 from servers import PATIENCE, RunningServer
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed")
@@ -24,6 +25,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
+pytestmark = pytest.mark.browser
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (CHROMIUM and DRIVER):
     pytest.skip("chromium or chromedriver is not installed", allow_module_level=True)
@@ -224,6 +226,7 @@ def test_each_token_is_painted_by_the_stage_that_emitted_it(page: Page) -> None:
     assert re.fullmatch(r"[\d.]+ m?s", page.figure("first"))
 
 
+@SOAK
 def test_stages_differ_by_color_and_by_more_than_color(page: Page) -> None:
     looks = page.driver.execute_script(
         """return [...document.querySelectorAll("#legend .sample")].map(sample => {
@@ -326,7 +329,7 @@ def test_a_token_shows_its_alternatives_to_pointer_and_keyboard(page: Page) -> N
     assert not page.one("#card").is_displayed()
 
 
-@pytest.mark.parametrize("order", ["together", "alone"])
+@pytest.mark.parametrize("order", ["together", pytest.param("alone", marks=SOAK)])
 def test_a_race_has_two_replies_and_a_verdict(page: Page, order: str) -> None:
     page.one("#view-race").click()
     page.choose("order", order)
@@ -350,6 +353,7 @@ def test_a_race_has_two_replies_and_a_verdict(page: Page, order: str) -> None:
     assert page.one("#prompt").get_attribute("value") == STORY
 
 
+@SOAK
 def test_a_race_says_where_texts_part(page: Page) -> None:
     page.one("#view-race").click()
     page.choose("left-mode", "full")
@@ -366,6 +370,7 @@ def test_a_race_says_where_texts_part(page: Page) -> None:
     assert [page.text(f"{side} .differs") for side in sides] == [left[at], right[at]]
 
 
+@SOAK
 def test_escape_stops_a_reply_and_what_is_there_stays(page: Page) -> None:
     page.choose("model", "poe-tiny")
     # What the model makes of this goes on for thousands of tokens.
@@ -388,6 +393,7 @@ def test_escape_stops_a_reply_and_what_is_there_stays(page: Page) -> None:
     assert page.text(".turn:last-child .notes") == "Stopped at the token limit."
 
 
+@SOAK
 def test_the_keyboard_alone_is_enough(page: Page) -> None:
     assert page.driver.switch_to.active_element == page.one("#prompt")
     page.type("What is", Keys.SHIFT, Keys.ENTER, Keys.NULL, "the capital of Italy?")
@@ -433,6 +439,7 @@ def test_a_refused_request_keeps_the_typed_text(page: Page) -> None:
     assert len(page.exchange()[0]["messages"]) == 1
 
 
+@SOAK
 def test_a_server_that_is_gone_is_named_and_can_be_tried_again(page: Page) -> None:
     def offline(gone: bool) -> None:
         page.driver.execute_cdp_cmd(
@@ -500,7 +507,11 @@ def test_a_reply_that_breaks_off_stays_with_the_reason(page: Page, last: str, sa
 
 @pytest.mark.parametrize(
     ("drafter", "said"),
-    [("stages", "drafted"), ("rounded", "drafted by its rounded copy"), ("lookup", "looked up")],
+    [
+        pytest.param("stages", "drafted", marks=SOAK),
+        ("rounded", "drafted by its rounded copy"),
+        pytest.param("lookup", "looked up", marks=SOAK),
+    ],
 )
 def test_a_token_says_what_drafted_it(page: Page, drafter: str, said: str) -> None:
     entry = {"id": 7, "stage": 0, "from_draft": True, "drafter": drafter, "bytes": list(b"Rome")}
@@ -515,6 +526,7 @@ def test_a_token_says_what_drafted_it(page: Page, drafter: str, said: str) -> No
     assert said in how and ("drafted" in how) == (drafter != "lookup")
 
 
+@SOAK
 def test_lookup_is_asked_for_when_chosen(page: Page) -> None:
     for value, expected in [("", None), ("true", True)]:
         page.choose("chat-mode", "speculative")
@@ -534,6 +546,7 @@ def test_markup_from_a_model_is_text(page: Page) -> None:
     assert not page.all(".turn img")
 
 
+@SOAK
 def test_a_server_with_a_key_is_asked_for_it_once(driver: Chrome) -> None:
     server = RunningServer("--api-key", "sesame")
     try:
@@ -558,6 +571,7 @@ def test_a_server_with_a_key_is_asked_for_it_once(driver: Chrome) -> None:
         server.stop()
 
 
+@SOAK
 def test_light_and_dark_follow_the_system_and_the_button(page: Page) -> None:
     def paper() -> str:
         return page.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
@@ -573,6 +587,7 @@ def test_light_and_dark_follow_the_system_and_the_button(page: Page) -> None:
     assert paper() == LIGHT
 
 
+@SOAK
 def test_a_phone_scrolls_in_one_direction_only(page: Page) -> None:
     page.open(360, 740)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from conftest import SOAK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import RunningServer, until
@@ -377,12 +378,27 @@ FIELDS = (
 )
 
 
-@settings(max_examples=2000, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(
+anything = given(
     path=st.sampled_from([CHATS, TEXTS, "/tokenize", "/detokenize"]),
     change=st.dictionaries(st.sampled_from(FIELDS), junk, min_size=1, max_size=3),
 )
+SENT = {"suppress_health_check": list(HealthCheck), "derandomize": True}
+
+
+@settings(max_examples=200, **SENT)
+@anything
 def test_nothing_that_is_sent_is_the_servers_fault(server, path, change):
+    send(server, path, change)
+
+
+@SOAK
+@settings(max_examples=2000, **SENT)
+@anything
+def test_nothing_that_is_sent_is_the_servers_fault_at_length(server, path, change):
+    send(server, path, change)
+
+
+def send(server: RunningServer, path: str, change: dict[str, Any]) -> None:
     body = {**(CHAT if path == CHATS else TEXT), **change}
     if path.endswith("tokenize"):
         body = change

@@ -60,10 +60,12 @@ def test_an_attached_specialist_is_the_loaded_one(name):
 )
 def test_goldens_of_every_specialist(name, options):
     model, tokenizer = attached().use(name), fixture("poe-tiny")[1]
-    for case in TINY[name]:
-        count = len(case["full"])
-        responses = stream_generate(model, tokenizer, case["prompt"], max_tokens=count, **options)
-        assert [r.token for r in responses] == case["full"]
+    for case in TINY[name][: 2 if options else None]:
+        expected = case["full"][:16]
+        responses = stream_generate(
+            model, tokenizer, case["prompt"], max_tokens=len(expected), **options
+        )
+        assert [r.token for r in responses] == expected
 
 
 def test_the_base_is_untouched_and_shared():
@@ -213,7 +215,7 @@ def test_texts_longer_than_what_is_kept_are_run_again():
 
 def test_what_is_kept_is_bounded():
     sizes = []
-    for length in (1500, 3548):  # as far from a whole chunk
+    for length in (988, 2012):  # as far from a whole chunk
         state = DecodingState(attached().use("chat"), keep_trunk=600)
         prefill(state, [2039, *some_tokens(length)], 4)
         sizes.append(state.nbytes)
@@ -231,7 +233,7 @@ def test_a_stage_that_lacks_positions_is_not_run():
     states_agree(other, [*tokens, 2040])
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     st.lists(
         st.one_of(
@@ -308,16 +310,16 @@ def test_siblings_decode_as_a_fresh_forward_and_run_the_base_once():
         [{"role": "user", "content": "What is the capital of Italy?"}]
     )
     expected: list[int] = []
-    for _ in range(24):
+    for _ in range(12):
         expected.append(int(mx.argmax(model(mx.array([prompt + expected]))[0, -1]).item()))
     for options in ({}, {"mode": "speculative"}, {"mode": "speculative", "draft_head": "base"}):
         state = DecodingState(model)
         decoded = stream_generate(
-            model, quiet(tokenizer), prompt, max_tokens=24, state=state, **options
+            model, quiet(tokenizer), prompt, max_tokens=12, state=state, **options
         )
         assert [r.token for r in decoded] == expected
         if not options:
-            assert state.positions_run == [len(prompt) + 23] * 6
+            assert state.positions_run == [len(prompt) + 11] * 6
     with pytest.raises(RequestError, match="no calibration"):
         generate(model, tokenizer, prompt, mode="wand")
 

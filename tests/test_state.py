@@ -203,7 +203,7 @@ actions = st.lists(
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(steps=actions)
 def test_any_walk_equals_a_fresh_forward(name, steps):
     walk = Walk(name, slack=16, max_pending=40)
@@ -363,7 +363,7 @@ def test_compacting_drops_what_was_rolled_back_once_it_is_enough():
 
 def test_token_arrays_do_not_pile_up():
     walk = Walk("flat-d8")
-    for _ in range(700):
+    for _ in range(300):
         walk.add(1)
     assert len(walk.state._late) <= 256
     walk.check(0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiktoken
+from conftest import SOAK
 from hypothesis import given
 from hypothesis import strategies as st
 from pickles import FIELDS, Calls, short
@@ -192,11 +193,12 @@ def test_truncated_at_every_hundredth_byte(tmp_path: Path) -> None:
         assert "is damaged" in refusal(tmp_path, REAL[:length])
 
 
-def test_damaged_bytes_give_an_encoding_or_a_tokenizer_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [200, pytest.param(3000, marks=SOAK)])
+def test_damaged_bytes_give_an_encoding_or_a_tokenizer_error(tmp_path: Path, times: int) -> None:
     chance = random.Random(0)
     small = pickle.dumps(tiktoken.Encoding(**FIELDS), 4)
     path = tmp_path / "tokenizer.pkl"
-    for _ in range(2000):
+    for _ in range(times):
         data = bytearray(small)
         for _ in range(chance.randint(1, 3)):
             data[chance.randrange(len(data))] = chance.randrange(256)

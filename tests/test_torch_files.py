@@ -32,13 +32,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import FIXTURES, SOAK
 from torch_views import VIEWS, expected_views, refusal
 
 from cognica_mlx.convert.formats import torch_files
 from cognica_mlx.convert.formats.torch_files import TorchFile
 from cognica_mlx.errors import CheckpointError
 
-FIXTURES = Path(__file__).parent / "fixtures"
 NANOCHAT = FIXTURES / "nanochat"
 
 
@@ -243,10 +243,11 @@ def test_directory_of_endless_entries_is_not_read(
     assert "zip directory far larger" in refusal(path)
 
 
-def test_truncated_anywhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [11, pytest.param(1, marks=SOAK)])
+def test_truncated_anywhere(tmp_path: Path, step: int) -> None:
     path = tmp_path / "model.pt"
     whole = VIEWS.read_bytes()
-    for length in range(len(whole)):
+    for length in range(0, len(whole), step):
         path.write_bytes(whole[:length])
         expected = "is truncated or damaged (" if length > 1 else "is "
         assert refusal(path).startswith(expected)
@@ -278,11 +279,12 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # from pickletools, on old strings
-def test_damaged_bytes_give_tensors_or_a_checkpoint_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [100, pytest.param(2000, marks=SOAK)])
+def test_damaged_bytes_give_tensors_or_a_checkpoint_error(tmp_path: Path, times: int) -> None:
     chance = random.Random(0)
     path = tmp_path / "model.pt"
     whole = repack(path).read_bytes()
-    for _ in range(1000):
+    for _ in range(times):
         data = bytearray(whole)
         for _ in range(chance.randint(1, 3)):
             data[chance.randrange(len(data))] = chance.randrange(256)

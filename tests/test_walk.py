@@ -1,6 +1,7 @@
 """A random walk over the scheduler: whatever happens around it, each reply is what it is alone.
 
-POE_WALK_STEPS=20000 makes it long; a failure names its POE_WALK_SEED.
+`-m soak` walks on for longer, POE_WALK_STEPS=20000 for as long as that; a failure names its
+POE_WALK_SEED.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from conftest import SOAK
 from mlx.utils import tree_flatten, tree_unflatten
 from test_scheduler import BOUNDS, TALK, held, text, tokenizer
 
@@ -29,16 +31,18 @@ from mlx_poe.generation.request import GenerationRequest, read_request
 from mlx_poe.generation.responses import GenerationResponse, is_last
 from mlx_poe.loading.specialists import Specialists
 
-STEPS = int(os.environ.get("POE_WALK_STEPS", "300"))
+STEPS = int(os.environ.get("POE_WALK_STEPS", "80"))
 SEED = int(os.environ.get("POE_WALK_SEED", "1"))
 # How many different requests there are; what each gets alone is computed once.
 REQUESTS = 60
 # A new scheduler, with another budget, after so many steps.
-EPISODE = 100
+EPISODE = 40
 # Where interruptions come: at any call in the modes, the passes and the states.
 CODE = Path(sys.modules["cognica_mlx"].__file__ or "").parent
-HIT = {str(p) for p in (CODE / "decoding").glob("*.py") if p.name not in ("batch.py", "single.py")}
-HIT |= {str(CODE / f"{name}.py") for name in ("state", "cache", "shelf", "hidden", "sampling")}
+DRIVERS = {CODE / "decoding" / "batch.py", CODE / "decoding" / "single.py"}
+HIT = {
+    str(p) for folder in ("decoding", "cache") for p in {*(CODE / folder).glob("*.py")} - DRIVERS
+}
 DEAR = Costs((1, 8), ((1.0, 20.0),) * 6, ((1.0, 20.0),) * 6, (3,))
 # Windows of 32 and 128; prompts that begin alike up to about their multiples and the slack's (128).
 SHAPE = {"n_embd": 64, "n_head": 2, "head_dim": 32, "n_kv_head": 1, "intermediate_size": 128}
@@ -289,10 +293,11 @@ SPECULATIVE: dict[str, Any] = {"mode": "speculative", "draft_bits": 4, "max_toke
 
 # One that comes while a generator is closed is lost.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_whatever_happens_every_reply_is_what_it_is_alone_and_fits():
+@pytest.mark.parametrize("steps", [STEPS, pytest.param(600, marks=SOAK)])
+def test_whatever_happens_every_reply_is_what_it_is_alone_and_fits(steps):
     walk = Walk(SEED)
     try:
-        while walk.steps < STEPS:
+        while walk.steps < steps:
             walk.begin()
             end = walk.steps + EPISODE
             while walk.steps < end:
@@ -301,4 +306,4 @@ def test_whatever_happens_every_reply_is_what_it_is_alone_and_fits():
             walk.end()
     except BaseException as error:
         pytest.fail(f"POE_WALK_SEED={SEED} at step {walk.steps}: {error!r}")
-    assert walk.interruptions > STEPS // 50
+    assert walk.interruptions > steps // 50

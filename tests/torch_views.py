@@ -4,11 +4,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from conftest import FIXTURES
 
 from cognica_mlx.convert.formats.torch_files import TorchFile
 from cognica_mlx.errors import CheckpointError
 
-FIXTURES = Path(__file__).parent / "fixtures"
 VIEWS = FIXTURES / "torch" / "views.pt"
 
 
