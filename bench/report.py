@@ -141,7 +141,7 @@ def _columns(title: str, first: str, *others: str) -> Table:
 def read(text: str, name: str) -> dict[str, Any]:
     """The parts of a result file that `compare` uses; RequestError if it is not a result file."""
     try:
-        fields = json.loads(text, parse_constant=lambda _: None)
+        fields: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
         if fields["format"] != FORMAT:
             raise ValueError(f"its format is {fields['format']}, not {FORMAT}")
         texts = [fields["date"], fields["model"], fields["machine"]["processor"]]

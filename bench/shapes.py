@@ -79,7 +79,8 @@ def random_weights(
             bound = (3 / parameter.shape[-1]) ** 0.5
             weights[name] = mx.random.uniform(-bound, bound, parameter.shape, dtype, key)
             mx.eval(weights[name])
-    return tree_unflatten(list(weights.items()))
+    made: dict[str, Any] = tree_unflatten(list(weights.items()))
+    return made
 
 
 def rounded(model: PoEModel, bits: int) -> PoEModel:

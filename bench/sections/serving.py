@@ -145,7 +145,7 @@ class _Texts:
 
     def __init__(self, server: ServerProcess):
         count = server.get("/tokenize", {"content": SENTENCE * 10})["count"]
-        self._sentence_tokens, self._number = count / 10, 0
+        self._sentence_tokens: float = count / 10
 
     def long(self, tokens: int) -> str:
         """A text of about `tokens` tokens."""
@@ -351,7 +351,8 @@ def _start(stack: ExitStack, name: str, command: Sequence[str]) -> ServerProcess
 
 
 def _models(server: ServerProcess) -> list[dict[str, Any]]:
-    return server.get("/v1/models")["data"]
+    models: list[dict[str, Any]] = server.get("/v1/models")["data"]
+    return models
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from cognica_mlx.bench.sections.stage_speeds import ROWS, Figure, figure
-from cognica_mlx.bench.timing import Progress, Samples, first_and_next, interleaved
+from cognica_mlx.bench.timing import Samples, first_and_next, interleaved
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
@@ -30,6 +30,7 @@ from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.machines.placement import Part
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs
+from cognica_mlx.pricing.measuring import Progress
 from cognica_mlx.pricing.pace import Metered, Pace, pace_for
 from cognica_mlx.pricing.rounds import RoundCosts
 from cognica_mlx.pricing.timed_costs import measure
@@ -192,7 +193,7 @@ def _stage_seconds(model: PoEModel, text: Sequence[int], chunk: int) -> list[flo
             mx.eval(state.arrays())
             times[stage] += time.perf_counter() - started
         state.next_round()
-    return times.tolist()
+    return [float(time) for time in times]
 
 
 def _gain_meanwhile(costs: Costs, drafters: Sequence[StageDrafter], agreement: float) -> float:

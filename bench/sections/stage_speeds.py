@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from cognica_mlx.bench.machine_card import Machine
 from cognica_mlx.bench.shapes import rounded
-from cognica_mlx.bench.timing import Progress, Samples, interleaved
+from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import DecodedToken
 from cognica_mlx.decoding.sequence import DecodingSequence, Mode
@@ -24,6 +24,7 @@ from cognica_mlx.decoding.single import Driver, decode, drive, prefill, set_dept
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs, bytes_read, nbytes
+from cognica_mlx.pricing.measuring import Progress
 from cognica_mlx.pricing.timed_costs import measure
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 16)

@@ -20,7 +20,7 @@ def byte_size(text: str | int) -> int:
     if not match or isinstance(text, bool) or ("." in match[1] and not match[2]):
         raise RequestError(f"{str(text)!r:.60} is not a size, such as 8GB, 512MB or 1.5GiB")
     number, unit, binary = match.groups()
-    factor = (1024 if binary else 1000) ** (" kmgt".index(unit.lower()) if unit else 0)
+    factor: int = (1024 if binary else 1000) ** (" kmgt".index(unit.lower()) if unit else 0)
     size = round(float(number) * factor) if "." in number else int(number) * factor
     if size > MOST:
         raise RequestError(f"{text} is more than any machine's memory")

@@ -18,7 +18,6 @@ from cognica_mlx.bench.sections.several_machines import (
 from cognica_mlx.bench.sections.stage_speeds import Figure
 from cognica_mlx.bench.shapes import random_model, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model
-from cognica_mlx.bench.timing import Progress
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import RequestError
 from cognica_mlx.files.stored import DTYPES
@@ -26,6 +25,7 @@ from cognica_mlx.machines.link import TIMEOUT
 from cognica_mlx.machines.placement import NOTHING
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.shared_base import share_base
+from cognica_mlx.pricing.measuring import Progress
 from mlx_poe.commands.bench_texts import margins
 from mlx_poe.commands.split import add_split_flags, check_split
 from mlx_poe.loading.specialists import Specialists
