@@ -146,6 +146,7 @@ class _Texts:
     def __init__(self, server: ServerProcess):
         count = server.get("/tokenize", {"content": SENTENCE * 10})["count"]
         self._sentence_tokens: float = count / 10
+        self._number = 0
 
     def long(self, tokens: int) -> str:
         """A text of about `tokens` tokens."""
