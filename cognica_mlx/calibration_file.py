@@ -7,6 +7,7 @@ is needed. Everything in a file is checked before any of it is used.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cognica_mlx.config import MAX_NUMBER, PoEConfig
-from cognica_mlx.errors import CheckpointError, PoEWarning, RequestError
+from cognica_mlx.errors import DELETED, CheckpointError, PoEWarning, RequestError
 from cognica_mlx.files import lineage, strict_json, whole_file
 from cognica_mlx.files.git_lfs import pointer_problem
 from cognica_mlx.scheme import draft_scheme
@@ -27,7 +28,7 @@ _PUBLISHED_SHAPE = (24, 1536, 32768, (6, 6, 6, 6), (), False)
 
 
 class CalibrationWarning(PoEWarning):
-    """A model's calibration file cannot be used, so modes run with their defaults."""
+    """A model's calibration file cannot be used, or only in part; modes run with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,13 @@ class Calibration:
         """
         try:
             content = strict_json.read(path)
+            if old := _drop_deleted(content):
+                warnings.warn(
+                    f"{path} names {' and '.join(old)}, which no longer exist: ignored; "
+                    "mlx_poe.calibrate makes a new one",
+                    CalibrationWarning,
+                    stacklevel=2,
+                )
             _check(content, config)
         except (OSError, ValueError, RecursionError) as error:
             if problem := pointer_problem(path):
@@ -129,6 +137,25 @@ def _unusable(path: Path, reason: object) -> str:
     )
 
 
+def _drop_deleted(content: Any) -> list[str]:
+    """Take what older versions wrote of deleted modes and options out of a file's content. Returns
+    their names."""
+    if not isinstance(content, dict):
+        return []
+    options, speedups = content.get("options"), content.get("speedups")
+    tables = [options, speedups, *(options.values() if isinstance(options, dict) else ())]
+    found = {
+        name
+        for table in tables
+        if isinstance(table, dict)
+        for name in DELETED
+        if table.pop(name, table) is not table
+    }
+    if content.get("recommended") == "certified":
+        content["recommended"] = "speculative"
+    return sorted(found)
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
@@ -178,28 +205,17 @@ def _check(content: Any, config: PoEConfig) -> None:
 def _option_checks(config: PoEConfig) -> dict[str, dict[str, _Check]]:
     """The options that a calibration may set for each mode; their ranges are the modes' own."""
     last = config.poe_n_stages - 1
-    safety = {"safety": _number}
-    drafts: dict[str, _Check] = {
-        "num_draft_tokens": partial(_whole, least=1, most=64),
-        "draft_margin": _number,
-        "draft_rank": partial(_whole, least=1, most=config.n_embd - 1),
-    }
     return {
         "wand": {
-            **safety,
+            "safety": _number,
             "exit_stages": partial(_list, each=partial(_whole, least=0, most=last)),
         },
         "speculative": {
-            **drafts,
+            "num_draft_tokens": partial(_whole, least=1, most=64),
             "draft_stage": partial(_whole, least=0, most=last),
             "draft_bits": _bits,
             "draft_lookup": _flag,
             "draft_head": partial(_one_of, known=["summed", "base"]),
-        },
-        "certified": {
-            **safety,
-            **drafts,
-            "draft_stage": partial(_whole, least=0, most=last - 1),
         },
     }
 
@@ -223,7 +239,7 @@ def _bits(value: Any, name: str) -> None:
     try:
         draft_scheme(value)
     except RequestError:
-        raise ValueError(f"{name}: {_brief(value)} is not a number of bits to round to") from None
+        raise ValueError(f"{name}: {_brief(value)} is not a number of bits") from None
 
 
 def _sketch(value: Any, name: str) -> None:

@@ -37,6 +37,20 @@ class RollbackError(PoEError):
     """The decoding state no longer holds what the rollback needs."""
 
 
+# Modes and options that version 0.2 had, each with what replaces it.
+DELETED = {
+    "certified": "speculative, with draft_bits for cheaper drafts",
+    "draft_rank": "draft_bits",
+    "draft_margin": "num_draft_tokens",
+}
+
+
+def deleted(name: object) -> str | None:
+    """One line about a mode or option that was deleted; None about anything else."""
+    instead = DELETED.get(name) if isinstance(name, str) else None
+    return f"{name} no longer exists: use {instead}" if instead else None
+
+
 def one_line(error: BaseException) -> str:
     """Another library's error message as one line of at most 160 characters."""
     return " ".join(str(error).split())[:160] or type(error).__name__

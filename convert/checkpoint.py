@@ -30,7 +30,7 @@ from cognica_mlx.files import lineage
 from cognica_mlx.files.safetensors_files import read_json, read_tensors
 from cognica_mlx.files.stored import DTYPES, StoredTensor
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import is_finite
+from cognica_mlx.network.quantized_copies import is_finite
 
 _META = re.compile(r"meta_(\d{1,9})\.json")
 _LAYER = re.compile(r"h\.(\d{1,6})\.")

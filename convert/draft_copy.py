@@ -19,14 +19,14 @@ import mlx.nn as nn
 
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert.quantization import Plan
-from cognica_mlx.decoding.rounded_prefix import round_prefix
+from cognica_mlx.decoding.quantized_prefix import quantize_prefix
 from cognica_mlx.errors import CheckpointError, one_line
 from cognica_mlx.files import lineage
 from cognica_mlx.files.git_lfs import pointer_problem
 from cognica_mlx.files.safetensors_files import write_arrays
 from cognica_mlx.files.stored import StoredTensor
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import copies_of, is_finite, rounded
+from cognica_mlx.network.quantized_copies import copies_of, is_finite, quantized
 from cognica_mlx.scheme import SUFFIXES, Scheme, draft_scheme
 
 DRAFT_FILE = "draft.safetensors"
@@ -109,12 +109,14 @@ def _take_up(model: PoEModel, path: Path) -> None:
 
 def _matrices(model: PoEModel, scheme: Scheme) -> dict[str, Any]:
     """The quantized matrices of a copy by their paths, unevaluated."""
-    prefix = round_prefix(model, scheme, 0, "summed")
+    prefix = quantize_prefix(model, scheme, 0, "summed")
     drafting = [*(b for k in prefix.of for b in model.stages[k].blocks), *prefix.originals]
     inside = {id(module) for part in drafting for _, module in part.named_modules()}
     found = {}
     for path, module in model.named_modules():
-        if id(module) in inside and isinstance(copy := rounded(module, scheme), nn.QuantizedLinear):
+        if id(module) in inside and isinstance(
+            copy := quantized(module, scheme), nn.QuantizedLinear
+        ):
             found[path] = copy
     return found
 

@@ -21,7 +21,7 @@ from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.files.stored import dtype_name
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import is_finite
+from cognica_mlx.network.quantized_copies import is_finite
 from cognica_mlx.scheme import BITS, GROUP_SIZES, MODES, Scheme
 
 # mlx-lm's mixed recipes: the bits of most matrices, and of those that need them most.

@@ -49,7 +49,6 @@ def modes(model: PoEModel) -> Iterator[tuple[str, dict]]:
     yield "compose", {"stages": [0, last], "stage_weights": [1.0, 0.5]}
     yield "wand", {"p99_bounds": bounds}
     yield "speculative", {"num_draft_tokens": 4}
-    yield "certified", {"p99_bounds": bounds, "num_draft_tokens": 3}
 
 
 def reply(model, name, options, prompt, count=14, state=None, **sampling):

@@ -144,11 +144,9 @@ def plans(draw: st.DrawFn, family: tuple[str, ...]) -> Plan:
     options: dict = {}
     if "p99_bounds" in MODES[mode]:
         options["p99_bounds"] = [draw(st.sampled_from([0.1, 0.5]))] * (stages - 1)
-    if mode in ("speculative", "certified"):
+    if mode == "speculative":
         options["num_draft_tokens"] = draw(st.integers(1, 6))
         options["draft_stage"] = draw(st.integers(0, stages - 2))
-        if draw(st.booleans()):
-            options["draft_margin"] = 0.4
     if mode == "stage":
         options["stage"] = draw(st.integers(0, stages - 1))
     if mode == "prefix":
@@ -349,7 +347,7 @@ def test_one_sequences_failure_ends_that_one_only(monkeypatch):
 
 def test_an_interruption_at_any_pass_loses_no_sequence(monkeypatch):
     """Ctrl-C in the middle of a pass: the next call goes on where it was."""
-    modes = ("full", "wand", "speculative", "certified", "stage")
+    modes = ("full", "wand", "speculative", "stage")
     plans = [simple("flat", mode, 5 + 60 * i, step_size=40) for i, mode in enumerate(modes)]
     made = [Made(plan, plan.sequence()) for plan in plans]
     batch = Batch(prompt_rows=60)

@@ -368,6 +368,8 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
         ('{"prompt": ""}', "line 3: the prompt is empty"),
         ('{"prompt": "a", "temperature": 1}', "line 3: there is no option temperature"),
         ('{"prompt": "a", "mode": "deep"}', "line 3: mode 'deep'"),
+        ('{"prompt": "a", "mode": "certified"}', "line 3: certified no longer exists: use spec"),
+        ('{"prompt": "a", "draft_rank": 8}', "line 3: draft_rank no longer exists: use draft_bits"),
         ('{"prompt": "a", "stage": 1}', "line 3: stage belongs to mode stage"),
         ('{"prompt": "a", "specialist": "no/such/model/at-all"}', "line 3: "),
         ('{"prompt": "a", "weights": [1]}', "line 3: weights need several"),

@@ -42,7 +42,8 @@ from cognica_mlx.machines.placement import Part
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs, bytes_read
 from cognica_mlx.pricing.measuring import calibrate
-from cognica_mlx.pricing.replaying import Trace, replay_speculative
+from cognica_mlx.pricing.replaying import Trace, replay_drafts
+from cognica_mlx.pricing.rounds import RoundCosts
 from mlx_poe.commands import bench as command
 from mlx_poe.commands import bench_texts
 
@@ -148,7 +149,7 @@ def test_the_synthetic_model_can_be_calibrated_and_its_modes_measured():
         assert found[name].notes["agreement"] == 1
     assert found["wand"].notes["agreement"] > 0.9
     assert 0.3 < found["speculative, 3 drafts"].notes["acceptance"] < 1
-    for name in ("wand", "certified", "speculative, 3 drafts"):
+    for name in ("wand", "speculative, 3 drafts"):
         assert found[name].predicted > 0 and "over_its_parts" in found[name].notes
     drafts = {name for name in found if "speculative" in name}
     plain = {figure.name for figure in modes(setup, None)}
@@ -158,23 +159,18 @@ def test_the_synthetic_model_can_be_calibrated_and_its_modes_measured():
 
 def test_recorded_drafts_are_kept_as_recorded():
     """Along a recording of 24 tokens, of which stage 0 has the 10th and 20th wrong."""
-    hits, margins = np.ones((3, 24), dtype=bool), np.full((3, 24), 5.0)
+    hits = np.ones((3, 24), dtype=bool)
     hits[:, [9, 19]] = False
-    margins[:, [4, 19]] = 0.1
-    trace = Trace(hits, margins, hits, margins)
+    trace = Trace(hits, np.full((3, 24), 5.0), hits)
     model = random_model(shape_config("tiny"), mx.float32)
     text = list(range(20, 36))
-    for options in (
-        {"num_draft_tokens": 3},
-        {"num_draft_tokens": 8, "draft_margin": 1.0},
-    ):
-        mode = make_mode(model, "speculative", ModeOptions(**options))
+    for count in (3, 8):
+        mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=count))
         sequence = DecodingSequence(model, text, mode, max_tokens=24)
-        script = Script(trace.draft_hits, trace.draft_margins, len(text))
+        script = Script(hits, len(text))
         made = list(drive(sequence.steps(), Scripted(Single(), script)))
         assert {one.token for one in made} == {RIGHT}
-        count, stop = options["num_draft_tokens"], options.get("draft_margin")
-        replay = replay_speculative([trace], CHEAP, 0, count, stop, head=CHEAP.head(0))
+        replay = replay_drafts([hits[0]], RoundCosts(CHEAP, mode.drafters), count)
         assert sequence.drafted == pytest.approx(replay.drafted, abs=3)
         assert sum(one.from_draft for one in made) == pytest.approx(replay.kept, abs=3)
     setup = Setup(model, MACHINE, [text], tokens=12, trials=1)
@@ -346,7 +342,7 @@ def test_the_command_end_to_end(quick, tmp_path, capsys):
     outputs = ["--json", str(paths[0]), "--csv", str(paths[1]), "--plot", str(paths[2])]
     assert command.main([*flags, *outputs]) == 0
     out = capsys.readouterr().out
-    for part in ("poe-tiny, float32", "GB/s", "stage 0 (paper: Stage 1)", "certified", "mlx-lm"):
+    for part in ("poe-tiny, float32", "GB/s", "stage 0 (paper: Stage 1)", "wand", "mlx-lm"):
         assert part in out
     kept = json.loads(paths[0].read_text())
     assert kept["command"].startswith("mlx_poe.bench --dtype float32")

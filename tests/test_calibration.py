@@ -26,6 +26,7 @@ from cognica_mlx.calibration_file import (
     published_bounds,
 )
 from cognica_mlx.config import PoEConfig
+from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import decode, drive
@@ -35,7 +36,8 @@ from cognica_mlx.files import lineage
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs, bytes_read
 from cognica_mlx.pricing.measuring import calibrate
-from cognica_mlx.pricing.replaying import Trace, replay_certified, replay_speculative, replay_wand
+from cognica_mlx.pricing.replaying import Trace, replay_drafts, replay_wand
+from cognica_mlx.pricing.rounds import RoundCosts
 from mlx_poe import generate, load
 from mlx_poe.commands.calibrate import main as calibrate_command
 from mlx_poe.loading.load import BUILT_IN
@@ -105,24 +107,21 @@ def test_acceptance_is_what_speculation_does(measured):
     text = prompt + full
     stages = model.forward_all_stages(mx.array([text]))[:3]
     best = np.stack([np.array(z[0].argmax(-1)) for z in stages])[:, len(prompt) - 1 : -1]
-    sorted_scores = [np.sort(np.array(z[0]), -1)[len(prompt) - 1 : -1] for z in stages]
-    margins = np.stack([z[:, -1] - z[:, -2] for z in sorted_scores])
     hits = best == np.array(full)
-    trace, costs = Trace(hits, margins, hits, margins), bytes_read(model)
-    for stage, count, stop in [(0, 3, None), (0, 4, 1.0), (2, 2, None), (1, 8, 0.5)]:
-        options = ModeOptions(draft_stage=stage, num_draft_tokens=count, draft_margin=stop)
+    for stage, count in [(0, 3), (2, 2), (1, 8)]:
+        options = ModeOptions(draft_stage=stage, num_draft_tokens=count)
         mode = make_mode(model, "speculative", options)
         sequence = DecodingSequence(model, prompt, mode, max_tokens=length)
         decoded = list(drive(sequence.steps()))
-        head = costs.target(stage_target(model, stage))
-        replay = replay_speculative([trace], costs, stage, count, stop, head)
+        rounds = RoundCosts(bytes_read(model), mode.drafters)
+        replay = replay_drafts([hits[stage]], rounds, count)
         # They may part in the last round, which decoding cuts short.
         assert abs(sum(d.from_draft for d in decoded) - replay.kept) <= count
         assert abs(sequence.drafted - replay.drafted) <= count
 
 
 @SOAK
-@pytest.mark.parametrize("mode", ["wand", "certified", "speculative"])
+@pytest.mark.parametrize("mode", ["wand", "speculative"])
 def test_shipped_calibration_keeps_99_percent_agreement_at_well_below_full_depth(mode):
     """Run it with `-m soak -n 0 -s` for the figures that the README gives."""
     model, tokenizer = fixture("poe-tiny")
@@ -146,7 +145,7 @@ def test_shipped_calibration_keeps_99_percent_agreement_at_well_below_full_depth
 
 @pytest.mark.parametrize("count", [2, pytest.param(None, marks=SOAK)])
 @pytest.mark.parametrize("name", ["chat", "math", "tool"])
-@pytest.mark.parametrize("mode", ["wand", "certified", "speculative"])
+@pytest.mark.parametrize("mode", ["wand", "speculative"])
 def test_shipped_specialists_answer_the_same_in_every_mode(name, mode, count):
     model, _ = fixture(f"poe-tiny-{name}")
     assert model.calibration is not None
@@ -164,7 +163,7 @@ def test_replayed_costs_add_up():
     hits[0, 4] = False
     margins = np.full((3, 10), 5.0)
     margins[0, 4] = 0.1
-    trace = Trace(hits, margins, hits, margins)
+    trace = Trace(hits, margins, hits)
     costs = Costs((1,), ((1,),) * 4, ((10,),) * 4, full_boundaries=(3,))
     assert costs.full_token == 14
     wand = replay_wand([trace], costs, [4.0, 2.0, 1.0], (0,), pools_stages=False)
@@ -172,15 +171,13 @@ def test_replayed_costs_add_up():
     assert wand.cost == 10 * (1 + 10) + 1 * (3 + 10)
     wand = replay_wand([trace], costs, [6.0, 2.0, 1.0], (0, 1), pools_stages=False)
     assert wand.cost == 10 * (1 + 10) + 10 * (1 + 10)
-    # Rounds of two drafts emit 3 tokens, 2 (the draft at 4 is refused), 3 and 3.
-    rounds = replay_speculative([trace], costs, 0, 2, None, head=10)
+    # Rounds of two drafts emit 3 tokens, 2 (the draft at 4 is rejected), 3 and 3.
+    drafter = StageDrafter(stage_target(fixture("poe-tiny")[0], 0))
+    rounds = replay_drafts([hits[0]], RoundCosts(costs, [drafter]), 2)
     assert (rounds.tokens, rounds.kept, rounds.drafted) == (11, 7, 8)
     # A round costs its drafts (11 each), stage 0 for the last of them (1), then three stages and
     # the head (13).
     assert rounds.cost == 8 * 11 + 4 * (1 + 13)
-    everything = replay_certified([trace], costs, 0, 5, None, [0.0], head=10)
-    assert (everything.tokens, everything.agreeing) == (10, 9)
-    assert everything.cost == 10 * (1 + 10)
 
 
 def test_costs_are_the_bytes_of_the_real_shapes():
@@ -275,8 +272,7 @@ SHIPPED = json.loads((BUILT_IN / "poe-tiny" / CALIBRATION_FILE).read_text())
         ("options", {"speculative": {"draft_head": 1}}, "1 is not one of summed, base"),
         ("options", {"speculative": {"num_draft_tokens": 1.5}}, "1.5 is not a whole number"),
         ("options", {"speculative": {"draft_vocab": 9}}, "draft_vocab"),
-        ("options", {"certified": {"draft_stage": 3}}, "3 is not between 0 and 2"),
-        ("options", {"certified": {"num_draft_tokens": 0}}, "0 is not between 1 and 64"),
+        ("options", {"speculative": {"num_draft_tokens": 0}}, "0 is not between 1 and 64"),
         ("speedups", {"wand": []}, "speedups: [] is not a number"),
         ("recommended", ["wand"], 'recommended: ["wand"] is not one of full'),
         ("text", "long", 'text: "long" is not an object'),
@@ -304,11 +300,42 @@ def test_a_model_runs_without_its_calibration_where_that_is_unusable(content, tm
     for options in ({}, {"mode": "speculative"}, {"mode": "wand", "p99_bounds": [9.0] * 3}):
         with pytest.warns(CalibrationWarning, match="is not a usable calibration"):
             assert generate(model, tokenizer, "Once upon", max_tokens=4, **options) == expected
-    for mode in ("wand", "certified"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            with pytest.raises(RequestError, match="is not a usable calibration"):
-                generate(model, tokenizer, "Once upon", max_tokens=4, mode=mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RequestError, match="is not a usable calibration"):
+            generate(model, tokenizer, "Once upon", max_tokens=4, mode="wand")
+
+
+def test_what_an_old_file_says_of_deleted_modes_and_options_is_ignored_with_one_note(tmp_path):
+    """Version 0.2 wrote such files for the built-in models."""
+    path, config = tmp_path / CALIBRATION_FILE, fixture("poe-tiny")[0].config
+    drafts = {"draft_stage": 1, "num_draft_tokens": 2}
+    old = {
+        **SHIPPED,
+        "options": {
+            "wand": {"safety": 0.5},
+            "speculative": {**drafts, "draft_margin": 0.386, "draft_rank": 32},
+            "certified": {**drafts, "safety": 0.5, "draft_margin": 0.386},
+        },
+        "speedups": {"wand": 1.4, "speculative": 1.6, "certified": 1.759},
+        "recommended": "certified",
+    }
+    path.write_text(json.dumps(old))
+    with pytest.warns(CalibrationWarning) as notes:
+        found = Calibration.load(path, config)
+    (note,) = [str(one.message) for one in notes]
+    assert all(name in note for name in (str(path), "certified", "draft_margin", "draft_rank"))
+    assert found.options == {"wand": {"safety": 0.5}, "speculative": drafts}
+    assert found.speedups == {"wand": 1.4, "speculative": 1.6}
+    assert found.recommended == "speculative"
+    path.write_text(json.dumps({**SHIPPED, "recommended": "wand"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Calibration.load(path, config).recommended == "wand"
+    # Whatever else such a file holds is still checked.
+    path.write_text(json.dumps({**old, "speedups": []}))
+    with pytest.warns(CalibrationWarning), pytest.raises(CheckpointError, match="speedups"):
+        Calibration.load(path, config)
 
 
 def test_a_specialist_attaches_without_its_calibration(tmp_path):
@@ -344,9 +371,8 @@ def test_calibration_steers_only_what_was_not_said():
     assert file is not None
     mode = make_mode(model, "speculative", calibration=file)
     assert mode.num_draft_tokens == file.options["speculative"]["num_draft_tokens"]
-    assert mode.drafters[0].stop_below == file.options["speculative"].get("draft_margin")
     mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=7), file)
-    assert (mode.num_draft_tokens, mode.drafters[0].stop_below) == (7, None)
+    assert (mode.num_draft_tokens, mode.prefix) == (7, None)
     mode = make_mode(model, "wand", ModeOptions(safety=2.0), file)
     assert mode.exits[0] == pytest.approx(2 * sum(file.p99_bounds))
     mode = make_mode(model, "wand", ModeOptions(p99_bounds=[1.0] * 3), file)

@@ -15,7 +15,7 @@ def prompt_of(chat: Chat) -> list[int]:
     return chat.tokens[: -len(chat.turns[-1].reply_tokens) - 1]
 
 
-@pytest.mark.parametrize("mode", ["full", "speculative", "wand", "certified"])
+@pytest.mark.parametrize("mode", ["full", "speculative", "wand"])
 def test_every_turn_is_what_a_fresh_prompt_gives(mode):
     chat = new_chat(max_tokens=24)
     chat.set_mode(mode)
@@ -69,6 +69,13 @@ def test_specialists_change_in_mid_conversation():
     chat.use(None)
     assert not chat.can_chat
     assert say(chat, "The capital of France is") != ""
+
+
+def test_a_deleted_mode_is_answered_with_what_replaces_it():
+    chat = new_chat()
+    with pytest.raises(RequestError, match="certified no longer exists: use speculative"):
+        chat.set_mode("certified")
+    assert chat.settings.mode == "full"
 
 
 def test_undo_retry_and_reset():

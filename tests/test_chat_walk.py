@@ -27,7 +27,7 @@ PATHS = ("", "~nosuchuser/x", "a\0b", "/", "/dev/null", "/dev/null/x", "/dev/ful
 NUMBERS = ("", "off", "0", "1", "3", "0.5", "-1", "4", "99", "1e999", "nan", "x", "1 2", "0 4",
            "0 99", "0 -1", "9" * 5000, "\0")  # fmt: skip
 NAMES = ("", "chat", "math", "tool", "base", "nobody", "chat math", "\0", "full", "stage",
-         "prefix", "compose", "speculative", "wand", "certified")  # fmt: skip
+         "prefix", "compose", "speculative", "wand")  # fmt: skip
 ATTACHED = ("", "a", "a nowhere", "a poe-tiny-chat", "b poe-tiny-math", "a ~nosuchuser/x",
             "a a\0b", "chat poe-tiny-chat", "c poe-tiny", "d .", "e functions.json")  # fmt: skip
 ARGUMENTS = {

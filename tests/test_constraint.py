@@ -16,7 +16,7 @@ from conftest import SOAK, fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cognica_mlx.decoding.advice import NoAdvice
+from cognica_mlx.decoding.advice import Advice
 from cognica_mlx.decoding.constraint import Grammar, GrammarConstraint, regex_grammar
 from cognica_mlx.decoding.json_schema import json_grammar
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
@@ -44,7 +44,6 @@ MODES: list[tuple[str, dict[str, Any]]] = [
     ("compose", {"stages": [0, 3]}),
     ("wand", {}),
     ("speculative", {"draft_stage": 0, "num_draft_tokens": 3}),
-    ("certified", {"draft_stage": 0, "num_draft_tokens": 2}),
 ]
 
 words = st.text("abcdeé ü☃", max_size=5)
@@ -165,8 +164,6 @@ def test_drafting_gives_what_the_full_model_gives(name, cases):
             about["repetition_penalty"] = 1.3
         full = list(stream_generate(model, tokenizer, prompt, **about))
         options = {"draft_stage": rng.randrange(2), "num_draft_tokens": rng.randint(1, 6)}
-        if rng.random() < 0.3:
-            options["draft_margin"] = 1.0
         made = list(
             stream_generate(model, tokenizer, prompt, mode="speculative", **about, **options)
         )
@@ -366,7 +363,7 @@ def test_what_is_forced_says_nothing_about_how_good_drafts_are():
     grammar = make_grammar(tokenizer, regex=r"((yes|no), and then again: ){6}")
     heard: list[tuple[int, int]] = []
 
-    class Listening(NoAdvice):
+    class Listening(Advice):
         def judged(self, drafter: str, kept: int, drafted: int) -> None:
             heard.append((kept, drafted))
 

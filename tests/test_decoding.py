@@ -129,7 +129,6 @@ def test_speculation_gives_the_full_models_tokens(name):
                 state=state.fork(),
                 draft_stage=draft_stage,
                 num_draft_tokens=count,
-                draft_margin=0.5 if count == 5 else None,
             )
             assert ids(decoded) == ids(full), (draft_stage, count)
             for ours, theirs in zip(decoded, full, strict=True):
@@ -180,64 +179,24 @@ def test_wand_equals_its_rule_recomputed_from_scratch(name, bound, safety, exits
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("mode", ["wand", "certified"])
-def test_bounds_of_infinity_mean_full_depth_and_of_zero_stage_0(name, mode):
+def test_bounds_of_infinity_mean_full_depth_and_of_zero_stage_0(name):
     model, _ = fixture(name)
     steps = model.poe_n_stages - 1
     for which, prompt in enumerate(prompts(name)):
         full, shallow = plain(name, which), plain(name, which, 0)
         state = prefilled(name, which).fork() if which else None
-        decoded = run(model, prompt, mode, 8, state=state, p99_bounds=[INF] * steps)
+        decoded = run(model, prompt, "wand", 8, state=state, p99_bounds=[INF] * steps)
         assert ids(decoded) == ids(full[:8])
         state = prefilled(name, which).fork() if which else None
-        decoded = run(model, prompt, mode, 8, state=state, p99_bounds=[0.0] * steps)
+        decoded = run(model, prompt, "wand", 8, state=state, p99_bounds=[0.0] * steps)
         assert ids(decoded) == ids(shallow[:8]) and {d.stage for d in decoded} == {0}
         # Not a number is what infinity times nothing would be.
         state = prefilled(name, which).fork()
-        decoded = run(model, prompt, mode, 4, state=state, p99_bounds=[INF] * steps, safety=0.0)
+        decoded = run(model, prompt, "wand", 4, state=state, p99_bounds=[INF] * steps, safety=0.0)
         assert ids(decoded) == ids(full[:4])
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    ("count", "stop", "first"), [(1, None, 0), (3, None, 1), (4, 0.4, 1), (8, 1.0, 0)]
-)
-def test_certified_equals_its_rule_recomputed_from_scratch(name, count, stop, first):
-    """A draft is the draft stage's best token and stands if certified or if it is the full model's
-    best as well; every other token is the full model's."""
-    model, _ = fixture(name)
-    steps, kinds = model.poe_n_stages - 1, set()
-    bounds = [0.2] * steps
-    # Drafting by every second stage; beyond the windows, one shows what there is to see.
-    for stage in range(first, steps, 2):
-        for which in (0, 1) if stage >= steps - 2 else (0,):
-            prompt = prompts(name)[which]
-            decoded = run(
-                model,
-                prompt,
-                "certified",
-                12 if which else 24,
-                state=prefilled(name, which).fork(),
-                p99_bounds=bounds,
-                draft_stage=stage,
-                num_draft_tokens=count,
-                draft_margin=stop,
-            )
-            scores = stage_scores(model, prompt + ids(decoded)[:-1], len(prompt) - 1)
-            for i, one in enumerate(decoded):
-                certified = lead(scores[stage][i]) > sum(bounds[stage:])
-                full = one.token == scores[-1][i].argmax()
-                if one.from_draft:
-                    assert one.token == scores[stage][i].argmax() and one.stage == stage
-                    assert certified or full
-                else:
-                    assert full and one.stage == steps
-                kinds.add((one.from_draft, certified, full))
-    assert (True, True, False) in kinds or name == "poe-tiny", "no certified draft ever differed"
-    assert (True, False, True) in kinds or stop is not None, "no uncertified draft was verified"
-
-
-@pytest.mark.parametrize("mode", ["full", "wand", "speculative", "certified"])
+@pytest.mark.parametrize("mode", ["full", "wand", "speculative"])
 @pytest.mark.parametrize("name", ["flat-d8", "gqa-logop-d8"])
 def test_no_position_runs_twice_through_a_stage_unless_rolled_back(name, mode):
     model, _ = fixture(name)
@@ -276,7 +235,6 @@ def test_repetition_penalty_is_the_same_one_token_or_many_at_a_time(name):
         assert ids(run(model, prompt, "speculative", 24, sampling, num_draft_tokens=4)) == decoded
         inf = [INF] * (model.poe_n_stages - 1)
         assert ids(run(model, prompt, "wand", 24, sampling, p99_bounds=inf)) == decoded
-        assert ids(run(model, prompt, "certified", 24, sampling, p99_bounds=inf)) == decoded
 
 
 @SOAK
@@ -285,7 +243,6 @@ def test_repetition_penalty_is_the_same_one_token_or_many_at_a_time(name):
     [
         ("flat-d8", "full", {}),
         ("flat-d8", "speculative", {"num_draft_tokens": 2}),
-        ("flat-d8", "speculative", {"num_draft_tokens": 3, "draft_margin": 0.3}),
         ("gqa-logop-d8", "speculative", {"num_draft_tokens": 2, "draft_stage": 1}),
     ],
 )
@@ -468,15 +425,13 @@ def test_shallow_modes_leave_the_deeper_stages_empty(name):
         ("compose", {"stages": [0, 1], "stage_weights": [1.0]}, "1 weights for 2 stages"),
         ("compose", {"stages": [0, 1], "stage_weights": [1.0, -1.0]}, "more than 0"),
         ("wand", {}, "no calibration"),
-        ("certified", {}, "no calibration"),
+        ("certified", {}, "certified no longer exists: use speculative"),
         ("wand", {"p99_bounds": [1.0]}, "1 given, but this model has 3"),
         ("wand", {"p99_bounds": [1.0, 1.0, -1.0]}, "at least 0"),
         ("wand", {"p99_bounds": [1.0] * 3, "safety": -1.0}, "safety -1.0"),
         ("wand", {"p99_bounds": [1.0] * 3, "exit_stages": [5]}, "exit stage 5"),
         ("speculative", {"draft_stage": 4}, "draft_stage 4"),
         ("speculative", {"num_draft_tokens": 0}, "num_draft_tokens 0"),
-        ("speculative", {"draft_margin": -0.1}, "draft_margin"),
-        ("certified", {"draft_stage": 3, "p99_bounds": [1.0] * 3}, "nothing is left to skip"),
     ],
 )
 def test_senseless_requests_are_named(mode, options, message):

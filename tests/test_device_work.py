@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from conftest import fixture
 from mlx.utils import tree_flatten, tree_unflatten
@@ -29,7 +28,6 @@ from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.network import device, elementwise, linear, stages
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.shared_base import PatchedEmbedding
-from cognica_mlx.network.shortlist import largest
 from mlx_poe import load, stream_generate
 from mlx_poe.loading.specialists import Specialists
 
@@ -190,9 +188,6 @@ def test_the_host_waits_once_a_token_or_once_a_round(mode, evaluations):
         assert driver.waits == len(made)
     elif mode == "speculative":
         assert driver.waits == rounds
-    elif mode == "certified":
-        # One for each block, one more where it is verified.
-        assert driver.waits <= 2 * rounds + len(made) / 4
     else:
         tested = len(chosen.exits) + 1
         assert len(made) <= driver.waits <= tested * len(made)
@@ -375,14 +370,6 @@ def test_float16_stays_float16_with_every_rounding(mode):
     state = DecodingState(model)
     prefill(state, list(range(9)), 3)
     assert {array.dtype for array in state.arrays()} == {mx.float16, mx.int32}
-
-
-@pytest.mark.parametrize("size", [100, 320, 2048, 64 * 300])
-def test_the_largest_are_found_block_by_block(size):
-    scores = mx.random.normal((2, 3, size), key=mx.random.key(size))
-    found = np.sort(np.array(largest(scores, 64)), axis=-1)
-    expected = np.sort(np.argsort(np.array(scores), axis=-1)[..., -64:], axis=-1)
-    assert (found == expected).all()
 
 
 def test_a_gpu_is_told_what_exactness_needs(monkeypatch):

@@ -130,9 +130,9 @@ def test_a_few_wrong_places_are_found_where_no_logit_is_far_off():
 
 def test_every_mode_passes_here():
     lines = by_name(agreement.modes(base, tokenizer))
-    assert [line.status for line in lines.values()] == [OK] * 8
+    assert [line.status for line in lines.values()] == [OK] * 7
     counted = [line.numbers["tokens"] for line in lines.values() if line.section == "modes"]
-    assert counted == [32] * 7
+    assert counted == [32] * 6
     assert lines["speculative"].numbers["agreement"] == 1
     assert lines["stage 0"].numbers["agreement"] < 1
     assert agreement.rows(base, tokenizer).status == OK
@@ -143,7 +143,7 @@ def test_every_mode_passes_with_other_kinds_of_models(name):
     model = calibrated(name)
     lines = by_name(agreement.modes(model, fixture(name)[1]))
     # Bounds that fit nothing: what WAND chooses is right by its rule, but not the full model's.
-    assert [line.numbers.get("wrong", 0) for line in lines.values()] == [0] * 8
+    assert [line.numbers.get("wrong", 0) for line in lines.values()] == [0] * 7
     assert {line.status for line in list(lines.values())[:5]} == {OK}
 
 
@@ -169,10 +169,9 @@ def test_wand_that_leaves_too_early_is_found(monkeypatch):
         self.exits = {stage: needed / 2 for stage, needed in self.exits.items()}
 
     monkeypatch.setattr(Wand, "__init__", hasty)
-    only(monkeypatch, "wand", "certified")
+    only(monkeypatch, "wand")
     lines = by_name(agreement.modes(base, tokenizer))
     assert lines["wand"].status == FAILED and "report" in lines["wand"].advice
-    assert lines["certified"].status == OK
 
 
 def test_wand_that_agrees_too_seldom_is_found():
@@ -258,12 +257,12 @@ def test_half_precision_is_no_failure():
 
 def test_a_model_without_bounds_is_checked_in_the_other_modes(monkeypatch):
     model, words = fixture("flat-d8")
-    assert {"wand", "certified"} == {*agreement.cases(base)} - {*agreement.cases(model)}
+    assert {"wand"} == {*agreement.cases(base)} - {*agreement.cases(model)}
     only(monkeypatch, "full", "stage 0")
     lines = by_name(agreement.modes(model, words))
-    assert lines["wand, certified"].status == WARNING
-    assert "mlx_poe.calibrate" in lines["wand, certified"].advice
-    assert {line.status for name, line in lines.items() if name != "wand, certified"} == {OK}
+    assert lines["wand"].status == WARNING
+    assert "mlx_poe.calibrate" in lines["wand"].advice
+    assert {line.status for name, line in lines.items() if name != "wand"} == {OK}
 
 
 def test_a_slow_blas_is_a_warning_with_the_remedy(monkeypatch):
@@ -286,8 +285,8 @@ def test_what_modes_cost_follows_from_what_parts_cost(monkeypatch):
     monkeypatch.setattr(hardware, "measure", lambda *_, **__: costs)
     whole, *paced = hardware.cost_lines(base, tokenizer)
     assert "4 rows 1.00" in whole.value and whole.status == OK
-    assert [line.name for line in paced] == ["speculative", "wand", "certified"]
-    assert [line.status for line in paced] == [OK] * 3
+    assert [line.name for line in paced] == ["speculative", "wand"]
+    assert [line.status for line in paced] == [OK] * 2
     dear = tuple(float(n) for n in rows)
     costs = hardware.Costs(rows, (dear,) * 4, ((0.1,) * 5,) * 4, full_boundaries=(3,))
     whole, drafting, *_ = hardware.cost_lines(base, tokenizer)

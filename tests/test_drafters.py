@@ -21,7 +21,7 @@ from test_decoding import chi_squared, drawn_pairs
 from cognica_mlx.bench.shapes import rounded as rounded_model
 from cognica_mlx.cache import stage_cache as cache
 from cognica_mlx.convert.draft_copy import DRAFT_FILE
-from cognica_mlx.decoding.advice import NoAdvice, Plan
+from cognica_mlx.decoding.advice import Advice, Plan
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.constraint import Grammar
 from cognica_mlx.decoding.drafters import FORCED, LOOKED_UP, OWN, ROUNDED
@@ -36,11 +36,11 @@ from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.files.safetensors_files import write_arrays
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import rounded
+from cognica_mlx.network.quantized_copies import quantized
 from cognica_mlx.network.shared_base import Siblings
 from cognica_mlx.network.stages import norm
 from cognica_mlx.pricing.costs import Costs, bytes_read, with_bytes_of
-from cognica_mlx.pricing.pace import PATIENCE, REST, Metered, Pace
+from cognica_mlx.pricing.pace import PATIENCE, WAIT, Metered, Pace
 from cognica_mlx.pricing.rounds import WORTH_LEAVING, RoundCosts
 from cognica_mlx.pricing.timed_costs import measure_drafter
 from cognica_mlx.scheme import DRAFT_BITS, draft_scheme
@@ -152,7 +152,7 @@ def test_special_tokens_are_never_looked_up():
 
 DRAFTERS = [
     {"draft_bits": 4, "num_draft_tokens": 5},
-    {"draft_bits": 2, "num_draft_tokens": 3, "draft_margin": 0.3},
+    {"draft_bits": 2, "num_draft_tokens": 3},
     {"draft_bits": "mxfp4", "draft_stage": 1},
     {"draft_lookup": True, "num_draft_tokens": 0},
     {"draft_lookup": True, "draft_bits": 3, "num_draft_tokens": 6},
@@ -381,7 +381,7 @@ def test_a_copy_stands_beside_the_model_and_is_shared():
     said = prefixes[1].target.scores({1: hidden})
     heads = [chat.lm_head, chat.lm_head_specialists[0]]
     h = norm(hidden.x)
-    total = sum(rounded(head, draft_scheme(4))(h) for head in heads)[..., : said.shape[-1]]
+    total = sum(quantized(head, draft_scheme(4))(h) for head in heads)[..., : said.shape[-1]]
     assert mx.allclose(said, 15 * mx.tanh(total / 15), atol=1e-4)
 
 
@@ -411,10 +411,6 @@ def test_drafting_aside_leaves_the_state_as_it_is():
     [
         ({"draft_bits": 7}, "draft_bits 7: choose from 2, 3, 4, 5, 6, 8, mxfp4, nvfp4"),
         ({"draft_bits": True}, "draft_bits True"),
-        (
-            {"draft_bits": 4, "draft_rank": 16},
-            "draft_rank and draft_bits both make the head cheaper",
-        ),
         ({"num_draft_tokens": 0}, "num_draft_tokens 0 is not between 1 and 64"),
         ({"draft_bits": 4, "draft_stage": 9}, "draft_stage 9"),
     ],
@@ -427,7 +423,7 @@ def test_what_cannot_be_is_refused_by_name(options, message):
 
 def test_rounding_what_is_rounded_already():
     model = rounded_model(fixture("poe-tiny")[0], 4)
-    with pytest.raises(RequestError, match="no matrix that can be rounded to 4 bits"):
+    with pytest.raises(RequestError, match="no matrix that can be quantized to 4 bits"):
         make_mode(model, "speculative", ModeOptions(draft_bits=4))
     # From 4 bits down to 2 there is something to save.
     prompt = [5, 6, 7, 8]
@@ -441,9 +437,8 @@ def test_a_calibration_advises_rounding_where_that_can_be():
     advice = replace(model.calibration, options={"speculative": options})
     mode = make_mode(model, "speculative", None, advice)
     assert mode.prefix and mode.num_draft_tokens == 7
-    for other, chosen in ((model, ModeOptions(draft_rank=16)), (rounded_model(model, 4), None)):
-        mode = make_mode(other, "speculative", chosen, advice)
-        assert mode.prefix is None and mode.num_draft_tokens == 7
+    mode = make_mode(rounded_model(model, 4), "speculative", None, advice)
+    assert mode.prefix is None and mode.num_draft_tokens == 7
 
 
 def test_every_number_of_bits_has_a_scheme():
@@ -530,25 +525,25 @@ def test_drafting_is_given_up_and_tried_again_later():
         pace.judged(OWN, 0, 3)
         pace.emitted()
     assert not pace.plan(0, 0, 3)
-    assert "times what it does at full depth" in (pace.parked or "")
-    for _ in range(REST - 1):
+    assert "times as much as at full depth" in (pace.fell_back or "")
+    for _ in range(WAIT - 1):
         pace.emitted()
         assert not pace.plan(0, 0, 3)
     pace.emitted()
-    assert pace.plan(0, 0, 3) and pace.parked is None
+    assert pace.plan(0, 0, 3) and pace.fell_back is None
     for _ in range(PATIENCE):
         pace.judged(OWN, 0, 3)
     assert not pace.plan(0, 0, 3)
-    pace.tokens += REST
-    assert not pace.plan(0, 0, 3)  # it rests twice as long
+    pace.tokens += WAIT
+    assert not pace.plan(0, 0, 3)  # it waits twice as long
     pace.others = 3  # with others it may be otherwise
-    assert pace.plan(0, 0, 3) or pace.parked
+    assert pace.plan(0, 0, 3) or pace.fell_back
 
 
 def test_only_what_was_judged_tells_how_good_a_drafter_is():
     heard = []
 
-    class Listening(NoAdvice):
+    class Listening(Advice):
         def judged(self, drafter: str, kept: int, drafted: int) -> None:
             heard.append((drafter, kept, drafted))
 
@@ -564,7 +559,7 @@ def test_looking_up_is_gated_by_what_would_have_been_right():
     mode = make_mode(model, "speculative", ModeOptions(draft_lookup=True, num_draft_tokens=0))
     line = (1.0, 1.0 + 31 * 0.3)
     pace = Pace(Costs((1, 32), (line,) * 4, (line,) * 4, (3,)), mode)
-    assert not pace.plan(16, NGRAMS[-1], 0) and pace.parked is None
+    assert not pace.plan(16, NGRAMS[-1], 0) and pace.fell_back is None
     for _ in range(30):
         pace.observed(NGRAMS[-1], True)
     assert pace.plan(16, NGRAMS[-1], 0).looked_up > 1
@@ -585,7 +580,7 @@ def test_a_text_that_says_itself_again_takes_few_passes_and_prose_none_in_vain()
         sequence = DecodingSequence(model, prompt, mode, max_tokens=100, advice=pace)
         list(drive(sequence.steps(), Metered(Single(), pace)))
         spent[text] = pace.spent / (100 * costs.full_token)
-        assert pace.parked is None
+        assert pace.fell_back is None
     again, prose = spent.values()
     assert again < 0.7 and prose < 1.03
 
@@ -594,7 +589,7 @@ def test_what_a_round_costs_is_what_is_metered():
     model, tokenizer = fixture("poe-tiny")
     mode = make_mode(model, "speculative", ModeOptions(draft_bits=4, num_draft_tokens=3))
     own = Costs((1, 32), ((0.2, 0.2),), ((0.05, 0.05),), (0,))
-    pace = Pace(replace(CHEAP, rounded=own), mode, park=False)
+    pace = Pace(replace(CHEAP, rounded=own), mode, falls_back=False)
     sequence = DecodingSequence(model, tokenizer.encode(STORY), mode, max_tokens=41, advice=pace)
     made = list(drive(sequence.steps(), Metered(Single(), pace)))
     rounds = sum(not one.from_draft for one in made)
@@ -620,7 +615,7 @@ def test_siblings_draft_through_all_their_heads():
     assert isinstance(both, Siblings)
     prefix = make_mode(both, "speculative", ModeOptions(draft_bits=8)).prefix
     assert prefix.of == (0, 4, 5) and [s.source for s in prefix.stages] == [0, 1, 1]
-    siblings = both.with_rounded_heads(draft_scheme(8))
+    siblings = both.with_quantized_heads(draft_scheme(8))
     heads = [head for k in (4, 5) for head in siblings.heads(k)]
     assert all(head.bits == 8 for head in heads) and prefix.target.boundaries == (1, 2)
 

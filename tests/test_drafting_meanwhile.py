@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cognica_mlx.bench.sections import several_machines as machines
-from cognica_mlx.decoding.advice import NoAdvice
+from cognica_mlx.decoding.advice import Advice
 from cognica_mlx.decoding.drafters import OWN, StageDrafter
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
@@ -73,9 +73,9 @@ def rounds(monkeypatch):
         made.append(len(ahead) if ahead else 0)
         return ahead
 
-    def verified(mode, sequence, plan, draft, certified):
+    def verified(mode, sequence, plan, draft):
         made.clear()
-        ahead = yield from verify(mode, sequence, plan, draft, certified)
+        ahead = yield from verify(mode, sequence, plan, draft)
         end = len(sequence.text)
         seen.append(Round(len(draft), made[0] if made else 0, ahead is not None, end))
         return ahead
@@ -85,7 +85,7 @@ def rounds(monkeypatch):
     return seen
 
 
-class Told(NoAdvice):
+class Told(Advice):
     """Notes whether it is told that drafting will go on meanwhile."""
 
     def __init__(self):
@@ -160,29 +160,18 @@ def test_what_cannot_be_guessed_is_waited_for(there, rounds, temp, regex):
     assert told.meanwhile == {False}
 
 
-@pytest.mark.parametrize(
-    ("mode", "options"), [("speculative", {"draft_margin": 0.5}), ("certified", {})]
-)
-def test_drafters_that_look_at_margins_wait(there, rounds, mode, options):
-    model, tokenizer = there
-    calibration = model.calibration if mode == "certified" else None
-    chosen = make_mode(model, mode, ModeOptions(**options), calibration)
-    decode(model, tokenizer.encode(PROMPTS[0]), chosen, 24)
-    assert rounds and all(one.made == 0 for one in rounds)
-
-
-def test_a_guess_is_worth_nothing_behind_a_refused_draft(there, monkeypatch):
+def test_a_guess_is_worth_nothing_behind_a_rejected_draft(there, monkeypatch):
     model, tokenizer = there
     prompt, go_on, tried = tokenizer.encode(PROMPTS[0]), StageDrafter.go_on, []
     expected = [token for token, _ in decode(model, prompt, make_mode(model), 32)]
 
-    def lucky(drafter, sequence, before, count):
-        """Guesses the token that the full model will choose in the place of the refused draft."""
-        ahead = yield from go_on(drafter, sequence, before, count)
+    def lucky(drafter, sequence, earlier, count):
+        """Guesses the token that the full model will choose in the place of the rejected draft."""
+        ahead = yield from go_on(drafter, sequence, earlier, count)
         written = len(sequence.text) - len(prompt)
-        wrong = [i for i, t in enumerate(before.joined().tolist()) if t != expected[written + i]]
+        wrong = [i for i, t in enumerate(earlier.joined().tolist()) if t != expected[written + i]]
         if ahead and wrong:
-            ahead.after = mx.array([[expected[written + wrong[0]]]])
+            ahead.before = mx.array([[expected[written + wrong[0]]]])
             tried.append(wrong[0])
         return ahead
 
@@ -211,7 +200,7 @@ def test_what_is_spent_is_what_a_clock_would_show(there, rounds):
     model, tokenizer = there
     mode = make_mode(model, "speculative", ModeOptions(num_draft_tokens=3))
     pace = pace_for(model, mode, COSTS)
-    pace.park = False
+    pace.falls_back = False
     pace.begins = lambda _: None  # the prompt is one token, and is paid, too
     decode(model, tokenizer.encode("")[:1], mode, 40, advice=pace)
     draft, clock, ready = COSTS.stage(0) + COSTS.head(0), 0.0, False

@@ -25,7 +25,6 @@ BOUNDS = [0.4, 0.3, 0.2, 0.1, 0.1]
 MODES = {
     "full": {},
     "speculative": {"num_draft_tokens": 3},
-    "certified": {"num_draft_tokens": 3, "p99_bounds": BOUNDS},
     "wand": {"p99_bounds": BOUNDS},
 }
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -164,7 +163,7 @@ DISTINCT = Costs(
 def test_what_is_metered_is_what_was_asked(name, mode):
     model, _ = fixture(name)
     chosen, noted = make_mode(model, mode, options_for(model, mode)), Noted()
-    pace, state = Pace(DISTINCT, chosen, park=False), DecodingState(model)
+    pace, state = Pace(DISTINCT, chosen, falls_back=False), DecodingState(model)
     driver = Metered(noted, pace)
     options = {"max_tokens": 16, "state": state, "advice": pace}
     list(decode(model, PROMPT[:1], chosen, driver=driver, **options))
@@ -203,7 +202,7 @@ def test_what_is_left_of_a_prompt_is_not_the_modes_to_pay():
         spent = []
         for count in (1, 9):
             chosen = make_mode(model, mode, options_for(model, mode))
-            pace = Pace(DISTINCT, chosen, park=False)
+            pace = Pace(DISTINCT, chosen, falls_back=False)
             driver = Metered(Single(), pace)
             next(decode(model, [5] * count, chosen, driver=driver, max_tokens=9, advice=pace))
             spent.append(pace.spent)
@@ -227,14 +226,28 @@ def recordings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return hits, rng.choice([0.1, 0.6, 1.5, 3.0], (3, LENGTH)).astype(np.float32)
 
 
-def scripted(
-    mode: str, recording: tuple[np.ndarray, np.ndarray], **options
-) -> tuple[list[DecodedToken], DecodingSequence]:
+def scripted(mode: str, script: Script, **options) -> tuple[list[DecodedToken], DecodingSequence]:
     model, _ = fixture("flat-d8")
     chosen = make_mode(model, mode, ModeOptions(**options))
     sequence = DecodingSequence(model, PROMPT[:9], chosen, max_tokens=LENGTH)
-    driver = Scripted(Single(), Script(*recording, start=9))
+    driver = Scripted(Single(), script)
     return list(drive(sequence.steps(), driver)), sequence
+
+
+class WithMargins(Script):
+    """A script in which the best score leads by a recorded margin."""
+
+    def __init__(self, hits: np.ndarray, margins: np.ndarray):
+        super().__init__(hits, 9)
+        object.__setattr__(self, "margins", margins)
+
+    def __call__(self, request: Score) -> mx.array:
+        said, stage = np.array(super().__call__(request)), request.target.depth
+        t = min(request.state.length - 9, LENGTH - 1)
+        if stage < 3:
+            best = said[0].argmax()
+            said[0, WRONG if best == RIGHT else RIGHT] = said[0, best] - self.margins[stage, t]
+        return mx.array(said)
 
 
 @settings(max_examples=10)
@@ -242,7 +255,7 @@ def scripted(
 def test_wand_leaves_where_the_recording_is_sure(recording):
     hits, margins = recording
     bounds = [1.0, 0.75, 0.5]
-    made, sequence = scripted("wand", recording, p99_bounds=bounds)
+    made, sequence = scripted("wand", WithMargins(hits, margins), p99_bounds=bounds)
     needed = exit_margins(sequence.model, bounds, 1.0)
     for t, one in enumerate(made):
         sure = [k for k in range(3) if margins[k, t] > needed[k]]
@@ -252,36 +265,21 @@ def test_wand_leaves_where_the_recording_is_sure(recording):
 
 
 @settings(max_examples=20)
-@given(
-    recordings(),
-    st.integers(0, 2),
-    st.integers(1, 6),
-    st.sampled_from((None, 0.5)),
-    st.sampled_from((None, 1.0)),
-)
-def test_drafts_are_kept_and_refused_as_recorded(recording, stage, count, stop, certain):
+@given(recordings(), st.integers(0, 2), st.integers(1, 6))
+def test_drafts_are_kept_and_rejected_as_recorded(recording, stage, count):
     """Against rounds counted by hand."""
-    hits, margins = recording[0][stage], recording[1][stage]
-    options = {"draft_stage": stage, "num_draft_tokens": count, "draft_margin": stop}
-    mode = "speculative" if certain is None else "certified"
-    if certain is not None:
-        options["p99_bounds"] = [0.0, 0.0, certain]
-    made, sequence = scripted(mode, recording, **options)
+    hits = recording[0][stage]
+    options = {"draft_stage": stage, "num_draft_tokens": count}
+    made, sequence = scripted("speculative", Script(recording[0], 9), **options)
     expected: list[tuple[int, int, bool]] = []
     drafted = 0
     while (t := len(expected)) < LENGTH:
-        most = min(count, LENGTH - t - (certain is None))
-        weak = [i for i in range(most) if stop is not None and margins[t + i] < stop]
-        length = weak[0] if weak else most
+        length = min(count, LENGTH - t - 1)
         drafted += length
-        sure = [certain is not None and margins[t + i] > certain for i in range(length)]
         kept = 0
-        while kept < length and (hits[t + kept] or sure[kept]):
+        while kept < length and hits[t + kept]:
             kept += 1
-        for i in range(kept):
-            expected.append((RIGHT if hits[t + i] else WRONG, stage, True))
-        if certain is None or weak or not all(sure):
-            expected.append((RIGHT, 3, False))
+        expected += [(RIGHT, stage, True)] * kept + [(RIGHT, 3, False)]
     assert [(d.token, d.stage, d.from_draft) for d in made] == expected[:LENGTH]
     assert sequence.drafted == drafted
 
@@ -297,11 +295,10 @@ def test_the_real_scores_are_computed_under_a_script():
             assert isinstance(request, Score)
             return Scores(mx.full((request.rows, model.config.vocab_size), mx.nan))
 
-    script = Script(np.ones((3, 4), dtype=bool), np.full((3, 4), 2.0), start=9)
+    script = Script(np.ones((3, 4), dtype=bool), start=9)
     request = Score(state, stage_target(model, 0), 3)
     assert mx.isnan(Scripted(Broken(), script).answer(request).array).all()
     real = Single().answer(request).array
     said = Scripted(Single(), script).answer(request).array
     assert said.shape == real.shape and said.dtype == real.dtype == mx.float32
     assert said.argmax(-1).tolist() == [RIGHT] * 3
-    assert mx.allclose(said[:, RIGHT] - said[:, WRONG], mx.array(2.0))

@@ -40,7 +40,7 @@ REQUESTS: list[tuple[Any, str | None, dict[str, Any]]] = [
     (STORY, "math", {"mode": "speculative", "num_draft_tokens": 5}),
     (TALK, "chat", {"temp": 0.8, "seed": 7, "top_p": 0.9}),
     (text(300), None, {"mode": "wand", "p99_bounds": [0.3] * 3}),
-    (TALK, "math", {"mode": "certified", "repetition_penalty": 1.2}),
+    (TALK, "math", {"mode": "speculative", "repetition_penalty": 1.2}),
 ]
 
 
@@ -273,15 +273,15 @@ def test_costs_decide_whether_a_mode_goes_on():
 
 
 def test_a_model_loaded_in_one_thread_is_used_in_another():
-    """MLX's streams belong to threads: also what is loaded lazily, drafted from a shortlist, mixed,
-    or sampled."""
+    """MLX's streams belong to threads: also what is loaded lazily, drafted from a copy, mixed, or
+    sampled."""
     model, _ = load("poe-tiny", dtype="float32", lazy=True)
     with Engine(model, endless) as engine:
         engine.attach("chat", "poe-tiny-chat", quantize=8)
         for options in (
             {},
             {"temp": 0.7, "top_k": 5, "min_p": 0.1, "top_p": 0.8},
-            {"mode": "speculative", "draft_rank": 16},
+            {"mode": "speculative", "draft_bits": 4},
             {"mode": "compose"},
             {"specialist": "chat", "mode": "speculative"},
         ):

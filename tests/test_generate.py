@@ -20,7 +20,7 @@ from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.requests import DecodedToken
 from cognica_mlx.decoding.single import advance_through, prefill, set_depth
 from cognica_mlx.decoding.state import DecodingState
-from cognica_mlx.errors import RequestError, TokenizerError
+from cognica_mlx.errors import DELETED, RequestError, TokenizerError
 from cognica_mlx.network.model import log_softmax
 from mlx_poe import GenerationResponse, generate, stream_generate
 from mlx_poe.generation.responses import StopStrings
@@ -38,7 +38,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compose": {"stages": [0, 3], "stage_weights": [0.25, 0.75]},
     "wand": {"p99_bounds": BOUNDS},
     "speculative": {"num_draft_tokens": 4},
-    "certified": {"p99_bounds": BOUNDS, "num_draft_tokens": 4},
 }
 
 model, tokenizer = fixture("poe-tiny")
@@ -84,12 +83,12 @@ def test_responses_tell_where_things_stand(mode):
     assert responses[0].generation_tps == 0
     assert all(r.generation_tps > 0 for r in responses[1:])
     stages = {r.stage for r in responses}
-    if mode in ("wand", "speculative", "certified"):
+    if mode in ("wand", "speculative"):
         assert 0 in stages and stages <= {0, 1, 2, 3}
     else:
         assert stages == {{"stage": 1, "prefix": 1}.get(mode, 3)}
     drafts = sum(r.from_draft for r in responses)
-    if mode in ("speculative", "certified"):
+    if mode == "speculative":
         assert 0 < drafts <= responses[-1].drafted_tokens
         assert all(r.stage == 0 for r in responses if r.from_draft)
     else:
@@ -362,8 +361,9 @@ def test_prompts_of_no_known_kind(prompt):
         ({"mode": "speculative", "draft_stage": 4}, "draft_stage 4"),
         ({"mode": "speculative", "num_draft_tokens": 0}, "num_draft_tokens 0"),
         ({"mode": "speculative", "num_draft_tokens": 1000}, "num_draft_tokens 1000"),
-        ({"mode": "speculative", "draft_margin": -0.1}, "draft_margin -0.1"),
-        ({"mode": "certified", "p99_bounds": BOUNDS, "draft_stage": 3}, "draft_stage 3"),
+        ({"draft_margin": 0.1}, "draft_margin no longer exists: use num_draft_tokens"),
+        ({"draft_rank": 64}, "draft_rank no longer exists: use draft_bits"),
+        ({"mode": "certified"}, "certified no longer exists: use speculative"),
         ({"max_tokens": 0}, "max_tokens 0"),
         ({"max_tokens": -5}, "max_tokens -5"),
         ({"prefill_step_size": 0}, "prefill_step_size 0"),
@@ -426,9 +426,7 @@ VALUES: dict[str, Any] = {
     "exit_stages": [0],
     "draft_stage": 0,
     "num_draft_tokens": 2,
-    "draft_margin": 0.1,
     "draft_head": "base",
-    "draft_rank": 64,
     "draft_bits": 4,
     "draft_lookup": True,
 }
@@ -441,6 +439,12 @@ def test_options_of_another_mode_are_refused(mode):
         owner = next(other for other, options in MODES.items() if option in options)
         with pytest.raises(RequestError, match=f"{option} belongs to mode {owner}.*not to {mode}"):
             stream(mode=mode, **{option: VALUES[option]})
+
+
+def test_what_replaces_a_deleted_mode_or_option_exists():
+    for name, instead in DELETED.items():
+        assert name not in VALUES.keys() | MODES.keys()
+        assert instead.partition(",")[0] in VALUES.keys() | MODES.keys()
 
 
 # --- sampling -------------------------------------------------------------------------------------

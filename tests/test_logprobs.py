@@ -34,7 +34,6 @@ MODES: list[dict[str, Any]] = [
     {"mode": "compose", "stages": [0, 3]},
     {"mode": "wand"},
     {"mode": "speculative", "num_draft_tokens": 4},
-    {"mode": "certified", "num_draft_tokens": 4},
 ]
 
 
@@ -105,8 +104,7 @@ def test_each_row_counts_what_stands_before_it():
         assert rows[row].tolist() == pytest.approx(expected)
 
 
-# Certified drafts are from the draft stage or the full model, block by block.
-@pytest.mark.parametrize("mode", MODES[:-1], ids=lambda mode: mode.get("mode", "full"))
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.get("mode", "full"))
 def test_alternatives_are_the_best_where_the_token_is_from(mode):
     responses = stream(top_logprobs=5, **mode)
     tokens = [*tokenizer.encode(STORY), *tokens_of(responses)]
@@ -119,12 +117,6 @@ def test_alternatives_are_the_best_where_the_token_is_from(mode):
         assert list(told) == best.tolist()
         assert list(told.values()) == pytest.approx(logprobs[best].tolist(), abs=2e-4)
         assert response.top_logprobs[0] == (response.token, pytest.approx(response.logprob))
-
-
-def test_certified_drafts_tell_of_their_own_stage():
-    responses = stream(top_logprobs=3, mode="certified", max_tokens=40)
-    drafted = [r for r in responses if r.from_draft]
-    assert drafted and all(r.top_logprobs[0][0] == r.token for r in drafted)
 
 
 def test_what_a_form_excludes_is_no_alternative():

@@ -1,4 +1,4 @@
-"""Costs, paces and parking; the few-rows path of matrices; drafts from a shortlist."""
+"""Costs, paces and falling back to full depth; the few-rows path of matrices."""
 
 import json
 import math
@@ -14,19 +14,15 @@ from conftest import fixture
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cognica_mlx.bench.shapes import rounded
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import DecodedToken
-from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, decode, drive, prefill
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.decoding.targets import draft_target, stage_target
-from cognica_mlx.errors import RequestError
 from cognica_mlx.network import linear
 from cognica_mlx.network.linear import FULL_ROWS, Linear
-from cognica_mlx.network.shortlist import CANDIDATES
 from cognica_mlx.pricing.costs import Costs, bytes_read
 from cognica_mlx.pricing.pace import PATIENCE, Metered, Pace
 from cognica_mlx.pricing.timed_costs import measure
@@ -50,7 +46,7 @@ def paced(
     mode: str,
     costs: Costs,
     *,
-    park: bool = True,
+    falls_back: bool = True,
     count: int = 48,
     text: str = "Once upon a time",
     **options,
@@ -58,7 +54,7 @@ def paced(
     """What a mode writes at these costs, with full depth to fall back to."""
     model, tokenizer = fixture("poe-tiny")
     chosen = make_mode(model, mode, ModeOptions(**options), model.calibration)
-    pace = Pace(costs, chosen, park=park)
+    pace = Pace(costs, chosen, falls_back=falls_back)
     sequence = DecodingSequence(
         model,
         tokenizer.encode(text),
@@ -99,35 +95,35 @@ def test_measured_costs_have_a_figure_for_every_part_and_leave_the_state_alone()
     assert (np.array(costs.stages) > 0).all() and costs.full_boundaries == (3,)
 
 
-@pytest.mark.parametrize("mode", ["speculative", "certified", "wand"])
-def test_a_mode_that_does_not_pay_parks_and_says_why(mode):
+@pytest.mark.parametrize("mode", ["speculative", "wand"])
+def test_a_mode_that_does_not_pay_falls_back_and_says_why(mode):
     full = decoded("full")
     made, _, pace = paced(mode, DEAR)
     assert [one.token for one in made] == [one.token for one in full]
     assert {one.stage for one in made[PATIENCE + 8 :]} == {3}
-    assert pace.parked and "times what it does at full depth" in pace.parked
-    made, _, forced = paced(mode, DEAR, park=False)
-    assert forced.parked is None and any(one.stage == 0 for one in made[-24:])
+    assert pace.fell_back and "times as much as at full depth" in pace.fell_back
+    made, _, forced = paced(mode, DEAR, falls_back=False)
+    assert forced.fell_back is None and any(one.stage == 0 for one in made[-24:])
 
 
-@pytest.mark.parametrize("mode", ["speculative", "certified", "wand"])
+@pytest.mark.parametrize("mode", ["speculative", "wand"])
 def test_a_mode_that_pays_goes_on(mode):
     made, _, pace = paced(mode, CHEAP)
-    assert pace.parked is None and pace.tokens >= len(made)
+    assert pace.fell_back is None and pace.tokens >= len(made)
     assert any(one.stage == 0 for one in made[-24:])
 
 
-@pytest.mark.parametrize("mode", ["speculative", "certified", "wand"])
+@pytest.mark.parametrize("mode", ["speculative", "wand"])
 def test_reading_a_long_prompt_is_not_held_against_a_mode(mode):
     costs = Costs((1, 8), ((1.0, 1.5),) * 4, ((0.1, 0.15),) * 4, full_boundaries=(3,))
     made, _, pace = paced(mode, costs, text="Once upon a time " * 60)
-    assert pace.parked is None and any(one.stage == 0 for one in made[-24:])
+    assert pace.fell_back is None and any(one.stage == 0 for one in made[-24:])
 
 
 def test_drafting_that_cannot_pay_is_not_begun():
     costs = Costs((1, 8), ((1.0, 8.0),) * 4, ((1.0, 8.0),) * 4, (3,))
     made, sequence, pace = paced("speculative", costs)
-    assert sequence.drafted == 0 and pace.parked
+    assert sequence.drafted == 0 and pace.fell_back
     assert {one.stage for one in made} == {3}
 
 
@@ -145,21 +141,21 @@ def test_beside_others_drafting_is_weighed_for_so_many_rows(late):
     if late:
         for _ in range(4):
             batch.run()
-        assert sequence.drafted and pace.parked is None
+        assert sequence.drafted and pace.fell_back is None
     drafted = sequence.drafted
     for i in range(7):
         other = DecodingSequence(model, [6] * 9, make_mode(model), max_tokens=60)
         batch.add(i, other.steps())
     for _ in range(8):
         batch.run()
-    assert pace.parked and sequence.drafted <= drafted + 3 * late
+    assert pace.fell_back and sequence.drafted <= drafted + 3 * late
     batch.close()
 
 
 def test_what_is_spent_is_what_was_run():
     """Three drafts a round, counted from the tokens alone."""
     options = {"draft_stage": 0, "num_draft_tokens": 3}
-    made, sequence, pace = paced("speculative", CHEAP, park=False, count=41, **options)
+    made, sequence, pace = paced("speculative", CHEAP, falls_back=False, count=41, **options)
     rounds = sum(not one.from_draft for one in made)
     # A draft costs a stage and a head; a verification the stage 0 of the last draft, three others
     # and a head.
@@ -193,60 +189,7 @@ def test_draft_length_is_the_cheapest(step, slope, history, most):
     if plan.count:
         assert token(plan.count) == pytest.approx(best) and best < full
     else:
-        assert best > full * (1 - 1e-9) and pace.parked
-
-
-def test_a_shortlist_holds_the_best_tokens_and_their_exact_logits():
-    model, tokenizer = fixture("poe-tiny")
-    hidden = model.boundaries(mx.array([tokenizer.encode("The capital of France is Paris.")]))[0]
-    whole = np.array(model.stage_logits(0, hidden))[0]
-    short = np.array(model.with_shortlist(64).stage_logits(0, hidden))[0]
-    assert (whole.argmax(-1) == short.argmax(-1)).all()
-    listed = short > -14.9  # the softcap's end stands for all others
-    assert (listed.sum(-1) == CANDIDATES).all()
-    np.testing.assert_allclose(short[listed], whole[listed], atol=1e-4)
-    assert model.with_shortlist(64).lm_head is model.with_shortlist(64).lm_head
-
-
-@pytest.mark.parametrize("temp", [0.0, 0.8])
-def test_drafts_from_a_shortlist_leave_the_output_alone(temp):
-    model, tokenizer = fixture("poe-tiny")
-    prompt = tokenizer.encode("Once upon a time")
-    plain = decode(model, prompt, make_mode(model), max_tokens=40)
-    whole, short = (
-        [
-            *decode(
-                model,
-                prompt,
-                make_mode(model, "speculative", ModeOptions(draft_rank=rank, num_draft_tokens=3)),
-                max_tokens=40,
-                sampler=Sampler(SamplingOptions(temp=temp, seed=5)),
-            )
-        ]
-        for rank in (None, 64)
-    )
-    if not temp:
-        assert [one.token for one in short] == [one.token for one in plain]
-        certified = [decoded("certified", draft_rank=rank, draft_stage=0) for rank in (None, 64)]
-        tokens = [[(one.token, one.stage, one.from_draft) for one in m] for m in certified]
-        assert tokens[0] == tokens[1]
-        # A certified draft's is normalised over the candidates.
-        logprobs = [[one.logprob for one in made] for made in certified]
-        assert logprobs[1] == pytest.approx(logprobs[0], abs=0.01)
-        kept = [sum(one.from_draft for one in made) for made in (whole, short)]
-        assert kept[1] >= kept[0] - 3
-
-
-def test_where_a_shortlist_cannot_be():
-    model, _ = fixture("poe-tiny")
-    for rank in (0, 128):
-        with pytest.raises(RequestError, match=f"draft_rank {rank}"):
-            model.with_shortlist(rank)
-    for name in ("gqa-logop-d8", "stage-on-flat"):
-        with pytest.raises(RequestError, match="several"):
-            fixture(name)[0].with_shortlist(16)
-    with pytest.raises(RequestError, match="quantized"):
-        rounded(model, 8).with_shortlist(16)
+        assert best > full * (1 - 1e-9) and pace.fell_back
 
 
 def test_costs_are_measured_once(monkeypatch, tmp_path):
@@ -361,21 +304,7 @@ def test_responses_say_when_a_mode_has_fallen_back():
     assert not any(r.fell_back for r in stream_generate(model, tokenizer, "Once", **options))
 
 
-def test_a_shortlist_costs_what_was_measured_else_its_share():
-    model, _ = fixture("poe-tiny")
-    costs = measure(model, (1, 2), trials=1, ranks=(16, 32))
-    assert set(costs.shortlists) == {16, 32} and min(costs.shortlists.values()) > 0
-    assert costs.target(draft_target(model, 0, "summed", 16)) == costs.shortlists[16]
-    assert costs.target(draft_target(model, 0, "summed", 8)) == costs.head(0) * 8 / 128
-    mode = make_mode(model, "speculative", ModeOptions(draft_rank=16))
-    pace = Pace(costs, mode, park=False)
-    driver = Metered(Single(), pace)
-    next(decode(model, [5], mode, driver=driver, max_tokens=2, advice=pace))
-    step = costs.lower(0) + costs.shortlists[16]
-    assert pace.spent == pytest.approx(step + costs.lower(0) + costs.upper(0, 2))
-
-
-def test_bytes_of_short_and_pooled_heads():
+def test_bytes_of_pooled_heads():
     model, _ = fixture("gqa-logop-d8")
     costs = bytes_read(model)
     assert costs.full_head() == sum(costs.head(k) for k in range(model.poe_n_stages))

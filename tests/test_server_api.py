@@ -65,7 +65,7 @@ CHATS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("chat", {"presence_penalty": 0.4, "frequency_penalty": 0.5}, {"repetition_penalty": 1.0}),
     ("chat", {"logit_bias": {"280": -100}}, {"mode": "wand", "safety": 2.0}),
     ("chat", {"stop": [" is", "Tok"]}, {}),
-    ("chat", {"stop": "capital of"}, {"mode": "certified"}),
+    ("chat", {"stop": "capital of"}, {"mode": "speculative"}),
     ("chat", {"max_completion_tokens": 3}, {"regex": "[a-z]{2,9} [a-z]+"}),
     ("chat", {}, {"grammar": 'start: "yes" | "no"'}),
     ("chat", {"response_format": {"type": "json_object"}}, {}),

@@ -310,7 +310,7 @@ ASKED: list[tuple[str, dict[str, Any]]] = [
     ("base", {"prompt": "The capital of France is", "temperature": 1.3, "seed": 5}),
     ("base", {"prompt": text(31), "mode": "stage", "stage": 1, "stop": [" the", "er"]}),
     ("chat", {"prompt": "The sun", "mode": "wand", "presence_penalty": 0.5}),
-    ("math", {"prompt": text(64), "mode": "certified"}),
+    ("math", {"prompt": text(64), "mode": "speculative"}),
     ("both", {"prompt": "Tom has", "frequency_penalty": 0.7}),
     ("base", {"prompt": "In JSON:", "regex": '\\{"a": [0-9]{1,3}\\}'}),
 ]

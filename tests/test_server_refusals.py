@@ -137,6 +137,20 @@ def test_a_field_that_cannot_be_honoured_is_named(server, path, change, param):
 
 
 @pytest.mark.parametrize(
+    ("change", "param", "instead"),
+    [
+        ({"mode": "certified"}, "mode", "speculative"),
+        ({"mode": "speculative", "draft_rank": 16}, "draft_rank", "draft_bits"),
+        ({"mode": "speculative", "draft_margin": 0.4}, "draft_margin", "num_draft_tokens"),
+    ],
+)
+def test_what_was_deleted_is_answered_with_what_replaces_it(server, change, param, instead):
+    status, error = refusal(server.ask(TEXTS, {**TEXT, **change}))
+    assert (status, error["param"]) == (400, param)
+    assert f"no longer exists: use {instead}" in error["message"]
+
+
+@pytest.mark.parametrize(
     "change",
     [
         dict.fromkeys(("temperature", "stop", "tools", "seed", "logit_bias", "anything")),
@@ -374,7 +388,7 @@ FIELDS = (
     *("stop", "seed", "stream", "stream_options", "logprobs", "top_logprobs", "logit_bias", "echo"),
     *("presence_penalty", "repetition_penalty", "response_format", "tools", "tool_choice", "regex"),
     *("grammar", "mode", "stage", "max_stages", "stages", "stage_weights", "safety", "p99_bounds"),
-    *("exit_stages", "draft_stage", "num_draft_tokens", "draft_head", "draft_rank", "token_stages"),
+    *("exit_stages", "draft_stage", "num_draft_tokens", "draft_head", "draft_bits", "token_stages"),
 )
 
 

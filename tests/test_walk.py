@@ -116,7 +116,7 @@ def any_prompt(random: Random) -> Any:
 
 def any_options(random: Random) -> dict[str, Any]:
     mode = random.choice(
-        ["full", "full", "stage", "prefix", "compose", "wand", "certified", *3 * ["speculative"]]
+        ["full", "full", "stage", "prefix", "compose", "wand", *4 * ["speculative"]]
     )
     options: dict[str, Any] = {"mode": mode, "max_tokens": random.randint(1, 24)}
     if random.random() < 0.4:
@@ -125,9 +125,9 @@ def any_options(random: Random) -> dict[str, Any]:
         options["stage" if mode == "stage" else "max_stages"] = random.randint(1, 3)
     if mode == "compose":
         options["stages"] = [0, 3]
-    if mode in ("wand", "certified"):
+    if mode == "wand":
         options["p99_bounds"] = BOUNDS
-    if mode in ("speculative", "certified"):
+    if mode == "speculative":
         options["num_draft_tokens"] = random.randint(1, 6)
         options["draft_stage"] = random.randint(0, 1)
     if mode == "speculative":

@@ -103,7 +103,7 @@ def _counts(setup: Setup) -> list[Figure]:
 def _mixed(setup: Setup, calibration: Calibration | None) -> list[Figure]:
     """Sequences in different modes, paced by measured costs, against all at full depth."""
     model = setup.model
-    names = ["full", "speculative", "stage", *(["wand", "certified"] if calibration else [])]
+    names = ["full", "speculative", "stage", *(["wand"] if calibration else [])]
     texts = prompts(setup, MIXED)
     costs = measure(model, text=setup.texts[0], trials=2)
     fell_back: list[str] = []
@@ -122,7 +122,7 @@ def _mixed(setup: Setup, calibration: Calibration | None) -> list[Figure]:
             paces.append((name, pace))
             batch.add(i, sequence.steps(), pace)
         rate = _rate(batch, len(texts))
-        fell_back.extend(name for name, pace in paces if pace and pace.parked)
+        fell_back.extend(name for name, pace in paces if pace and pace.fell_back)
         return rate
 
     full = partial(_run, setup, texts, [make_mode(model)])

@@ -8,14 +8,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
 from cognica_mlx.bench.timing import Samples
+from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import drive
 from cognica_mlx.decoding.speculative import Speculative
+from cognica_mlx.decoding.targets import stage_target
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import bytes_read, with_bytes_of
 from cognica_mlx.pricing.rounds import RoundCosts
@@ -68,14 +71,34 @@ def drafts(
             rate, notes["tokens_a_round"] = _acceptance(setup, mode, prompts)
         predicted = None
         if mode.drafters:
-            predicted, notes["best_drafts"] = by_bytes(setup.model, mode, rate)
+            predicted, notes["best_drafts"] = by_bytes(setup.model, mode.drafters[0], rate)
         if mode.prefix:
             notes["copy_mb"] = mode.prefix.nbytes / 1e6
         samples = Samples((100 * rate,))
         found.append(figure("drafts", name, "% kept", samples, predicted=predicted, notes=notes))
         if setup.progress:
             setup.progress("drafters", i + 1, len(cases))
-    return found
+    return found if prompts else [*found, *_bounds(setup.model, assumed or ASSUMED)]
+
+
+def _bounds(model: PoEModel, rate: float) -> list[Figure]:
+    """The most that two other ways to draft could give, by bytes: not verifying what stage 0 is
+    sure of, if that were everything; and a cheaper head for its drafts, if it cost nothing."""
+    target, costs = stage_target(model, 0), bytes_read(model)
+    alone = costs.full_token / (costs.lower(0) + costs.target(target))
+    free, count = by_bytes(model, StageDrafter(replace(target, heads=())), rate)
+    sure, kept = Samples((100.0,)), Samples((100 * rate,))
+    return [
+        figure("drafts", "bound: stage 0, never verified", "% kept", sure, predicted=alone),
+        figure(
+            "drafts",
+            "bound: the stages with a free head",
+            "% kept",
+            kept,
+            predicted=free,
+            notes={"best_drafts": count},
+        ),
+    ]
 
 
 def _name(bits: str) -> str:
@@ -86,7 +109,7 @@ def _acceptance(
     setup: Setup, mode: Speculative, prompts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
     """The probability that a draft is accepted if those before it were, and tokens per round."""
-    kept = refused = tokens = rounds = drafted = 0
+    kept = rejected = tokens = rounds = drafted = 0
     for prompt in prompts:
         sequence = DecodingSequence(setup.model, prompt, mode, max_tokens=setup.tokens)
         made = list(drive(sequence.steps()))
@@ -95,28 +118,27 @@ def _acceptance(
         # A round ends with the full model's own token, after the first rejection or all drafts.
         rounds += len(row) - sum(row)
         tokens += len(row)
-        refused += _refusals(row, mode.num_draft_tokens)
+        rejected += _rejections(row, mode.num_draft_tokens)
         drafted += sequence.drafted
-    judged = kept + refused if mode.drafters else drafted
+    judged = kept + rejected if mode.drafters else drafted
     return kept / max(judged, 1), tokens / max(rounds, 1)
 
 
-def _refusals(row: Sequence[bool], count: int) -> int:
+def _rejections(row: Sequence[bool], count: int) -> int:
     """Rounds that ended with a rejection, not because all `count` drafts were accepted."""
-    refusals = run = 0
+    rejections = run = 0
     for drafted in row:
         if drafted:
             run += 1
             continue
-        refusals += run < count
+        rejections += run < count
         run = 0
-    return refusals
+    return rejections
 
 
-def by_bytes(model: PoEModel, mode: Speculative, rate: float) -> tuple[float, int]:
+def by_bytes(model: PoEModel, drafter: StageDrafter, rate: float) -> tuple[float, int]:
     """The best speed-up over plain decoding at this acceptance, with bytes of weights read as the
     cost, and the number of drafts that gives it."""
-    drafter = mode.drafters[0]
     costs = bytes_read(model)
     if drafter.prefix:
         costs = with_bytes_of(costs, drafter.prefix)

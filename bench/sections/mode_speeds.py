@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from cognica_mlx.bench.sections.stage_speeds import ROWS, Figure, Setup, figure, timed_decode
@@ -30,7 +29,7 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs
 from cognica_mlx.pricing.pace import Metered, Pace
-from cognica_mlx.pricing.replaying import ROUNDED_BITS, Trace, best_options
+from cognica_mlx.pricing.replaying import COPY_BITS, Trace, best_options
 from cognica_mlx.pricing.timed_costs import measure, measure_drafter
 
 
@@ -73,14 +72,13 @@ def modes(
     overhead: dict[str, list[float]] = {name: [] for name in cases}
     costs: list[Costs] = []
     spare = setup.state(last, setup.texts[0])
-    ranks = {o["draft_rank"] for _, o in cases.values() if "draft_rank" in o}
 
     prefixes = [one.prefix for one in chosen.values() if isinstance(one, Speculative)]
     copies = list({id(prefix): prefix for prefix in prefixes if prefix}.values())
     rounded: dict[int, Costs] = {}
 
     def measure_parts() -> None:
-        costs.append(measure(model, ROWS, state=spare, trials=1, ranks=sorted(ranks)))
+        costs.append(measure(model, ROWS, state=spare, trials=1))
         for prefix in copies:
             rounded[id(prefix)] = measure_drafter(prefix, ROWS, state=spare, trials=1)
 
@@ -88,16 +86,16 @@ def modes(
         mode = chosen[name]
         prefix = mode.prefix if isinstance(mode, Speculative) else None
         own = replace(costs[-1], rounded=rounded[id(prefix)]) if prefix else costs[-1]
-        pace = Pace(own, mode, park=False)
+        pace = Pace(own, mode, falls_back=False)
         seconds, made[name], drafted[name] = 0.0, [], 0
         for i, (text, state) in enumerate(zip(setup.texts, held[name], strict=True)):
             driver: Driver = Single()
             if recording and isinstance(mode, Speculative):
                 trace = recording.traces[i % len(recording.traces)]
                 hits = trace.draft_hits
-                if mode.prefix and trace.rounded_hits is not None:
-                    hits = np.stack([trace.rounded_hits, *hits[1:]])
-                script = Script(hits, trace.draft_margins, len(text))
+                if mode.prefix and trace.copy_hits is not None:
+                    hits = np.stack([trace.copy_hits, *hits[1:]])
+                script = Script(hits, len(text))
                 driver = Scripted(driver, script)
             sequence = DecodingSequence(
                 model, text, mode, max_tokens=setup.tokens, state=state, advice=pace
@@ -147,7 +145,7 @@ def modes(
     return figures
 
 
-def _plain_cases() -> dict[str, tuple[str, dict]]:
+def _plain_cases() -> dict[str, tuple[str, dict[str, Any]]]:
     return {
         "full": ("full", {}),
         "stage 0": ("stage", {"stage": 0}),
@@ -158,49 +156,34 @@ def _plain_cases() -> dict[str, tuple[str, dict]]:
 
 def _drafting_cases(
     model: PoEModel, calibration: Calibration | None
-) -> dict[str, tuple[str, dict]]:
+) -> dict[str, tuple[str, dict[str, Any]]]:
     """Modes that draft or exit early; exiting early needs a calibration."""
     plain = {"draft_stage": 0, "num_draft_tokens": 3}
-    cases: dict[str, tuple[str, dict]] = {"speculative, 3 drafts": ("speculative", plain)}
-    draft: dict[str, Any] = plain
+    cases: dict[str, tuple[str, dict[str, Any]]] = {"speculative, 3 drafts": ("speculative", plain)}
     if calibration:
         draft = dict(calibration.options.get("speculative", plain))
         cases["speculative, as calibrated"] = ("speculative", draft)
-    copy = {**plain, "draft_bits": ROUNDED_BITS}
-    cases[f"speculative, 3 drafts of a {ROUNDED_BITS}-bit copy"] = ("speculative", copy)
+    copy = {**plain, "draft_bits": COPY_BITS}
+    cases[f"speculative, 3 drafts of a {COPY_BITS}-bit copy"] = ("speculative", copy)
     looks_up = {"draft_lookup": True, "num_draft_tokens": 0}
     cases["speculative, looked up only"] = ("speculative", looks_up)
-    several = model.config.per_stage_head or model.config.specialist_layers
-    quarter: dict[str, int] = {}
-    if not several and isinstance(model.lm_head, nn.Linear):
-        quarter = {"draft_rank": model.config.n_embd // 4}
-        name = "speculative, shortlist from a quarter of the head"
-        own = {k: v for k, v in draft.items() if k != "draft_bits"}
-        cases[name] = ("speculative", {**own, **quarter})
     if calibration:
-        chosen, bounds = calibration.options, {"p99_bounds": calibration.p99_bounds}
-        certify = {**bounds, **chosen.get("certified", {})}
-        cases["wand"] = ("wand", {**bounds, **chosen.get("wand", {})})
-        cases["certified"] = ("certified", certify)
-        if quarter:
-            name = "certified, shortlist from a quarter of the head"
-            cases[name] = ("certified", {**certify, **quarter})
+        bounds = {"p99_bounds": calibration.p99_bounds}
+        cases["wand"] = ("wand", {**bounds, **calibration.options.get("wand", {})})
     return cases
 
 
-def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, tuple[str, dict]]:
-    """Speculation and certified speculation with the options that pay best on the recording."""
+def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Speculation with the options that pay best on the recording."""
     model = setup.model
     costs = measure(model, ROWS, text=setup.texts[0], trials=2)
     needed = exit_margins(model, recording.p99_bounds, safety=1.0)
     chosen = best_options(model, recording.traces, costs, needed)
     label = "decided as recorded from poe-tiny"
-    bounds = {"p99_bounds": recording.p99_bounds}
-    copy = {"draft_bits": ROUNDED_BITS, "draft_stage": 0, "num_draft_tokens": 4}
+    copy = {"draft_bits": COPY_BITS, "draft_stage": 0, "num_draft_tokens": 4}
     return {
         f"speculative, {label}": ("speculative", chosen["speculative"][0]),
         f"speculative, 4 drafts of a 4-bit copy, {label}": ("speculative", copy),
-        f"certified, {label}": ("certified", {**chosen["certified"][0], **bounds}),
     }
 
 

@@ -252,15 +252,15 @@ def _need(cache: StageCache) -> int:
 
 def _alone(cache: StageCache) -> int:
     """The rows of a cache's longest buffers when it is not on a shelf."""
-    return _rounded(cache, GROWTH)
+    return _quantized(cache, GROWTH)
 
 
 def _size(caches: Sequence[StageCache]) -> int:
     """The rows of a slot on a shelf for these caches."""
-    return max(_rounded(cache, STEP) for cache in caches)
+    return max(_quantized(cache, STEP) for cache in caches)
 
 
-def _rounded(cache: StageCache, step: int) -> int:
+def _quantized(cache: StageCache, step: int) -> int:
     return min(cache.limit(max(cache.windows)), -(-_need(cache) // step) * step)
 
 

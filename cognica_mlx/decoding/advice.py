@@ -21,20 +21,27 @@ class Plan:
         return bool(self.looked_up or self.count)
 
 
-class Advice(Protocol):
-    """Advice to a mode on whether it pays, and what it reports in return. `Pace` implements it with
-    measured costs."""
+# Without costs, the match length from which looked-up tokens are drafted.
+AGREEING = 5
+
+
+class Advice:
+    """Advice to a mode on whether it pays, and what the mode reports in return. This one knows no
+    costs: every mode goes on with its own options. `Pace` gives advice from costs."""
 
     def begins(self, position: int) -> None:
         """The mode's own positions start here; earlier ones belong to the prompt."""
 
     def pays(self) -> bool:
         """Whether to go on in this mode."""
+        return True
 
     def plan(self, offered: int, agreeing: int, most: int, meanwhile: bool = False) -> Plan:
         """What to draft in the next round: up to `offered` looked-up tokens, found by a match of
         `agreeing` tokens, and up to `most` by a drafter. `meanwhile`: drafting will go on while
         other machines verify."""
+        taken = offered if agreeing >= AGREEING else 0
+        return Plan(taken, 0, max(most - taken, 0))
 
     def judged(self, drafter: str, kept: int, drafted: int) -> None:
         """The first `kept` of `drafted` tokens in a row by `drafter` were accepted."""
@@ -58,35 +65,3 @@ class Meter(Protocol):
 
     def price(self, request: Request, rows: int | None = None) -> float:
         """The cost of a request: its share of a pass of `rows` rows."""
-
-
-# Without advice, the match length from which looked-up tokens are drafted.
-AGREEING = 5
-
-
-class NoAdvice:
-    """Every mode goes on with its own options."""
-
-    def begins(self, position: int) -> None:
-        """See `Advice`."""
-
-    def pays(self) -> bool:
-        """See `Advice`."""
-        return True
-
-    def plan(self, offered: int, agreeing: int, most: int, meanwhile: bool = False) -> Plan:
-        """See `Advice`."""
-        taken = offered if agreeing >= AGREEING else 0
-        return Plan(taken, 0, max(most - taken, 0))
-
-    def judged(self, drafter: str, kept: int, drafted: int) -> None:
-        """See `Advice`."""
-
-    def drafted_meanwhile(self, drafter: int, rows: int, count: int) -> None:
-        """See `Advice`."""
-
-    def observed(self, agreeing: int, hit: bool) -> None:
-        """See `Advice`."""
-
-    def emitted(self) -> None:
-        """See `Advice`."""

@@ -4,8 +4,8 @@
 - a *sweep* takes every sequence to its next token: passes from the shallowest stage up, with the
   rows of all sequences at a stage packed into one pass, and one wait for all numbers
 - prompts are read in chunks alongside the others' tokens, a limited number of rows per sweep
-- a pass that fails is retried for each sequence alone, so that only the one at fault ends; on
-  another machine it fails too late for that, and all its sequences end
+- a pass that fails is retried for each sequence alone, so that only the one at fault ends; if it
+  failed on another machine, that is known too late to retry, and all its sequences end
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 from cognica_mlx.calibration_file import Calibration, published_bounds
 from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.plain import Plain
-from cognica_mlx.decoding.rounded_prefix import round_prefix
+from cognica_mlx.decoding.quantized_prefix import quantize_prefix
 from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.targets import (
@@ -19,13 +19,13 @@ from cognica_mlx.decoding.targets import (
     prefix_target,
     stage_target,
 )
-from cognica_mlx.decoding.wand import Wand, exit_margins
-from cognica_mlx.errors import RequestError
+from cognica_mlx.decoding.wand import Wand
+from cognica_mlx.errors import RequestError, deleted
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.scheme import draft_scheme
 
-# The most drafts in a round by default: more from a rounded drafter, which is cheaper.
-DRAFTS, ROUNDED_DRAFTS = 3, 6
+# The most drafts in a round by default: more from a quantized copy, which is cheaper.
+DRAFTS, COPY_DRAFTS = 3, 6
 
 # Each mode with the options that it takes.
 MODES: dict[str, tuple[str, ...]] = {
@@ -35,20 +35,15 @@ MODES: dict[str, tuple[str, ...]] = {
     "compose": ("stages", "stage_weights"),
     "wand": ("safety", "p99_bounds", "exit_stages"),
     "speculative": (
-        *("draft_stage", "num_draft_tokens", "draft_margin"),
-        *("draft_head", "draft_rank", "draft_bits", "draft_lookup"),
-    ),
-    "certified": (
-        *("safety", "p99_bounds", "draft_stage", "num_draft_tokens"),
-        *("draft_margin", "draft_rank"),
+        *("draft_stage", "num_draft_tokens", "draft_head", "draft_bits", "draft_lookup"),
     ),
 }
 
 # Options that may be given while the calibration decides the rest.
-_BESIDE_CALIBRATED = {"safety", "draft_head", "draft_rank", "draft_lookup"}
+_BESIDE_CALIBRATED = {"safety", "draft_head", "draft_lookup"}
 
 # Modes that may cost more than they save, so a `Pace` watches them.
-PACED_MODES = ("wand", "speculative", "certified")
+PACED_MODES = ("wand", "speculative")
 
 
 @dataclass(frozen=True)
@@ -58,10 +53,10 @@ class ModeOptions:
     stage: the boundary that `stage` predicts from (0). max_stages: how many stages `prefix` runs
     (all). stages, stage_weights: what `compose` mixes (all, equally). safety: factor on the bounds
     (1.0). p99_bounds: one for each step between stages. exit_stages: where `wand` may exit (all).
-    draft_stage (0), num_draft_tokens (3; 6 with a rounded drafter), draft_margin (off), draft_head
-    (summed), draft_rank (the whole head): how drafts are made. draft_bits (off): the bits, or
-    "mxfp4" or "nvfp4", of a rounded copy of the stages and heads that draft. draft_lookup (off):
-    also draft what followed the same tokens earlier in the text; num_draft_tokens may then be 0.
+    draft_stage (0), num_draft_tokens (3; 6 with a quantized copy), draft_head (summed): how drafts
+    are made. draft_bits (off): the bits, or "mxfp4" or "nvfp4", of a quantized copy of the stages
+    and heads that draft. draft_lookup (off): also draft what followed the same tokens earlier in
+    the text; num_draft_tokens may then be 0.
     """
 
     stage: int | None = None
@@ -73,11 +68,15 @@ class ModeOptions:
     exit_stages: Sequence[int] | None = None
     draft_stage: int | None = None
     num_draft_tokens: int | None = None
-    draft_margin: float | None = None
     draft_head: str | None = None
-    draft_rank: int | None = None
     draft_bits: int | str | None = None
     draft_lookup: bool | None = None
+
+
+def check_mode(mode: object) -> None:
+    """Raise RequestError unless there is a mode of this name."""
+    if not isinstance(mode, str) or mode not in MODES:
+        raise RequestError(deleted(mode) or f"mode {mode!r} is not one of {', '.join(MODES)}")
 
 
 def make_mode(
@@ -92,8 +91,7 @@ def make_mode(
     the model does not have, or missing bounds.
     """
     options = options or ModeOptions()
-    if mode not in MODES:
-        raise RequestError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+    check_mode(mode)
     given = {f.name: getattr(options, f.name) for f in fields(options)}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
@@ -113,23 +111,20 @@ def make_mode(
         given = {**_advised(model, calibration.options.get(mode, {}), given), **given}
     if "p99_bounds" in MODES[mode] and "p99_bounds" not in given:
         given["p99_bounds"] = _bounds(model, calibration)
-    return Wand(model, **given) if mode == "wand" else _speculative(model, mode, **given)
+    return Wand(model, **given) if mode == "wand" else _speculative(model, **given)
 
 
 def _advised(
     model: PoEModel, options: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A calibration's options for a mode, without rounding if the model (which may have been loaded
-    rounded) or the options given do not allow it."""
+    """A calibration's options for a mode, without a quantized copy if the model (which may
+    be quantized itself) or the options given do not allow one."""
     advised = dict(options)
     if bits := advised.get("draft_bits"):
         head = given.get("draft_head", "summed")
         try:
-            round_prefix(model, draft_scheme(bits), advised.get("draft_stage", 0), head)
-            fits = "draft_rank" not in given
+            quantize_prefix(model, draft_scheme(bits), advised.get("draft_stage", 0), head)
         except RequestError:
-            fits = False
-        if not fits:
             del advised["draft_bits"]
     return advised
 
@@ -145,40 +140,20 @@ def last_resort(model: PoEModel) -> Mode | None:
 
 def _speculative(
     model: PoEModel,
-    mode: str,
     draft_stage: int = 0,
     num_draft_tokens: int | None = None,
-    draft_margin: float | None = None,
     draft_head: str = "summed",
-    draft_rank: int | None = None,
     draft_bits: int | str | None = None,
     draft_lookup: bool = False,
-    p99_bounds: Sequence[float] = (),
-    safety: float = 1.0,
 ) -> Speculative:
     model.check_stage(draft_stage, "draft_stage")
-    certain = None
-    if mode == "certified":
-        if draft_stage == model.poe_n_stages - 1:
-            raise RequestError(
-                f"draft_stage {draft_stage} is the last stage: nothing is left to skip"
-            )
-        certain = exit_margins(model, p99_bounds, safety)[draft_stage]
-        # The bounds apply to the stage's own prediction. A shortlist's logits are exact, and so is
-        # the margin between the best two.
-        draft_head = "base"
-    own = draft_target(model, draft_stage, draft_head, draft_rank)
-    drafters = [StageDrafter(own, draft_margin)]
+    drafters = [StageDrafter(draft_target(model, draft_stage, draft_head))]
     if draft_bits is not None:
-        if draft_rank is not None:
-            raise RequestError(
-                "draft_rank and draft_bits both make the head cheaper: give only one of them"
-            )
-        prefix = round_prefix(model, draft_scheme(draft_bits), draft_stage, draft_head)
-        drafters.insert(0, StageDrafter(prefix.target, draft_margin, prefix))
+        prefix = quantize_prefix(model, draft_scheme(draft_bits), draft_stage, draft_head)
+        drafters.insert(0, StageDrafter(prefix.target, prefix))
     if num_draft_tokens is None:
-        num_draft_tokens = ROUNDED_DRAFTS if draft_bits is not None else DRAFTS
-    return Speculative(full_target(model), drafters, num_draft_tokens, certain, draft_lookup)
+        num_draft_tokens = DRAFTS if draft_bits is None else COPY_DRAFTS
+    return Speculative(full_target(model), drafters, num_draft_tokens, draft_lookup)
 
 
 def _bounds(model: PoEModel, calibration: Calibration | None) -> Sequence[float]:
@@ -187,7 +162,7 @@ def _bounds(model: PoEModel, calibration: Calibration | None) -> Sequence[float]
     bounds = calibration.p99_bounds if calibration else published_bounds(model.config)
     if bounds is None:
         raise RequestError(
-            "this model has no calibration, which wand and certified need; "
-            "make one with mlx_poe.calibrate, or give p99_bounds"
+            "this model has no calibration, which wand needs; make one with mlx_poe.calibrate, "
+            "or give p99_bounds"
         )
     return bounds

@@ -70,7 +70,7 @@ class Plain:
         """Emit one token after another, but forced tokens all at once."""
         state, sampler = sequence.state, sequence.sampler
         while True:
-            yield from sequence.certain()
+            yield from sequence.forced()
             if not sequence.budget:
                 return
             state.append(sequence.text[state.length :])

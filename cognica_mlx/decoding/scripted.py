@@ -18,8 +18,8 @@ from cognica_mlx.decoding.requests import Request, Score
 from cognica_mlx.decoding.sampling import Scores
 from cognica_mlx.decoding.single import Driver
 
-# The best token's score, the score of all but the best two, and the ids that stand in for the
-# recorded token and for a wrong one.
+# The best token's score, the score of all others, and the ids that stand in for the recorded token
+# and for a wrong one.
 HIGH, LOW = 50.0, 0.0
 RIGHT, WRONG = 1, 2
 
@@ -44,12 +44,11 @@ class Script:
     """The stages' recorded predictions for the tokens after the first `start`.
 
     As in a `Trace` of K - 1 stages, `hits[k, t]` says whether stage k chooses the full model's
-    token and `margins[k, t]` by how much its best score leads. The last stage is the full model and
-    always right. After the end of the recording its last token is repeated.
+    token. The last stage is the full model and always right. After the end of the recording its
+    last token is repeated.
     """
 
     hits: np.ndarray
-    margins: np.ndarray
     start: int
 
     def __call__(self, request: Score) -> mx.array:
@@ -60,8 +59,6 @@ class Script:
             # The last row predicts the token after the state's last.
             t = state.length - self.start - count + 1 + row
             t = min(max(t, 0), self.hits.shape[1] - 1)
-            full = stage == len(self.hits)
-            best, second = (RIGHT, WRONG) if full or self.hits[stage, t] else (WRONG, RIGHT)
-            said[row, best] = HIGH
-            said[row, second] = HIGH - (1 if full else self.margins[stage, t])
+            right = stage == len(self.hits) or self.hits[stage, t]
+            said[row, RIGHT if right else WRONG] = HIGH
         return mx.array(said)

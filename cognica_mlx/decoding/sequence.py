@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.advice import Advice, NoAdvice
+from cognica_mlx.decoding.advice import Advice
 from cognica_mlx.decoding.constraint import Constraint
 from cognica_mlx.decoding.requests import (
     DecodedToken,
@@ -91,7 +91,7 @@ class DecodingSequence:
         if state.model is not model:
             raise RequestError("the decoding state belongs to another model")
         self.model, self.mode, self.state = model, mode, state
-        self.advice, self.fallback = advice or NoAdvice(), fallback
+        self.advice, self.fallback = advice or Advice(), fallback
         self.last_resort = last_resort
         self.constraint = constraint
         self.text, self.prompt_length = list(prompt), len(prompt)
@@ -256,7 +256,7 @@ class DecodingSequence:
         """The current context for the sampler's penalties."""
         return self.sampler.context(self.text, self.prompt_length)
 
-    def certain(self) -> Generator[DecodedToken, None, None]:
+    def forced(self) -> Generator[DecodedToken, None, None]:
         """Emit the tokens that the constraint forces, until the budget is used up.
 
         The stages run them in one pass when they next have to predict a token.

@@ -1,36 +1,27 @@
 """Self-speculation: a drafter drafts, the full model verifies the drafts in one pass.
 
-Drafts come from the model's own first stages, from a rounded copy of them, or are looked up in the
-text. A round may start with looked-up tokens and go on with a stage drafter; advice decides which
-drafter and how many tokens. Drafts of the model's own stages have the real keys, values and
+Drafts come from the model's own first stages, from a quantized copy of them, or are looked up in
+the text. A round may start with looked-up tokens and go on with a stage drafter; advice decides
+which drafter and how many tokens. Drafts of the model's own stages have the real keys, values and
 activations, so verification only runs the other stages on them. Other drafts run through all
-stages. Refused drafts are rolled back.
+stages. Rejected drafts are rolled back.
 
 Greedy output is the full model's. With a temperature a draft x is accepted with probability
-min(1, p(x) / q(x)) and a refused one is replaced by a draw from max(p - q, 0) (Leviathan et al.
+min(1, p(x) / q(x)) and a rejected one is replaced by a draw from max(p - q, 0) (Leviathan et al.
 2023, Chen et al. 2023), so the output has the full model's distribution; p and q pass through the
 same penalties and filters. While drafting does not pay, the full model decodes token by token as in
 mode `full`.
 
-Certified speculation skips verifications. A draft is certified if its margin exceeds the WAND
-bounds of the stages after the draft stage, so that these would rarely overturn it. A block of
-certified drafts is emitted at once, and its positions stay pending in the deeper stages. A block
-with an uncertified draft is verified as a whole, together with all pending positions; its certified
-drafts count as accepted. The output agrees with the full model's as often as WAND's does; with a
-temperature, certified drafts are drawn from the draft stage's distribution and the others follow
-the full model's.
-
-The host waits once for each verification, and once for each block that may be certified.
+The host waits once for each verification.
 
 While other machines verify, this one goes on drafting (Butler et al. 2024, PipeInfer): it guesses
 the full model's token after the block and drafts the next block after the guess. If a draft is
-refused or the guess is wrong, all of that is rolled back.
+rejected or the guess is wrong, all of that is rolled back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -40,6 +31,7 @@ from cognica_mlx.decoding.constraint import Constraint
 from cognica_mlx.decoding.drafters import FORCED, LOOKED_UP, Draft, StageDrafter, begin
 from cognica_mlx.decoding.lookup import MOST, Lookup
 from cognica_mlx.decoding.plain import Plain
+from cognica_mlx.decoding.quantized_prefix import QuantizedPrefix
 from cognica_mlx.decoding.requests import (
     DecodedToken,
     Read,
@@ -50,7 +42,6 @@ from cognica_mlx.decoding.requests import (
     through,
     top_of,
 )
-from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
 from cognica_mlx.decoding.sampling import Sampler, Scores, logprob_of
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
@@ -62,8 +53,7 @@ MAX_DRAFTS = 64
 class Speculative:
     """Draft up to `num_draft_tokens` a round with one of `drafters`, verify with `target`.
 
-    With `looks_up` also draft what followed the same tokens earlier in the text. Drafts with a
-    margin above `certain` are not verified for their own sake.
+    With `looks_up` also draft what followed the same tokens earlier in the text.
     """
 
     def __init__(
@@ -71,7 +61,6 @@ class Speculative:
         target: Target,
         drafters: Sequence[StageDrafter],
         num_draft_tokens: int = 3,
-        certain: float | None = None,
         looks_up: bool = False,
     ):
         least = 0 if looks_up else 1
@@ -79,20 +68,16 @@ class Speculative:
             raise RequestError(
                 f"num_draft_tokens {num_draft_tokens} is not between {least} and {MAX_DRAFTS}"
             )
-        for drafter in drafters:
-            if drafter.stop_below is not None and not drafter.stop_below >= 0:
-                raise RequestError(f"draft_margin {drafter.stop_below} is below 0")
         self.target, self.looks_up = target, looks_up
         self.drafters = tuple(drafters) if num_draft_tokens else ()
-        self.num_draft_tokens, self.certain = num_draft_tokens, certain
-        self.depth = target.depth
+        self.num_draft_tokens = num_draft_tokens
+        self.depth = self.prefill_stage = target.depth
         self.draft_stage = drafters[-1].target.depth
-        self.prefill_stage = target.depth if certain is None else self.draft_stage
         self._plain = Plain(target)
 
     @property
-    def prefix(self) -> RoundedPrefix | None:
-        """The rounded copy that it drafts with, if any."""
+    def prefix(self) -> QuantizedPrefix | None:
+        """The quantized copy that it drafts with, if any."""
         return next((drafter.prefix for drafter in self.drafters if drafter.prefix), None)
 
     @property
@@ -107,7 +92,7 @@ class Speculative:
         ahead: Draft | None = None
         plan = Plan()
         while sequence.budget:
-            yield from sequence.certain()
+            yield from sequence.forced()
             if not sequence.budget:
                 return
             if not ahead:
@@ -116,8 +101,7 @@ class Speculative:
                 yield from self._plain.steps(sequence, lambda: bool(self._plan(sequence, lookup)))
                 continue
             state.append(sequence.text[state.length : -1])
-            # A verification adds a token of its own; a block of certified drafts does not.
-            room = sequence.budget - (self.certain is None)
+            room = _room(sequence)
             if ahead:
                 draft = ahead
             else:
@@ -126,22 +110,11 @@ class Speculative:
                     count = min(plan.count, room - len(draft))
                     yield from self.drafters[plan.drafter].draft(sequence, draft, count, room)
             sequence.drafts.update(maker for maker in draft.makers if maker != FORCED)
-            certified: list[bool] = []
-            if self.certain is not None:
-                arrays = tuple(mx.concatenate(part) for part in _read(draft))
-                carried = sequence.sampler.carried()
-                numbers: list = (yield Read(state, arrays, carried)) if arrays else []
-                certified = [lead > self.certain for lead in numbers[2]] if arrays else []
-                if all(certified) and not draft.stopped:
-                    tokens, logprobs, _, *best = numbers
-                    yield from self._emitted(draft, tokens, logprobs, best)
-                    continue
-            ahead = yield from self._verify(sequence, plan, draft, certified)
+            ahead = yield from self._verify(sequence, plan, draft)
 
     def _plan(self, sequence: DecodingSequence, lookup: Lookup | None) -> Plan:
         """What to draft in the next round."""
-        advice = sequence.advice
-        room = sequence.budget - (self.certain is None)
+        advice, room = sequence.advice, _room(sequence)
         offered = agreeing = 0
         if lookup:
             for length, hit in lookup.update():
@@ -149,19 +122,14 @@ class Speculative:
             agreeing = lookup.length
             offered = len(lookup.offer(min(MOST, room)))
         most = min(self.num_draft_tokens, room)
-        if self.certain is not None:
-            return Plan(count=most) if advice.pays() else Plan()
-        plan = advice.plan(offered, agreeing, most, self._drafts_meanwhile(sequence))
-        if plan.count and self.drafters[plan.drafter].stop_below is not None:
-            return replace(plan, count=most)  # the drafter itself decides when to stop
-        return plan
+        return advice.plan(offered, agreeing, most, self._drafts_meanwhile(sequence))
 
     def _drafts_meanwhile(self, sequence: DecodingSequence) -> bool:
         """Whether other machines verify, and the full model's token after a draft can be guessed,
         so that this machine can go on drafting meanwhile."""
         behind = sequence.model.stages[self.draft_stage + 1 : self.depth + 1]
         guessed = sequence.sampler.greedy and not sequence.constraint
-        return self.certain is None and guessed and any(stage.rank for stage in behind)
+        return guessed and any(stage.rank for stage in behind)
 
     def _draft_meanwhile(
         self, sequence: DecodingSequence, plan: Plan, draft: Draft
@@ -179,10 +147,10 @@ class Speculative:
         return ahead
 
     def _verify(
-        self, sequence: DecodingSequence, plan: Plan, draft: Draft, certified: list[bool]
+        self, sequence: DecodingSequence, plan: Plan, draft: Draft
     ) -> Generator[Request | DecodedToken, Any, Draft | None]:
-        """Verify a draft, roll back refused tokens, and emit the accepted ones and one token of the
-        full model's own. Drafts that are `certified` are accepted whatever the full model says.
+        """Verify a draft, roll back rejected tokens, and emit the accepted ones and one token of
+        the full model's own.
 
         Returns the draft of the next round if it was made meanwhile and can be used."""
         state, sampler, constraint = sequence.state, sequence.sampler, sequence.constraint
@@ -198,8 +166,6 @@ class Speculative:
         context = sampler.extend(draft.context, drafted)
         scores = sampler.process(scores, context, _masks(draft, constraint))
         agree, chosen = judge(sampler, scores, drafted, draft)
-        if certified:
-            agree = agree | mx.array(certified, dtype=mx.bool_)
         kept = mx.cumprod(agree.astype(mx.int32)).sum() if len(draft) else mx.array(0)
         logprobs = logprob_of(scores.array, chosen)
         drafted_logprobs = logprob_of(scores.array, mx.concatenate([drafted, chosen[-1:]]))
@@ -208,8 +174,8 @@ class Speculative:
             state, arrays, sampler.carried()
         )
         _tell(sequence.advice, draft.makers, accepted)
-        if ahead and ahead.after is not None and accepted == len(draft):
-            (((guess,),),) = yield Read(state, (ahead.after,))
+        if ahead and ahead.before is not None and accepted == len(draft):
+            (((guess,),),) = yield Read(state, (ahead.before,))
             ahead = ahead if guess == chosen[accepted] else None
         else:
             ahead = None
@@ -229,7 +195,7 @@ class Speculative:
         return ahead
 
     def _emitted(
-        self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[float], best: Sequence
+        self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[float], best: Sequence[Any]
     ) -> Iterator[DecodedToken]:
         """Emit the first `len(tokens)` drafts."""
         numbers = zip(tokens, logprobs, draft.makers, strict=False)
@@ -242,9 +208,14 @@ class Speculative:
             yield DecodedToken(token, logprob, stage, drafter=maker, top=top_of(best, row))
 
 
+def _room(sequence: DecodingSequence) -> int:
+    """The most drafts that the budget allows: the full model adds a token of its own."""
+    return sequence.budget - 1
+
+
 def _tell(advice: Advice, makers: Sequence[str], accepted: int) -> None:
     """Report each drafter's acceptance, given that the first `accepted` tokens were accepted.
-    Tokens after another drafter's refused token were not judged."""
+    Tokens after another drafter's rejected token were not judged."""
     for maker in dict.fromkeys(makers):
         if maker not in (LOOKED_UP, FORCED) and makers.index(maker) <= accepted:
             advice.judged(maker, makers[:accepted].count(maker), makers.count(maker))
@@ -259,20 +230,11 @@ def _masks(draft: Draft, constraint: Constraint | None) -> mx.array | None:
     return mx.concatenate([*draft.masks, last])
 
 
-def _read(draft: Draft) -> tuple[list[mx.array], ...]:
-    """The arrays that decide about a certified block: tokens, log-probabilities, margins and any
-    alternatives; empty without drafts."""
-    if not draft.tokens:
-        return ()
-    tokens = [token.reshape(-1) for token in draft.tokens]
-    return tokens, draft.logprobs, draft.margins, *map(list, zip(*draft.alternatives, strict=True))
-
-
 def judge(
     sampler: Sampler, scores: Scores, drafted: mx.array, draft: Draft
 ) -> tuple[mx.array, mx.array]:
     """Which drafts (n,) the full model's scores (n + 1, V) accept, and for every row (n + 1,) the
-    token to emit if it is the first refused one (in the last row, if none is)."""
+    token to emit if it is the first rejected one (in the last row, if none is)."""
     if sampler.greedy:
         return scores.best[:-1] == drafted, scores.best
     p = sampler.log_probs(scores)

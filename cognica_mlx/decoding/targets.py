@@ -6,7 +6,7 @@ A target names the stage boundaries that it reads and turns their activations in
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -25,17 +25,14 @@ class Target:
     """A predictor: `scores` maps the activations (1, T, D) at `boundaries` to (1, T, V) float32.
 
     Targets with the same `key` are equal, and their predictions can be computed together. The
-    others give a prediction's cost: `heads` are the stages whose heads are read, `rank` the
-    shortlist's rank if one is read instead, `share` its share of the head's bytes. `scheme` says
-    how the heads are rounded, if they are.
+    others give a prediction's cost: `heads` are the stages whose heads are read, and `scheme` says
+    how they are quantized, if they are.
     """
 
     key: tuple[Hashable, ...]
     boundaries: tuple[int, ...] = field(compare=False)
     scores: Callable[[Mapping[int, Hidden]], mx.array] = field(compare=False)
     heads: tuple[int, ...] = field(compare=False)
-    rank: int | None = field(default=None, compare=False)
-    share: float = field(default=1.0, compare=False)
     scheme: Scheme | None = field(default=None, compare=False)
 
     @property
@@ -81,21 +78,13 @@ def prefix_target(model: PoEModel, max_stages: int) -> Target:
     )
 
 
-def draft_target(
-    model: PoEModel, stage: int, draft_head: str, draft_rank: int | None = None
-) -> Target:
+def draft_target(model: PoEModel, stage: int, draft_head: str) -> Target:
     """The drafter's target at `stage`. With `draft_head` "base" it is the stage's own prediction;
     with "summed", a specialist puts the base stage's activations through all heads of its final
     prediction.
-
-    With `draft_rank` the head is read along that many directions: see `ShortlistHead`.
     """
     if draft_head not in DRAFT_HEADS:
         raise RequestError(f"draft_head {draft_head!r} is not one of {', '.join(DRAFT_HEADS)}")
-    if draft_rank is not None:
-        short = prefix_target(model.with_shortlist(draft_rank), stage + 1)
-        share = draft_rank / model.config.n_embd
-        return replace(short, key=(*short.key, draft_rank), rank=draft_rank, share=share)
     in_base = stage < len(model.config.stage_layers)
     if draft_head == "summed" and in_base and model.config.specialist_layers:
         return Target(

@@ -91,7 +91,7 @@ class Wand:
         """Emit tokens, each with its exit stage."""
         state, sampler = sequence.state, sequence.sampler
         while sequence.budget and sequence.advice.pays():
-            yield from sequence.certain()
+            yield from sequence.forced()
             if not sequence.budget:
                 return
             state.append(sequence.text[state.length :])

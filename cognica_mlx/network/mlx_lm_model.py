@@ -17,7 +17,7 @@ from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.errors import CheckpointError
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import is_finite
+from cognica_mlx.network.quantized_copies import is_finite
 
 ModelArgs = PoEConfig
 

@@ -21,8 +21,7 @@ from cognica_mlx.config import SMEAR_CHANNELS, SUMMED, PoEConfig
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.elementwise import softcap
 from cognica_mlx.network.linear import Linear
-from cognica_mlx.network.rounding import copies_of, rounded
-from cognica_mlx.network.shortlist import ShortlistHead
+from cognica_mlx.network.quantized_copies import copies_of, quantized
 from cognica_mlx.network.stages import Block, Stage, alike, norm
 from cognica_mlx.scheme import Scheme
 
@@ -75,12 +74,11 @@ class PoEModel(nn.Module):
         self.calibration_problem: str | None = None
         # The hub commits that it was loaded from, as `--revision` takes them.
         self.revision: str | None = None
-        self._shortlists: dict[int, ShortlistHead] = {}
         # The model in memory that this one shares its lower stages with: see `share_base`.
         self._base: PoEModel | None
         object.__setattr__(self, "_base", None)  # its parameters are not this model's
         # Quantized copies stored beside the model, each with the function that loads it: see
-        # `round_prefix`.
+        # `quantize_prefix`.
         self.stored_copies: dict[Scheme, Callable[[], None]]
         object.__setattr__(self, "stored_copies", {})
         self._variants: WeakSet[Stage] = WeakSet()
@@ -237,39 +235,20 @@ class PoEModel(nn.Module):
             return self.final_logits(hidden, heads)
         return self._head_logits(norm(hidden.x), heads)
 
-    def with_shortlist(self, rank: int) -> PoEModel:
-        """This model with a head that is cheaper to draft with: see `ShortlistHead`.
-
-        Built once for each rank, because that takes seconds. Raises RequestError if the model has
-        several heads or a quantized one, or if the rank is out of range.
-        """
-        width = self.config.n_embd
-        if not 1 <= rank < width:
-            raise RequestError(f"draft_rank {rank} is not between 1 and {width - 1}")
-        if "lm_head_stages" in self or "lm_head_specialists" in self:
-            raise RequestError("draft_rank needs a model with one head; this one has several")
-        if not isinstance(self.lm_head, nn.Linear):
-            raise RequestError("draft_rank: this model's head is quantized, so already cheap")
-        if rank not in self._shortlists:
-            self._shortlists[rank] = ShortlistHead(self.lm_head.weight, rank)
-        short = copy.copy(self)
-        short.lm_head = self._shortlists[rank]
-        return short
-
-    def with_rounded_heads(self, scheme: Scheme) -> PoEModel:
+    def with_quantized_heads(self, scheme: Scheme) -> PoEModel:
         """This model with quantized copies of its heads; made once for each scheme."""
         kept: dict[Scheme, PoEModel] = copies_of(self)
         if scheme not in kept:
-            kept[scheme] = self._round_heads(scheme)
+            kept[scheme] = self._quantize_heads(scheme)
         return kept[scheme]
 
-    def _round_heads(self, scheme: Scheme) -> PoEModel:
+    def _quantize_heads(self, scheme: Scheme) -> PoEModel:
         other = copy.copy(self)
-        other.__dict__.pop("_rounded", None)
-        other.lm_head = rounded(self.lm_head, scheme)
+        other.__dict__.pop("_copies", None)
+        other.lm_head = quantized(self.lm_head, scheme)
         for name in ("lm_head_stages", "lm_head_specialists"):
             if name in self:
-                other[name] = [rounded(head, scheme) for head in self[name]]
+                other[name] = [quantized(head, scheme) for head in self[name]]
         return other
 
     def _final_heads(self, specialist: int) -> list[nn.Module]:

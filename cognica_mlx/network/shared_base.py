@@ -134,10 +134,10 @@ class Siblings(PoEModel):
         logits = [self._shallow_logits(h, self._final_heads(i)) for i, h in enumerate(hidden)]
         return log_op(logits, self._shares)
 
-    def _round_heads(self, scheme: Scheme) -> PoEModel:
-        other = super()._round_heads(scheme)
+    def _quantize_heads(self, scheme: Scheme) -> PoEModel:
+        other = super()._quantize_heads(scheme)
         assert isinstance(other, Siblings)
-        other._models = tuple(model.with_rounded_heads(scheme) for model in self._models)
+        other._models = tuple(model.with_quantized_heads(scheme) for model in self._models)
         return other
 
     def _final_heads(self, specialist: int) -> list[nn.Module]:

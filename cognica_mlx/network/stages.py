@@ -177,7 +177,7 @@ class Stage:
         self.layers, self.source = layers, source
         self.blocks = [model.h[i] for i in layers]
         self.windows = model.config.windows[layers[0] : layers[-1] + 1]
-        # How its matrices are quantized, in a copy to draft with: see `rounding.rounded_stage`.
+        # How its matrices are quantized, in a copy to draft with: see `quantized_stage`.
         self.scheme: Scheme | None = None
         self._backout_layer = model.config.backout_layer
         self._model = model

@@ -6,14 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_reduce
 
-from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
+from cognica_mlx.decoding.quantized_prefix import QuantizedPrefix
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.stages import Block
@@ -24,16 +24,14 @@ class Costs:
     """Costs of a batch of `rows[i]` positions: stages[k][i] for stage k's layers, heads[k][i] for
     stage k's prediction. Costs for other numbers of rows are interpolated linearly.
 
-    `full_boundaries` are the stages that the full model's prediction reads. `shortlists` has the
-    cost of one prediction from a shortlist, by rank. `rounded` has a rounded drafter's costs: its
-    own stages, and its prediction as a single head.
+    `full_boundaries` are the stages that the full model's prediction reads. `rounded` has the costs
+    of a quantized copy that drafts: its own stages, and its prediction as a single head.
     """
 
     rows: tuple[int, ...]
     stages: tuple[tuple[float, ...], ...]
     heads: tuple[tuple[float, ...], ...]
     full_boundaries: tuple[int, ...]
-    shortlists: Mapping[int, float] = field(default_factory=dict)
     rounded: Costs | None = None
 
     def stage(self, stage: int, rows: int = 1) -> float:
@@ -62,9 +60,7 @@ class Costs:
 
     def target(self, target: Target, rows: int = 1) -> float:
         """Cost of a target's prediction for a batch."""
-        if target.rank is not None and target.rank in self.shortlists:
-            return self.shortlists[target.rank]
-        return target.share * sum(self.head(k, rows) for k in target.heads)
+        return sum(self.head(k, rows) for k in target.heads)
 
     def full_pass(self, rows: int = 1) -> float:
         """Cost of a batch at full depth."""
@@ -91,8 +87,8 @@ def bytes_read(model: PoEModel) -> Costs:
     return Costs((1,), _single(stages), _single(heads), model.full_boundaries)
 
 
-def with_bytes_of(costs: Costs, prefix: RoundedPrefix) -> Costs:
-    """`costs` with an estimate for a rounded drafter that was not measured: each part's cost is the
+def with_bytes_of(costs: Costs, prefix: QuantizedPrefix) -> Costs:
+    """`costs` with an estimate for a quantized copy that was not measured: each part's cost is the
     model's, scaled by its share of the bytes."""
 
     def share(copies: Sequence[nn.Module], originals: Sequence[nn.Module]) -> float:

@@ -13,8 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.calibration_file import Calibration
+from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.plain import Plain
-from cognica_mlx.decoding.rounded_prefix import RoundedPrefix, round_prefix
+from cognica_mlx.decoding.quantized_prefix import QuantizedPrefix
 from cognica_mlx.decoding.sampling import bits_per_byte, logprob_of, margin
 from cognica_mlx.decoding.single import decode
 from cognica_mlx.decoding.targets import draft_target, full_target
@@ -25,12 +26,12 @@ from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs, bytes_read, with_bytes_of
 from cognica_mlx.pricing.replaying import (
     DRAFT_LENGTHS,
-    ROUNDED_BITS,
     Trace,
     best_options,
-    replay_speculative,
+    recorded_prefix,
+    replay_drafts,
 )
-from cognica_mlx.scheme import draft_scheme
+from cognica_mlx.pricing.rounds import RoundCosts
 
 CONTINUATION_PROMPT = 16
 MIN_TOKENS = 100
@@ -110,7 +111,6 @@ def calibrate(
     }
     recommended = max(speedups, key=lambda mode: speedups[mode])
     config = model.config
-    heads = [costs.target(draft_target(model, k, "summed")) for k in range(model.poe_n_stages - 1)]
     return Calibration(
         stage_layers=config.stage_layers + config.specialist_layers,
         p99_bounds=tuple(round(bound, 4) for bound in bounds),
@@ -118,11 +118,8 @@ def calibrate(
         top1_agreement=tuple(round(float(a), 4) for a in (best == best[-1]).mean(axis=1)[:-1]),
         bits_per_byte=tuple(round(bits_per_byte(float(n), n_bytes), 4) for n in nll),
         acceptance={
-            str(stage): [
-                round(replay_speculative(traces, costs, stage, n, None, head).acceptance, 4)
-                for n in DRAFT_LENGTHS
-            ]
-            for stage, head in enumerate(heads)
+            str(stage): _acceptance(model, traces, costs, stage)
+            for stage in range(model.poe_n_stages - 1)
         },
         options={mode: options for mode, (options, _) in chosen.items()},
         speedups={mode: round(s, 3) for mode, s in speedups.items()},
@@ -130,6 +127,13 @@ def calibrate(
         text={"tokens": total, "bytes": n_bytes, "continued_tokens": sum(_lengths(traces))},
         weights=lineage.record(lineage.of_model(model)),
     )
+
+
+def _acceptance(model: PoEModel, traces: Sequence[Trace], costs: Costs, stage: int) -> list[float]:
+    """The share of a stage's drafts that are accepted, for each of `DRAFT_LENGTHS`."""
+    rounds = RoundCosts(costs, [StageDrafter(draft_target(model, stage, "summed"))])
+    hits = [trace.draft_hits[stage] for trace in traces]
+    return [round(replay_drafts(hits, rounds, n).acceptance, 4) for n in DRAFT_LENGTHS]
 
 
 def _lengths(traces: Sequence[Trace]) -> list[int]:
@@ -153,24 +157,15 @@ def _predict(model: PoEModel, text: Sequence[int]) -> _Predictions:
     )
 
 
-def _drafts(model: PoEModel, text: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The drafts of each of a specialist's stages along a text: best tokens and margins, (K, T)."""
+def _drafts(model: PoEModel, text: Sequence[int]) -> np.ndarray:
+    """The drafts of each of a specialist's stages along a text: best tokens (K, T)."""
     boundaries = dict(enumerate(model.boundaries(mx.array([list(text)], dtype=mx.int32))))
     targets = [draft_target(model, stage, "summed") for stage in boundaries]
-    scores = [target.scores(boundaries)[0] for target in targets]
-    best = mx.stack([mx.argmax(z, axis=-1) for z in scores])
-    return np.array(best), np.array(mx.stack([margin(z) for z in scores]))
+    best = [mx.argmax(target.scores(boundaries)[0], axis=-1) for target in targets]
+    return np.array(mx.stack(best))
 
 
-def recorded_prefix(model: PoEModel) -> RoundedPrefix | None:
-    """A rounded copy of stage 0 to draft with; None if rounding would change nothing."""
-    try:
-        return round_prefix(model, draft_scheme(ROUNDED_BITS), 0, "summed")
-    except RequestError:
-        return None
-
-
-def _rounded_drafts(model: PoEModel, prefix: RoundedPrefix, text: Sequence[int]) -> np.ndarray:
+def _copy_drafts(model: PoEModel, prefix: QuantizedPrefix, text: Sequence[int]) -> np.ndarray:
     """The copy's drafts along a text, from keys and values of its own: best tokens (T,)."""
     given = [model.embed(mx.array([list(text)], dtype=mx.int32))]
     for stage in prefix.stages:
@@ -205,15 +200,12 @@ def record(
         decoded = decode(model, prompt, mode, max_tokens=tokens)
         written = prompt + [one.token for one in decoded]
         found, part = _predict(model, written), np.s_[:-1, end - 1 : -1]
-        hits, margins = (found.best == found.best[-1])[part], found.margins[part]
-        drafts = (hits, margins)
+        right = found.best[-1]
+        hits = drafts = (found.best == right)[part]
         if model.config.specialist_layers:
-            best, leads = _drafts(model, written)
-            drafts = ((best == found.best[-1])[part], leads[part])
-        rounded = None
-        if prefix:
-            rounded = (_rounded_drafts(model, prefix, written) == found.best[-1])[part[1:]]
-        traces.append(Trace(hits, margins, *drafts, rounded))
+            drafts = (_drafts(model, written) == right)[part]
+        copied = (_copy_drafts(model, prefix, written) == right)[part[1:]] if prefix else None
+        traces.append(Trace(hits, found.margins[part], drafts, copied))
         if progress:
             progress("continuing", i + 1, count)
     return traces

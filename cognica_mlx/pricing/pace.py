@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from cognica_mlx.decoding.advice import NoAdvice, Plan
+from cognica_mlx.decoding.advice import Advice, Plan
 from cognica_mlx.decoding.lookup import NGRAMS
 from cognica_mlx.decoding.requests import Advance, Request, Score
 from cognica_mlx.decoding.sequence import Mode
@@ -22,7 +22,7 @@ from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs, with_bytes_of
 from cognica_mlx.pricing.rounds import RoundCosts
 
-# Gives a model's costs in a mode, including its rounded drafter's.
+# Gives a model's costs in a mode, including those of its quantized copy.
 KnownCosts = Callable[[PoEModel, Mode], Costs]
 
 # Tokens to emit before judging whether a mode pays.
@@ -34,7 +34,7 @@ PRIOR_HITS = dict(zip(NGRAMS, (0.6, 0.4, 0.2), strict=True))
 MEMORY = 64
 # Tokens at full depth before the mode is tried again: at first, then doubled after each failure up
 # to the maximum.
-REST, LONGEST_REST = 64, 1024
+WAIT, LONGEST_WAIT = 64, 1024
 
 
 class _Record:
@@ -56,25 +56,26 @@ class _Record:
         return self.kept / self.judged
 
 
-class Pace:
-    """Advice to `mode` from `costs`; with `park` it ends a mode that costs more than full depth.
+class Pace(Advice):
+    """Advice to `mode` from `costs`; with `falls_back` it ends a mode that costs more than full
+    depth.
 
     `spent` is in the unit of the costs (seconds if measured); `tokens` counts the mode's tokens.
-    `parked` says why decoding fell back to full depth; modes that draft are tried again later.
+    `fell_back` says why decoding fell back to full depth; modes that draft are tried again later.
     `others` is the number of other sequences' rows in each pass. Passes over positions before
     `start` belong to the prompt and are not charged to the mode.
     """
 
-    def __init__(self, costs: Costs, mode: Mode, *, park: bool = True):
+    def __init__(self, costs: Costs, mode: Mode, *, falls_back: bool = True):
         drafting = mode if isinstance(mode, Speculative) else None
         if drafting and drafting.prefix and not costs.rounded:
             costs = with_bytes_of(costs, drafting.prefix)
-        self.costs, self.park = costs, park
+        self.costs, self.falls_back = costs, falls_back
         self.spent = 0.0
         self.tokens = 0
         self.others = 0
         self.start = 0
-        self.parked: str | None = None
+        self.fell_back: str | None = None
         self._drafting = drafting
         self._rounds: RoundCosts | None = None
         self._records: dict[Hashable, _Record] = {}
@@ -82,9 +83,9 @@ class Pace:
         # round, if one is under way.
         self._trial = 0.0, 0
         self._round: tuple[float, int] | None = None
-        self._rest = REST
+        self._wait = WAIT
         self._resumes: int | None = None
-        # The number of other sequences when the mode was parked.
+        # The number of other sequences when the mode fell back.
         self._among = 0
 
     def begins(self, position: int) -> None:
@@ -148,20 +149,20 @@ class Pace:
     def plan(self, offered: int, agreeing: int, most: int, meanwhile: bool = False) -> Plan:
         """What to draft in the next round, for the lowest expected cost per token.
 
-        If no drafter would pay, drafting is suspended for a while, and `parked` says why.
+        If no drafter would pay, the mode falls back for a while, and `fell_back` says why.
         """
-        if not self.park:
-            return NoAdvice().plan(offered, agreeing, most, meanwhile)
+        if not self.falls_back:
+            return super().plan(offered, agreeing, most, meanwhile)
         self._account()
         rounds = self._at_hand()
         hits = self.acceptance(agreeing) if offered else 0.0
         plan, token = rounds.best_lookup(offered, hits)
-        if self._rests() or not most:
+        if self._waits() or not most:
             return plan
         rates = [self.acceptance(drafter.name) for drafter in rounds.drafters]
         drafting, cost = rounds.best(plan.looked_up, hits, most, rates, meanwhile)
         if cost < rounds.plain:
-            self.parked = None
+            self.fell_back = None
         elif not plan:
             self._give_up(cost / rounds.plain)
         if cost >= token:
@@ -170,26 +171,19 @@ class Pace:
         return drafting
 
     def pays(self) -> bool:
-        """Whether the mode should go on. Suspends it if drafts would not pay even if all were
-        accepted, or if its recent tokens have cost more than plain decoding."""
-        if not self.park:
+        """Whether the mode should go on: not if its recent tokens have cost more than plain
+        decoding."""
+        if not self.falls_back:
             return True
         self._account()
-        if self._rests():
+        if self._waits():
             return False
-        rounds, drafting = self._at_hand(), self._drafting
-        if drafting:
-            sure = [1.0] * len(drafting.drafters)
-            _, token = rounds.best(0, 0.0, drafting.num_draft_tokens, sure)
-            if token > rounds.plain:
-                self._give_up(token / rounds.plain)
-                return False
-        self.parked = None
+        self.fell_back = None
         self._round = self.spent, self.tokens
         return True
 
     def _account(self) -> None:
-        """Add the latest round's cost, and suspend the mode if it costs too much."""
+        """Add the latest round's cost, and fall back if the mode costs too much."""
         if not self.tokens:
             self.spent = 0.0  # reading the prompt is not charged to the mode
         if self._round:
@@ -203,7 +197,7 @@ class Pace:
         elif tokens >= PATIENCE and (ratio := spent / tokens / self._at_hand().plain) > 1:
             self._give_up(ratio)
 
-    def _rests(self) -> bool:
+    def _waits(self) -> bool:
         """Whether it is too early to try again. It is not if other sequences came or went."""
         if self._resumes is None:
             return False
@@ -215,10 +209,10 @@ class Pace:
         return False
 
     def _give_up(self, ratio: float) -> None:
-        self.parked = f"a token costs {ratio:.2f} times what it does at full depth"
-        self._resumes, self._among = self.tokens + self._rest, self.others
+        self.fell_back = f"a token costs {ratio:.2f} times as much as at full depth"
+        self._resumes, self._among = self.tokens + self._wait, self.others
         self._trial = 0.0, 0
-        self._rest = min(2 * self._rest, LONGEST_REST)
+        self._wait = min(2 * self._wait, LONGEST_WAIT)
 
     def _at_hand(self) -> RoundCosts:
         if self._rounds is None or self._rounds.others != self.others:

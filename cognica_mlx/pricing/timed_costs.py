@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.cache.hidden import Hidden
+from cognica_mlx.decoding.quantized_prefix import QuantizedPrefix
 from cognica_mlx.decoding.requests import advance
-from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
 from cognica_mlx.decoding.sampling import logprob_of, margin
 from cognica_mlx.decoding.single import carry_out, prefill
 from cognica_mlx.decoding.state import DecodingState
@@ -29,7 +29,7 @@ TRIALS = 3
 
 
 def measure_drafter(
-    prefix: RoundedPrefix,
+    prefix: QuantizedPrefix,
     rows: Sequence[int] = ROWS,
     *,
     text: Sequence[int] = (0,) * CONTEXT,
@@ -64,23 +64,20 @@ def measure(
     trials: int = TRIALS,
     seconds: float = float("inf"),
     state: DecodingState | None = None,
-    ranks: Sequence[int] = (),
 ) -> Costs:
     """Costs in seconds after the tokens of `text`: medians of up to `trials` rounds, after one
     warm-up round. At least one round is kept; `seconds` limits the others.
 
     A `state` that already holds the text saves reading it, and is restored. A prediction's time
-    covers its logits and choosing a token from them; shortlists of `ranks` are timed for one row.
-    The host waits after every part, which overstates the costs of small models.
+    covers its logits and choosing a token from them. The host waits after every part, which
+    overstates the costs of small models.
     """
     started = time.perf_counter()
     if state is None:
         state = DecodingState(model)
         prefill(state, text, state.depth)
     stages, length = range(model.poe_n_stages), state.length
-    short = [model.with_shortlist(rank) for rank in ranks]
     rounds: list[list[Any]] = []
-    searches: list[list[float]] = []
     while len(rounds) < 2 or (len(rounds) <= trials and time.perf_counter() - started < seconds):
         times = []
         for count in rows:
@@ -90,18 +87,14 @@ def measure(
             hidden = [state.boundary(k, length, length + count) for k in stages]
             chosen = [_seconds(partial(_choose, model, k, h)) for k, h in enumerate(hidden)]
             times.append([ran, chosen])
-            if count == rows[0]:
-                searches.append([_seconds(partial(_choose, s, 0, hidden[0][:1])) for s in short])
             state.rollback(length)
         rounds.append(times)
     layers, heads = np.median(rounds[1:], axis=0).transpose(1, 2, 0).tolist()
-    found = np.median(searches[1:], axis=0).tolist() if ranks else []
     return Costs(
         tuple(rows),
         tuple(map(tuple, layers)),
         tuple(map(tuple, heads)),
         model.full_boundaries,
-        dict(zip(ranks, found, strict=True)),
     )
 
 

@@ -35,7 +35,8 @@ from cognica_mlx.files import whole_file
 from cognica_mlx.files.stored import DTYPES, dtype_name, dtype_named
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs
-from cognica_mlx.pricing.measuring import calibrate, recorded_prefix
+from cognica_mlx.pricing.measuring import calibrate
+from cognica_mlx.pricing.replaying import recorded_prefix
 from cognica_mlx.pricing.timed_costs import measure, measure_drafter
 from cognica_mlx.scheme import BITS
 from mlx_poe.commands.bench_machines import (
@@ -223,13 +224,11 @@ def _left_out(args: argparse.Namespace, model: PoEModel) -> str:
     """Why the modes that need a calibration are not measured."""
     if args.shape:
         return (
-            "random weights: drafts are kept at random, and wand and certified are left out; "
+            "random weights: drafts are kept at random, and wand is left out; "
             "--agreement plants a text"
         )
     problem = model.calibration_problem
-    return "wand and certified are left out: " + (
-        problem or "no calibration (mlx_poe.calibrate makes one)"
-    )
+    return "wand is left out: " + (problem or "no calibration (mlx_poe.calibrate makes one)")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -322,7 +321,7 @@ def _calibrate(built: Synthetic, progress: Callable[[str, int, int], None]) -> C
 
 
 def _costs(model: PoEModel, text: Sequence[int]) -> Costs:
-    """What the model's parts cost here, including a rounded drafter's."""
+    """What the model's parts cost here, including those of a quantized copy."""
     costs = measure(model, ROWS, text=text, trials=3)
     prefix = recorded_prefix(model)
     return replace(costs, rounded=measure_drafter(prefix, ROWS, text=text)) if prefix else costs

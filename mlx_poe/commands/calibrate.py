@@ -28,9 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = make_parser(
         "mlx_poe.calibrate",
-        "Measure how good each stage of a model is on a text: the bounds that the modes wand and "
-        "certified need, agreement, acceptance, and bits per byte. The result is saved in the "
-        f"model's folder as {CALIBRATION_FILE}, where the other commands find it.",
+        "Measure how good each stage of a model is on a text: the bounds that mode wand needs, "
+        "agreement, acceptance, and bits per byte. The result is saved in the model's folder as "
+        f"{CALIBRATION_FILE}, where the other commands find it.",
         EXAMPLES,
     )
     parser.add_argument(

@@ -11,7 +11,7 @@ from typing import Any
 
 from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.decoding.targets import DRAFT_HEADS
-from cognica_mlx.errors import RequestError
+from cognica_mlx.errors import DELETED, RequestError, deleted
 from cognica_mlx.files.byte_sizes import byte_size
 from cognica_mlx.files.stored import DTYPES
 from cognica_mlx.scheme import BITS, DRAFT_BITS
@@ -175,7 +175,7 @@ def _file_or_text(name: str, value: str) -> str:
 def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     """--mode and the options of each mode."""
     group = parser.add_argument_group("decoding mode (stages count from 0)")
-    group.add_argument("--mode", choices=MODES, default="full", help="default: full")
+    group.add_argument("--mode", type=_mode, choices=MODES, default="full", help="default: full")
     group.add_argument("--stage", type=int, help="stage: the stage that predicts (default: 0)")
     group.add_argument("--max-stages", type=int, help="prefix: how many stages to run")
     group.add_argument(
@@ -184,14 +184,12 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stage-weights", type=numbers(float), metavar="1,0.5,…", help="compose: their weights"
     )
-    group.add_argument(
-        "--safety", type=float, help="wand, certified: factor on the bounds (default: 1.0)"
-    )
+    group.add_argument("--safety", type=float, help="wand: factor on the bounds (default: 1.0)")
     group.add_argument(
         "--p99-bounds",
         type=numbers(float),
         metavar="B0,B1,…",
-        help="wand, certified: bounds, one for each stage but the last (default: calibration)",
+        help="wand: bounds, one for each stage but the last (default: calibration)",
     )
     group.add_argument(
         "--exit-stages", type=numbers(int), metavar="0,1,…", help="wand: stages that may exit early"
@@ -199,29 +197,18 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-stage",
         type=int,
-        help="speculative, certified: the last drafting stage (default: 0)",
+        help="speculative: the last drafting stage (default: 0)",
     )
     group.add_argument(
         "--num-draft-tokens",
         type=int,
-        help="speculative, certified: most drafts per round (default: 3, or 6 with --draft-bits)",
-    )
-    group.add_argument(
-        "--draft-margin",
-        type=float,
-        help="speculative, certified: stop drafting when the best two scores are closer than this",
+        help="speculative: most drafts per round (default: 3, or 6 with --draft-bits)",
     )
     group.add_argument(
         "--draft-head",
         choices=DRAFT_HEADS,
         help="speculative: draft through all of a specialist's heads or the base's head (default: "
         "summed)",
-    )
-    group.add_argument(
-        "--draft-rank",
-        type=int,
-        metavar="R",
-        help="speculative, certified: shortlist drafts along R directions of the head",
     )
     group.add_argument(
         "--draft-bits",
@@ -239,10 +226,27 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-fallback",
         action="store_true",
-        help="wand, speculative, certified: keep the mode even if full depth is faster here",
+        help="wand, speculative: keep the mode even if full depth is faster here",
     )
     # As version 0.2 called it.
     group.add_argument("--no-park", dest="no_fallback", action="store_true", help=argparse.SUPPRESS)
+    for name in DELETED.keys() - {"certified"}:
+        group.add_argument(
+            f"--{name}".replace("_", "-"), nargs="?", action=_Deleted, help=argparse.SUPPRESS
+        )
+
+
+class _Deleted(argparse.Action):
+    """A flag that no longer exists: refused in one line with what replaces it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error((deleted(self.dest) or "").replace("_", "-"))
+
+
+def _mode(text: str) -> str:
+    if problem := deleted(text):
+        raise argparse.ArgumentTypeError(problem)
+    return text
 
 
 def file_path(text: str) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cognica_mlx.decoding.modes import MODES, PACED_MODES
-from cognica_mlx.errors import PoEError, RankError, RequestError
+from cognica_mlx.errors import PoEError, RankError, RequestError, deleted
 from cognica_mlx.files.stored import dtype_name
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.commands.flags import file_path, taken, taken_constraints
@@ -165,7 +165,7 @@ def _line(number: int, index: int, content: Any) -> Line:
         raise RequestError(f"expected an object or a string, not {type(content).__name__}")
     for name in content:
         if name not in NAMES:
-            raise RequestError(f"there is no option {name}")
+            raise RequestError(deleted(name) or f"there is no option {name}")
     given = [name for name in PROMPTS if name in content]
     if len(given) != 1:
         raise RequestError(f"expected exactly one of {', '.join(PROMPTS)}, not {len(given)}")

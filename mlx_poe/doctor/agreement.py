@@ -126,7 +126,7 @@ def cases(model: PoEModel) -> dict[str, dict[str, Any]]:
         "speculative": {"mode": "speculative"},
     }
     if last and (model.calibration or published_bounds(model.config)):
-        found |= {"wand": {"mode": "wand"}, "certified": {"mode": "certified"}}
+        found["wand"] = {"mode": "wand"}
     return found
 
 
@@ -189,22 +189,20 @@ def _short_of_best(
     if mode == "prefix":
         return below(by_stage[options["max_stages"] - 1])
     # WAND's tokens must be those of the stage where they exited, with the margin required there.
-    # Certified drafts may also be the full model's choice.
-    needed = _needed(model, mode)
-    shorts = np.stack(
+    needed = _needed(model)
+    return np.stack(
         [
             *(np.fmax(below(z), needed[k] - _leads(z)) for k, z in enumerate(by_stage[:-1])),
             below(full),
         ]
     )[[r.stage for r in reply], at]
-    return np.fmin(shorts, below(full)) if mode == "certified" else shorts
 
 
-def _needed(model: PoEModel, mode: str) -> list[float]:
+def _needed(model: PoEModel) -> list[float]:
     """The margin required to exit at each stage but the last, by the rule in `decoding.wand`."""
     calibration = model.calibration
     bounds = calibration.p99_bounds if calibration else published_bounds(model.config) or ()
-    safety = calibration.options.get(mode, {}).get("safety", 1.0) if calibration else 1.0
+    safety = calibration.options.get("wand", {}).get("safety", 1.0) if calibration else 1.0
     return [safety * sum(bounds[k:]) for k in range(len(bounds))]
 
 
@@ -222,7 +220,7 @@ def modes(model: PoEModel, tokenizer: Tokenizer) -> Iterator[Line]:
         yield _mode_line(name, dtype, judged(model, tokenizer, options, alone[name]))
     if "wand" not in alone:
         advice = "make a calibration with mlx_poe.calibrate"
-        yield _line("modes", "wand, certified", dtype, WARNING, "not checked", advice)
+        yield _line("modes", "wand", dtype, WARNING, "not checked", advice)
     yield _batch(model, tokenizer, alone)
 
 
@@ -237,7 +235,7 @@ def _mode_line(name: str, dtype: mx.Dtype, verdict: Verdict) -> Line:
         advice = REPORT if status == FAILED else NEAR_TIES
     if name != "full":
         value += f"; {share:.1%} are the full model's choice"
-    if name in ("wand", "certified") and share < WAND_AGREES and status != FAILED:
+    if name == "wand" and share < WAND_AGREES and status != FAILED:
         status = FAILED if share < WAND_FAILS else WARNING
         advice = REPORT if status == FAILED else "calibrate on text like yours: mlx_poe.calibrate"
     numbers = {"tokens": verdict.tokens, "wrong": verdict.wrong, "furthest": verdict.furthest}

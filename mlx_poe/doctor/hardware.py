@@ -70,7 +70,7 @@ def _pays(model: PoEModel, tokenizer: Tokenizer, costs: Costs, name: str) -> Lin
     spent = tokens = 0.0
     for prompt in PROMPTS[:PACED_PROMPTS]:
         mode = make_mode(model, name, ModeOptions(), model.calibration)
-        pace = Pace(costs, mode, park=False)
+        pace = Pace(costs, mode, falls_back=False)
         driver = Metered(Single(), pace)
         ids = tokenizer.encode(prompt)
         for _ in decode(model, ids, mode, driver=driver, advice=pace, max_tokens=TOKENS):

@@ -21,9 +21,13 @@ import mlx.core as mx
 
 from cognica_mlx.decoding.batch import Batch, Event
 from cognica_mlx.decoding.footprint import state_bytes
+from cognica_mlx.decoding.quantized_prefix import QuantizedPrefix
 from cognica_mlx.decoding.requests import Resumable, Steps
-from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
-from cognica_mlx.decoding.sequence import prefill_step_size_here, read_prompt, ready
+from cognica_mlx.decoding.sequence import (
+    prefill_step_size_here,
+    read_prompt,
+    ready,
+)
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.state import MAX_PENDING, DecodingState
 from cognica_mlx.errors import RequestError
@@ -128,7 +132,7 @@ class Scheduler:
         self._events: deque[Event] = deque()
         self._news: list[News] = []
         # Quantized copies in memory.
-        self._prefixes: WeakSet[RoundedPrefix] = WeakSet()
+        self._prefixes: WeakSet[QuantizedPrefix] = WeakSet()
         self._prompt_tokens = self._generation_tokens = 0
         self._prompt_time = self._generation_time = 0.0
 
@@ -377,6 +381,6 @@ class Scheduler:
         self._generation_time += seconds * (1 - share)
 
 
-def _bytes(prefixes: Collection[RoundedPrefix]) -> int:
+def _bytes(prefixes: Collection[QuantizedPrefix]) -> int:
     """What quantized copies take; they may share matrices."""
     return sum({key: size for prefix in prefixes for key, size in prefix.sizes.items()}.values())

@@ -214,4 +214,4 @@ class Predictors:
         tested = [self.index[p.name] for p in one.tested[:-1]]
         hits = facts.best[tested] == facts.best[self.index[FULL]]
         margins = facts.margins[tested]
-        return Trace(hits, margins, hits, margins)
+        return Trace(hits, margins, hits)

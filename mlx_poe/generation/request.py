@@ -15,12 +15,12 @@ from typing import Any
 
 from cognica_mlx.decoding.constraint import Grammar, check_characters
 from cognica_mlx.decoding.modes import MODES, PACED_MODES, ModeOptions, last_resort, make_mode
-from cognica_mlx.decoding.rounded_prefix import RoundedPrefix
+from cognica_mlx.decoding.quantized_prefix import QuantizedPrefix
 from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
 from cognica_mlx.decoding.sequence import DecodingSequence, Mode, check_sequence
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.state import DecodingState, Progress
-from cognica_mlx.errors import RequestError
+from cognica_mlx.errors import RequestError, deleted
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.costs import Costs
 from cognica_mlx.pricing.pace import KnownCosts, pace_for
@@ -47,7 +47,7 @@ _FLAGS = ("draft_lookup", "prompt_logprobs", "no_fallback")
 _WHOLE = (
     *("top_k", "repetition_context_size", "top_logprobs", "seed", "max_tokens"),
     *("stage", "max_stages", "stages", "exit_stages", "prefill_step_size"),
-    *("draft_stage", "num_draft_tokens", "draft_rank", "draft_bits"),
+    *("draft_stage", "num_draft_tokens", "draft_bits"),
 )
 _AS_GIVEN = ("costs", *FORM_OPTIONS)  # checked by those that use them
 
@@ -110,7 +110,7 @@ class GenerationRequest:
         )
 
     @property
-    def prefixes(self) -> set[RoundedPrefix]:
+    def prefixes(self) -> set[QuantizedPrefix]:
         """The quantized copy that it drafts with, if any."""
         prefix = self.mode.prefix if isinstance(self.mode, Speculative) else None
         return {prefix} if prefix else set()
@@ -131,7 +131,7 @@ def read_request(
     options = {_RENAMED.get(name, name): value for name, value in options.items()}
     for name in options:
         if name not in OPTIONS and name not in _OTHERS:
-            raise RequestError(f"there is no option {name}")
+            raise RequestError(deleted(name) or f"there is no option {name}")
     given = {name: _read(name, value) for name, value in options.items() if value is not None}
 
     def taken(names: Iterable[str]) -> dict[str, Any]:
@@ -204,7 +204,8 @@ def _read(name: str, value: Any) -> Any:
         return value
     if name == "mode":
         if not isinstance(value, str) or value not in MODES:
-            raise RequestError(f"mode {value!r:.60} is not one of {', '.join(MODES)}")
+            problem = f"mode {value!r:.60} is not one of {', '.join(MODES)}"
+            raise RequestError(deleted(value) or problem)
         return value
     if name in _FLAGS:
         if not isinstance(value, bool):

@@ -165,7 +165,7 @@ class Reply:
             generation_tps=self._generated / (now - self._started) if self._generated else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             drafted_tokens=sequence.drafted,
-            fell_back=self.pace.parked if self.pace else None,
+            fell_back=self.pace.fell_back if self.pace else None,
             finish_reason=finish_reason,
             cached_tokens=sequence.cached if self._cached is None else self._cached,
             forced=decoded.forced,

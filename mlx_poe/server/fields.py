@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from cognica_mlx.errors import one_line
+from cognica_mlx.errors import deleted, one_line
 from cognica_mlx.files import strict_json
 from mlx_poe.server.error_bodies import ApiError, refused
 
@@ -111,9 +111,8 @@ class Fields:
         for field in self.values:
             if field not in self._asked:
                 name = self.name(ascii(field)[1:-1])[:80]
-                raise refused(
-                    name, "there is no such field, or it is not supported", "unsupported_parameter"
-                )
+                problem = deleted(field) or "there is no such field, or it is not supported"
+                raise refused(name, problem, "unsupported_parameter")
 
 
 def read_object(body: bytes) -> Fields:

@@ -9,7 +9,6 @@ const MODES = {
   compose: "Combines the predictions of all stages.",
   wand: "Stops at the first stage that is sure enough. Agrees with full on about 99 of 100 tokens.",
   speculative: "The first stage drafts, all stages verify. Same output as full. Lookup also drafts what followed the same words before.",
-  certified: "Drafts like speculative, but verifies only if the draft is not sure enough. As accurate as wand.",
 };
 
 const OPTIONS = {
@@ -17,7 +16,6 @@ const OPTIONS = {
   prefix: ["max_stages"],
   wand: ["safety"],
   speculative: ["num_draft_tokens", "draft_lookup"],
-  certified: ["safety", "num_draft_tokens"],
 };
 
 /** A mode and its options, in the settings and in each lane of a race. */

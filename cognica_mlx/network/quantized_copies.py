@@ -2,7 +2,7 @@
 
 - every copy is made once and kept with its original, so that all specialists over one base draft
   from the same copies
-- the model itself does not change; `rounded_matrices` lists what the copies add in memory
+- the model itself does not change; `quantized_matrices` lists what the copies add in memory
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def is_finite(name: str, array: mx.array, mode: str = "affine") -> bool:
     return True
 
 
-def rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
+def quantized(module: nn.Module, scheme: Scheme) -> nn.Module:
     """A copy of a matrix quantized by `scheme`, made once. Returns the matrix itself if it has no
     more bits already, or if its rows are not a multiple of the group size.
 
@@ -54,17 +54,17 @@ def rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
     """
     kept: dict[Scheme, nn.Module] = copies_of(module)
     if scheme not in kept:
-        kept[scheme] = _rounded(module, scheme)
+        kept[scheme] = _quantized(module, scheme)
     return kept[scheme]
 
 
 def copies_of(thing: object) -> dict[Any, Any]:
     """The quantized copies made so far of a module, stage or model, which keeps them."""
-    copies: dict[Any, Any] = thing.__dict__.setdefault("_rounded", {})
+    copies: dict[Any, Any] = thing.__dict__.setdefault("_copies", {})
     return copies
 
 
-def _rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
+def _quantized(module: nn.Module, scheme: Scheme) -> nn.Module:
     matrix: nn.Linear
     if isinstance(module, nn.QuantizedLinear):
         if module.bits <= scheme.bits:
@@ -87,27 +87,27 @@ def _rounded(module: nn.Module, scheme: Scheme) -> nn.Module:
     return made
 
 
-def rounded_stage(stage: Stage, scheme: Scheme, source: int) -> Stage:
+def quantized_stage(stage: Stage, scheme: Scheme, source: int) -> Stage:
     """A copy of a stage with quantized matrices that reads boundary `source`; made once. Embedding
     tables, which a token reads one row of, stay the model's own."""
     kept: dict[tuple[Scheme, int], Stage] = copies_of(stage)
     key = scheme, source
     if key not in kept:
         other = copy.copy(stage)
-        other.__dict__.pop("_rounded", None)
-        other.blocks = [_rounded_block(block, scheme) for block in stage.blocks]
+        other.__dict__.pop("_copies", None)
+        other.blocks = [_quantized_block(block, scheme) for block in stage.blocks]
         other.scheme, other.source = scheme, source
         kept[key] = other
     return kept[key]
 
 
-def _rounded_block(block: Block, scheme: Scheme) -> Block:
+def _quantized_block(block: Block, scheme: Scheme) -> Block:
     other = copy.copy(block)
     other.attn, other.mlp = copy.copy(block.attn), copy.copy(block.mlp)
     for part in (other.attn, other.mlp):
         for name, module in list(part.items()):
             if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-                part[name] = rounded(module, scheme)
+                part[name] = quantized(module, scheme)
     restack(other)
     return other
 
@@ -119,7 +119,7 @@ def restack(block: Block) -> None:
         block.attn.stack()
 
 
-def rounded_matrices(
+def quantized_matrices(
     copies: Sequence[nn.Module], originals: Sequence[nn.Module]
 ) -> list[tuple[nn.Module, nn.Module]]:
     """The matrices in `copies` that are quantized, each with its original."""
@@ -136,4 +136,4 @@ def rounded_matrices(
 
 def release(matrix: nn.Module, original: nn.Module, scheme: Scheme) -> None:
     """Give a copy's memory back: it is quantized again when it is next used."""
-    matrix.update(_rounded(original, scheme).parameters())
+    matrix.update(_quantized(original, scheme).parameters())

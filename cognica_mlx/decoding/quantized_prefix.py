@@ -1,6 +1,6 @@
-"""A rounded copy of a model's first stages and heads, which the rounded drafter runs.
+"""A quantized copy of a model's first stages and heads, which drafting runs.
 
-- a base drafts through its first stages, rounded
+- a base drafts through its first stages, quantized
 - a specialist drafts through a *shallow* copy of itself: the base's first stages, then the
   specialist's own, as if the base ended there, and the heads of the full prediction
 - both use the keys and values that the model itself computed for the text, so they keep none of
@@ -19,19 +19,19 @@ import mlx.nn as nn
 from cognica_mlx.decoding.targets import Target, draft_target
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.network.rounding import (
+from cognica_mlx.network.quantized_copies import (
     copies_of,
+    quantized_matrices,
+    quantized_stage,
     release,
     restack,
-    rounded_matrices,
-    rounded_stage,
 )
 from cognica_mlx.network.stages import Stage
 from cognica_mlx.scheme import Scheme
 
 
 @dataclass(frozen=True, eq=False)
-class RoundedPrefix:
+class QuantizedPrefix:
     """Stages that replace the model's stages `of`, the target that predicts from them, the heads
     that it reads, and the model's original heads."""
 
@@ -44,10 +44,10 @@ class RoundedPrefix:
 
     @cached_property
     def _matrices(self) -> dict[int, tuple[nn.Module, nn.Module]]:
-        """The rounded matrices, each once, with their originals."""
+        """The quantized matrices, each once, with their originals."""
         blocks = [block for stage in self.stages for block in stage.blocks]
         own = [block for k in self.of for block in self.model.stages[k].blocks]
-        pairs = rounded_matrices([*blocks, *self.heads], [*own, *self.originals])
+        pairs = quantized_matrices([*blocks, *self.heads], [*own, *self.originals])
         return {id(pair[0]): pair for pair in pairs}
 
     @property
@@ -57,7 +57,7 @@ class RoundedPrefix:
 
     @cached_property
     def sizes(self) -> dict[int, int]:
-        """The bytes of each rounded matrix; a key stands for the same one in any other prefix."""
+        """The bytes of each quantized matrix; a key stands for the same one in any other prefix."""
         return {
             key: sum(array.nbytes for array in matrix.parameters().values())
             for key, (matrix, _) in self._matrices.items()
@@ -65,12 +65,12 @@ class RoundedPrefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rounded matrices."""
+        """Bytes of all quantized matrices."""
         return sum(self.sizes.values())
 
     def release(self, but: Container[int] = ()) -> None:
         """Give back the memory of all matrices `but` these keys of `sizes`. What is used again is
-        rounded again first."""
+        quantized again first."""
         assert self.target.scheme
         for key, (matrix, original) in self._matrices.items():
             if key not in but:
@@ -80,30 +80,30 @@ class RoundedPrefix:
                 restack(block)
 
 
-def round_prefix(
+def quantize_prefix(
     model: PoEModel, scheme: Scheme, draft_stage: int, draft_head: str
-) -> RoundedPrefix:
-    """The stages up to `draft_stage`, rounded; for a specialist also its own stage, unless
+) -> QuantizedPrefix:
+    """The stages up to `draft_stage`, quantized; for a specialist also its own stage, unless
     `draft_head` is "base". Made once for a model; nothing is computed until it is used.
 
-    Raises RequestError if rounding would change nothing, or a stage is on another machine.
+    Raises RequestError if quantizing would change nothing, or a stage is on another machine.
     """
     for k in _copied(model, draft_stage, draft_head):
         if rank := model.stages[k].rank:
             raise RequestError(
                 f"draft_bits: stage {k} is on rank {rank}, and only stages on rank 0 can be "
-                "drafted from rounded; leave draft_bits out, or change the split"
+                "drafted from quantized; leave draft_bits out, or change the split"
             )
-    made: dict[tuple[Scheme, int, str], RoundedPrefix] = copies_of(model)
+    made: dict[tuple[Scheme, int, str], QuantizedPrefix] = copies_of(model)
     key = scheme, draft_stage, draft_head
     if key not in made:
         _take_up(model, scheme)
-        made[key] = _round_prefix(model, scheme, draft_stage, draft_head)
+        made[key] = _quantize_prefix(model, scheme, draft_stage, draft_head)
     return made[key]
 
 
 def _take_up(model: PoEModel, scheme: Scheme) -> None:
-    """Use the rounded copy that is stored beside the model or its base, if there is one."""
+    """Use the quantized copy that is stored beside the model or its base, if there is one."""
     one: PoEModel | None = model
     while one is not None:
         if take_up := one.stored_copies.pop(scheme, None):
@@ -111,10 +111,10 @@ def _take_up(model: PoEModel, scheme: Scheme) -> None:
         one = one._base
 
 
-def _round_prefix(
+def _quantize_prefix(
     model: PoEModel, scheme: Scheme, draft_stage: int, draft_head: str
-) -> RoundedPrefix:
-    copy = model.with_rounded_heads(scheme)
+) -> QuantizedPrefix:
+    copy = model.with_quantized_heads(scheme)
     trunk = len(model.config.stage_layers)
     of = _copied(model, draft_stage, draft_head)
     target = draft_target(copy, draft_stage, draft_head)
@@ -128,10 +128,10 @@ def _round_prefix(
             heads,
         )
     stages = tuple(
-        rounded_stage(stage, scheme, _source(stage.source, draft_stage, trunk))
+        quantized_stage(stage, scheme, _source(stage.source, draft_stage, trunk))
         for stage in (model.stages[k] for k in of)
     )
-    made = RoundedPrefix(
+    made = QuantizedPrefix(
         model,
         stages,
         of,
@@ -141,8 +141,8 @@ def _round_prefix(
     )
     if not made.arrays:
         raise RequestError(
-            f"draft_bits: stage {draft_stage} and its heads have no matrix that can be rounded to "
-            f"{scheme.bits} bits; leave draft_bits out"
+            f"draft_bits: stage {draft_stage} and its heads have no matrix that can be quantized "
+            f"to {scheme.bits} bits; leave draft_bits out"
         )
     return made
 
