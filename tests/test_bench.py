@@ -336,6 +336,18 @@ def quick() -> list[str]:
     return ["--dtype", "float32", "--trials", "1", "-m", "3", "--context", "20"]
 
 
+def test_the_bounds_of_other_ways_to_draft_are_bytes(capsys):
+    """Matrices alone: a stage of the tiny shape has two blocks of 12 D^2, the head has V D."""
+    shape = ["--only", "drafts", "--shape", "tiny"]
+    assert command.main([*shape, "--agreement", "0.8"]) == 0
+    out, stage, head = capsys.readouterr().out, 2 * 12 * 128**2, 2048 * 128
+    full = 4 * stage + head
+    free = max(sum(0.8**i for i in range(n + 1)) * full / (n * stage + full) for n in range(1, 9))
+    for name, expected in (("never verified", full / (stage + head)), ("free head", free)):
+        (row,) = [line for line in out.splitlines() if name in line]
+        assert float(re.search(r"([0-9.]+)x", row)[1]) == pytest.approx(expected, rel=0.03)
+
+
 def test_the_command_end_to_end(quick, tmp_path, capsys):
     paths = [tmp_path / name for name in ("r.json", "r.csv", "r.png")]
     flags = [*quick, "--only", "stages,modes", "--peers"]

@@ -34,9 +34,15 @@ from cognica_mlx.decoding.targets import stage_target
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.files import lineage
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.pricing.costs import Costs, bytes_read
+from cognica_mlx.pricing.costs import Costs, bytes_read, with_bytes_of
 from cognica_mlx.pricing.measuring import calibrate
-from cognica_mlx.pricing.replaying import Trace, replay_drafts, replay_wand
+from cognica_mlx.pricing.replaying import (
+    Trace,
+    best_options,
+    recorded_prefix,
+    replay_drafts,
+    replay_wand,
+)
 from cognica_mlx.pricing.rounds import RoundCosts
 from mlx_poe import generate, load
 from mlx_poe.commands.calibrate import main as calibrate_command
@@ -178,6 +184,18 @@ def test_replayed_costs_add_up():
     # A round costs its drafts (11 each), stage 0 for the last of them (1), then three stages and
     # the head (13).
     assert rounds.cost == 8 * 11 + 4 * (1 + 13)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_copy_is_advised_by_its_own_drafts(right):
+    """Stage 0's own drafts are right on every second token."""
+    model, _ = fixture("poe-tiny")
+    hits = np.tile(np.arange(24) % 2 == 0, (3, 1))
+    trace = Trace(hits, np.zeros((3, 24)), hits, np.full(24, right))
+    costs = with_bytes_of(bytes_read(model), recorded_prefix(model))
+    options, replay = best_options(model, [trace], costs, [1.0, 1.0, 1.0])["speculative"]
+    assert options.get("draft_bits") == (4 if right else None)
+    assert replay.agreeing == replay.tokens >= 24
 
 
 def test_costs_are_the_bytes_of_the_real_shapes():

@@ -160,6 +160,16 @@ def test_what_cannot_be_guessed_is_waited_for(there, rounds, temp, regex):
     assert told.meanwhile == {False}
 
 
+def test_a_quantized_copy_waits_for_the_verification(there, rounds):
+    """It drafts beside the state, which must hold the text."""
+    model, tokenizer = there
+    mode = make_mode(model, "speculative", ModeOptions(draft_bits=4))
+    prompt = tokenizer.encode(PROMPTS[0])
+    expected = decode(model, prompt, make_mode(model), 24)
+    assert decode(model, prompt, mode, 24) == expected
+    assert rounds and all(one.made == 0 for one in rounds)
+
+
 def test_a_guess_is_worth_nothing_behind_a_rejected_draft(there, monkeypatch):
     model, tokenizer = there
     prompt, go_on, tried = tokenizer.encode(PROMPTS[0]), StageDrafter.go_on, []
