@@ -239,10 +239,10 @@ def test_help_shows_examples(run_here):
         assert flag in text
 
 
-# --- colour ---------------------------------------------------------------------------------------
+# --- color ---------------------------------------------------------------------------------------
 
 
-def test_colours_are_for_terminals_unless_forced(run_here):
+def test_colors_are_for_terminals_unless_forced(run_here):
     plain = text_of(PROMPT, max_tokens=30, mode="wand", safety=0.3) + "\n"
     flags = ("--prompt", PROMPT, "--max-tokens", "30", "--mode", "wand", "--safety", "0.3")
     flags += ("--no-fallback",)
@@ -250,7 +250,7 @@ def test_colours_are_for_terminals_unless_forced(run_here):
     assert piped.stdout.decode() == plain
     forced = run_here(*flags, "--color-stages", FORCE_COLOR="1", TERM="xterm").stdout.decode()
     assert ANSI.sub("", forced) == plain
-    assert len(set(ANSI.findall(forced)) - {"\x1b[0m"}) >= 2  # a colour for each depth
+    assert len(set(ANSI.findall(forced)) - {"\x1b[0m"}) >= 2  # a color for each depth
     refused = run_here(*flags, "--color-stages", FORCE_COLOR="1", NO_COLOR="1", TERM="xterm")
     assert refused.stdout.decode() == plain
     unasked = run_here(*flags, FORCE_COLOR="1", TERM="xterm")
@@ -265,7 +265,7 @@ def read_terminal(descriptor: int) -> str:
         return ""
 
 
-def test_colours_show_on_a_terminal():
+def test_colors_show_on_a_terminal():
     ours, theirs = pty.openpty()
     subprocess.run(
         [*COMMAND, "--prompt", PROMPT, "--max-tokens", "3", "--color-stages"],
@@ -280,7 +280,7 @@ def test_colours_show_on_a_terminal():
     assert "\x1b[" in shown
 
 
-def test_colours_leave_the_text_alone(run_here, endless):
+def test_colors_leave_the_text_alone(run_here, endless):
     expected = generate(*load(endless, dtype="float32"), "Once", max_tokens=60)
     assert "\r" in expected and "\v" in expected
     flags = ("--model", str(endless), "--prompt", "Once", "--max-tokens", "60", "--color-stages")

@@ -509,7 +509,7 @@ def test_a_reply_that_breaks_off_stays_with_the_reason(page: Page, last: str, sa
     ("drafter", "said"),
     [
         pytest.param("stages", "drafted", marks=SOAK),
-        ("rounded", "drafted by its rounded copy"),
+        ("rounded", "drafted by its quantized copy"),
         pytest.param("lookup", "looked up", marks=SOAK),
     ],
 )

@@ -129,7 +129,7 @@ def refusal(answer: tuple[int, Any, Mapping[str, str]]) -> tuple[int, dict[str, 
         (TEXTS, {"max_tokens": 20000}, "max_tokens"),
     ],
 )
-def test_a_field_that_cannot_be_honoured_is_named(server, path, change, param):
+def test_a_field_that_cannot_be_honored_is_named(server, path, change, param):
     body = {**(CHAT if path == CHATS else TEXT), **change}
     status, error = refusal(server.ask(path, body))
     assert (status, error["param"]) == (400, param)

@@ -70,7 +70,7 @@ function describe(token, stages) {
   return parts;
 }
 
-const DRAFTED_BY = { rounded: "drafted by its rounded copy", lookup: "looked up in the text" };
+const DRAFTED_BY = { rounded: "drafted by its quantized copy", lookup: "looked up in the text" };
 
 function origin({ stage, fromDraft, drafter, forced }, stages) {
   if (forced) return "forced: the required form allowed no other token";
