@@ -75,7 +75,7 @@ def on_machines(
 
     `load_base` is called with a function that returns this rank's part for a configuration and a
     type; `specialists` are names, each with a function that attaches it. `split` is "stages" or a
-    text for `machines.split.parse`. On ranks other than 0 the block runs once rank 0 has left its
+    text for `placement.parse`. On ranks other than 0 the block runs once rank 0 has left its
     own, and gets None. If a rank takes more than `timeout` seconds for a pass, decoding ends with a
     RankLostError, or with `degrade` goes on with the stages that rank 0 holds. If a rank takes
     `LOADING` times as long to load its part, rank 0 prints its number and ends the process.

@@ -15,10 +15,10 @@ from mlx_poe.generation.responses import GenerationResponse
 from mlx_poe.generation.tools import ToolCallParser
 from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.server.catalog import Served
-from mlx_poe.server.chat_history import read_messages
 from mlx_poe.server.error_bodies import refused
 from mlx_poe.server.fields import Fields, shown
 from mlx_poe.server.logprobs import chat_logprobs, stages_of
+from mlx_poe.server.openai_messages import read_messages
 from mlx_poe.server.response_frame import ResponseFrame
 from mlx_poe.server.shared_fields import Options, read_options
 
