@@ -47,11 +47,11 @@ def test_flags_and_settings_take_sizes():
     flags = ["--memory", "1.5GiB", "--prompt-cache-bytes", "2MB", "--max-body", "3000"]
     args = build_parser().parse_args(flags)
     assert (args.memory, args.prompt_cache_bytes, args.max_body) == (3 * 2**29, 2_000_000, 3000)
-    scheduler = Scheduler(None, memory="8MB")  # type: ignore[arg-type]
+    scheduler = Scheduler(memory="8MB")
     assert scheduler.memory == 8_000_000
     for wrong in ("lots", -1):
         with pytest.raises(RequestError, match=str(wrong)):
-            Scheduler(None, memory=wrong)  # type: ignore[arg-type]
+            Scheduler(memory=wrong)
 
 
 @pytest.mark.parametrize("flag", ["--memory", "--prompt-cache-bytes", "--max-body"])

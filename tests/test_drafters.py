@@ -720,7 +720,7 @@ def test_the_command_says_which_drafter_made_what(capsys):
     assert generate_command.main([*flags, "--verbose"]) == 0
     shown = capsys.readouterr()
     counts = r"(\d+) of (\d+)"
-    found = re.search(rf"Acceptance: {counts} draft.*: rounded stages {counts}\n", shown.err)
+    found = re.search(rf"Acceptance: {counts} draft.*: quantized stages {counts}\n", shown.err)
     kept, made, *each = map(int, found.groups())
     assert [kept, made] == each and kept
     assert generate_command.main([*flags, "--json"]) == 0
