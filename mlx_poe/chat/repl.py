@@ -23,13 +23,7 @@ from rich.console import Console, RenderableType
 from cognica_mlx.errors import PoEError, RequestError
 from mlx_poe.chat.conversation import Chat
 from mlx_poe.chat.terminal import ChatHistory, key_bindings
-from mlx_poe.generation.display import (
-    mean_depth,
-    paint,
-    paints,
-    print_legend,
-    printable,
-)
+from mlx_poe.generation.display import mean_depth, paint, paints, print_legend, printable
 from mlx_poe.generation.progress import Bars
 from mlx_poe.generation.responses import fallback_note
 from mlx_poe.generation.tools import ToolCallParser, check_call

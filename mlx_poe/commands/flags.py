@@ -195,9 +195,7 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
         "--exit-stages", type=numbers(int), metavar="0,1,…", help="wand: stages that may exit early"
     )
     group.add_argument(
-        "--draft-stage",
-        type=int,
-        help="speculative: the last drafting stage (default: 0)",
+        "--draft-stage", type=int, help="speculative: the last drafting stage (default: 0)"
     )
     group.add_argument(
         "--num-draft-tokens",

@@ -23,11 +23,7 @@ from cognica_mlx.decoding.batch import Batch, Event
 from cognica_mlx.decoding.footprint import state_bytes
 from cognica_mlx.decoding.quantized_prefix import QuantizedPrefix
 from cognica_mlx.decoding.requests import Resumable, Steps
-from cognica_mlx.decoding.sequence import (
-    prefill_step_size_here,
-    read_prompt,
-    ready,
-)
+from cognica_mlx.decoding.sequence import prefill_step_size_here, read_prompt, ready
 from cognica_mlx.decoding.speculative import Speculative
 from cognica_mlx.decoding.state import MAX_PENDING, DecodingState
 from cognica_mlx.errors import RequestError

@@ -119,10 +119,9 @@ def call_grammar(functions: Functions, tool_choice: str = "auto") -> str:
         raise RequestError(f"tool_choice {_shown(tool_choice)} is not one of {known}")
     if tool_choice in names:
         offered = [offered[names.index(tool_choice)]]
-    start = {
-        "none": "PLAIN",
-        "auto": "PLAIN | before call",
-    }.get(tool_choice, f"{json.dumps(CALL_MARK)} call")
+    start = {"none": "PLAIN", "auto": "PLAIN | before call"}.get(
+        tool_choice, f"{json.dumps(CALL_MARK)} call"
+    )
     calls, rules = [], []
     for i, function in enumerate(offered):
         head = f' {{"name": {json.dumps(function["name"])}, "arguments": \''

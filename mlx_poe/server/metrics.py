@@ -21,10 +21,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # The engine's figures: name, help text, how to read it.
 _GAUGES = {
     "running_sequences": ("Sequences being decoded", lambda stats: stats.running),
-    "waiting_sequences": (
-        "Sequences waiting to start",
-        lambda stats: stats.waiting,
-    ),
+    "waiting_sequences": ("Sequences waiting to start", lambda stats: stats.waiting),
     "paused_sequences": ("Sequences whose reader has stalled", lambda stats: stats.paused),
     "state_bytes": ("Bytes promised to running sequences", lambda stats: stats.state_bytes),
     "rounded_copy_bytes": ("Bytes of rounded copies to draft with", lambda stats: stats.copy_bytes),

@@ -95,12 +95,7 @@ class ResponseFrame(ABC):
     def whole(self) -> dict[str, Any]:
         """The response, once all choices are complete."""
         choices = [self.choice(index) for index in range(len(self.choices))]
-        return {
-            **self._frame,
-            "object": self.whole_object,
-            "choices": choices,
-            "usage": self.usage,
-        }
+        return {**self._frame, "object": self.whole_object, "choices": choices, "usage": self.usage}
 
     def first_chunks(self) -> list[dict[str, Any]]:
         """Chunks to send at once."""
