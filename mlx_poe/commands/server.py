@@ -249,8 +249,7 @@ def _announce(app: Starlette, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-    names = ", ".join(served.name for served in app.state.server.catalog)
-    print(f"serving {names}", file=sys.stderr)
+    print(f"serving {', '.join(app.state.server.catalog)}", file=sys.stderr)
     print(
         f"page  http://{host}:{port}/\nAPI   http://{host}:{port}/v1", file=sys.stderr, flush=True
     )

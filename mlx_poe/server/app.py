@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.resources import files
 
 import anyio
@@ -23,14 +24,16 @@ from starlette.routing import Route
 from cognica_mlx.convert.chat_layout import BOS, REPLY_END, TEMPLATE
 from cognica_mlx.errors import PoEError
 from mlx_poe.engine import Engine
-from mlx_poe.server.catalog import Catalog
+from mlx_poe.loading.tokenizer import Tokenizer
+from mlx_poe.server.catalog import Catalog, Served
 from mlx_poe.server.chat_completions import read_chat
 from mlx_poe.server.completions import read_completion
 from mlx_poe.server.error_bodies import ApiError, as_api_error, refused
 from mlx_poe.server.fields import Fields, read_object
-from mlx_poe.server.guard import KeyGuard, OriginGuard
+from mlx_poe.server.guard import Guard, key_rule, origin_rule
 from mlx_poe.server.metrics import CONTENT_TYPE, Metrics
 from mlx_poe.server.request_life import ClientGone, Service
+from mlx_poe.server.response_frame import ResponseFrame
 from mlx_poe.server.shared_fields import Limits
 from mlx_poe.server.wire import Json
 
@@ -46,7 +49,7 @@ _PAGE_HEADERS = {
     "cache-control": "no-cache",
 }
 
-Endpoint = Callable[[Request], Awaitable[Response]]
+Read = Callable[[Fields, Served, Tokenizer], ResponseFrame]
 
 
 class Server:
@@ -58,25 +61,17 @@ class Server:
         self.service = Service(engine, limits, self.metrics)
         self._created = int(time.time())
 
-    async def chat_completions(self, request: Request) -> Response:
-        """`POST /v1/chat/completions`."""
+    async def complete(self, read: Read, request: Request) -> Response:
+        """A completion of either kind."""
         body = await self._body(request)
-        frame = read_chat(body, self.catalog.named_in(body), self.engine.tokenizer)
-        return await self.service.respond(frame, "chat", request.receive)
-
-    async def completions(self, request: Request) -> Response:
-        """`POST /v1/completions`."""
-        body = await self._body(request)
-        frame = read_completion(body, self.catalog.named_in(body), self.engine.tokenizer)
-        return await self.service.respond(frame, "completions", request.receive)
+        frame = read(body, self.catalog.named_in(body), self.engine.tokenizer)
+        return await self.service.respond(frame, _NAMES[request.url.path], request.receive)
 
     async def models(self, request: Request) -> Response:
-        """`GET /v1/models`."""
-        data = [served.as_json(self._created) for served in self.catalog]
+        data = [served.as_json(self._created) for served in self.catalog.values()]
         return Json({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
-        """`GET /v1/models/NAME`."""
         return Json(self.catalog.find(request.path_params["name"]).as_json(self._created))
 
     async def tokenize(self, request: Request) -> Response:
@@ -113,13 +108,12 @@ class Server:
     async def tokenizer_info(self, request: Request) -> Response:
         """`GET /tokenizer_info`: what lm-eval needs to know about a remote tokenizer."""
         special = self.engine.tokenizer.special_tokens
-        end = REPLY_END if any(one.info.chats for one in self.catalog) else BOS
+        end = REPLY_END if any(one.info.chats for one in self.catalog.values()) else BOS
         about = {"bos_token": BOS, "eos_token": end, "pad_token": BOS}
         found = {name: token if token in special else None for name, token in about.items()}
         return Json({"tokenizer_class": "cognica-mlx", **found, "chat_template": TEMPLATE})
 
     async def health(self, request: Request) -> Response:
-        """`GET /health`."""
         if self.engine.closed or self.service.closing:
             return Json({"status": "shutting down"}, 503)
         stats, lost = self.engine.stats, self.engine.lost_link
@@ -130,7 +124,6 @@ class Server:
         return Json({"status": status, "problem": str(lost.lost), **about}, code)
 
     async def metrics_text(self, request: Request) -> Response:
-        """`GET /metrics`."""
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     async def _body(self, request: Request) -> Fields:
@@ -174,22 +167,14 @@ def _routing_error(request: Request, error: HTTPException) -> ApiError:
     return ApiError(error.status_code, error.detail)
 
 
-def _page() -> dict[str, Endpoint]:
+def _page() -> dict[str, Response]:
     """The page's files by their paths, read once."""
-    found: dict[str, Endpoint] = {}
+    found = {}
     for file in (files("mlx_poe.server") / "page").iterdir():
-        kind = _PAGE_KINDS.get(file.name.rpartition(".")[2])
-        if kind:
+        if kind := _PAGE_KINDS.get(file.name.rpartition(".")[2]):
             path = "/" if file.name == "index.html" else f"/{file.name}"
-            found[path] = _static(file.read_bytes(), kind)
+            found[path] = Response(file.read_bytes(), media_type=kind, headers=_PAGE_HEADERS)
     return found
-
-
-def _static(content: bytes, kind: str) -> Endpoint:
-    async def respond(request: Request) -> Response:
-        return Response(content, media_type=kind, headers=_PAGE_HEADERS)
-
-    return respond
 
 
 def make_app(
@@ -204,10 +189,10 @@ def make_app(
     """The application; its `Server` is `app.state.server`."""
     server = Server(engine, catalog, limits)
     page = _page()
-    routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in page.items()]
+    routes = [Route(path, file, methods=["GET"]) for path, file in page.items()]
     for method, path, endpoint in (
-        ("POST", "/v1/chat/completions", server.chat_completions),
-        ("POST", "/v1/completions", server.completions),
+        ("POST", "/v1/chat/completions", partial(server.complete, read_chat)),
+        ("POST", "/v1/completions", partial(server.complete, read_completion)),
         ("GET", "/v1/models", server.models),
         ("GET", "/v1/models/{name:path}", server.model),
         ("POST", "/tokenize", server.tokenize),
@@ -217,7 +202,7 @@ def make_app(
         ("GET", "/metrics", server.metrics_text),
     ):
         routes.append(Route(path, endpoint, methods=[method]))
-    middleware = [Middleware(OriginGuard, host=host, allowed=allow_origins)]
+    middleware = [Middleware(Guard, rule=origin_rule(host, frozenset(allow_origins)))]
     if allow_origins:
         middleware.append(
             Middleware(
@@ -228,7 +213,7 @@ def make_app(
                 expose_headers=["x-request-id", "retry-after"],
             )
         )
-    middleware.append(Middleware(KeyGuard, key=api_key, open_paths={*page, "/health"}))
+    middleware.append(Middleware(Guard, rule=key_rule(api_key, {*page, "/health"})))
     errors = (ApiError, PoEError, HTTPException, ClientGone, ClientDisconnect, Exception)
     handlers = dict.fromkeys(errors, server.refusal)
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,22 +34,15 @@ class Served:
         }
 
 
-class Catalog:
+class Catalog(dict[str, Served]):
     """The models by name, in the order they are listed."""
-
-    def __init__(self, served: Sequence[Served]):
-        self._served = {one.name: one for one in served}
-
-    def __iter__(self) -> Iterator[Served]:
-        return iter(self._served.values())
 
     def find(self, name: str) -> Served:
         """The model of that name, or ApiError 404. Names are looked up here and nowhere else."""
-        if name not in self._served:
-            known = ", ".join(self._served)
-            message = f"model: {shown(name)} is not served here; served: {known}"
+        if name not in self:
+            message = f"model: {shown(name)} is not served here; served: {', '.join(self)}"
             raise ApiError(404, message, "model", "model_not_found")
-        return self._served[name]
+        return self[name]
 
     def named_in(self, body: Fields) -> Served:
         """The model that a request asks for."""
@@ -72,4 +65,4 @@ def make_catalog(
     for name, parts, weights in compositions:
         info = engine.describe(parts, weights)
         served.append(Served(name, info, tuple(parts), tuple(weights)))
-    return Catalog(served)
+    return Catalog((one.name, one) for one in served)

@@ -138,7 +138,7 @@ class ChatResponse(ResponseFrame):
             found.append(self._delta(index, {"tool_calls": [rest]}, []))
         if response.finish_reason:
             reason = "tool_calls" if call else response.finish_reason
-            found.append({**self._delta(index, {}, []), "finish_reason": reason})
+            found.append(self._delta(index, {}, [], reason))
         return found
 
     def choice(self, index: int) -> dict[str, Any]:
@@ -176,9 +176,10 @@ class ChatResponse(ResponseFrame):
             "function": function,
         }
 
-    def _delta(self, index: int, delta: dict[str, Any], tokens: list) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, **self._about(tokens)}
-        return {**choice, "finish_reason": None}
+    def _delta(
+        self, index: int, delta: dict[str, Any], tokens: list, reason: str | None = None
+    ) -> dict[str, Any]:
+        return {"index": index, "delta": delta, **self._about(tokens), "finish_reason": reason}
 
     def _about(self, tokens: list) -> dict[str, Any]:
         """The details about tokens that the request asked for."""

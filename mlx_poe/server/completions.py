@@ -13,7 +13,7 @@ from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.server.catalog import Served
 from mlx_poe.server.error_bodies import refused
 from mlx_poe.server.fields import Fields
-from mlx_poe.server.logprobs import ARRAYS, stages_of, text_logprobs
+from mlx_poe.server.logprobs import Entry, stages_of, text_logprobs
 from mlx_poe.server.response_frame import ResponseFrame
 from mlx_poe.server.shared_fields import Options, read_options
 
@@ -80,28 +80,23 @@ class CompletionResponse(ResponseFrame):
         """The prompt, if it is echoed, then text as it comes."""
         chunks = []
         if self._echo and len(self.choices[index].responses) == 1:
-            chunks.append(self._choice(index, self._prompt(index), self._echoed(index), []))
+            chunks.append(self._choice(index, self._prompt(index), [], self._echoed(index)))
         if self.options.max_tokens != 0 and (response.text or tokens):
-            logprobs = self._logprobs(index, tokens)
-            chunks.append(self._choice(index, response.text, logprobs, tokens))
+            entries = self._entries(index, tokens)
+            chunks.append(self._choice(index, response.text, tokens, entries))
         if response.finish_reason:
-            reason = self._reason(response)
-            chunks.append({**self._choice(index, "", None, []), "finish_reason": reason})
+            chunks.append(self._choice(index, "", [], None, self._reason(response)))
         return chunks
 
     def choice(self, index: int) -> dict[str, Any]:
         """The text with its details."""
-        choice, text = self.choices[index], ""
-        tokens: list[GenerationResponse] = []
-        logprobs = [self._echoed(index)] if self._echo else []
+        choice, text, tokens = self.choices[index], "", []
         if self.options.max_tokens != 0:
             text, tokens = choice.text, choice.tokens
-            logprobs.append(self._logprobs(index, tokens))
-        known = [one for one in logprobs if one is not None]
-        merged = {name: [v for one in known for v in one[name]] for name in ARRAYS}
-        text = (self._prompt(index) if self._echo else "") + text
-        whole = self._choice(index, text, merged if known else None, tokens)
-        return {**whole, "finish_reason": self._reason(choice.responses[-1])}
+        entries = self._entries(index, tokens)
+        if self._echo:
+            text, entries = self._prompt(index) + text, [*self._echoed(index), *entries]
+        return self._choice(index, text, tokens, entries, self._reason(choice.responses[-1]))
 
     def _reason(self, last: GenerationResponse) -> str | None:
         return "length" if self.options.max_tokens == 0 else last.finish_reason
@@ -111,42 +106,40 @@ class CompletionResponse(ResponseFrame):
         prompt = self.options.prompts[index // self.options.n]
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
-    def _logprobs(
-        self, index: int, tokens: list[GenerationResponse]
-    ) -> dict[str, list[Any]] | None:
-        """The log-probabilities of a reply's tokens, if they were requested."""
-        asked = self.options.top_logprobs
-        if asked is None:
-            return None
+    def _entries(self, index: int, tokens: list[GenerationResponse]) -> list[Entry]:
+        """What `text_logprobs` takes of a reply's tokens."""
         before = len(self._prompt(index)) if self._echo else 0
-        entries = [(t.token, t.logprob, t.top_logprobs, before + t.text_offset) for t in tokens]
-        return text_logprobs(self.tokenizer, entries, asked)
+        return [(t.token, t.logprob, t.top_logprobs, before + t.text_offset) for t in tokens]
 
-    def _echoed(self, index: int) -> dict[str, list[Any]] | None:
-        """The log-probabilities of a prompt's tokens, if they were requested."""
-        asked = self.options.top_logprobs
-        if asked is None:
-            return None
+    def _echoed(self, index: int) -> list[Entry]:
+        """What `text_logprobs` takes of a prompt's tokens, if it was scored."""
+        if self.options.top_logprobs is None:
+            return []
         prompt = self.options.prompts[index // self.options.n]
         tokens = self.tokens[index // self.options.n]
         scores = [(None, ()), *(self.choices[index].responses[0].prompt_logprobs or ())]
-        entries, offset = [], 0
+        entries: list[Entry] = []
+        offset = 0
         detokenizer = self.tokenizer.detokenizer()
         for i, (token, (logprob, top)) in enumerate(zip(tokens, scores, strict=True)):
             entries.append((token, logprob, top, offset))
             # The BOS prepended to a text is not part of the text.
             if i or not isinstance(prompt, str) or token != self.tokenizer.bos_token_id:
                 offset += len(detokenizer.add_token(token))
-        return text_logprobs(self.tokenizer, entries, asked)
+        return entries
 
     def _choice(
         self,
         index: int,
         text: str,
-        logprobs: dict[str, list[Any]] | None,
         tokens: list[GenerationResponse],
+        entries: list[Entry] | None,
+        reason: str | None = None,
     ) -> dict[str, Any]:
-        choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": None}
+        asked, logprobs = self.options.top_logprobs, None
+        if asked is not None and entries is not None:
+            logprobs = text_logprobs(self.tokenizer, entries, asked)
+        choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
         if self.options.token_stages:
             choice["token_stages"] = stages_of(self.tokenizer, tokens)
         return choice

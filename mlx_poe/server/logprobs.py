@@ -12,8 +12,8 @@ from typing import Any
 from mlx_poe.generation.responses import GenerationResponse
 from mlx_poe.loading.tokenizer import Tokenizer
 
-Top = Sequence[tuple[int, float]]
-ARRAYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+# A token, its log-probability, the best tokens and theirs, and its offset in the text.
+Entry = tuple[int, float | None, Sequence[tuple[int, float]], int]
 
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
@@ -58,14 +58,14 @@ def stages_of(tokenizer: Tokenizer, tokens: Iterable[GenerationResponse]) -> lis
 
 
 def text_logprobs(
-    tokenizer: Tokenizer, entries: Iterable[tuple[int, float | None, Top, int]], count: int
+    tokenizer: Tokenizer, entries: Iterable[Entry], count: int
 ) -> dict[str, list[Any]]:
-    """The `logprobs` of a completion, with `count` alternatives: four arrays with one item for each
-    token, log-probability, best tokens and offset in the text.
+    """The `logprobs` of a completion, with `count` alternatives.
 
     The first token of a prompt cannot be predicted: its log-probability is None.
     """
-    arrays: dict[str, list[Any]] = {name: [] for name in ARRAYS}
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    arrays: dict[str, list[Any]] = {name: [] for name in names}
     for token, logprob, top, offset in entries:
         best: dict[str, float] | None = None
         if logprob is not None:

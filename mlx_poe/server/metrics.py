@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from time import monotonic
 from typing import Any
 
 import mlx.core as mx
@@ -34,84 +33,66 @@ _GAUGES = {
 }
 
 
+# Name, help text, labels.
+_COUNTERS = {
+    "requests": ("Requests by how they ended", "endpoint", "outcome"),
+    "prompt_tokens": ("Tokens of prompts",),
+    "cached_prompt_tokens": ("Prompt tokens not run again",),
+    "completion_tokens": ("Tokens generated",),
+    "stage_tokens": ("Tokens by the stage that emitted them", "stage"),
+    "forced_tokens": ("Tokens forced by a constraint",),
+    "draft_tokens": ("Drafts by drafter and verdict", "drafter", "verdict"),
+}
+_TIMES = {
+    "time_to_first_token": "Seconds until a request's first token",
+    "request": "Seconds that a request took",
+}
+
+
 class Metrics:
     """Counts and times of one server."""
 
     def __init__(self, engine: Engine):
-        self._registry = CollectorRegistry()
+        self._registry = to = CollectorRegistry()
         for name, (text, look) in _GAUGES.items():
-            gauge = Gauge(f"{_PREFIX}_{name}", text, registry=self._registry)
+            gauge = Gauge(f"{_PREFIX}_{name}", text, registry=to)
             gauge.set_function(lambda look=look: float(look(engine.stats)))  # type: ignore[misc]
-        self.requests = self._counter(
-            "requests", "Requests by how they ended", "endpoint", "outcome"
-        )
-        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
-        self.cached_tokens = self._counter("cached_prompt_tokens", "Prompt tokens not run again")
-        self.completion_tokens = self._counter("completion_tokens", "Tokens generated")
-        self.stage_tokens = self._counter(
-            "stage_tokens", "Tokens by the stage that emitted them", "stage"
-        )
-        self.forced_tokens = self._counter("forced_tokens", "Tokens forced by a constraint")
-        self.drafts = self._counter(
-            "draft_tokens", "Drafts by drafter and verdict", "drafter", "verdict"
-        )
-        about = "Seconds until a request's first token"
-        self.first_token = Histogram(
-            f"{_PREFIX}_time_to_first_token_seconds",
-            about,
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        about = "Seconds that a request took"
-        self.seconds = Histogram(
-            f"{_PREFIX}_request_seconds", about, buckets=_SECONDS, registry=self._registry
-        )
+        self._counters = {
+            name: Counter(f"{_PREFIX}_{name}", text, labels, registry=to)
+            for name, (text, *labels) in _COUNTERS.items()
+        }
+        self._times = {
+            name: Histogram(f"{_PREFIX}_{name}_seconds", text, buckets=_SECONDS, registry=to)
+            for name, text in _TIMES.items()
+        }
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
-
-    def begin(self, endpoint: str) -> Record:
-        """A request has arrived."""
-        return Record(self, endpoint)
+    def _count(self, name: str, by: int, *labels: object) -> None:
+        counter = self._counters[name]
+        (counter.labels(*labels) if labels else counter).inc(by)
 
     def refused(self, endpoint: str, status: int) -> None:
         """A request was refused before any work."""
-        outcome = "refused" if status < 500 else "error"
-        self.requests.labels(endpoint, outcome).inc()
+        self._count("requests", 1, endpoint, "refused" if status < 500 else "error")
+
+    def first_token(self, seconds: float) -> None:
+        """A request's first token has come."""
+        self._times["time_to_first_token"].observe(seconds)
+
+    def ended(self, endpoint: str, outcome: str, seconds: float, usage: dict[str, Any]) -> None:
+        """A request is over."""
+        self._count("requests", 1, endpoint, outcome)
+        self._times["request"].observe(seconds)
+        self._count("prompt_tokens", usage["prompt_tokens"])
+        self._count("cached_prompt_tokens", usage["prompt_tokens_details"]["cached_tokens"])
+        self._count("completion_tokens", usage["completion_tokens"])
+        ours = usage["poe"]
+        self._count("forced_tokens", ours["forced_tokens"])
+        for drafter, verdicts in ours["drafts"].items():
+            for verdict, count in verdicts.items():
+                self._count("draft_tokens", count, drafter, verdict)
+        for stage, count in enumerate(ours["tokens_per_stage"]):
+            self._count("stage_tokens", count, stage)
 
     def text(self) -> bytes:
         """All metrics."""
         return generate_latest(self._registry)
-
-
-class Record:
-    """One request's figures; `outcome` stays "gone" unless it is set."""
-
-    def __init__(self, metrics: Metrics, endpoint: str):
-        self._metrics, self._endpoint = metrics, endpoint
-        self._began, self._waits = monotonic(), True
-        self.outcome = "gone"
-
-    def first_token(self) -> None:
-        """Record the time to the first token; only the first call counts."""
-        if self._waits:
-            self._waits = False
-            self._metrics.first_token.observe(monotonic() - self._began)
-
-    def end(self, usage: dict[str, Any] | None) -> None:
-        """The request is over; `usage` is None if it never ran."""
-        metrics = self._metrics
-        if usage is None:
-            return
-        metrics.requests.labels(self._endpoint, self.outcome).inc()
-        metrics.seconds.observe(monotonic() - self._began)
-        metrics.prompt_tokens.inc(usage["prompt_tokens"])
-        metrics.cached_tokens.inc(usage["prompt_tokens_details"]["cached_tokens"])
-        metrics.completion_tokens.inc(usage["completion_tokens"])
-        ours = usage["poe"]
-        for drafter, verdicts in ours["drafts"].items():
-            for verdict, count in verdicts.items():
-                metrics.drafts.labels(drafter, verdict).inc(count)
-        metrics.forced_tokens.inc(ours["forced_tokens"])
-        for stage, count in enumerate(ours["tokens_per_stage"]):
-            metrics.stage_tokens.labels(str(stage)).inc(count)

@@ -98,13 +98,14 @@ class Run:
 
     def __init__(self, service: Service, frame: ResponseFrame, endpoint: str):
         self._service, self.frame = service, frame
-        self._record = service.metrics.begin(endpoint)
+        # How the request ends, unless nobody waits any more.
+        self._endpoint, self._outcome = endpoint, "gone"
         self._news: list[tuple[int, GenerationResponse | Exception]] = []
         self._come = asyncio.Event()
         self._left, self._closed = len(frame.choices), False
         self._started = monotonic()
         self._requests: list[EngineRequest] = []
-        self._begun, self._paused = False, False
+        self._waits, self._begun, self._paused = True, False, False
 
     async def begin(self) -> None:
         """Read the prompts and start them in the engine. ApiError if it refuses them."""
@@ -149,8 +150,9 @@ class Run:
                 raise item
             found.append((index, item))
             self._left -= is_last(item)
-        if found:
-            self._record.first_token()
+        if found and self._waits:
+            self._waits = False
+            self._service.metrics.first_token(monotonic() - self._started)
         return found
 
     async def collect(self) -> None:
@@ -158,7 +160,7 @@ class Run:
         while self._left:
             for index, response in await self._take():
                 self.frame.choices[index].add(response)
-        self._record.outcome = "ok"
+        self._outcome = "ok"
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The response as server-sent events. An error on the way becomes the last event."""
@@ -177,7 +179,7 @@ class Run:
             yield event(problem.as_json())
         else:
             yield b"".join(map(event, self.frame.last_chunks())) + DONE
-            self._record.outcome = "ok"
+            self._outcome = "ok"
 
     def pause(self) -> None:
         """Let other requests run until `resume`."""
@@ -198,8 +200,10 @@ class Run:
             self._closed = True
             for request in self._requests:
                 request.cancel()
-            self._service.leave(len(self.frame.choices), monotonic() - self._started)
-            self._record.end(self.frame.usage if self._begun else None)
+            seconds, service = monotonic() - self._started, self._service
+            service.leave(len(self.frame.choices), seconds)
+            if self._begun:
+                service.metrics.ended(self._endpoint, self._outcome, seconds, self.frame.usage)
 
 
 class EventStream(Response):
