@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -41,12 +40,8 @@ COMPOSITIONS = 16
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class _Command:
-    """Work for the engine's thread, and the future for its result."""
-
-    work: Callable[[], Any]
-    result: Future
+# Work for the engine's thread, and the future for its result.
+_Command = tuple[Callable[[], Any], "Future[Any]"]
 
 
 class Engine:
@@ -162,11 +157,8 @@ class Engine:
         quantize: int | None = None,
     ) -> None:
         """Attach a specialist by name: see `Specialists.attach`. Requests wait while it loads."""
-        self._call(
-            lambda: self._specialists.attach(
-                name, path_or_hf_repo, revision=revision, quantize=quantize
-            )
-        )
+        options: dict[str, Any] = {"revision": revision, "quantize": quantize}
+        self._call(lambda: self._specialists.attach(name, path_or_hf_repo, **options))
 
     def detach(self, name: str) -> None:
         """Detach a specialist. Requests that use it continue; its cached prompts are dropped."""
@@ -203,12 +195,12 @@ class Engine:
 
     def _call(self, work: Callable[[], Result]) -> Result:
         """Do `work` in the engine's thread and wait for its result."""
-        command = _Command(work, Future())
+        result: Future[Result] = Future()
         with self._lock:
             if self._closed:
                 raise EngineClosedError("the engine is closed")
-            self._commands.put(command)
-        return command.result.result()
+            self._commands.put((work, result))
+        return result.result()
 
     def _tell(self, request: GenerationRequest, wish: Wish) -> None:
         def work() -> None:
@@ -219,7 +211,7 @@ class Engine:
 
         with self._lock:
             if not self._closed:
-                self._commands.put(_Command(work, Future()))
+                self._commands.put((work, Future()))
 
     # In the engine's thread
 
@@ -227,9 +219,7 @@ class Engine:
         end_with_thread()
         error: Exception = EngineClosedError("the engine was closed before the reply was complete")
         try:
-            while True:
-                if not self._obey():
-                    break
+            while self._obey():
                 try:
                     all_news = self._scheduler.step()
                 except Exception as problem:
@@ -249,7 +239,9 @@ class Engine:
             with self._lock:
                 self._closed = True
             self._fail_all(error)
-            self._refuse_commands(error)
+            while not self._commands.empty():
+                if command := self._commands.get():
+                    command[1].set_exception(error)
             self._scheduler.close()
             self.stats = self._scheduler.stats
 
@@ -262,30 +254,26 @@ class Engine:
                 return True
             if command is None:
                 return False
+            work, future = command
             try:
-                result = command.work()
+                result = work()
             except Exception as error:
-                command.result.set_exception(error)
+                future.set_exception(error)
             else:
                 self.stats = self._scheduler.stats
-                command.result.set_result(result)
-
-    def _refuse_commands(self, error: Exception) -> None:
-        with suppress(Empty):
-            while True:
-                if command := self._commands.get(block=False):
-                    command.result.set_exception(error)
+                future.set_result(result)
 
     def _add_all(
         self, requests: Sequence[GenerationRequest], listeners: Sequence[Listener | None]
     ) -> list[EngineRequest]:
         placed = [one.on(self._model(one.specialist, one.weights)) for one in requests]
         self._scheduler.add(*placed)
-        added = []
-        for request, listener in zip(placed, listeners, strict=True):
-            added.append(EngineRequest(partial(self._tell, request), listener))
-            self._requests[request] = added[-1]
-        return added
+        added = {
+            request: EngineRequest(partial(self._tell, request), listener)
+            for request, listener in zip(placed, listeners, strict=True)
+        }
+        self._requests |= added
+        return list(added.values())
 
     def _model(
         self, specialist: str | Sequence[str] | None, weights: Sequence[float] | None

@@ -141,21 +141,12 @@ class Scheduler:
     def stats(self) -> Stats:
         """The current figures."""
         return Stats(
-            self._prompt_tokens,
-            self._generation_tokens,
-            self._prompt_time,
-            self._generation_time,
-            len(self._running),
-            len(self._waiting),
-            self.cache.hits,
-            self.cache.misses,
-            self.cache.cached_tokens,
-            len(self.cache),
-            self.cache.nbytes,
-            self._promised,
-            self.memory,
-            len(self._paused),
-            _bytes(self._prefixes),
+            *(self._prompt_tokens, self._generation_tokens),
+            *(self._prompt_time, self._generation_time),
+            *(len(self._running), len(self._waiting)),
+            *(self.cache.hits, self.cache.misses, self.cache.cached_tokens),
+            *(len(self.cache), self.cache.nbytes, self._promised, self.memory),
+            *(len(self._paused), _bytes(self._prefixes)),
         )
 
     def add(self, *requests: GenerationRequest) -> None:
@@ -326,12 +317,9 @@ class Scheduler:
                 # A state that has grown long may be too large for a short request.
                 lambda state: self.bytes_needed(request, state) <= free,
             )
-        state = found.state if found else DecodingState(request.model, keep_trunk=self.keep_trunk)
+        state = found or DecodingState(request.model, keep_trunk=self.keep_trunk)
         running = begun or _Running(
-            request,
-            state,
-            lambda *_: running.state.compact(EXCESS),
-            cached=found.length if found else 0,
+            request, state, lambda *_: running.state.compact(EXCESS), cached=state.length
         )
         running.sequence.state, running.need = state, self.bytes_needed(request, state)
         self._running[request] = running
@@ -348,7 +336,7 @@ class Scheduler:
                 rest = request.tokens[state.length : mark]
                 depth, size = request.mode.prefill_stage, request.prefill_step_size
                 yield from read_prompt(state, rest, depth, size, sequence.progress)
-                self._keep(state.fork())
+                self.cache.put(state.fork(), self._free)
         yield from sequence.steps()
 
     def _finish(self, running: _Running) -> None:
@@ -361,9 +349,6 @@ class Scheduler:
         end = len(request.tokens) + running.count
         if state.length > end:
             state.rollback(end)
-        self._keep(state)
-
-    def _keep(self, state: DecodingState) -> None:
         self.cache.put(state, self._free)
 
     def _charge(self, seconds: float, before: Sequence[tuple[_Running, int, bool]]) -> None:

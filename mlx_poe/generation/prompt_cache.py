@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -21,14 +20,6 @@ from mlx_poe.loading.tokenizer import Tokenizer
 
 # Reading fewer positions again is faster than copying a state.
 LEAST = 8
-
-
-@dataclass(frozen=True)
-class Found:
-    """A separate state that holds the first `length` tokens of a prompt."""
-
-    state: DecodingState
-    length: int
 
 
 class PromptCache:
@@ -56,18 +47,16 @@ class PromptCache:
         depth: int,
         running: Iterable[DecodingState] = (),
         suits: Callable[[DecodingState], bool] = lambda _: True,
-    ) -> Found | None:
-        """The state that saves the most work in reading `prompt` up to stage `depth`.
+    ) -> DecodingState | None:
+        """A new state that saves the most work in reading `prompt` up to stage `depth`.
 
-        It comes from the cache or from a state still `running`, and `suits` accepts it. It never
+        It is a copy of one in the cache or still `running`, and `suits` accepts it. It never
         includes the last token, which the first prediction is made from.
         """
         wanted = list(prompt[:-1])
         candidates = []
-        for key, state in [
-            *((key, state) for key, (state, _) in self._entries.items()),
-            *((None, state) for state in running),
-        ]:
+        kept = ((key, state) for key, (state, _) in self._entries.items())
+        for key, state in [*kept, *((None, state) for state in running)]:
             common = common_start(state.tokens, wanted)
             if common >= LEAST and common >= state.earliest_rollback:
                 saved = _saved(state, model, wanted, common)
@@ -80,7 +69,7 @@ class PromptCache:
                     self._entries.move_to_end(key)
                 self.hits += 1
                 self.cached_tokens += common
-                return Found(found, common)
+                return found
         self.misses += 1
         return None
 

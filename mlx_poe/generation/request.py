@@ -43,7 +43,10 @@ _OTHERS = ("prompt_logprobs", "prefill_step_size", "no_fallback", "costs")
 _RENAMED = {"no_park": "no_fallback"}
 
 _LISTS = ("stages", "stage_weights", "p99_bounds", "exit_stages", "weights")
-_FLAGS = ("draft_lookup", "prompt_logprobs", "no_fallback")
+_PLAIN = {
+    **dict.fromkeys(("draft_lookup", "prompt_logprobs", "no_fallback"), (bool, "True or False")),
+    **dict.fromkeys(("draft_head", "mode"), (str, "text")),
+}
 _WHOLE = (
     *("top_k", "repetition_context_size", "top_logprobs", "seed", "max_tokens"),
     *("stage", "max_stages", "stages", "exit_stages", "prefill_step_size"),
@@ -202,23 +205,16 @@ def _read(name: str, value: Any) -> Any:
     value = value.tolist() if hasattr(value, "tolist") else value
     if name in _AS_GIVEN or (name == "draft_bits" and isinstance(value, str)):
         return value
-    if name == "mode":
-        if not isinstance(value, str) or value not in MODES:
-            problem = f"mode {value!r:.60} is not one of {', '.join(MODES)}"
-            raise RequestError(deleted(value) or problem)
+    if name == "mode" and (not isinstance(value, str) or value not in MODES):
+        problem = f"mode {value!r:.60} is not one of {', '.join(MODES)}"
+        raise RequestError(deleted(value) or problem)
+    if name in _PLAIN:
+        kind, what = _PLAIN[name]
+        if not isinstance(value, kind):
+            raise RequestError(f"{name} must be {what}, not {value!r:.60}")
         return value
-    if name in _FLAGS:
-        if not isinstance(value, bool):
-            raise RequestError(f"{name} must be True or False, not {value!r:.60}")
-        return value
-    if name == "draft_head":
-        if not isinstance(value, str):
-            raise RequestError(f"draft_head must be text, not {value!r:.60}")
-        return value
-    if name == "stop":
-        return _stop_strings(value)
-    if name == "logit_bias":
-        return _biases(value)
+    if name in _READERS:
+        return _READERS[name](value)
     if name not in _LISTS:
         return _number(name, value)
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
@@ -259,3 +255,6 @@ def _number(name: str, value: Any) -> int | float:
     if not whole and isinstance(value, int) and abs(value) > float_info.max:
         raise RequestError(f"{name} {value!r:.30} is out of range")
     return value
+
+
+_READERS = {"stop": _stop_strings, "logit_bias": _biases}

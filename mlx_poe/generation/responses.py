@@ -20,6 +20,7 @@ from cognica_mlx.decoding.state import DecodingState, Progress
 from cognica_mlx.pricing.pace import Pace
 from mlx_poe.generation.request import GenerationRequest
 
+_DECODED = ("token", "logprob", "stage", "from_draft", "forced", "drafter")
 _MAKERS = {OWN: "own stages", ROUNDED: "quantized stages", LOOKED_UP: "looked up"}
 
 
@@ -90,11 +91,8 @@ def drafts_by_maker(responses: Sequence[GenerationResponse]) -> dict[str, tuple[
 
 def drafts_in_words(responses: Sequence[GenerationResponse]) -> str:
     """`drafts_by_maker` in words; empty without drafts."""
-    parts = (
-        f"{_MAKERS[maker]} {kept} of {made}"
-        for maker, (kept, made) in drafts_by_maker(responses).items()
-    )
-    return ", ".join(parts)
+    drafts = drafts_by_maker(responses).items()
+    return ", ".join(f"{_MAKERS[maker]} {kept} of {made}" for maker, (kept, made) in drafts)
 
 
 class Reply:
@@ -153,12 +151,11 @@ class Reply:
         if stops.found:
             finish_reason = "stop"
         self.over = finish_reason is not None
+        certain = decoded.forced and self.request.sampling.top_logprobs
+        scored = self.count == 1 and sequence.score_prompt
         return GenerationResponse(
             text=text,
-            token=decoded.token,
-            logprob=decoded.logprob,
-            stage=decoded.stage,
-            from_draft=decoded.from_draft,
+            **{name: getattr(decoded, name) for name in _DECODED},
             prompt_tokens=sequence.prompt_length,
             prompt_tps=sequence.prompt_length / self._prompt_seconds,
             generation_tokens=self.count,
@@ -168,22 +165,11 @@ class Reply:
             fell_back=self.pace.fell_back if self.pace else None,
             finish_reason=finish_reason,
             cached_tokens=sequence.cached if self._cached is None else self._cached,
-            forced=decoded.forced,
-            top_logprobs=self._top(decoded),
+            top_logprobs=((decoded.token, 0.0),) if certain else decoded.top,
             text_offset=offset,
-            prompt_logprobs=self._prompt_logprobs(),
-            drafter=decoded.drafter,
+            prompt_logprobs=tuple(sequence.prompt_scores) if scored else None,
             drafts=dict(sequence.drafts),
         )
-
-    def _top(self, decoded: DecodedToken) -> tuple[tuple[int, float], ...]:
-        if decoded.forced and self.request.sampling.top_logprobs:
-            return ((decoded.token, 0.0),)
-        return decoded.top
-
-    def _prompt_logprobs(self) -> tuple | None:
-        first = self.count == 1 and self.sequence.score_prompt
-        return tuple(self.sequence.prompt_scores) if first else None
 
 
 class StopStrings:
