@@ -83,13 +83,7 @@ class Chat:
         self.settings = changed
 
     def _check(self, model: PoEModel, settings: Settings) -> None:
-        options = {**settings.options, **settings.form}
-        limits = {"max_tokens": settings.max_tokens, "stop": settings.stop}
-        read_request(
-            self.tokenizer,
-            [self.tokenizer.token_id(BOS)],
-            {**options, **limits, "mode": settings.mode},
-        ).on(model)
+        read_request(self.tokenizer, [self.tokenizer.token_id(BOS)], settings.asked).on(model)
 
     def set_mode(self, mode: str, **options: Any) -> None:
         """Change the decoding mode and its options; see `change`."""
@@ -154,7 +148,13 @@ class Chat:
         """The reply to `text` after `turns`. The conversation changes only at the end, at once."""
         prompt = self._read([*turns, Turn(text)])[:-1]  # up to the end of the reply to come
         self.last = []
-        stream = self._stream(prompt, progress)
+        stream: Generator[GenerationResponse, None, None] = stream_generate(  # type: ignore
+            *(self.model, self.tokenizer, prompt),
+            state=self.state,
+            prompt_progress_callback=progress,
+            costs=known_costs if self.falls_back else None,
+            **with_usual_penalty(self.settings.asked, self.can_chat),
+        )
         try:
             for response in stream:
                 self.last.append(response)
@@ -170,24 +170,6 @@ class Chat:
                 if self.last:
                     reply = "".join(r.text for r in self.last)
                     self.turns = [*turns, Turn(text, reply, self._written(reply))]
-
-    def _stream(
-        self, prompt: list[int], progress: Progress | None
-    ) -> Generator[GenerationResponse, None, None]:
-        settings = self.settings
-        options = {**settings.options, **settings.form}
-        return stream_generate(  # type: ignore[return-value]
-            self.model,
-            self.tokenizer,
-            prompt,
-            max_tokens=settings.max_tokens,
-            mode=settings.mode,
-            stop=settings.stop,
-            state=self.state,
-            prompt_progress_callback=progress,
-            costs=known_costs if self.falls_back else None,
-            **with_usual_penalty(options, self.can_chat),
-        )
 
     def _written(self, reply: str) -> list[int]:
         """The ids of the last reply, without an end token, or a stop text and other text held back

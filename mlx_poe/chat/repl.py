@@ -244,7 +244,6 @@ class CommandCompleter(Completer):
     def get_completions(
         self, document: Document, complete_event: CompleteEvent
     ) -> Iterator[Completion]:
-        """The completions of the text before the cursor."""
         text, commands = document.text_before_cursor, self._repl.commands
         if not text.startswith("/") or text.startswith("//") or "\n" in text:
             return

@@ -36,7 +36,6 @@ class ChatHistory(FileHistory):
             self._give_up(error)
 
     def load_history_strings(self) -> Iterable[str]:
-        """The lines in the file, latest first."""
         try:
             return [] if self.problem else list(super().load_history_strings())
         except OSError as error:
@@ -44,7 +43,6 @@ class ChatHistory(FileHistory):
             return []
 
     def store_string(self, string: str) -> None:
-        """Add a line to the file."""
         try:
             if not self.problem:
                 super().store_string(string)

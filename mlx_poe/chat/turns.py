@@ -32,11 +32,12 @@ class Settings:
         return tool_system_prompt(self.functions) if self.functions else self.system
 
     @property
-    def form(self) -> dict[str, Any]:
-        """The option that replies get their form from: the schema, or else the functions."""
-        if self.schema is not None:
-            return {"json_schema": self.schema}
-        return {"tools": self.functions} if self.functions else {}
+    def asked(self) -> dict[str, Any]:
+        """The options of `stream_generate`. A schema comes before functions."""
+        asked = {**self.options, "json_schema": self.schema}
+        if self.functions and self.schema is None:
+            asked["tools"] = self.functions
+        return {**asked, "mode": self.mode, "max_tokens": self.max_tokens, "stop": self.stop}
 
 
 @dataclass(frozen=True)

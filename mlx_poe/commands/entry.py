@@ -120,27 +120,19 @@ def interruptible() -> Iterator[None]:
 # its handlers.
 
 
-def _hold() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, _taken())
-
-
-def _release() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _taken())
-
-
-def _release_child() -> None:
-    taken = _taken()
-    for number in taken:
+def _mask(how: int, reset: bool = False) -> None:
+    """Block or unblock the signals that now end a block of `interruptible`."""
+    taken = [n for n in _ENDINGS if signal.getsignal(n) is signal.default_int_handler]
+    for number in taken if reset else ():
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)
+    signal.pthread_sigmask(how, taken)
 
 
-def _taken() -> list[signal.Signals]:
-    """The signals that now end a block of `interruptible`."""
-    return [n for n in _ENDINGS if signal.getsignal(n) is signal.default_int_handler]
-
-
-os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_release_child)
+os.register_at_fork(
+    before=lambda: _mask(signal.SIG_BLOCK),
+    after_in_parent=lambda: _mask(signal.SIG_UNBLOCK),
+    after_in_child=lambda: _mask(signal.SIG_UNBLOCK, reset=True),
+)
 
 
 def open_missing_streams() -> None:

@@ -29,8 +29,7 @@ STARTERS = ("chat", "math", "tool")
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """--model, --revision, --dtype, --quantize."""
-    group = add_checkpoint_flags(parser)
-    group.add_argument(
+    add_checkpoint_flags(parser).add_argument(
         "--quantize",
         type=int,
         choices=BITS,
@@ -42,14 +41,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """--model, --revision, --dtype. Returns their group."""
     group = parser.add_argument_group("model")
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--model",
         metavar="MODEL",
         default=DEFAULT_MODEL,
         help=f"folder, hub id, or built-in poe-tiny, poe-tiny-chat … (default: {DEFAULT_MODEL})",
     )
     add_revision_flag(group)
-    group.add_argument(
+    add(
         "--dtype",
         choices=DTYPES,
         help="type of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
@@ -58,7 +58,6 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 
 
 def add_revision_flag(parser: argparse._ActionsContainer) -> None:
-    """--revision."""
     parser.add_argument(
         "--revision",
         metavar="COMMIT[:COMMIT]",
@@ -95,53 +94,45 @@ _named.__name__ = "NAME=MODEL"
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """--max-tokens, --temp and the other sampling flags."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--max-tokens", "-m", type=int, default=256, help="most tokens to generate (default: 256)"
-    )
-    group.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default)")
-    group.add_argument("--top-p", type=float, default=0.0, help="nucleus probability; 0 is off")
-    group.add_argument("--top-k", type=int, default=0, help="keep the k best tokens; 0 is off")
-    group.add_argument(
-        "--min-p", type=float, default=0.0, help="least probability, relative to the best token's"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-tokens", "-m", type=int, default=256, help="most tokens to generate (default: 256)")
+    add("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default)")
+    add("--top-p", type=float, default=0.0, help="nucleus probability; 0 is off")
+    add("--top-k", type=int, default=0, help="keep the k best tokens; 0 is off")
+    add("--min-p", type=float, default=0.0, help="least probability, relative to the best token's")
+    add(
         "--repetition-penalty",
         type=float,
         help="above 1 makes recent tokens less likely; 1 is off (default: off, but "
         f"{SPECIALIST_PENALTY} for a specialist in a chat)",
     )
-    group.add_argument(
+    add(
         "--repetition-context-size",
         type=int,
         default=20,
         help="how many recent tokens the penalty looks at (default: 20)",
     )
     for name, times in (("presence", "once"), ("frequency", "once per occurrence")):
-        group.add_argument(
+        add(
             f"--{name}-penalty",
             type=float,
             metavar="P",
             help=f"subtract P from the score of each token already in the reply, {times}",
         )
-    group.add_argument("--seed", type=int, help="seed for sampling (default: a new one every time)")
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated"
-    )
+    add("--seed", type=int, help="seed for sampling (default: a new one every time)")
+    add("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
 
 
 def add_constraint_flags(parser: argparse.ArgumentParser) -> None:
     """--json-schema, --regex, --grammar, --tools: constraints on the reply."""
-    group = parser.add_argument_group("constraints on the reply (each a file, or the text itself)")
-    group.add_argument(
-        "--json-schema", metavar="SCHEMA", help="JSON that fits this schema; {} allows any object"
-    )
-    group.add_argument("--regex", help="text that fits this regular expression")
-    group.add_argument("--grammar", help="text that fits this grammar, in Lark's notation")
-    group.add_argument(
-        "--tools", metavar="FUNCTIONS", help="offer these functions; calls must fit their schemas"
-    )
-    group.add_argument(
+    add = parser.add_argument_group(
+        "constraints on the reply (each a file, or the text itself)"
+    ).add_argument
+    add("--json-schema", metavar="SCHEMA", help="JSON that fits this schema; {} allows any object")
+    add("--regex", help="text that fits this regular expression")
+    add("--grammar", help="text that fits this grammar, in Lark's notation")
+    add("--tools", metavar="FUNCTIONS", help="offer these functions; calls must fit their schemas")
+    add(
         "--tool-choice",
         metavar="CHOICE",
         help="auto (text or a call, the default), required, none, or a function's name",
@@ -174,64 +165,56 @@ def _file_or_text(name: str, value: str) -> str:
 
 def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     """--mode and the options of each mode."""
-    group = parser.add_argument_group("decoding mode (stages count from 0)")
-    group.add_argument("--mode", type=_mode, choices=MODES, default="full", help="default: full")
-    group.add_argument("--stage", type=int, help="stage: the stage that predicts (default: 0)")
-    group.add_argument("--max-stages", type=int, help="prefix: how many stages to run")
-    group.add_argument(
-        "--stages", type=numbers(int), metavar="0,1,…", help="compose: the stages to mix"
-    )
-    group.add_argument(
-        "--stage-weights", type=numbers(float), metavar="1,0.5,…", help="compose: their weights"
-    )
-    group.add_argument("--safety", type=float, help="wand: factor on the bounds (default: 1.0)")
-    group.add_argument(
+    add = parser.add_argument_group("decoding mode (stages count from 0)").add_argument
+    add("--mode", type=_mode, choices=MODES, default="full", help="default: full")
+    add("--stage", type=int, help="stage: the stage that predicts (default: 0)")
+    add("--max-stages", type=int, help="prefix: how many stages to run")
+    add("--stages", type=numbers(int), metavar="0,1,…", help="compose: the stages to mix")
+    add("--stage-weights", type=numbers(float), metavar="1,0.5,…", help="compose: their weights")
+    add("--safety", type=float, help="wand: factor on the bounds (default: 1.0)")
+    add(
         "--p99-bounds",
         type=numbers(float),
         metavar="B0,B1,…",
         help="wand: bounds, one for each stage but the last (default: calibration)",
     )
-    group.add_argument(
+    add(
         "--exit-stages", type=numbers(int), metavar="0,1,…", help="wand: stages that may exit early"
     )
-    group.add_argument(
-        "--draft-stage", type=int, help="speculative: the last drafting stage (default: 0)"
-    )
-    group.add_argument(
+    add("--draft-stage", type=int, help="speculative: the last drafting stage (default: 0)")
+    add(
         "--num-draft-tokens",
         type=int,
         help="speculative: most drafts per round (default: 3, or 6 with --draft-bits)",
     )
-    group.add_argument(
+    add(
         "--draft-head",
         choices=DRAFT_HEADS,
         help="speculative: draft through all of a specialist's heads or the base's head (default: "
         "summed)",
     )
-    group.add_argument(
+    add(
         "--draft-bits",
         choices=DRAFT_BITS,
         metavar="BITS",
         help="speculative: draft with a copy of the stages quantized to 2, 3, 4, 5, 6 or 8 bits, "
         "mxfp4 or nvfp4",
     )
-    group.add_argument(
+    add(
         "--draft-lookup",
         action="store_true",
         default=None,
         help="speculative: also draft the tokens that followed the same text earlier",
     )
-    group.add_argument(
+    add(
         "--no-fallback",
         action="store_true",
         help="wand, speculative: keep the mode even if full depth is faster here",
     )
     # As version 0.2 called it.
-    group.add_argument("--no-park", dest="no_fallback", action="store_true", help=argparse.SUPPRESS)
+    add("--no-park", dest="no_fallback", action="store_true", help=argparse.SUPPRESS)
     for name in DELETED.keys() - {"certified"}:
-        group.add_argument(
-            f"--{name}".replace("_", "-"), nargs="?", action=_Deleted, help=argparse.SUPPRESS
-        )
+        add(f"--{name}".replace("_", "-"), nargs="?", action=_Deleted, help=argparse.SUPPRESS)
 
 
 class _Deleted(argparse.Action):

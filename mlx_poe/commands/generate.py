@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from rich.console import Console
@@ -13,34 +13,15 @@ from rich.console import Console
 from cognica_mlx.errors import RequestError
 from cognica_mlx.files import strict_json
 from cognica_mlx.network.model import PoEModel
+from mlx_poe.commands import flags, prompts_file
 from mlx_poe.commands.entry import INTERRUPTED, make_parser, read_stdin, run
-from mlx_poe.commands.flags import (
-    add_constraint_flags,
-    add_mode_flags,
-    add_model_flags,
-    add_sampling_flags,
-    names,
-    numbers,
-    taken,
-    taken_constraints,
-)
-from mlx_poe.commands.prompts_file import (
-    FLAG_OPTIONS,
-    add_batch_flags,
-    as_json,
-    check_file_flags,
-    generate_file,
-    named_specialists,
-    print_totals,
-    user_prompt,
-)
-from mlx_poe.commands.split import add_split_flags, check_split, over_machines
+from mlx_poe.commands.replies_file import is_stdout
+from mlx_poe.commands.split import add_split_flags, check_split, with_models
 from mlx_poe.generation.display import paint, paints, print_legend
 from mlx_poe.generation.penalty import with_usual_penalty
 from mlx_poe.generation.progress import Bars
 from mlx_poe.generation.responses import drafts_in_words, fallback_note
 from mlx_poe.generation.text import GenerationResponse, stream_generate
-from mlx_poe.loading.load import load
 from mlx_poe.loading.machine_costs import known_costs
 from mlx_poe.loading.specialists import Specialists
 from mlx_poe.loading.tokenizer import Tokenizer
@@ -56,49 +37,46 @@ EXAMPLES = """\
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
     parser = make_parser(
         "mlx_poe.generate", "Generate text with a Cognica PoE language model.", EXAMPLES
     )
-    parser.add_argument("--prompt", "-p", help="the prompt; - reads it from stdin")
-    parser.add_argument("--system-prompt", help="system text of the chat template")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--prompt", "-p", help="the prompt; - reads it from stdin")
+    add("--system-prompt", help="system text of the chat template")
+    add(
         "--ignore-chat-template",
         action="store_true",
         help="give a specialist the bare prompt instead of a user's turn",
     )
-    parser.add_argument("--verbose", action="store_true", help="statistics, on stderr")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument(
+    add("--verbose", action="store_true", help="statistics, on stderr")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    add(
         "--top-logprobs",
         type=int,
         metavar="N",
         help="with --json or --prompts: also give the N best tokens at each position",
     )
-    parser.add_argument(
-        "--color-stages", action="store_true", help="color each token by the stage that emitted it"
-    )
-    add_model_flags(parser)
-    group = parser.add_argument_group("specialists on top of the model")
-    group.add_argument(
+    add("--color-stages", action="store_true", help="color each token by the stage that emitted it")
+    flags.add_model_flags(parser)
+    add = parser.add_argument_group("specialists on top of the model").add_argument
+    add(
         "--specialists",
-        type=names,
+        type=flags.names,
         metavar="MODEL,…",
         help="attach these (folders, hub ids, built-in names) to the base; several are mixed",
     )
-    group.add_argument(
-        "--weights", type=numbers(float), metavar="W,…", help="their weights (default: equal)"
+    add(
+        "--weights", type=flags.numbers(float), metavar="W,…", help="their weights (default: equal)"
     )
-    add_sampling_flags(parser)
-    add_constraint_flags(parser)
-    add_mode_flags(parser)
-    add_batch_flags(parser)
+    flags.add_sampling_flags(parser)
+    flags.add_constraint_flags(parser)
+    flags.add_mode_flags(parser)
+    prompts_file.add_batch_flags(parser)
     add_split_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
     return run(build_parser(), _generate, argv)
 
 
@@ -107,76 +85,56 @@ def _generate(args: argparse.Namespace) -> int:
         raise RequestError("give a prompt with --prompt, or a file of prompts with --prompts")
     check_split(args)
     if args.prompts is not None:
-        check_file_flags(args)
-        work = generate_file
+        if not args.output:
+            raise RequestError("--prompts needs --output, a file for the replies")
+        if args.batch < 1:
+            raise RequestError(f"--batch {args.batch} must be at least 1")
+        if not is_stdout(args.output):
+            flags.check_output(args.output)
+        work = prompts_file.generate_file
     else:
         if args.output is not None:
             raise RequestError("--output needs --prompts")
         if args.top_logprobs and not args.json:
             raise RequestError("--top-logprobs needs --json or --prompts")
         if args.prompt != "-":
-            user_prompt(args, args.prompt, chats=True)
+            prompts_file.user_prompt(args, args.prompt, chats=True)
         work = _reply
-    if args.split:
-        return over_machines(args, [(n, n) for n in args.specialists or ()], partial(work, args))
-    model, tokenizer = load(
-        args.model, revision=args.revision, dtype=args.dtype, quantize=args.quantize
-    )
-    specialists = Specialists(model)
-    for name in args.specialists or ():
-        specialists.attach(name, name, quantize=args.quantize)
-    return work(args, tokenizer, specialists)
+    return with_models(args, [(name, name) for name in args.specialists or ()], partial(work, args))
 
 
 def _reply(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Specialists) -> int:
     """Reply to `args.prompt`, print the reply, return the exit status."""
     text = read_stdin() if args.prompt == "-" else args.prompt
-    model = specialists.choose(named_specialists(args.specialists), args.weights)
+    model = specialists.choose(prompts_file.named_specialists(args.specialists), args.weights)
     chats = bool(model.config.specialist_layers) and not args.ignore_chat_template
-    options = {**taken(args, FLAG_OPTIONS), **taken_constraints(args)}
+    options = {**flags.taken(args, prompts_file.FLAG_OPTIONS), **flags.taken_constraints(args)}
+    options = {**with_usual_penalty(options, chats), "costs": known_costs}
+    prompt = prompts_file.user_prompt(args, text, chats)
+    painted, status = args.color_stages and paints(Console()), 0
     responses: list[GenerationResponse] = []
-    with Bars() as progress:
-        stream = stream_generate(
-            model,
-            tokenizer,
-            user_prompt(args, text, chats),
-            prompt_progress_callback=partial(progress, "prompt"),
-            costs=known_costs,
-            **with_usual_penalty(options, chats),
-        )
-        status = _consume(stream, responses, args, progress)
-    if note := fallback_note(args.mode, responses):
-        print(note, file=sys.stderr)
-    if args.json:
-        record = as_json(args.model, args.mode, text, responses)
-        sys.stdout.buffer.write(strict_json.line(record))
-    if args.verbose and responses:
-        _print_statistics(model, responses)
-    return status
-
-
-def _consume(
-    stream: Iterator[GenerationResponse],
-    responses: list[GenerationResponse],
-    args: argparse.Namespace,
-    progress: Bars,
-) -> int:
-    """Collect the responses, printing each as it comes. Ctrl-C keeps those so far."""
-    painted = args.color_stages and paints(Console())
-    status = 0
-    try:
-        for response in stream:
-            progress.close()
-            responses.append(response)
-            if args.json:
-                continue
-            print(paint(response) if painted else response.text, end="", flush=True)
-    except KeyboardInterrupt:
-        status = INTERRUPTED
+    with Bars() as bars:
+        show = partial(bars, "prompt")
+        stream = stream_generate(model, tokenizer, prompt, prompt_progress_callback=show, **options)
+        try:
+            for response in stream:
+                bars.close()
+                responses.append(response)
+                if not args.json:
+                    print(paint(response) if painted else response.text, end="", flush=True)
+        except KeyboardInterrupt:  # keeps what has come
+            status = INTERRUPTED
     if not args.json:
         print(flush=True)
         if painted:
             print_legend(responses)
+    if note := fallback_note(args.mode, responses):
+        print(note, file=sys.stderr)
+    if args.json:
+        record = prompts_file.as_json(args.model, args.mode, text, responses)
+        sys.stdout.buffer.write(strict_json.line(record))
+    if args.verbose and responses:
+        _print_statistics(model, responses)
     return status
 
 
@@ -199,4 +157,4 @@ def _print_statistics(model: PoEModel, responses: Sequence[GenerationResponse]) 
             f"Acceptance: {kept} of {last.drafted_tokens} draft tokens"
             f" ({kept / last.drafted_tokens:.1%}): {drafts_in_words(responses)}"
         )
-    print_totals(f"Prompt: {last.prompt_tokens}", last, *lines)
+    prompts_file.print_totals(f"Prompt: {last.prompt_tokens}", last, *lines)

@@ -12,15 +12,8 @@ from cognica_mlx.decoding.sampling import SamplingOptions
 from mlx_poe.chat.conversation import Chat
 from mlx_poe.chat.repl import Repl
 from mlx_poe.chat.slash_commands import COMMANDS
+from mlx_poe.commands import flags
 from mlx_poe.commands.entry import make_parser, run
-from mlx_poe.commands.flags import (
-    add_mode_flags,
-    add_model_flags,
-    add_sampling_flags,
-    add_specialist_flag,
-    starters,
-    taken,
-)
 from mlx_poe.loading.load import DEFAULT_MODEL, load
 
 EXAMPLES = """\
@@ -31,29 +24,28 @@ EXAMPLES = """\
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
     parser = make_parser(
         "poe-chat",
         "Chat with a Cognica PoE language model. In the chat, /help lists commands.",
         EXAMPLES,
     )
-    add_model_flags(parser)
-    add_specialist_flag(parser, "attach a specialist to the base model under a name")
-    parser.add_argument("--system-prompt", default="", help="system text of the conversation")
-    parser.add_argument("--color", action="store_true", help="paint tokens by their stage")
-    parser.add_argument(
+    add = parser.add_argument
+    flags.add_model_flags(parser)
+    flags.add_specialist_flag(parser, "attach a specialist to the base model under a name")
+    add("--system-prompt", default="", help="system text of the conversation")
+    add("--color", action="store_true", help="paint tokens by their stage")
+    add(
         "--debug",
         action="store_true",
         help="show the traceback of an unexpected error (without it, /debug shows the last one)",
     )
-    add_sampling_flags(parser)
-    add_mode_flags(parser)
+    flags.add_sampling_flags(parser)
+    flags.add_mode_flags(parser)
     parser.set_defaults(max_tokens=512)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
     return run(build_parser(), _chat, argv)
 
 
@@ -74,7 +66,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _make_chat(args: argparse.Namespace) -> Chat:
     name = args.model
-    attached = args.specialist or [(one.rpartition("-")[2], one) for one in starters(name)]
+    attached = args.specialist or [(one.rpartition("-")[2], one) for one in flags.starters(name)]
     model, tokenizer = load(name, revision=args.revision, dtype=args.dtype, quantize=args.quantize)
     chat = Chat(model, tokenizer, name, falls_back=not args.no_fallback)
     for one, source in attached:
@@ -84,7 +76,7 @@ def _make_chat(args: argparse.Namespace) -> Chat:
     options = [f.name for f in (*fields(SamplingOptions), *fields(ModeOptions))]
     chat.change(
         mode=args.mode,
-        options=taken(args, options),
+        options=flags.taken(args, options),
         system=args.system_prompt,
         max_tokens=args.max_tokens,
         stop=args.stop or [],

@@ -24,7 +24,6 @@ from cognica_mlx.files.stored import dtype_name
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.commands.flags import file_path, taken, taken_constraints
 from mlx_poe.commands.replies_file import (
-    check_replies_file,
     finished_replies,
     has_reply,
     open_replies,
@@ -75,23 +74,22 @@ class Line:
 
 
 def add_batch_flags(parser: argparse.ArgumentParser) -> None:
-    """--prompts, --output, --batch."""
-    group = parser.add_argument_group("many prompts")
-    group.add_argument(
+    add = parser.add_argument_group("many prompts").add_argument
+    add(
         "--prompts",
         type=file_path,
         metavar="FILE.jsonl",
         help='one prompt per line: a JSON string, or an object with "prompt", "messages" or '
         '"tokens" and optionally "id", "specialist" and options by their Python names; - for stdin',
     )
-    group.add_argument(
+    add(
         "--output",
         type=file_path,
         metavar="OUT.jsonl",
         help="append replies to this file, - for stdout; prompts that have a reply in it, with the "
         "same options, are skipped",
     )
-    group.add_argument(
+    add(
         "--batch",
         type=int,
         default=MAX_SEQUENCES,
@@ -100,47 +98,34 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_file_flags(args: argparse.Namespace) -> None:
-    """Raise RequestError for invalid flags of `generate_file`."""
-    if not args.output:
-        raise RequestError("--prompts needs --output, a file for the replies")
-    if args.batch < 1:
-        raise RequestError(f"--batch {args.batch} must be at least 1")
-    check_replies_file(args.output)
-
-
 def generate_file(args: argparse.Namespace, tokenizer: Tokenizer, specialists: Specialists) -> int:
     """Reply to every line of `args.prompts` that has no reply in `args.output` yet."""
     lines, output = read_lines(args.prompts), args.output
-    constraints = taken_constraints(args)
+    requests = _Requests(args, tokenizer, specialists)
     done = finished_replies(output)
-    models = _Models(args, specialists)
-    requests = [_request(args, tokenizer, models, line, constraints) for line in lines]
-    scheduler = Scheduler(
-        max_sequences=args.batch,
-        keep_trunk=trunk_to_keep([request.model for request, _ in requests]),
-    )
+    made = [requests.of(line) for line in lines]
+    keep_trunk = trunk_to_keep([request.model for request, *_ in made])
+    scheduler = Scheduler(max_sequences=args.batch, keep_trunk=keep_trunk)
     left = []
-    for line, (request, options) in zip(lines, requests, strict=True):
+    for line, (request, model, options) in zip(lines, made, strict=True):
         with _at(line):
             scheduler.check(request)
         if not has_reply(output, line.index, done.get(line.index), line.prompt, options):
-            left.append((line, request, options))
+            left.append((line, request, model, options))
     if len(left) < len(lines):
         print(f"{len(lines) - len(left)} of {len(lines)} are already in {output}", file=sys.stderr)
     with open_replies(output) as write, Bars() as bars:
 
         def finished(i: int, responses: list[GenerationResponse]) -> None:
-            line, request, options = left[i]
-            model, mode = models.name_of(request.model), request.mode_name
-            record = as_json(model, mode, line.prompt, responses)
+            line, request, model, options = left[i]
+            record = as_json(model, request.mode_name, line.prompt, responses)
             about = {k: line.fields[k] for k in ("id", "specialist") if k in line.fields}
             write(i, {"index": line.index, **about, "options": options, **record})
 
         def progress(count: int, _: int) -> None:
             bars("prompts", len(lines) - len(left) + count, len(lines))
 
-        result = run_requests(scheduler, [request for _, request, _ in left], progress, finished)
+        result = run_requests(scheduler, [one[1] for one in left], progress, finished)
     if args.verbose:
         stats = result.stats
         print_totals(f"Prompts: {len(left)}, {stats.prompt_tokens}", stats)
@@ -177,17 +162,62 @@ def _line(number: int, index: int, content: Any) -> Line:
     return Line(number, index, prompt, rest)
 
 
-class _Models:
-    """The models that lines may ask for, each loaded once."""
+class _Requests:
+    """Makes requests of lines. The models that they ask for are each loaded once."""
 
-    def __init__(self, args: argparse.Namespace, specialists: Specialists):
-        self._args, self._specialists = args, specialists
-        self._names = {id(specialists.base): args.model}
-        self._known: dict[Any, PoEModel] = {}
-        self._facts: dict[int, dict[str, Any]] = {}
+    def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer, specialists: Specialists):
+        self._args, self._tokenizer, self._specialists = args, tokenizer, specialists
+        self._constraints = taken_constraints(args)
+        self._known: dict[Any, tuple[PoEModel, str, dict[str, Any]]] = {}
 
-    def of(self, line: Line) -> PoEModel:
-        """The model for a line. RequestError if it names an unknown specialist."""
+    def of(self, line: Line) -> tuple[GenerationRequest, str, dict[str, Any]]:
+        """A line's request, its model's name in the output, and all options that decide the reply.
+        RequestError names the line."""
+        args = self._args
+        own = {name: value for name, value in line.fields.items() if name in OPTIONS}
+        options, mode = taken(args, FLAG_OPTIONS), str(own.get("mode", args.mode))
+        if mode != args.mode:
+            # Mode options on the command line apply to the command line's mode only.
+            others = {*MODE_OPTIONS} - {*MODES.get(mode, MODE_OPTIONS)}
+            options = {name: value for name, value in options.items() if name not in others}
+        if not any(name in own for name in CONSTRAINTS):
+            options |= self._constraints
+        options = {**options, **own, "costs": known_costs}
+        with _at(line):
+            (model, name, about), prompt = self._model(line), line.prompt
+            if isinstance(prompt, str):
+                chats = bool(model.config.specialist_layers) and not args.ignore_chat_template
+                prompt = user_prompt(args, prompt, chats)
+            elif args.system_prompt:
+                raise RequestError(
+                    "--system-prompt goes with lines that have a prompt: begin messages with the "
+                    "system's own"
+                )
+            specialist = bool(model.config.specialist_layers) and are_messages(prompt)
+            options = with_usual_penalty(options, specialist)
+            request = read_request(self._tokenizer, prompt, options).on(model)
+        facts = {
+            # In the order in which differences are named: these three change the weights too.
+            "dtype": dtype_name(model.resid_lambdas.dtype),
+            **{flag: getattr(args, flag) for flag in ("quantize", "split", "degrade")},
+            **about,
+            "mode": request.mode_name,
+            **asdict(request.mode_options),
+            "max_tokens": request.max_tokens,
+            "stop": request.stop or None,
+            **asdict(request.sampling),
+            **{name: options.get(name) for name in FORM_OPTIONS},
+        }
+        if request.mode_name in PACED_MODES:
+            facts["no_fallback"] = args.no_fallback
+            facts["calibration"] = model.calibration and key_of(model.calibration.to_json())
+        if isinstance(line.prompt, str):
+            facts["system_prompt"] = args.system_prompt or None
+            facts["ignore_chat_template"] = args.ignore_chat_template
+        return request, name, recorded(facts)
+
+    def _model(self, line: Line) -> tuple[PoEModel, str, dict[str, Any]]:
+        """A line's model, its name, and what distinguishes its replies from another's."""
         wanted = named_specialists(self._args.specialists), self._args.weights
         if "specialist" in line.fields or "weights" in line.fields:
             wanted = line.fields.get("specialist", wanted[0]), line.fields.get("weights")
@@ -197,77 +227,16 @@ class _Models:
             if name is not None and name not in self._specialists.names:
                 self._specialists.attach(name, name, quantize=self._args.quantize)
         if wanted not in self._known:
-            model = self._known[wanted] = self._specialists.choose(specialist, weights)
-            base = self._specialists.base
-            if model is not base:
-                self._names.setdefault(id(model), "+".join(map(str, names)))
+            model, base = self._specialists.choose(specialist, weights), self._specialists.base
             own = fingerprint(model, base) if model is not base else None
-            self._facts[id(model)] = {"model": key_of(self._base, own), "weights": weights}
+            shown = "+".join(map(str, names)) if own else self._args.model
+            facts = {"model": key_of(self._base, own), "weights": weights}
+            self._known[wanted] = model, shown, facts
         return self._known[wanted]
 
     @cached_property
     def _base(self) -> str:
         return fingerprint(self._specialists.base)
-
-    def facts_of(self, model: PoEModel) -> Mapping[str, Any]:
-        """What distinguishes a model's replies from another's, as options."""
-        return self._facts[id(model)]
-
-    def name_of(self, model: PoEModel) -> str:
-        """A model's name in the output."""
-        return self._names[id(model)]
-
-
-def _request(
-    args: argparse.Namespace,
-    tokenizer: Tokenizer,
-    models: _Models,
-    line: Line,
-    constraints: Mapping[str, Any],
-) -> tuple[GenerationRequest, dict[str, Any]]:
-    """The request of a line, and every option that decides its reply, for the record."""
-    own = {name: value for name, value in line.fields.items() if name in OPTIONS}
-    options, mode = taken(args, FLAG_OPTIONS), str(own.get("mode", args.mode))
-    if mode != args.mode:
-        # Mode options on the command line apply to the command line's mode only.
-        others = {*MODE_OPTIONS} - {*MODES.get(mode, MODE_OPTIONS)}
-        options = {name: value for name, value in options.items() if name not in others}
-    if not any(name in own for name in CONSTRAINTS):
-        options |= constraints
-    options = {**options, **own, "costs": known_costs}
-    with _at(line):
-        model = models.of(line)
-        prompt = line.prompt
-        if isinstance(prompt, str):
-            chats = bool(model.config.specialist_layers) and not args.ignore_chat_template
-            prompt = user_prompt(args, prompt, chats)
-        elif args.system_prompt:
-            raise RequestError(
-                "--system-prompt goes with lines that have a prompt: begin messages with the "
-                "system's own"
-            )
-        specialist = bool(model.config.specialist_layers) and are_messages(prompt)
-        options = with_usual_penalty(options, specialist)
-        request = read_request(tokenizer, prompt, options).on(model)
-    facts = {
-        # In the order in which differences are named: these three change the weights too.
-        "dtype": dtype_name(model.resid_lambdas.dtype),
-        **{name: getattr(args, name) for name in ("quantize", "split", "degrade")},
-        **models.facts_of(model),
-        "mode": request.mode_name,
-        **asdict(request.mode_options),
-        "max_tokens": request.max_tokens,
-        "stop": request.stop or None,
-        **asdict(request.sampling),
-        **{name: options.get(name) for name in FORM_OPTIONS},
-    }
-    if request.mode_name in PACED_MODES:
-        facts["no_fallback"] = args.no_fallback
-        facts["calibration"] = model.calibration and key_of(model.calibration.to_json())
-    if isinstance(line.prompt, str):
-        facts["system_prompt"] = args.system_prompt or None
-        facts["ignore_chat_template"] = args.ignore_chat_template
-    return request, recorded(facts)
 
 
 def named_specialists(names: Sequence[str] | None) -> str | Sequence[str] | None:
@@ -289,7 +258,6 @@ def user_prompt(args: argparse.Namespace, text: str, chats: bool) -> Prompt:
 
 @contextmanager
 def _at(line: Line) -> Iterator[None]:
-    """Add the line number to errors raised inside."""
     try:
         yield
     except RankError:

@@ -13,13 +13,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.files import strict_json
-from mlx_poe.commands.flags import check_output
 from mlx_poe.evaluation.answers import key_of
 
 # Every line that we write begins with this.
@@ -28,23 +26,8 @@ _OURS = b'{"index": '
 _LONGEST = 200
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A reply in the file: its prompt and options (None: the file does not say)."""
-
-    prompt: Any
-    options: Mapping[str, Any] | None
-
-
 def is_stdout(path: Path) -> bool:
-    """Whether a path stands for stdout."""
     return str(path) == "-"
-
-
-def check_replies_file(path: Path) -> None:
-    """Raise RequestError, before any work, if replies cannot be written there."""
-    if not is_stdout(path):
-        check_output(path)
 
 
 def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,8 +40,9 @@ def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def finished_replies(path: Path) -> dict[int, Finished]:
-    """The replies already in a file, by index. Cuts off a torn last line.
+def finished_replies(path: Path) -> dict[int, tuple[Any, Any]]:
+    """The prompts and options of the replies already in a file, by index; None for options that it
+    does not have. Cuts off a torn last line.
 
     Raises RequestError, changing nothing, if the file contains anything else.
     """
@@ -75,7 +59,7 @@ def finished_replies(path: Path) -> dict[int, Finished]:
                 )
             try:
                 record = json.loads(line)
-                done[record["index"]] = Finished(record["prompt"], record.get("options"))
+                done[record["index"]] = record["prompt"], record.get("options")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise RequestError(
                     f"{path}, line {number} was not written by this command; give another --output"
@@ -87,21 +71,21 @@ def finished_replies(path: Path) -> dict[int, Finished]:
 
 
 def has_reply(
-    path: Path, index: int, finished: Finished | None, prompt: Any, options: Mapping[str, Any]
+    path: Path, index: int, finished: tuple[Any, Any] | None, prompt: Any, options: dict[str, Any]
 ) -> bool:
     """Whether `finished` is the reply to this prompt with these `recorded` options.
 
     A changed prompt has none yet. RequestError for a reply made with other options.
     """
-    if finished is None or finished.prompt != prompt:
+    if finished is None or finished[0] != prompt:
         return False
-    if not isinstance(finished.options, Mapping):
+    if not isinstance(finished[1], Mapping):
         raise RequestError(
             f"{path} does not say with which options its reply {index} was made, as in files of "
             "version 0.2; give another --output"
         )
-    for name in {**options, **finished.options}:
-        before, now = (each.get(name) for each in (finished.options, options))
+    for name in {**options, **finished[1]}:
+        before, now = finished[1].get(name), options.get(name)
         if before != now:
             other = f"{name} {_shown(before)}, not {_shown(now)}"
             raise RequestError(

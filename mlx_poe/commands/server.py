@@ -9,24 +9,16 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cognica_mlx.errors import RequestError
+from mlx_poe.commands import flags
 from mlx_poe.commands.entry import make_parser, run
-from mlx_poe.commands.flags import (
-    LOADING,
-    add_model_flags,
-    add_specialist_flag,
-    size,
-    starters,
-    taken,
-    whole,
-)
-from mlx_poe.commands.split import add_split_flags, check_split, over_machines
+from mlx_poe.commands.split import add_split_flags, check_split, with_models
 from mlx_poe.engine import Engine
 from mlx_poe.engine.scheduler import MAX_SEQUENCES
-from mlx_poe.loading.load import load
 from mlx_poe.loading.machine_costs import known_costs
 from mlx_poe.loading.specialists import Specialists
 from mlx_poe.loading.tokenizer import Tokenizer
@@ -50,15 +42,15 @@ EXAMPLES = f"""\
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
     parser = make_parser(
         "mlx_poe.server", "Serve models over OpenAI's HTTP API, with a web page at /.", EXAMPLES
     )
-    add_model_flags(parser)
-    add_specialist_flag(
+    add = parser.add_argument
+    flags.add_model_flags(parser)
+    flags.add_specialist_flag(
         parser, "serve a specialist of the model under this name (default: poe-tiny's own)"
     )
-    parser.add_argument(
+    add(
         "--composition",
         action="append",
         default=[],
@@ -66,22 +58,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=A:W,B:W,…",
         help="serve a mixture of specialists with weights W (default: 1); may be repeated",
     )
-    group = parser.add_argument_group("address and access")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    group.add_argument(
-        "--port", type=_port, default=8080, help="port; 0 picks a free one (%(default)s)"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("address and access").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=_port, default=8080, help="port; 0 picks a free one (%(default)s)")
+    add(
         "--api-key",
         metavar="KEY",
         help=f"key that clients must send; better set as {KEY_VARIABLE} in the environment",
     )
-    group.add_argument(
+    add(
         "--no-api-key",
         action="store_true",
         help="allow an address that others can reach without a key",
     )
-    group.add_argument(
+    add(
         "--allow-origin",
         action="append",
         default=[],
@@ -89,15 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="allow requests from pages of this origin, such as https://example.org; * is any; may "
         "be repeated",
     )
-    group = parser.add_argument_group("limits")
+    add = parser.add_argument_group("limits").add_argument
     for flag, default, text in (
         ("--max-sequences", MAX_SEQUENCES, "most sequences to run together"),
         ("--max-queue", 128, "most sequences that may wait; further requests get status 429"),
         ("--max-context", 16384, "most tokens in a prompt and its reply together"),
     ):
-        group.add_argument(
-            flag, type=whole(0), default=default, metavar="N", help=f"{text} (%(default)s)"
-        )
+        add(flag, type=flags.whole(0), default=default, metavar="N", help=f"{text} (%(default)s)")
     for flag, most, text in (
         ("--max-body", 1_000_000, "most bytes in a request, such as 2MB (default: 1MB)"),
         (
@@ -108,13 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         ("--prompt-cache-bytes", None, "most of it for cached prompts (default: a quarter)"),
     ):
-        group.add_argument(flag, type=size, default=most, metavar="SIZE", help=text)
+        add(flag, type=flags.size, default=most, metavar="SIZE", help=text)
     add_split_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
     return run(build_parser(), _serve, argv)
 
 
@@ -149,31 +136,26 @@ def _serve(args: argparse.Namespace) -> int:
         ) from None
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     _check_access(args, key)
-    specialists = args.specialist or [(one, one) for one in starters(args.model)]
-    _check_names(args.model, specialists, args.composition)
+    specialists = args.specialist or [(one, one) for one in flags.starters(args.model)]
+    named = [_base_name(args.model), *(one[0] for one in (*specialists, *args.composition))]
+    for name in named:
+        if named.count(name) > 1:
+            raise RequestError(f"two models are named {name}: give each its own name")
     check_split(args)
 
-    def serve(tokenizer: Tokenizer, attached: Specialists) -> int:
-        with _listen(args.host, args.port) as listening:
-            return _listened(args, tokenizer, attached, key, listening)
-
-    if args.split:
-        return over_machines(args, specialists, serve)
+    if args.split:  # only rank 0, known once all have loaded, listens
+        return with_models(args, specialists, partial(_listened, args, key, None))
     with _listen(args.host, args.port) as listening:
         print("loading …", file=sys.stderr)
-        model, tokenizer = load(args.model, **taken(args, LOADING))
-        attached = Specialists(model)
-        for name, path in specialists:
-            attached.attach(name, path, quantize=args.quantize)
-        return _listened(args, tokenizer, attached, key, listening)
+        return with_models(args, specialists, partial(_listened, args, key, listening))
 
 
 def _listened(
     args: argparse.Namespace,
+    key: str | None,
+    listening: socket.socket | None,
     tokenizer: Tokenizer,
     specialists: Specialists,
-    key: str | None,
-    listening: socket.socket,
 ) -> int:
     """Serve the loaded models until told to stop. Returns the exit status."""
     import uvicorn
@@ -183,22 +165,19 @@ def _listened(
     from mlx_poe.server.shared_fields import Limits
 
     limits = Limits(args.max_body, args.max_context, args.max_sequences, args.max_queue)
-    with Engine(
-        specialists.base,
-        tokenizer,
-        args.max_sequences,
-        args.memory,
-        args.prompt_cache_bytes,
-        costs=known_costs,
-        specialists=specialists,
-    ) as engine:
+    sizes = (args.max_sequences, args.memory, args.prompt_cache_bytes)
+    about: dict[str, Any] = {"costs": known_costs, "specialists": specialists}
+    with (
+        listening or _listen(args.host, args.port) as heard,
+        Engine(specialists.base, tokenizer, *sizes, **about) as engine,
+    ):
         base = _base_name(args.model)
         catalog = make_catalog(engine, base, specialists.names, args.composition)
         access = {"host": args.host, "api_key": key, "allow_origins": args.allow_origin}
         app = make_app(engine, catalog, limits, **access)
-        _announce(app, listening)
+        _announce(app, heard)
         config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none")
-        return _run(uvicorn.Server(config), app, listening)
+        return _run(uvicorn.Server(config), app, heard)
 
 
 def _check_access(args: argparse.Namespace, key: str | None) -> None:
@@ -211,17 +190,6 @@ def _check_access(args: argparse.Namespace, key: str | None) -> None:
             f"others can reach {args.host}: set a key with --api-key or {KEY_VARIABLE}, or give "
             "--no-api-key"
         )
-
-
-def _check_names(
-    model: str,
-    specialists: Sequence[tuple[str, str]],
-    compositions: Sequence[tuple[str, list[str], list[float]]],
-) -> None:
-    named = [_base_name(model), *(n for n, _ in specialists), *(c[0] for c in compositions)]
-    for name in named:
-        if named.count(name) > 1:
-            raise RequestError(f"two models are named {name}: give each its own name")
 
 
 def _base_name(model: str) -> str:

@@ -45,14 +45,20 @@ def check_split(args: argparse.Namespace) -> None:
         raise RequestError(f"--rank-timeout {args.rank_timeout} is not above 0")
 
 
-def over_machines(
+def with_models(
     args: argparse.Namespace,
     specialists: Sequence[tuple[str, str]],
     work: Callable[[Tokenizer, Specialists], int],
 ) -> int:
-    """Do `work` on rank 0 with the model and specialists that `args` name, which all machines hold
-    together: see `on_machines`. Returns the exit status, 0 on other ranks."""
+    """Do `work` with the model that `args` name and these specialists. With --split all machines
+    hold them together, and rank 0 works: see `on_machines`. Returns the exit status."""
     options = taken(args, LOADING)
+    if not args.split:
+        model, tokenizer = load(args.model, **options)
+        local = Specialists(model)
+        for name, path in specialists:
+            local.attach(name, path, quantize=args.quantize)
+        return work(tokenizer, local)
     attached = [
         (name, partial(Specialists.attach, name=name, path_or_hf_repo=path, quantize=args.quantize))
         for name, path in specialists

@@ -33,7 +33,6 @@ class BatchResult:
 
     @property
     def texts(self) -> list[str]:
-        """The replies."""
         return ["".join(r.text for r in responses) for responses in self.responses]
 
 

@@ -166,7 +166,6 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """Whether the engine is closed to requests."""
         return self._closed
 
     @property
@@ -296,7 +295,6 @@ class Engine:
         self._scheduler.cache.drop(gone)
 
     def _drop(self, request: GenerationRequest) -> None:
-        """A request was canceled."""
         if self._requests.pop(request, None):
             self._scheduler.cancel(request)
 

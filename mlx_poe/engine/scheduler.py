@@ -139,7 +139,6 @@ class Scheduler:
 
     @property
     def stats(self) -> Stats:
-        """The current figures."""
         return Stats(
             *(self._prompt_tokens, self._generation_tokens),
             *(self._prompt_time, self._generation_time),

@@ -33,7 +33,6 @@ def mean_depth(responses: Sequence[GenerationResponse], n_stages: int) -> str:
 
 
 def paints(console: Console) -> bool:
-    """Whether the console shows colors."""
     return console.color_system is not None and not console.no_color
 
 

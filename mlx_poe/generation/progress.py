@@ -31,7 +31,6 @@ class Bars:
         self._bars: dict[str, TaskID] = {}
 
     def __call__(self, label: str, done: int, total: int, status: str = "") -> None:
-        """Show that `done` of `total` is done."""
         if label not in self._bars:
             if done >= total or not sys.stderr.isatty():
                 return
@@ -51,7 +50,6 @@ class Bars:
         return self._progress
 
     def close(self) -> None:
-        """Remove the bars."""
         if self._progress:
             self._progress.stop()
         self._progress, self._bars = None, {}

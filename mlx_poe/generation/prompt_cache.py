@@ -109,7 +109,6 @@ class PromptCache:
             self._remove(next(iter(self._entries)))
 
     def drop(self, models: Iterable[PoEModel]) -> None:
-        """Drop all states of these models."""
         gone = {id(model) for model in models}
         for key, (state, _) in list(self._entries.items()):
             if id(state.model) in gone:

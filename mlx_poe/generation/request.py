@@ -182,7 +182,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 
 def are_messages(prompt: Any) -> bool:
-    """Whether a prompt is a chat's messages."""
     return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 

@@ -53,8 +53,6 @@ Read = Callable[[Fields, Served, Tokenizer], ResponseFrame]
 
 
 class Server:
-    """The handlers of the routes."""
-
     def __init__(self, engine: Engine, catalog: Catalog, limits: Limits):
         self.engine, self.catalog, self.limits = engine, catalog, limits
         self.metrics = Metrics(engine)
@@ -62,7 +60,6 @@ class Server:
         self._created = int(time.time())
 
     async def complete(self, read: Read, request: Request) -> Response:
-        """A completion of either kind."""
         body = await self._body(request)
         frame = read(body, self.catalog.named_in(body), self.engine.tokenizer)
         return await self.service.respond(frame, _NAMES[request.url.path], request.receive)

@@ -119,7 +119,6 @@ class ChatResponse(ResponseFrame):
         self._parsers = [ToolCallParser() if tools else None for _ in self.choices]
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """The role."""
         return [self._delta(index, {"role": "assistant", "content": ""}, [])]
 
     def deltas(
@@ -142,7 +141,6 @@ class ChatResponse(ResponseFrame):
         return found
 
     def choice(self, index: int) -> dict[str, Any]:
-        """The message."""
         choice = self.choices[index]
         text, call = self._read(index, choice.text, over=True)
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}

@@ -89,7 +89,6 @@ class CompletionResponse(ResponseFrame):
         return chunks
 
     def choice(self, index: int) -> dict[str, Any]:
-        """The text with its details."""
         choice, text, tokens = self.choices[index], "", []
         if self.options.max_tokens != 0:
             text, tokens = choice.text, choice.tokens
@@ -102,7 +101,6 @@ class CompletionResponse(ResponseFrame):
         return "length" if self.options.max_tokens == 0 else last.finish_reason
 
     def _prompt(self, index: int) -> str:
-        """The text of a choice's prompt."""
         prompt = self.options.prompts[index // self.options.n]
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 

@@ -38,7 +38,6 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def as_json(self) -> dict[str, Any]:
-        """The body."""
         kind = _TYPES.get(self.status)
         if kind is None:
             kind = "invalid_request_error" if self.status < 500 else "server_error"
@@ -46,7 +45,6 @@ class ApiError(Exception):
         return {"error": about}
 
     def response(self) -> Json:
-        """The response to send."""
         return Json(self.as_json(), self.status, self.headers)
 
 

@@ -50,20 +50,16 @@ class Fields:
         return value
 
     def text(self, field: str) -> str | None:
-        """A string."""
         return self._taken(field, str, "a string")
 
     def flag(self, field: str, default: bool = False) -> bool:
-        """True or false."""
         value = self._taken(field, bool, "true or false")
         return default if value is None else value
 
     def whole(self, field: str, low: int, high: int) -> int | None:
-        """A whole number from `low` to `high`."""
         return self._within(field, self._taken(field, int, "a whole number"), low, high)
 
     def number(self, field: str, low: float, high: float) -> float | None:
-        """A number from `low` to `high`."""
         return self._within(field, self._taken(field, (int, float), "a number"), low, high)
 
     def _within(self, field: str, value: Any, low: float, high: float) -> Any:
@@ -72,7 +68,6 @@ class Fields:
         return value
 
     def object(self, field: str) -> Fields | None:
-        """An object, as `Fields`."""
         value = self._taken(field, dict, "an object")
         return None if value is None else Fields(value, self.name(field))
 
@@ -81,7 +76,6 @@ class Fields:
         return self._taken(field, list, "an array")
 
     def objects(self, field: str) -> Iterator[Fields]:
-        """The objects in an array."""
         for number, value in enumerate(self.items(field) or []):
             where = f"{self.name(field)}[{number}]"
             if not isinstance(value, dict):

@@ -45,15 +45,9 @@ def chat_logprobs(
 def stages_of(tokenizer: Tokenizer, tokens: Iterable[GenerationResponse]) -> list[dict[str, Any]]:
     """Our own `token_stages`: where each token came from."""
     return [
-        {
-            "id": response.token,
-            "bytes": list(tokenizer.token_bytes(response.token)),
-            "stage": response.stage,
-            "from_draft": response.from_draft,
-            "drafter": response.drafter,
-            "forced": response.forced,
-        }
-        for response in tokens
+        {"id": r.token, "bytes": list(tokenizer.token_bytes(r.token))}
+        | {name: getattr(r, name) for name in ("stage", "from_draft", "drafter", "forced")}
+        for r in tokens
     ]
 
 

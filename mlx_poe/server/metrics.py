@@ -75,11 +75,9 @@ class Metrics:
         self._count("requests", 1, endpoint, "refused" if status < 500 else "error")
 
     def first_token(self, seconds: float) -> None:
-        """A request's first token has come."""
         self._times["time_to_first_token"].observe(seconds)
 
     def ended(self, endpoint: str, outcome: str, seconds: float, usage: dict[str, Any]) -> None:
-        """A request is over."""
         self._count("requests", 1, endpoint, outcome)
         self._times["request"].observe(seconds)
         self._count("prompt_tokens", usage["prompt_tokens"])
@@ -94,5 +92,4 @@ class Metrics:
             self._count("stage_tokens", count, stage)
 
     def text(self) -> bytes:
-        """All metrics."""
         return generate_latest(self._registry)

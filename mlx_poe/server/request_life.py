@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
+from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -100,8 +101,7 @@ class Run:
         self._service, self.frame = service, frame
         # How the request ends, unless nobody waits any more.
         self._endpoint, self._outcome = endpoint, "gone"
-        self._news: list[tuple[int, GenerationResponse | Exception]] = []
-        self._come = asyncio.Event()
+        self._news: asyncio.Queue[tuple[int, GenerationResponse | Exception]] = asyncio.Queue()
         self._left, self._closed = len(frame.choices), False
         self._started = monotonic()
         self._requests: list[EngineRequest] = []
@@ -109,12 +109,8 @@ class Run:
 
     async def begin(self) -> None:
         """Read the prompts and start them in the engine. ApiError if it refuses them."""
-        loop = asyncio.get_running_loop()
-
-        def listener(index: int) -> Listener:
-            return lambda item: loop.call_soon_threadsafe(self._put, index, item)  # type: ignore
-
-        listeners = [listener(index) for index in range(self._left)]
+        tell: Any = asyncio.get_running_loop().call_soon_threadsafe
+        listeners: list[Listener] = [partial(tell, self._put, n) for n in range(self._left)]
         # In another thread: texts may be long, and the engine only listens between two passes.
         work = asyncio.ensure_future(anyio.to_thread.run_sync(self._submit, listeners))
         try:
@@ -133,18 +129,16 @@ class Run:
 
     def _put(self, index: int, item: GenerationResponse | Exception | None) -> None:
         if item is not None:  # the end, which the last response has told
-            self._news.append((index, item))
-            self._come.set()
+            self._news.put_nowait((index, item))
 
     async def _take(self) -> list[tuple[int, GenerationResponse]]:
         """The responses that have arrived, by choice; none after `KEEP_ALIVE_SECONDS` without any.
         Raises the error that ended a sequence."""
-        if not self._news:
-            self._come.clear()
-            with anyio.move_on_after(KEEP_ALIVE_SECONDS):
-                await self._come.wait()
-        news, self._news = self._news, []
-        found = []
+        news, found = [], []
+        with anyio.move_on_after(KEEP_ALIVE_SECONDS):
+            news.append(await self._news.get())
+        while not self._news.empty():
+            news.append(self._news.get_nowait())
         for index, item in news:
             if isinstance(item, Exception):
                 raise item
@@ -156,7 +150,6 @@ class Run:
         return found
 
     async def collect(self) -> None:
-        """Wait for the whole response."""
         while self._left:
             for index, response in await self._take():
                 self.frame.choices[index].add(response)
@@ -188,7 +181,6 @@ class Run:
             request.pause()
 
     def resume(self) -> None:
-        """Go on, if paused."""
         if self._paused:
             self._paused = False
             for request in self._requests:

@@ -45,7 +45,6 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """The text so far."""
         return "".join(response.text for response in self.responses)
 
 
@@ -69,12 +68,10 @@ class ResponseFrame(ABC):
 
     @property
     def id(self) -> str:
-        """The response's id."""
         return str(self._frame["id"])
 
     @property
     def usage(self) -> dict[str, Any]:
-        """The usage so far."""
         return usage(self.options, self.choices)
 
     def opening(self, index: int) -> list[dict[str, Any]]:

@@ -18,13 +18,10 @@ def to_json(value: Any) -> bytes:
 
 
 def event(value: Any) -> bytes:
-    """One server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
 
 
 class Json(Response):
-    """A JSON response."""
-
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
