@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mlx_poe.generation.penalty import with_usual_penalty
+from mlx_poe.generation.reply_form import with_usual_penalty
 
 
 @pytest.mark.parametrize(

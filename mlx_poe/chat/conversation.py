@@ -20,8 +20,7 @@ from cognica_mlx.errors import PoEError, RequestError
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.chat.saved_chat import SavedChat, read_chat, write_chat
 from mlx_poe.chat.turns import Settings, Turn
-from mlx_poe.generation.penalty import with_usual_penalty
-from mlx_poe.generation.reply_form import make_grammar
+from mlx_poe.generation.reply_form import make_grammar, with_usual_penalty
 from mlx_poe.generation.request import SAMPLING, read_request
 from mlx_poe.generation.text import GenerationResponse, stream_generate
 from mlx_poe.generation.tools import Functions, read_functions

@@ -99,9 +99,7 @@ def _assistant(reply: str, call_id: str) -> dict[str, Any]:
     parser = ToolCallParser()
     before = parser.feed(reply)
     if parser.call:
-        arguments = json.dumps(parser.call.arguments, ensure_ascii=False)
-        function = {"name": parser.call.name, "arguments": arguments}
-        call = {"id": call_id, "type": "function", "function": function}
+        call = parser.call.message(call_id)
         message = {"role": "assistant", "content": before.rstrip() or None, "tool_calls": [call]}
         if _plain(message)["content"] == reply:
             return message

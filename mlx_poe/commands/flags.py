@@ -15,8 +15,7 @@ from cognica_mlx.errors import DELETED, RequestError, deleted
 from cognica_mlx.files.byte_sizes import byte_size
 from cognica_mlx.files.stored import DTYPES
 from cognica_mlx.scheme import BITS, DRAFT_BITS
-from mlx_poe.generation.penalty import SPECIALIST_PENALTY
-from mlx_poe.generation.reply_form import FORM_OPTIONS
+from mlx_poe.generation.reply_form import FORM_OPTIONS, SPECIALIST_PENALTY
 from mlx_poe.loading.load import DEFAULT_MODEL
 from mlx_poe.paths import user_path
 from mlx_poe.rows import named, read_text

@@ -18,8 +18,8 @@ from mlx_poe.commands.entry import INTERRUPTED, make_parser, read_stdin, run
 from mlx_poe.commands.replies_file import is_stdout
 from mlx_poe.commands.split import add_split_flags, check_split, with_models
 from mlx_poe.generation.display import paint, paints, print_legend
-from mlx_poe.generation.penalty import with_usual_penalty
 from mlx_poe.generation.progress import Bars
+from mlx_poe.generation.reply_form import with_usual_penalty
 from mlx_poe.generation.responses import drafts_in_words, fallback_note
 from mlx_poe.generation.text import GenerationResponse, stream_generate
 from mlx_poe.loading.machine_costs import known_costs

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 
-from cognica_mlx.decoding.modes import ModeOptions
-from cognica_mlx.decoding.sampling import SamplingOptions
 from mlx_poe.chat.conversation import Chat
 from mlx_poe.chat.repl import Repl
 from mlx_poe.chat.slash_commands import COMMANDS
 from mlx_poe.commands import flags
 from mlx_poe.commands.entry import make_parser, run
+from mlx_poe.generation.request import MODE_OPTIONS, SAMPLING
 from mlx_poe.loading.load import DEFAULT_MODEL, load
 
 EXAMPLES = """\
@@ -67,16 +65,15 @@ def _chat(args: argparse.Namespace) -> int:
 def _make_chat(args: argparse.Namespace) -> Chat:
     name = args.model
     attached = args.specialist or [(one.rpartition("-")[2], one) for one in flags.starters(name)]
-    model, tokenizer = load(name, revision=args.revision, dtype=args.dtype, quantize=args.quantize)
+    model, tokenizer = load(name, **flags.taken(args, flags.LOADING))
     chat = Chat(model, tokenizer, name, falls_back=not args.no_fallback)
     for one, source in attached:
         chat.specialists.attach(one, source, quantize=args.quantize)
     if attached:
         chat.use(attached[0][0])
-    options = [f.name for f in (*fields(SamplingOptions), *fields(ModeOptions))]
     chat.change(
         mode=args.mode,
-        options=flags.taken(args, options),
+        options=flags.taken(args, (*SAMPLING, *MODE_OPTIONS)),
         system=args.system_prompt,
         max_tokens=args.max_tokens,
         stop=args.stop or [],

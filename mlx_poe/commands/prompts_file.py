@@ -32,9 +32,8 @@ from mlx_poe.commands.replies_file import (
 from mlx_poe.engine.batch_generate import run_requests, trunk_to_keep
 from mlx_poe.engine.scheduler import MAX_SEQUENCES, Scheduler, Stats
 from mlx_poe.evaluation.answers import fingerprint, key_of
-from mlx_poe.generation.penalty import with_usual_penalty
 from mlx_poe.generation.progress import Bars
-from mlx_poe.generation.reply_form import CONSTRAINTS, FORM_OPTIONS
+from mlx_poe.generation.reply_form import CONSTRAINTS, FORM_OPTIONS, with_usual_penalty
 from mlx_poe.generation.request import (
     EMPTY_PROMPT,
     MODE_OPTIONS,

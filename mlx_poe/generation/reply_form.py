@@ -1,4 +1,4 @@
-"""The constraint that a caller puts on a reply, as a grammar.
+"""The constraint that a caller puts on a reply, as a grammar, and the penalty of replies without.
 
 - in: a JSON schema, a regular expression, a Lark grammar, or functions to call
 - out: a compiled `Grammar` for this tokenizer; each reply starts its own constraint from it
@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,22 @@ _SOURCES: dict[str, Callable[[Any], str]] = {
 }
 CONSTRAINTS = (*_SOURCES, "tools")
 FORM_OPTIONS = (*CONSTRAINTS, "tool_choice")
+
+# The model cards recommend it: without it the specialists' greedy replies fall into loops.
+SPECIALIST_PENALTY = 1.15
+
+
+def with_usual_penalty(options: Mapping[str, Any], specialist: bool) -> dict[str, Any]:
+    """Options of `stream_generate` for a chat with a specialist, or with a base model.
+
+    Unless the user has set it, a specialist's repetition penalty is `SPECIALIST_PENALTY`, but a
+    constrained reply is not penalized: function calls repeat the names and values they were given,
+    and JSON repeats quotes and keys.
+    """
+    if not specialist or options.get("repetition_penalty") is not None:
+        return dict(options)
+    constrained = any(options.get(name) is not None for name in CONSTRAINTS)
+    return {**options, "repetition_penalty": 1.0 if constrained else SPECIALIST_PENALTY}
 
 
 def make_grammar(

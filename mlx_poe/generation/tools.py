@@ -49,6 +49,12 @@ class ToolCall:
     name: str
     arguments: dict[str, Any]
 
+    def message(self, call_id: str) -> dict[str, Any]:
+        """The call as OpenAI's messages have it."""
+        arguments = json.dumps(self.arguments, ensure_ascii=False)
+        function = {"name": self.name, "arguments": arguments}
+        return {"id": call_id, "type": "function", "function": function}
+
 
 def tool_system_prompt(functions: Functions) -> str:
     """The system text that offers `functions`, always in the same layout."""

@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from typing import Any
 
-from mlx_poe.generation.penalty import with_usual_penalty
+from mlx_poe.generation.reply_form import with_usual_penalty
 from mlx_poe.generation.responses import GenerationResponse
 from mlx_poe.generation.tools import ToolCallParser
 from mlx_poe.loading.tokenizer import Tokenizer
@@ -164,15 +163,8 @@ class ChatResponse(ResponseFrame):
         if not over:
             return text, None
         text += parser.finish()
-        if parser.call is None:
-            return text, None
-        arguments = json.dumps(parser.call.arguments, ensure_ascii=False)
-        function = {"name": parser.call.name, "arguments": arguments}
-        return text, {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
-            "type": "function",
-            "function": function,
-        }
+        call_id = f"call_{uuid.uuid4().hex[:24]}"
+        return text, parser.call.message(call_id) if parser.call else None
 
     def _delta(
         self, index: int, delta: dict[str, Any], tokens: list, reason: str | None = None

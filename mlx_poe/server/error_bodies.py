@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from cognica_mlx.decoding.modes import ModeOptions
-from cognica_mlx.decoding.sampling import SamplingOptions
 from cognica_mlx.errors import PoEError, RankError
 from mlx_poe.engine import EngineClosedError
 from mlx_poe.generation.reply_form import FORM_OPTIONS
+from mlx_poe.generation.request import MODE_OPTIONS, SAMPLING
 from mlx_poe.server.wire import Json
 
 # Fields by the names of the engine's options.
 _FIELDS = {
-    **{f.name: f.name for options in (ModeOptions, SamplingOptions) for f in fields(options)},
-    **{name: name for name in (*FORM_OPTIONS, "mode", "stop", "no_fallback")},
+    **{name: name for name in (*SAMPLING, *MODE_OPTIONS, *FORM_OPTIONS)},
+    **{name: name for name in ("mode", "stop", "no_fallback")},
     **{"temp": "temperature", "json_schema": "response_format", "token": "prompt"},
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
