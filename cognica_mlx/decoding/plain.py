@@ -12,15 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.requests import (
-    DecodedToken,
-    Read,
-    Score,
-    Steps,
-    as_row,
-    through,
-    top_of,
-)
+from cognica_mlx.decoding.requests import DecodedToken, Read, Score, Steps, as_row, through, top_of
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 

@@ -345,10 +345,7 @@ def read_prompt(
 
 
 def ready(
-    state: DecodingState,
-    depth: int,
-    step_size: int | None = None,
-    progress: Progress | None = None,
+    state: DecodingState, depth: int, step_size: int | None = None, progress: Progress | None = None
 ) -> Generator[Request, Any, None]:
     """Make `depth` the deepest stage that is kept ready.
 

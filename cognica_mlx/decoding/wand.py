@@ -23,14 +23,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.requests import (
-    DecodedToken,
-    Read,
-    Score,
-    Steps,
-    advance,
-    top_of,
-)
+from cognica_mlx.decoding.requests import DecodedToken, Read, Score, Steps, advance, top_of
 from cognica_mlx.decoding.sampling import Scores
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import full_target, stage_target

@@ -37,11 +37,7 @@ class Owner:
     """Stages and, for those with heads here, predictors, by the numbers that rank 0 gave them."""
 
     def __init__(
-        self,
-        wire: Wire,
-        stages: dict[int, Stage],
-        speakers: dict[int, Speaker],
-        dtype: mx.Dtype,
+        self, wire: Wire, stages: dict[int, Stage], speakers: dict[int, Speaker], dtype: mx.Dtype
     ):
         self.wire, self.stages, self.speakers, self.dtype = wire, stages, speakers, dtype
         self.parent = wire.parent()

@@ -119,10 +119,7 @@ def replay_wand(
 
 
 def best_options(
-    model: PoEModel,
-    traces: Sequence[Trace],
-    costs: Costs,
-    exit_margins: Sequence[float],
+    model: PoEModel, traces: Sequence[Trace], costs: Costs, exit_margins: Sequence[float]
 ) -> dict[str, tuple[dict[str, Any], Replay]]:
     """For each mode that drafts or exits early, the options with the lowest cost per token.
 

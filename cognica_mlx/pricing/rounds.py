@@ -30,12 +30,7 @@ class RoundCosts:
     """Costs of rounds that share passes with `others` rows of other sequences; a sequence pays for
     its share of a pass."""
 
-    def __init__(
-        self,
-        costs: Costs,
-        drafters: Sequence[StageDrafter],
-        others: int = 0,
-    ):
+    def __init__(self, costs: Costs, drafters: Sequence[StageDrafter], others: int = 0):
         self.costs, self.drafters, self.others = costs, drafters, others
         self.plain = self._share(costs.full_pass, 1)
         # For each drafter, costs by rows: of a draft, and of the verification.

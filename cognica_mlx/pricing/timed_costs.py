@@ -91,10 +91,7 @@ def measure(
         rounds.append(times)
     layers, heads = np.median(rounds[1:], axis=0).transpose(1, 2, 0).tolist()
     return Costs(
-        tuple(rows),
-        tuple(map(tuple, layers)),
-        tuple(map(tuple, heads)),
-        model.full_boundaries,
+        tuple(rows), tuple(map(tuple, layers)), tuple(map(tuple, heads)), model.full_boundaries
     )
 
 
