@@ -82,9 +82,9 @@ def bytes_read(model: PoEModel) -> Costs:
     """Costs in bytes of weights, from the model's own arrays."""
     stages, heads = [], []
     for stage in range(model.poe_n_stages):
-        stages.append(sum(map(_streamed, model.stages[stage].blocks)))
-        heads.append(sum(map(nbytes, model.heads(stage))))
-    return Costs((1,), _single(stages), _single(heads), model.full_boundaries)
+        stages.append((float(sum(map(_streamed, model.stages[stage].blocks))),))
+        heads.append((float(sum(map(nbytes, model.heads(stage)))),))
+    return Costs((1,), tuple(stages), tuple(heads), model.full_boundaries)
 
 
 def with_bytes_of(costs: Costs, prefix: QuantizedPrefix) -> Costs:
@@ -106,16 +106,8 @@ def with_bytes_of(costs: Costs, prefix: QuantizedPrefix) -> Costs:
 
 def _streamed(module: nn.Module) -> int:
     """Bytes of a module that a pass reads; embedding tables, read one row a token, are left out."""
-    table = (
-        module.attn.value_embed
-        if isinstance(module, Block) and "value_embed" in module.attn
-        else None
-    )
+    table = module.attn.get("value_embed") if isinstance(module, Block) else None
     return nbytes(module) - (nbytes(table) if table else 0)
-
-
-def _single(costs: Sequence[float]) -> tuple[tuple[float, ...], ...]:
-    return tuple((float(cost),) for cost in costs)
 
 
 def nbytes(module: nn.Module) -> int:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -37,18 +36,6 @@ CONTINUATION_PROMPT = 16
 MIN_TOKENS = 100
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class _Predictions:
-    """The stages' predictions at T positions, for K stages; the last is the full model. best (K, T)
-    token ids, margins (K, T), margin_loss (K - 1, T); nll (K + 1, T - 1), in nats, of the actual
-    next token, for each stage boundary and then the full model."""
-
-    best: np.ndarray
-    margins: np.ndarray
-    margin_loss: np.ndarray
-    nll: np.ndarray
 
 
 def calibrate(
@@ -87,16 +74,15 @@ def calibrate(
         measured.append(_predict(model, text))
         if progress:
             progress("reading", i + 1, len(texts))
-    loss = np.concatenate([m.margin_loss for m in measured], axis=1)
+    bests, _, losses, nlls = zip(*measured, strict=True)
+    best, loss = np.concatenate(bests, axis=1), np.concatenate(losses, axis=1)
     percentiles = np.maximum(np.percentile(loss, (50, 90, 99), axis=1).T, 0)
     bounds = [float(p99) for p99 in percentiles[:, 2]]
-    best = np.concatenate([m.best for m in measured], axis=1)
-    nll = sum(m.nll[:, mark].sum(axis=1) for m, mark in zip(measured, marks, strict=True))
+    nll = sum(one[:, mark].sum(axis=1) for one, mark in zip(nlls, marks, strict=True))
     n_bytes = sum(
         token_bytes[token]
         for text, mark in zip(texts, marks, strict=True)
-        for token, counts in zip(text[1:], mark, strict=True)
-        if counts
+        for token in np.array(text[1:])[mark]
     )
     traces = record(
         model, texts, count=continuations, tokens=continuation_tokens, progress=progress
@@ -124,7 +110,11 @@ def calibrate(
         options={mode: options for mode, (options, _) in chosen.items()},
         speedups={mode: round(s, 3) for mode, s in speedups.items()},
         recommended=recommended if speedups[recommended] > 1 else "full",
-        text={"tokens": total, "bytes": n_bytes, "continued_tokens": sum(_lengths(traces))},
+        text={
+            "tokens": total,
+            "bytes": n_bytes,
+            "continued_tokens": sum(trace.hits.shape[1] for trace in traces),
+        },
         weights=lineage.record(lineage.of_model(model)),
     )
 
@@ -136,11 +126,10 @@ def _acceptance(model: PoEModel, traces: Sequence[Trace], costs: Costs, stage: i
     return [round(replay_drafts(hits, rounds, n).acceptance, 4) for n in DRAFT_LENGTHS]
 
 
-def _lengths(traces: Sequence[Trace]) -> list[int]:
-    return [trace.hits.shape[1] for trace in traces]
-
-
-def _predict(model: PoEModel, text: Sequence[int]) -> _Predictions:
+def _predict(model: PoEModel, text: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """The stages' predictions at T positions, for K stages; the last is the full model. best (K, T)
+    token ids, margins (K, T), margin loss (K - 1, T); nll (K + 1, T - 1), in nats, of the actual
+    next token, for each stage boundary and then the full model."""
     tokens = mx.array([list(text)], dtype=mx.int32)
     *logits, full = (scores[0] for scores in model.predictions(tokens))
     nll = mx.stack([-logprob_of(z[:-1], tokens[0, 1:]) for z in (*logits, full)])
@@ -152,9 +141,7 @@ def _predict(model: PoEModel, text: Sequence[int]) -> _Predictions:
     # The lead of stage k's best token one stage later: negative if it was overtaken.
     leads = mx.stack([_lead(z, best[k]) for k, z in enumerate(scores[1:])])
     mx.eval(best, margins, leads, nll)
-    return _Predictions(
-        np.array(best), np.array(margins), np.array(margins[:-1] - leads), np.array(nll)
-    )
+    return tuple(map(np.array, (best, margins, margins[:-1] - leads, nll)))
 
 
 def _drafts(model: PoEModel, text: Sequence[int]) -> np.ndarray:
@@ -199,13 +186,13 @@ def record(
         prompt = list(text[:end])
         decoded = decode(model, prompt, mode, max_tokens=tokens)
         written = prompt + [one.token for one in decoded]
-        found, part = _predict(model, written), np.s_[:-1, end - 1 : -1]
-        right = found.best[-1]
-        hits = drafts = (found.best == right)[part]
+        (best, margins, _, _), part = _predict(model, written), np.s_[:-1, end - 1 : -1]
+        right = best[-1]
+        hits = drafts = (best == right)[part]
         if model.config.specialist_layers:
             drafts = (_drafts(model, written) == right)[part]
         copied = (_copy_drafts(model, prefix, written) == right)[part[1:]] if prefix else None
-        traces.append(Trace(hits, found.margins[part], drafts, copied))
+        traces.append(Trace(hits, margins[part], drafts, copied))
         if progress:
             progress("continuing", i + 1, count)
     return traces

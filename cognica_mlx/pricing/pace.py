@@ -89,25 +89,19 @@ class Pace(Advice):
         self._among = 0
 
     def begins(self, position: int) -> None:
-        """Note that the mode's own positions start here."""
         self.start = position
 
     def judged(self, drafter: str, kept: int, drafted: int) -> None:
-        """Note that the first `kept` of `drafted` tokens in a row by `drafter` were accepted."""
         self._record(drafter).add(kept, kept + (kept < drafted))
 
     def drafted_meanwhile(self, drafter: int, rows: int, count: int) -> None:
-        """Note that a drafter guessed a token and drafted `count` more while other machines ran
-        `rows` positions: only the time that does not overlap is charged."""
+        # Only the time that does not overlap is charged.
         self.spent -= self._at_hand().hidden(drafter, rows, count)
 
     def observed(self, agreeing: int, hit: bool) -> None:
-        """Note whether a token was the one looked up for its place, by a match of `agreeing`
-        tokens."""
         self._record(agreeing).add(hit, 1)
 
     def emitted(self) -> None:
-        """Note that the mode has emitted a token."""
         self.tokens += 1
 
     def acceptance(self, drafter: str | int) -> float:
@@ -116,13 +110,10 @@ class Pace(Advice):
         return self._record(drafter).rate
 
     def _record(self, drafter: str | int) -> _Record:
-        if drafter not in self._records:
-            self._records[drafter] = (
-                _Record(PRIOR_HITS[drafter], 1.0)
-                if isinstance(drafter, int)
-                else _Record(PRIOR_KEPT, PRIOR_JUDGED)
-            )
-        return self._records[drafter]
+        prior = PRIOR_KEPT, PRIOR_JUDGED
+        if isinstance(drafter, int):
+            prior = PRIOR_HITS[drafter], 1.0
+        return self._records.setdefault(drafter, _Record(*prior))
 
     def price(self, request: Request, rows: int | None = None) -> float:
         """A request's cost: its share of a pass or prediction of `rows` rows, by default its own
@@ -133,9 +124,7 @@ class Pace(Advice):
             count = request.count
             own = min(count, max(request.state.filled[stage] + count - self.start, 0))
             total = own if rows is None else rows
-            costs = self.costs
-            if request.stage.scheme and costs.rounded:
-                costs = costs.rounded
+            costs = (request.stage.scheme and self.costs.rounded) or self.costs
             return costs.stage(stage, total) * own / total if own else 0.0
         if isinstance(request, Score):
             total = rows or request.rows
@@ -229,12 +218,11 @@ def pace_for(model: PoEModel, mode: Mode, costs: Costs | KnownCosts | None) -> P
 
 
 class Metered:
-    """A driver that prices one sequence's requests and passes them to another driver."""
+    """A `Driver` that prices one sequence's requests and passes them to another driver."""
 
     def __init__(self, driver: Driver, pace: Pace):
         self._driver, self._pace = driver, pace
 
     def answer(self, request: Request) -> Any:
-        """See `Driver`."""
         self._pace.spent += self._pace.price(request)
         return self._driver.answer(request)

@@ -15,7 +15,7 @@ They are used with probability b^m a^(n+1); otherwise the next round drafts anew
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 from cognica_mlx.decoding.advice import Plan
 from cognica_mlx.decoding.drafters import StageDrafter
@@ -32,20 +32,14 @@ class RoundCosts:
 
     def __init__(self, costs: Costs, drafters: Sequence[StageDrafter], others: int = 0):
         self.costs, self.drafters, self.others = costs, drafters, others
-        self.plain = self._share(costs.full_pass, 1)
-        # For each drafter, costs by rows: of a draft, and of the verification.
-        self._first: list[dict[int, float]] = [{} for _ in drafters]
-        self._verify: list[dict[int, float]] = [{} for _ in drafters]
-        self._full: dict[int, float] = {1: self.plain}
+        # Costs by rows, computed once.
+        self._full_pass = cache(partial(self._share, costs.full_pass))
+        self._draft, self._verify = cache(self._draft_cost), cache(self._verification)
+        self.plain = self._full_pass(1)
 
     def _share(self, cost: Callable[[int], float], rows: int) -> float:
         total = rows + self.others
         return cost(total) * rows / total
-
-    def _full_pass(self, rows: int) -> float:
-        if rows not in self._full:
-            self._full[rows] = self._share(self.costs.full_pass, rows)
-        return self._full[rows]
 
     def cost(self, plan: Plan, reused: float | None = None) -> float:
         """The cost of a round. `reused` is the probability that drafts made while other machines
@@ -53,21 +47,16 @@ class RoundCosts:
         rows = plan.looked_up + plan.count + 1
         if not plan.count:
             return self._full_pass(rows)
-        which = plan.drafter
-        first, verify = self._first[which], self._verify[which]
-        drafter, ahead = self.drafters[which], plan.looked_up + 1
-        for count in (1, ahead):
-            if count not in first:
-                first[count] = self._draft(drafter, count)
-        if rows not in verify:
-            verify[rows] = self._verification(drafter, rows)
-        drafting = first[ahead] + (plan.count - 1) * first[1]
+        drafter = self.drafters[plan.drafter]
+        one = self._draft(drafter, 1)
+        drafting = self._draft(drafter, plan.looked_up + 1) + (plan.count - 1) * one
+        verifying = self._verify(drafter, rows)
         if reused is None or not drafter.goes_on:
-            return drafting + verify[rows]
-        meanwhile = (plan.count + 1) * first[1] - self.hidden(which, rows, plan.count)
+            return drafting + verifying
+        meanwhile = (plan.count + 1) * one - self.hidden(plan.drafter, rows, plan.count)
         # The last draft has also been run through the drafter's stages already.
         saved = drafting + self._share(partial(self.costs.lower, drafter.target.depth), 1)
-        return drafting + verify[rows] + meanwhile - reused * saved
+        return drafting + verifying + meanwhile - reused * saved
 
     def hidden(self, which: int, rows: int, count: int) -> float:
         """The part of the cost of a guess and `count` drafts that overlaps with other machines'
@@ -76,7 +65,7 @@ class RoundCosts:
         above = partial(self.costs.between, drafter.target.depth)
         return min((count + 1) * self._draft(drafter, 1), self._share(above, rows))
 
-    def _draft(self, drafter: StageDrafter, rows: int) -> float:
+    def _draft_cost(self, drafter: StageDrafter, rows: int) -> float:
         """The cost of drafting one token in a pass of `rows` rows, including its prediction."""
         costs = self.costs
         if drafter.prefix and (own := costs.rounded):

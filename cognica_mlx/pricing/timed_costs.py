@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.decoding.quantized_prefix import QuantizedPrefix
 from cognica_mlx.decoding.requests import advance
 from cognica_mlx.decoding.sampling import logprob_of, margin
@@ -37,23 +36,20 @@ def measure_drafter(
     state: DecodingState | None = None,
 ) -> Costs:
     """A rounded drafter's costs in seconds, measured as in `measure`."""
-    if state is None:
-        state = DecodingState(prefix.model)
-        prefill(state, text, state.depth)
-    length, rounds = state.length, []
-    for _ in range(trials + 1):
-        times = []
-        for count in rows:
-            aside = state.aside(prefix.stages, prefix.of)
-            aside.append([0] * count)
-            ran = [_seconds(partial(_advance, aside, k)) for k in range(len(prefix.stages))]
-            boundaries = prefix.target.boundaries
-            hidden = {k: aside.boundary(k, length, length + count) for k in boundaries}
-            times.append([*ran, _seconds(partial(_chosen, prefix.target.scores, hidden))])
-            state.next_round()
-        rounds.append(times)
-    *stages, head = np.median(rounds[1:], axis=0).T.tolist()
-    return Costs(tuple(rows), tuple(map(tuple, stages)), (tuple(head),), (0,))
+    full = state or _after(prefix.model, text)
+    length, stages = full.length, range(len(prefix.stages))
+
+    def times(count: int) -> list[float]:
+        aside = full.aside(prefix.stages, prefix.of)
+        aside.append([0] * count)
+        ran = [_seconds(partial(_advance, aside, k)) for k in stages]
+        boundaries = prefix.target.boundaries
+        hidden = {k: aside.boundary(k, length, length + count) for k in boundaries}
+        ran.append(_seconds(partial(_chosen, prefix.target.scores, hidden)))
+        full.next_round()
+        return ran
+
+    return _medians(rows, len(stages), (0,), times, trials)
 
 
 def measure(
@@ -72,27 +68,43 @@ def measure(
     covers its logits and choosing a token from them. The host waits after every part, which
     overstates the costs of small models.
     """
-    started = time.perf_counter()
-    if state is None:
-        state = DecodingState(model)
-        prefill(state, text, state.depth)
-    stages, length = range(model.poe_n_stages), state.length
-    rounds: list[list[Any]] = []
-    while len(rounds) < 2 or (len(rounds) <= trials and time.perf_counter() - started < seconds):
-        times = []
-        for count in rows:
-            state.append([0] * count)
-            mx.eval(state.arrays())
-            ran = [_seconds(partial(_advance, state, k)) for k in stages]
-            hidden = [state.boundary(k, length, length + count) for k in stages]
-            chosen = [_seconds(partial(_choose, model, k, h)) for k, h in enumerate(hidden)]
-            times.append([ran, chosen])
-            state.rollback(length)
-        rounds.append(times)
-    layers, heads = np.median(rounds[1:], axis=0).transpose(1, 2, 0).tolist()
-    return Costs(
-        tuple(rows), tuple(map(tuple, layers)), tuple(map(tuple, heads)), model.full_boundaries
-    )
+    ends = time.perf_counter() + seconds
+    full = state or _after(model, text)
+    stages, length = range(model.poe_n_stages), full.length
+
+    def times(count: int) -> list[float]:
+        full.append([0] * count)
+        mx.eval(full.arrays())
+        ran = [_seconds(partial(_advance, full, k)) for k in stages]
+        hidden = [full.boundary(k, length, length + count) for k in stages]
+        for k, h in enumerate(hidden):
+            ran.append(_seconds(partial(_chosen, partial(model.stage_logits, k), h)))
+        full.rollback(length)
+        return ran
+
+    return _medians(rows, len(stages), model.full_boundaries, times, trials, ends)
+
+
+def _after(model: PoEModel, text: Sequence[int]) -> DecodingState:
+    state = DecodingState(model)
+    prefill(state, text, state.depth)
+    return state
+
+
+def _medians(
+    rows: Sequence[int],
+    stages: int,
+    full_boundaries: tuple[int, ...],
+    times: Callable[[int], list[float]],
+    trials: int,
+    ends: float = float("inf"),
+) -> Costs:
+    """Costs from `times` of so many rows: first the seconds of each of `stages`, then of heads."""
+    rounds: list[list[list[float]]] = []
+    while len(rounds) < 2 or (len(rounds) <= trials and time.perf_counter() < ends):
+        rounds.append([times(count) for count in rows])
+    parts = tuple(map(tuple, np.median(rounds[1:], axis=0).T.tolist()))
+    return Costs(tuple(rows), parts[:stages], parts[stages:], full_boundaries)
 
 
 def _seconds(work: Callable[[], list[mx.array]]) -> float:
@@ -108,10 +120,6 @@ def _advance(state: DecodingState, stage: int) -> list[mx.array]:
     hidden = state.boundary(stage, start, state.filled[stage])
     # Reading `x` explicitly: otherwise a stage on another machine would not be waited for.
     return [hidden.x, *hidden.arrays()]
-
-
-def _choose(model: PoEModel, stage: int, hidden: Hidden) -> list[mx.array]:
-    return _chosen(partial(model.stage_logits, stage), hidden)
 
 
 def _chosen(predict: Callable[[Any], mx.array], hidden: Any) -> list[mx.array]:
