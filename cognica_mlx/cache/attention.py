@@ -15,7 +15,6 @@ class WholeText:
         self._mask = window_mask(window, 0, length)
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `AttentionCache`."""
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self._mask)
 
 

@@ -84,7 +84,6 @@ class _Member:
         self._shared, self._i = shared, i
 
     def result(self) -> Content:
-        """See `Done`."""
         return self._shared.contents[self._i]
 
 
@@ -163,7 +162,6 @@ class PackedPass:
         self.offset = mx.array(positions, dtype=mx.int32)
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `AttentionCache`."""
         outs = [
             part.attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], scale)
             for rows, part in self._parts

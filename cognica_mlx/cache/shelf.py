@@ -47,12 +47,10 @@ class ShelfPlace:
     full: int
 
     def views(self) -> tuple[Layer, ...]:
-        """See `Place`."""
         one = slice(self.slot, self.slot + 1)
         return tuple(Layer(keys[one], values[one]) for keys, values in self.shelf.layers)
 
     def rows(self, content: Content) -> list[tuple[mx.array, mx.array]]:
-        """See `Place`."""
         found = []
         one = slice(self.slot, self.slot + 1)
         for window, (keys, values) in zip(self.shelf.windows, self.shelf.layers, strict=True):
@@ -141,7 +139,6 @@ class Shelf:
         ]
 
     def caches(self) -> list[StageCache]:
-        """The caches on this shelf."""
         return [cache for cache in self._slots() if cache]
 
     def takes(self, cache: StageCache) -> bool:

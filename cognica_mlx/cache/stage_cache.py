@@ -88,7 +88,7 @@ class Content(NamedTuple):
 
 
 class StageCache:
-    """Keys and values of the latest positions, for the layers of one stage.
+    """The `KeysAndValues` of the latest positions, for the layers of one stage.
 
     `windows` has one entry for each layer. `offset` is the position of the next key. The last
     `window + slack` rows are always kept, so any rollback of up to `slack` positions from the
@@ -104,7 +104,6 @@ class StageCache:
 
     @property
     def offset(self) -> int:
-        """The position of the next key."""
         return self.content.offset
 
     def limit(self, window: int) -> int:
@@ -125,7 +124,6 @@ class StageCache:
         return keys is not None and keys.nbytes >= LARGE
 
     def next_round(self) -> None:
-        """Note that all work that reads the buffers is done: they may be written again."""
         self.round += 1
 
     def begin(self, length: int) -> StagePass:
@@ -134,19 +132,16 @@ class StageCache:
         return StagePass(self, length)
 
     def commit(self, done: Done) -> None:
-        """Replace the content with the pass's result."""
         self.content = done.result()
 
     @property
     def earliest(self) -> int:
-        """The earliest position that `rollback` can return to, here or in a fork."""
         return max(
             dropped + window if (dropped := self.offset - self._carried(window)) else 0
             for window in self.content.spans
         )
 
     def rollback(self, position: int) -> None:
-        """Drop the keys from `position` on. Raises RollbackError before `earliest`."""
         if not self.earliest <= position <= self.offset:
             raise RollbackError(
                 f"cannot return to position {position}: "

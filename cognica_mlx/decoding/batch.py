@@ -103,7 +103,6 @@ class Batch:
             job.steps.close()
 
     def close(self) -> None:
-        """End all sequences."""
         for name in list(self._jobs):
             self.remove(name)
 
@@ -123,16 +122,13 @@ class Batch:
             if not waiting:
                 if worked:
                     break
-                self._next_sweep()
+                for job in self._jobs.values():
+                    job.had_turn, job.depth = False, -1
             elif not self._events:
                 self._work(waiting)
                 worked = True
         events, self._events = self._events, []
         return events
-
-    def _next_sweep(self) -> None:
-        for job in self._jobs.values():
-            job.had_turn, job.depth = False, -1
 
     def _work(self, waiting: Sequence[_Job]) -> None:
         """Carry out the next group of requests."""
@@ -176,7 +172,7 @@ class Batch:
         self.rows += total
         for job in jobs:
             job.depth = stage.layers[-1]
-        self._together(jobs, _run_stage)
+        self._together(jobs, run_stage)
 
     def _choose(self, jobs: list[_Job]) -> tuple[list[_Job], int]:
         """The jobs that fit in a pass, in their order in it, and their total rows."""
@@ -261,11 +257,6 @@ class Batch:
         self._jobs.pop(job.name, None)
         job.steps.close()
         self._events.append(Event(job.name, error=error))
-
-
-def _run_stage(requests: Sequence[Advance]) -> list[None]:
-    run_stage(requests)
-    return [None] * len(requests)
 
 
 def _rows(request: Request) -> int:

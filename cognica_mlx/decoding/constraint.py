@@ -101,16 +101,13 @@ class GrammarConstraint:
 
     @property
     def ended(self) -> bool:
-        """See `Constraint`."""
         return bool(self._tokens) and self._tokens[-1] in self.ends
 
     @property
     def length(self) -> int:
-        """See `Constraint`."""
         return len(self._tokens)
 
     def mask(self) -> mx.array:
-        """See `Constraint`."""
         return mx.array(self._mask())
 
     def _mask(self) -> np.ndarray:
@@ -131,7 +128,6 @@ class GrammarConstraint:
         return self._words
 
     def forced(self) -> list[int]:
-        """See `Constraint`."""
         if self.ended:
             return []
         if tokens := self._matcher.compute_ff_tokens():
@@ -140,7 +136,6 @@ class GrammarConstraint:
         return self._few if len(self._few) == 1 else []
 
     def commit(self, tokens: Sequence[int]) -> None:
-        """See `Constraint`."""
         self._words = None
         # A matcher that knows that nothing can follow does not accept an end token.
         self._matcher.consume_tokens([token for token in tokens if token not in self.ends])
@@ -148,7 +143,6 @@ class GrammarConstraint:
         self._tokens += tokens
 
     def rollback(self, count: int) -> None:
-        """See `Constraint`."""
         if count:
             self._words = None
             gone = self._tokens[-count:]

@@ -47,7 +47,6 @@ class Draft:
         return len(self.tokens)
 
     def add(self, maker: str, token: mx.array) -> None:
-        """Add a token."""
         self.tokens.append(token)
         self.makers.append(maker)
 

@@ -19,12 +19,13 @@ from cognica_mlx.decoding.state import DecodingState, Text
 from cognica_mlx.network.model import PoEModel
 
 
-def run_stage(requests: Sequence[Advance]) -> None:
+def run_stage(requests: Sequence[Advance]) -> list[None]:
     """Run all requests, which must be for the same stage, in one pass."""
+    answers = [None] * len(requests)
     # After an interruption between a pass and its answers, a request may have no rows left.
     asked = [(r, r.state.caches[r.index], n) for r in requests if (n := r.count)]
     if not asked:
-        return
+        return answers
     stage = requests[0].stage
     order = stage.order([cache for _, cache, _ in asked], [count for _, _, count in asked])
     requests, caches, counts = zip(*(asked[i] for i in order), strict=True)
@@ -39,6 +40,7 @@ def run_stage(requests: Sequence[Advance]) -> None:
     for request, count, one in zip(requests, counts, done, strict=True):
         request.state.put(request.index, Rows(hidden, start, start + count), one)
         start += count
+    return answers
 
 
 def embed(models: Sequence[PoEModel], texts: Sequence[Text]) -> Hidden:

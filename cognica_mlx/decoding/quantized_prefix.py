@@ -97,18 +97,14 @@ def quantize_prefix(
     made: dict[tuple[Scheme, int, str], QuantizedPrefix] = copies_of(model)
     key = scheme, draft_stage, draft_head
     if key not in made:
-        _take_up(model, scheme)
+        # Use the quantized copy that is stored beside the model or its base, if there is one.
+        one: PoEModel | None = model
+        while one is not None:
+            if take_up := one.stored_copies.pop(scheme, None):
+                take_up()
+            one = one._base
         made[key] = _quantize_prefix(model, scheme, draft_stage, draft_head)
     return made[key]
-
-
-def _take_up(model: PoEModel, scheme: Scheme) -> None:
-    """Use the quantized copy that is stored beside the model or its base, if there is one."""
-    one: PoEModel | None = model
-    while one is not None:
-        if take_up := one.stored_copies.pop(scheme, None):
-            take_up()
-        one = one._base
 
 
 def _quantize_prefix(

@@ -99,7 +99,6 @@ class DecodedToken:
 
     @property
     def from_draft(self) -> bool:
-        """Whether it was drafted."""
         return self.drafter is not None
 
 
@@ -133,7 +132,6 @@ class Resumable(Generator[Request | DecodedToken, Any, None]):
         self._steps = None
 
     def send(self, answer: Any, /) -> Request | DecodedToken:
-        """The next request or token."""
         if self._steps is None:
             self._steps, answer = self._make(), None
         return self._steps.send(answer)
@@ -143,7 +141,6 @@ class Resumable(Generator[Request | DecodedToken, Any, None]):
         return self._steps.throw(error) if self._steps else self.send(None)
 
     def close(self) -> None:
-        """End the steps."""
         self._steps = self._steps or self._make()
         self._steps.close()
 

@@ -25,13 +25,12 @@ RIGHT, WRONG = 1, 2
 
 
 class Scripted:
-    """Another driver, but with the result of `script`, (rows, V), as the answer to a `Score`."""
+    """Another `Driver`, but with the result of `script`, (rows, V), as the answer to a `Score`."""
 
     def __init__(self, driver: Driver, script: Callable[[Score], mx.array]):
         self._driver, self._script = driver, script
 
     def answer(self, request: Request) -> Any:
-        """See `Driver`."""
         answer = self._driver.answer(request)
         if not isinstance(request, Score):
             return answer

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Generator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -169,14 +168,15 @@ class DecodingSequence:
             yield from self._score_prompt()
         # The remainder after whole chunks runs with the prompt's last token.
         rest = prompt[self.state.length :]
-        whole = len(rest) - len(rest) % self.step_size
-        told = self.progress and partial(self._tell, len(rest))
+        report, total = self.progress, len(rest)
+        whole = total - total % self.step_size
+        told = report and (lambda done, _: report(done, total))
         yield from read_prompt(
             self.state, rest[:whole], self.mode.prefill_stage, self.step_size, told
         )
         self.state.append(rest[whole:])
-        if told and len(rest) > whole:
-            told(len(rest), whole)
+        if told and total > whole:
+            told(total, whole)
         if not self._falls_back:
             yield from self._emitted(self.mode)
         if self.budget and self.fallback:
@@ -274,11 +274,6 @@ class DecodingSequence:
         """Commit a token to the constraint, if there is one."""
         if self.constraint:
             self.constraint.commit([token])
-
-    def _tell(self, total: int, done: int, _: int) -> None:
-        """Report progress through the whole prompt, including the remainder."""
-        if self.progress:
-            self.progress(done, total)
 
     def _return_to_common_start(self, wanted: list[int]) -> int:
         """Roll the state back to the prefix that it shares with `wanted`; returns its length."""

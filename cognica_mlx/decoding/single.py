@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ from cognica_mlx.decoding.requests import (
     Request,
     Score,
     Steps,
+    Submit,
     through,
 )
 from cognica_mlx.decoding.sequence import DecodingSequence, Mode, read_prompt, ready
@@ -36,22 +37,20 @@ class Driver(Protocol):
         its `rest` is the next request."""
 
 
+_WORK: dict[type, Callable[[Any], list[Any]]] = {Advance: run_stage, Score: score, Read: read}
+
+
 class Single:
-    """Answers each request as it comes."""
+    """A `Driver` that answers each request as it comes."""
 
     def __init__(self) -> None:
         self._submitted: list[mx.array] = []
 
     def answer(self, request: Request) -> Any:
-        """See `Driver`."""
-        if isinstance(request, Advance):
-            return run_stage([request])
-        if isinstance(request, Score):
-            return score([request])[0]
-        if isinstance(request, Read):
-            return read([request])[0]
-        self._submitted = submit(request.state, self._submitted)
-        return None
+        if isinstance(request, Submit):
+            self._submitted = submit(request.state, self._submitted)
+            return None
+        return _WORK[type(request)]([request])[0]
 
 
 def drive(steps: Steps, driver: Driver | None = None) -> Generator[DecodedToken, None, None]:

@@ -86,7 +86,6 @@ class Speculative:
         return self.num_draft_tokens + (MOST if self.looks_up else 0)
 
     def steps(self, sequence: DecodingSequence) -> Steps:
-        """Emit tokens, a round at a time."""
         state = sequence.state
         lookup = Lookup(sequence.text, sequence.special) if self.looks_up else None
         ahead: Draft | None = None
@@ -101,7 +100,7 @@ class Speculative:
                 yield from self._plain.steps(sequence, lambda: bool(self._plan(sequence, lookup)))
                 continue
             state.append(sequence.text[state.length : -1])
-            room = _room(sequence)
+            room = sequence.budget - 1  # the full model adds a token of its own
             if ahead:
                 draft = ahead
             else:
@@ -113,8 +112,7 @@ class Speculative:
             ahead = yield from self._verify(sequence, plan, draft)
 
     def _plan(self, sequence: DecodingSequence, lookup: Lookup | None) -> Plan:
-        """What to draft in the next round."""
-        advice, room = sequence.advice, _room(sequence)
+        advice, room = sequence.advice, sequence.budget - 1
         offered = agreeing = 0
         if lookup:
             for length, hit in lookup.update():
@@ -131,21 +129,6 @@ class Speculative:
         guessed = sequence.sampler.greedy and not sequence.constraint
         return guessed and any(stage.rank for stage in behind)
 
-    def _draft_meanwhile(
-        self, sequence: DecodingSequence, plan: Plan, draft: Draft
-    ) -> Generator[Request, Any, Draft | None]:
-        """Draft the next round while other machines verify this one, if that can be done."""
-        if (
-            not plan.count
-            or not self._drafts_meanwhile(sequence)
-            or not self.drafters[plan.drafter].goes_on
-        ):
-            return None
-        ahead = yield from self.drafters[plan.drafter].go_on(sequence, draft, plan.count)
-        if ahead:
-            sequence.advice.drafted_meanwhile(plan.drafter, len(draft) + 1, len(ahead))
-        return ahead
-
     def _verify(
         self, sequence: DecodingSequence, plan: Plan, draft: Draft
     ) -> Generator[Request | DecodedToken, Any, Draft | None]:
@@ -161,7 +144,12 @@ class Speculative:
             state.append(token)
         yield from through(state, self.depth)
         end, drafted = state.length, draft.joined()
-        ahead = yield from self._draft_meanwhile(sequence, plan, draft)
+        ahead = None
+        drafter = self.drafters[plan.drafter] if plan.count else None
+        if drafter and drafter.goes_on and self._drafts_meanwhile(sequence):
+            ahead = yield from drafter.go_on(sequence, draft, plan.count)
+            if ahead:
+                sequence.advice.drafted_meanwhile(plan.drafter, rows, len(ahead))
         scores = yield Score(state, self.target, rows, end)
         context = sampler.extend(draft.context, drafted)
         scores = sampler.process(scores, context, _masks(draft, constraint))
@@ -174,12 +162,11 @@ class Speculative:
             state, arrays, sampler.carried()
         )
         _tell(sequence.advice, draft.makers, accepted)
+        used = False
         if ahead and ahead.before is not None and accepted == len(draft):
             (((guess,),),) = yield Read(state, (ahead.before,))
-            ahead = ahead if guess == chosen[accepted] else None
-        else:
-            ahead = None
-        if ahead is None:
+            used = guess == chosen[accepted]
+        if not used:
             state.rollback(draft.first + 1 + accepted)
         chooses = True
         if constraint:
@@ -192,7 +179,7 @@ class Speculative:
         if chooses:
             top = top_of(best, accepted)
             yield DecodedToken(chosen[accepted], logprobs[accepted], self.depth, top=top)
-        return ahead
+        return ahead if used else None
 
     def _emitted(
         self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[float], best: Sequence[Any]
@@ -206,11 +193,6 @@ class Speculative:
             # A looked-up token was proposed by no stage: credit the full model.
             stage = self.depth if maker == LOOKED_UP else self.draft_stage
             yield DecodedToken(token, logprob, stage, drafter=maker, top=top_of(best, row))
-
-
-def _room(sequence: DecodingSequence) -> int:
-    """The most drafts that the budget allows: the full model adds a token of its own."""
-    return sequence.budget - 1
 
 
 def _tell(advice: Advice, makers: Sequence[str], accepted: int) -> None:

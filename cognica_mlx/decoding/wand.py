@@ -66,13 +66,11 @@ class Wand:
         exit_stages: Sequence[int] | None = None,
     ):
         self.depth, self.prefill_stage = model.poe_n_stages - 1, 0
-        self.exits = dict(enumerate(exit_margins(model, p99_bounds, safety)))
-        if exit_stages is not None:
-            for stage in exit_stages:
-                model.check_stage(stage, "exit stage")
-        for stage, needed in list(self.exits.items()):
-            if needed == float("inf") or (exit_stages is not None and stage not in exit_stages):
-                del self.exits[stage]
+        margins = exit_margins(model, p99_bounds, safety)
+        for stage in exit_stages or ():
+            model.check_stage(stage, "exit stage")
+        allowed = range(self.depth) if exit_stages is None else exit_stages
+        self.exits = {k: m for k, m in enumerate(margins) if k in allowed and m < float("inf")}
         # With a head per stage, the pool needs every stage's prediction.
         self._pool = model.pool if model.pools_stages else None
         self._targets = [stage_target(model, k) for k in range(self.depth + 1)]
@@ -81,7 +79,6 @@ class Wand:
             self._targets[-1] = self.target
 
     def steps(self, sequence: DecodingSequence) -> Steps:
-        """Emit tokens, each with its exit stage."""
         state, sampler = sequence.state, sequence.sampler
         while sequence.budget and sequence.advice.pays():
             yield from sequence.forced()

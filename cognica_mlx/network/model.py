@@ -22,7 +22,7 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.network.elementwise import softcap
 from cognica_mlx.network.linear import Linear
 from cognica_mlx.network.quantized_copies import copies_of, quantized
-from cognica_mlx.network.stages import Block, Stage, alike, norm
+from cognica_mlx.network.stages import Block, Stage, alike, norm, same
 from cognica_mlx.scheme import Scheme
 
 
@@ -116,9 +116,7 @@ class PoEModel(nn.Module):
         """The stages, in the order in which they run. A stage that computes the same as one of the
         base in memory is the base's own object."""
         made_of = (self.resid_lambdas, self.x0_lambdas)
-        if self._stages is None or any(
-            a is not b for a, b in zip(self._stages[0], made_of, strict=True)
-        ):
+        if self._stages is None or not same(self._stages[0], made_of):
             self._stages = made_of, self._make_stages()
         return self._stages[1]
 
@@ -189,14 +187,11 @@ class PoEModel(nn.Module):
     def ask_logits(self, stage: int, hidden: Hidden) -> Asked:
         """`stage_logits`, or if another machine computes them, which starts now, a function that
         waits for them; see `answers`."""
-        return self.stages[stage].ask_logits(hidden) or self._logits_here(stage, hidden)
-
-    def _logits_here(self, stage: int, hidden: Hidden) -> mx.array:
-        in_base = stage < len(self.config.stage_layers)
-        heads = self.heads(stage)
-        if in_base:
-            return self._head_logits(norm(hidden.x), heads)
-        return self.final_logits(hidden, heads)
+        if asked := self.stages[stage].ask_logits(hidden):
+            return asked
+        if stage < len(self.config.stage_layers):
+            return self._head_logits(norm(hidden.x), self.heads(stage))
+        return self.final_logits(hidden, self.heads(stage))
 
     def final_logits(self, hidden: Hidden, heads: Sequence[nn.Module]) -> mx.array:
         """Activations at the last boundary, after backout, through `heads`: (B, T, V) float32."""
@@ -253,14 +248,10 @@ class PoEModel(nn.Module):
 
     def _final_heads(self, specialist: int) -> list[nn.Module]:
         """The heads that a specialist stage predicts through; their logits are summed."""
-        heads: list[nn.Module] = [self.lm_head]
         if self.config.head_mode in ("specialist", SUMMED):
-            heads = [self.lm_head_specialists[specialist]]
-        elif self.config.head_mode == "dual":
-            heads += self.lm_head_specialists[: specialist + 1]
-        else:
-            heads += self.lm_head_specialists[:specialist]
-        return heads
+            return [self.lm_head_specialists[specialist]]
+        count = specialist + (self.config.head_mode == "dual")
+        return [self.lm_head, *self.lm_head_specialists[:count]]
 
     def full_scores(
         self, hidden: Mapping[int, Hidden], known: Mapping[int, mx.array] | None = None
@@ -271,12 +262,10 @@ class PoEModel(nn.Module):
         sum divided by `n_stages ** (1 - poe_alpha)`. Specialists: the last stage's logits. Logits
         in `known`, by stage, are not computed again.
         """
-        last = self.poe_n_stages - 1
-        if self.pools_stages:
-            return self.pool(self._logits(hidden, known))
-        if self.config.specialist_layers:
-            return self._logits(hidden, known)[0]
-        return self.final_logits(hidden[last], [self.lm_head])
+        if not self.pools_stages and not self.config.specialist_layers:
+            return self.final_logits(hidden[self.poe_n_stages - 1], [self.lm_head])
+        logits = self._logits(hidden, known)
+        return self.pool(logits) if self.pools_stages else logits[0]
 
     def _logits(
         self, hidden: Mapping[int, Hidden], known: Mapping[int, mx.array] | None

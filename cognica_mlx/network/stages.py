@@ -71,12 +71,9 @@ class Attention(nn.Module):
         """
         parts = [self.c_q, self.c_k, self.c_v]
         first = parts[0]
-        if any(type(part) is not type(first) for part in parts):
+        ways = ("group_size", "bits", "mode")
+        if len({(type(part), *(getattr(part, way, None) for way in ways)) for part in parts}) > 1:
             return
-        if isinstance(first, nn.QuantizedLinear):
-            ways = {(part.group_size, part.bits, part.mode) for part in parts}
-            if len(ways) > 1:
-                return
         joined = copy.copy(first)
         names = list(first.parameters())
         for name in names:
@@ -210,9 +207,7 @@ class Stage:
     def lambdas(self) -> list[tuple[mx.array, mx.array]]:
         """Each layer's factors for the residual stream and the embedded text, (1,) each."""
         arrays = self._model.resid_lambdas, self._model.x0_lambdas
-        if not self._split_from or any(
-            a is not b for a, b in zip(self._split_from, arrays, strict=True)
-        ):
+        if not same(self._split_from, arrays):
             self._lambdas = [(arrays[0][i : i + 1], arrays[1][i : i + 1]) for i in self.layers]
             mx.eval(self._lambdas)
             self._split_from = arrays
@@ -236,13 +231,14 @@ class Stage:
         return Hidden(tokens, x, x0, backout)
 
 
+def same(a: Sequence[object], b: Sequence[object]) -> bool:
+    """Whether two sequences are of the same objects."""
+    return list(map(id, a)) == list(map(id, b))
+
+
 def alike(a: Stage, b: Stage) -> bool:
     """Whether two stages compute the same: the same blocks, windows, lambdas and source."""
-    if len(a.blocks) != len(b.blocks) or any(
-        x is not y for x, y in zip(a.blocks, b.blocks, strict=True)
-    ):
-        return False
-    if (a.windows, a.source) != (b.windows, b.source):
+    if not same(a.blocks, b.blocks) or (a.windows, a.source) != (b.windows, b.source):
         return False
     return all(
         mx.array_equal(x, y).item()
