@@ -17,13 +17,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import llama
 
-from cognica_mlx.bench.sections.stage_speeds import (
-    Figure,
-    Setup,
-    cut_mode,
-    cut_name,
-    figure,
-)
+from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, cut_mode, cut_name, figure
 from cognica_mlx.bench.shapes import random_weights
 from cognica_mlx.bench.timing import Samples, first_and_next
 from cognica_mlx.config import PoEConfig
@@ -68,19 +62,17 @@ def peers(setup: Setup, prompt_tokens: int) -> list[Figure]:
     def ours(stage: int | None) -> Iterable[object]:
         return decode(model, prompt, cut_mode(model, stage), max_tokens=setup.tokens)
 
-    def theirs() -> Iterable[object]:
-        return generate_step(mx.array(prompt), big, max_tokens=setup.tokens)
-
-    def theirs_drafted() -> Iterable[object]:
-        return speculative_generate_step(
-            mx.array(prompt), big, draft, num_draft_tokens=DRAFTS, max_tokens=setup.tokens
-        )
+    def theirs(drafts: int = 0) -> Iterable[object]:
+        text, most = mx.array(prompt), setup.tokens
+        if not drafts:
+            return generate_step(text, big, max_tokens=most)
+        return speculative_generate_step(text, big, draft, num_draft_tokens=drafts, max_tokens=most)
 
     plain, full = "mlx-lm's Llama of equal size", f"ours, {cut_name(None)}"
     drafted = f"mlx-lm's Llama, {depth}-layer draft model, all of {DRAFTS} drafts accepted"
     runs: dict[str, Callable[[], Iterable[object]]] = {
         plain: theirs,
-        drafted: theirs_drafted,
+        drafted: partial(theirs, DRAFTS),
         full: partial(ours, None),
         f"ours, {cut_name(0)}": partial(ours, 0),
     }
@@ -93,14 +85,13 @@ def peers(setup: Setup, prompt_tokens: int) -> list[Figure]:
 
     taken = setup.interleaved({name: partial(run, name) for name in runs}, "peers")
     figures = [
-        figure("peers", name, "ms/token", samples, speedup=taken[plain].over(samples))
+        figure("peers", name, "ms/token", samples, baseline=taken[plain])
         for name, samples in taken.items()
     ]
     prompts = {name: Samples(tuple(speeds[1:])) for name, speeds in reading.items()}
     for name in (plain, full):
-        speedup = prompts[name].over(prompts[plain])
-        label = f"{name}, prompt of {len(prompt)} tokens"
-        figures.append(figure("peers", label, "tokens/s", prompts[name], speedup=speedup))
+        label, base = f"{name}, prompt of {len(prompt)} tokens", prompts[plain]
+        figures.append(figure("peers", label, "tokens/s", prompts[name], baseline=base))
     return figures
 
 

@@ -22,7 +22,7 @@ from mlx_poe import stream_generate
 from mlx_poe.commands import evaluate as command
 from mlx_poe.evaluation import scoring
 from mlx_poe.evaluation.on_text import measure_text
-from mlx_poe.evaluation.predictors import Adaptive, Predictors, chosen, full, stage
+from mlx_poe.evaluation.predictors import Predictors, chosen, full, stage
 from mlx_poe.evaluation.scoring import Continuation, score
 
 HELD_OUT = FIXTURES / "heldout.txt"
@@ -191,7 +191,7 @@ def test_worth_on_a_text_is_what_plain_forwards_say():
     read = costs.lower(1) + costs.head(1)
     assert by_name["stage 1"].weights_read == pytest.approx(read / costs.full_token)
     wand = predictors.shown[-1]
-    assert isinstance(wand, Adaptive)
+    assert wand.tested
     facts = [f for _, f in score(predictors, [Continuation(tuple(t), 1) for t in texts[:2]])]
     needed = [wand.exits.get(k, math.inf) for k in range(3)]
     traces = [predictors.trace(wand, f) for f in facts]

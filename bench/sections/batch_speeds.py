@@ -21,8 +21,7 @@ from cognica_mlx.bench.timing import Samples
 from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions, make_mode
-from cognica_mlx.decoding.sequence import DecodingSequence, Mode, prefill_step_size_here
-from cognica_mlx.decoding.state import Progress
+from cognica_mlx.decoding.sequence import DecodingSequence, prefill_step_size_here
 from cognica_mlx.network.mlx_lm_model import Model
 from cognica_mlx.pricing.pace import Pace
 from cognica_mlx.pricing.timed_costs import measure
@@ -42,21 +41,21 @@ def prompts(setup: Setup, count: int) -> list[list[int]]:
 
 def batches(setup: Setup, calibration: Calibration | None, *, peer: bool = False) -> list[Figure]:
     """All figures of the section; with `peer` also mlx-lm's batch over the same weights."""
-    found = [*_counts(setup), *_mixed(setup, calibration), *_beside_a_prompt(setup)]
-    found += _memory(setup)
-    if peer:
-        found += _peer(setup)
-    return found
+    found = [*_counts(setup), _mixed(setup, calibration), _beside_a_prompt(setup), _memory(setup)]
+    return [*found, *(_peer(setup) if peer else ())]
 
 
-def _run(setup: Setup, texts: Sequence[Sequence[int]], modes: Sequence[Mode]) -> float:
-    """Tokens per second after each sequence's first; every sequence has its mode, default full."""
+def _sequence(setup: Setup, text: Sequence[int], **options: Any) -> DecodingSequence:
+    """A text to continue, at full depth unless `options` have another mode."""
+    mode = options.pop("mode", None) or make_mode(setup.model)
+    return DecodingSequence(setup.model, text, mode, **{"max_tokens": setup.tokens, **options})
+
+
+def _run(setup: Setup, texts: Sequence[Sequence[int]]) -> float:
+    """Tokens per second after each sequence's first."""
     batch = Batch()
     for i, text in enumerate(texts):
-        sequence = DecodingSequence(
-            setup.model, text, modes[i % len(modes)], max_tokens=setup.tokens
-        )
-        batch.add(i, sequence.steps())
+        batch.add(i, _sequence(setup, text).steps())
     return _rate(batch, len(texts))
 
 
@@ -77,12 +76,11 @@ def _rate(batch: Batch, count: int) -> float:
 
 
 def _rates(name: str, samples: Samples, baseline: Samples, **more: Any) -> Figure:
-    return figure("batch", name, "tokens/s", samples, speedup=samples.over(baseline), **more)
+    return figure("batch", name, "tokens/s", samples, baseline=baseline, **more)
 
 
 def _counts(setup: Setup) -> list[Figure]:
     """Several sequences at full depth, against one, and the ceiling from the cost of rows."""
-    full = [make_mode(setup.model)]
     ceilings: dict[int, list[float]] = {count: [] for count in COUNTS}
 
     def rows() -> None:
@@ -91,7 +89,7 @@ def _counts(setup: Setup) -> list[Figure]:
             ceilings[count].append(count * costs.full_pass() / costs.full_pass(count))
 
     names = {f"{n} sequence{'s' * (n > 1)}, full depth": n for n in COUNTS}
-    cases = {name: partial(_run, setup, prompts(setup, n), full) for name, n in names.items()}
+    cases = {name: partial(_run, setup, prompts(setup, n)) for name, n in names.items()}
     taken = setup.interleaved(cases, "batches", rows)
     one = next(iter(taken.values()))
     return [
@@ -100,7 +98,7 @@ def _counts(setup: Setup) -> list[Figure]:
     ]
 
 
-def _mixed(setup: Setup, calibration: Calibration | None) -> list[Figure]:
+def _mixed(setup: Setup, calibration: Calibration | None) -> Figure:
     """Sequences in different modes, paced by measured costs, against all at full depth."""
     model = setup.model
     names = ["full", "speculative", "stage", *(["wand"] if calibration else [])]
@@ -116,38 +114,35 @@ def _mixed(setup: Setup, calibration: Calibration | None) -> list[Figure]:
             name = names[i % len(names)]
             mode = make_mode(model, name, ModeOptions(), calibration)
             pace = Pace(costs, mode) if name in PACED_MODES else None
-            sequence = DecodingSequence(
-                model, text, mode, max_tokens=setup.tokens, advice=pace, fallback=make_mode(model)
-            )
+            sequence = _sequence(setup, text, mode=mode, advice=pace, fallback=make_mode(model))
             paces.append((name, pace))
             batch.add(i, sequence.steps(), pace)
         rate = _rate(batch, len(texts))
         fell_back.extend(name for name, pace in paces if pace and pace.fell_back)
         return rate
 
-    full = partial(_run, setup, texts, [make_mode(model)])
+    full = partial(_run, setup, texts)
     taken = setup.interleaved({"full": full, "mixed": mixed}, "mixed modes")
     notes = {"fell_back": ", ".join(fell_back) or "none"}
     label = f"{MIXED} sequences in {', '.join(names)}"
-    return [_rates(label, taken["mixed"], taken["full"], notes=notes)]
+    return _rates(label, taken["mixed"], taken["full"], notes=notes)
 
 
-def _beside_a_prompt(setup: Setup) -> list[Figure]:
+def _beside_a_prompt(setup: Setup) -> Figure:
     """How many chunks of a long prompt are read before a short request that arrives meanwhile gets
     its first token."""
-    long, mode = setup.text(max(8 * prefill_step_size_here(), 1024)), make_mode(setup.model)
-    batch, chunks, begun = Batch(), 0, 0
+    long = setup.text(max(8 * prefill_step_size_here(), 1024))
+    batch, chunks = Batch(), 0
 
     def chunk_read(_: int, __: int) -> None:
         nonlocal chunks
         chunks += 1
 
-    def add(name: str, text: Sequence[int], tokens: int, progress: Progress | None = None) -> None:
-        one = DecodingSequence(setup.model, text, mode, max_tokens=tokens, progress=progress)
-        batch.add(name, one.steps())
+    def add(name: str, text: Sequence[int], tokens: int, **options: Any) -> None:
+        batch.add(name, _sequence(setup, text, max_tokens=tokens, **options).steps())
 
     add("guide", setup.texts[0], 40)  # gives events while the prompt is read
-    add("long", long, 2, chunk_read)
+    add("long", long, 2, progress=chunk_read)
     while chunks < 2:
         batch.run()
     begun = chunks
@@ -156,17 +151,15 @@ def _beside_a_prompt(setup: Setup) -> list[Figure]:
         pass
     batch.close()
     label = f"chunks until a short request's first token, beside a prompt of {len(long)}"
-    return [figure("batch", label, "chunks", Samples((float(chunks - begun),)))]
+    return figure("batch", label, "chunks", float(chunks - begun))
 
 
-def _memory(setup: Setup) -> list[Figure]:
+def _memory(setup: Setup) -> Figure:
     """Memory held by a batch at its end, without the weights, and its share of separate states'."""
-    model, mode = setup.model, make_mode(setup.model)
     mx.clear_cache()
     before = mx.get_active_memory()
     batch, states = Batch(), 0
-    texts = prompts(setup, MIXED)
-    sequences = [DecodingSequence(model, t, mode, max_tokens=setup.tokens) for t in texts]
+    sequences = [_sequence(setup, text) for text in prompts(setup, MIXED)]
     for i, sequence in enumerate(sequences):
         batch.add(i, sequence.steps())
     while len(batch):
@@ -175,9 +168,8 @@ def _memory(setup: Setup) -> list[Figure]:
         states = max(states, sum(a.nbytes for a in arrays.values()))
     mx.clear_cache()
     held = mx.get_active_memory() - before
-    notes: dict[str, float | str] = {"of_states": held / states}
-    label = f"held for {MIXED} sequences"
-    return [figure("batch", label, "GB", Samples((held / 1e9,)), notes=notes)]
+    notes = {"of_states": held / states}
+    return figure("batch", f"held for {MIXED} sequences", "GB", held / 1e9, notes=notes)
 
 
 def _peer(setup: Setup) -> list[Figure]:
@@ -187,7 +179,6 @@ def _peer(setup: Setup) -> list[Figure]:
     theirs = Model(setup.model.config)
     theirs.update(setup.model.parameters())
     theirs.eval()
-    mode = make_mode(setup.model)
 
     def timed(work: Callable[[], object]) -> float:
         started = time.perf_counter()
@@ -200,8 +191,7 @@ def _peer(setup: Setup) -> list[Figure]:
         while waiting or len(batch):
             while waiting and len(batch) < slots:
                 i, text = waiting.pop(0)
-                one = DecodingSequence(setup.model, text, mode, max_tokens=setup.tokens)
-                batch.add(i, one.steps())
+                batch.add(i, _sequence(setup, text).steps())
             batch.run()
 
     def mlx_lm() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,9 @@ from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
 from cognica_mlx.decoding.constraint import Constraint, Grammar
 from cognica_mlx.decoding.json_schema import json_grammar
 from cognica_mlx.decoding.modes import make_mode
+from cognica_mlx.decoding.requests import DecodedToken
 from cognica_mlx.decoding.sampling import masked
-from cognica_mlx.decoding.sequence import DecodingSequence
-from cognica_mlx.decoding.single import drive
+from cognica_mlx.decoding.single import decode
 
 # Mostly keys, like forms in practice.
 SCHEMA = {
@@ -57,9 +57,15 @@ OPEN = {"type": "string", "minLength": 200}
 
 
 def constrained(setup: Setup) -> list[Figure]:
-    """All figures of the section."""
+    """The share of a token's time at full depth spent on masks, in a string and in a form; and a
+    form's speed."""
     vocabulary = made_up(setup.model.config.vocab_size)
-    return [*_masks(setup, vocabulary), *_stretches(setup, vocabulary)]
+    found = []
+    for name, schema in (("a string", OPEN), ("a form", SCHEMA)):
+        share = partial(_share, setup, Grammar(vocabulary, json_grammar(schema)))
+        samples = setup.interleaved({name: share}, f"masks: {name}")
+        found.append(figure("constrained", f"masks in {name}", "% of a token", samples[name]))
+    return [*found, *_stretches(setup, vocabulary)]
 
 
 def made_up(size: int) -> LLTokenizer:
@@ -83,11 +89,9 @@ def made_up(size: int) -> LLTokenizer:
     return lltokenizer_from_encoding(encoding, n_vocab=size, eos_token=len(ranks))
 
 
-def _sequence(setup: Setup, constraint: Constraint, tokens: int) -> DecodingSequence:
-    mode = make_mode(setup.model)
-    return DecodingSequence(
-        setup.model, setup.texts[0], mode, max_tokens=tokens, constraint=constraint
-    )
+def _tokens(setup: Setup, constraint: Constraint, count: int) -> Iterator[DecodedToken]:
+    model, text = setup.model, setup.texts[0]
+    return decode(model, text, make_mode(model), max_tokens=count, constraint=constraint)
 
 
 def _timed(constraint: Constraint) -> dict[str, list[float]]:
@@ -118,19 +122,9 @@ def _one_by_one(constraint: Constraint) -> Constraint:
     return constraint
 
 
-def _masks(setup: Setup, vocabulary: LLTokenizer) -> list[Figure]:
-    """The share of a token's time at full depth spent on masks: in a string, in a form."""
-    found = []
-    for name, schema in (("a string", OPEN), ("a form", SCHEMA)):
-        grammar = Grammar(vocabulary, json_grammar(schema))
-        samples = setup.interleaved({name: partial(_share, setup, grammar)}, f"masks: {name}")
-        found.append(figure("constrained", f"masks in {name}", "% of a token", samples[name]))
-    return found
-
-
 def _share(setup: Setup, grammar: Grammar) -> float:
     constraint = grammar.start()
-    tokens = drive(_sequence(setup, constraint, setup.tokens).steps())
+    tokens = _tokens(setup, constraint, setup.tokens)
     next(tokens)
     seconds, started = _timed(constraint), time.perf_counter()
     for _ in tokens:
@@ -153,17 +147,15 @@ def _stretches(setup: Setup, vocabulary: LLTokenizer) -> list[Figure]:
         "a form, token by token": lambda: _one_by_one(grammar.start()),
         "a form, certain stretches in one pass": grammar.start,
     }
-    cases = {name: partial(_rate, setup, start) for name, start in starts.items()}
+
+    def rate(start: Callable[[], Constraint]) -> float:
+        tokens, started = _tokens(setup, start(), FORM_TOKENS), time.perf_counter()
+        return sum(1 for _ in tokens) / (time.perf_counter() - started)
+
+    cases = {name: partial(rate, start) for name, start in starts.items()}
     taken = setup.interleaved(cases, "forced tokens")
     base = next(iter(taken.values()))
     return [
-        figure("constrained", name, "tokens/s", samples, speedup=samples.over(base))
+        figure("constrained", name, "tokens/s", samples, baseline=base)
         for name, samples in taken.items()
     ]
-
-
-def _rate(setup: Setup, start: Callable[[], Constraint]) -> float:
-    tokens = drive(_sequence(setup, start(), FORM_TOKENS).steps())
-    started = time.perf_counter()
-    count = sum(1 for _ in tokens)
-    return count / (time.perf_counter() - started)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
-from cognica_mlx.bench.timing import Samples
 from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence
@@ -57,7 +56,8 @@ def drafts(
     """Acceptance of every drafter along greedy replies to `prompts`; without prompts, `assumed`.
     For looked-up tokens it is the share of all tokens offered."""
     cases: dict[str, dict[str, Any]] = {"the stages as they are": {}}
-    cases.update({f"a copy of {_name(bits)}": {"draft_bits": bits} for bits in DRAFT_BITS})
+    for bits in DRAFT_BITS:
+        cases[f"a copy of {bits}{' bits' * bits.isdigit()}"] = {"draft_bits": bits}
     if prompts:
         cases["looked up"] = {"draft_lookup": True, "num_draft_tokens": 0}
     found = []
@@ -74,8 +74,8 @@ def drafts(
             predicted, notes["best_drafts"] = by_bytes(setup.model, mode.drafters[0], rate)
         if mode.prefix:
             notes["copy_mb"] = mode.prefix.nbytes / 1e6
-        samples = Samples((100 * rate,))
-        found.append(figure("drafts", name, "% kept", samples, predicted=predicted, notes=notes))
+        more: dict[str, Any] = {"predicted": predicted, "notes": notes}
+        found.append(figure("drafts", name, "% kept", 100 * rate, **more))
         if setup.progress:
             setup.progress("drafters", i + 1, len(cases))
     return found if prompts else [*found, *_bounds(setup.model, assumed or ASSUMED)]
@@ -87,22 +87,12 @@ def _bounds(model: PoEModel, rate: float) -> list[Figure]:
     target, costs = stage_target(model, 0), bytes_read(model)
     alone = costs.full_token / (costs.lower(0) + costs.target(target))
     free, count = by_bytes(model, StageDrafter(replace(target, heads=())), rate)
-    sure, kept = Samples((100.0,)), Samples((100 * rate,))
+    sure, headless = "bound: stage 0, never verified", "bound: the stages with a free head"
+    more: dict[str, Any] = {"predicted": free, "notes": {"best_drafts": count}}
     return [
-        figure("drafts", "bound: stage 0, never verified", "% kept", sure, predicted=alone),
-        figure(
-            "drafts",
-            "bound: the stages with a free head",
-            "% kept",
-            kept,
-            predicted=free,
-            notes={"best_drafts": count},
-        ),
+        figure("drafts", sure, "% kept", 100.0, predicted=alone),
+        figure("drafts", headless, "% kept", 100 * rate, **more),
     ]
-
-
-def _name(bits: str) -> str:
-    return f"{bits} bits" if bits.isdigit() else bits
 
 
 def _acceptance(
@@ -112,28 +102,16 @@ def _acceptance(
     kept = rejected = tokens = rounds = drafted = 0
     for prompt in prompts:
         sequence = DecodingSequence(setup.model, prompt, mode, max_tokens=setup.tokens)
-        made = list(drive(sequence.steps()))
-        row = [one.from_draft for one in made]
+        row = [one.from_draft for one in drive(sequence.steps())]
         kept += sum(row)
         # A round ends with the full model's own token, after the first rejection or all drafts.
         rounds += len(row) - sum(row)
         tokens += len(row)
-        rejected += _rejections(row, mode.num_draft_tokens)
+        runs = "".join("d" if one else " " for one in row).split(" ")[:-1]
+        rejected += sum(len(run) < mode.num_draft_tokens for run in runs)
         drafted += sequence.drafted
     judged = kept + rejected if mode.drafters else drafted
     return kept / max(judged, 1), tokens / max(rounds, 1)
-
-
-def _rejections(row: Sequence[bool], count: int) -> int:
-    """Rounds that ended with a rejection, not because all `count` drafts were accepted."""
-    rejections = run = 0
-    for drafted in row:
-        if drafted:
-            run += 1
-            continue
-        rejections += run < count
-        run = 0
-    return rejections
 
 
 def by_bytes(model: PoEModel, drafter: StageDrafter, rate: float) -> tuple[float, int]:

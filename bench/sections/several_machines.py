@@ -137,9 +137,8 @@ class Machines:
         gains = [_gain_meanwhile(one, mode.drafters, agreement) for one in costs[1:]]
         ceiling = float(np.median(gains))
         pair = {best: taken[best], together: taken[together]}
-        speedup = taken[best].over(taken[slower])
         return [
-            figure("machines", f"a token, {slower}", "s", taken[slower], speedup=speedup),
+            figure("machines", f"a token, {slower}", "s", taken[slower], baseline=taken[best]),
             *self._figures("a token by speculation", pair, ceiling),
         ]
 
@@ -148,7 +147,7 @@ class Machines:
         one, many = taken
         speedup = taken[one].over(taken[many])
         name = f"{what}, {many} of {len(set(self.ranks))} machines"
-        notes: dict[str, float | str] = {"of_ceiling": speedup / ceiling}
+        notes = {"of_ceiling": speedup / ceiling}
         more: dict[str, Any] = {"speedup": speedup, "predicted": ceiling, "notes": notes}
         return [
             figure("machines", f"{what}, {one}", "s", taken[one], speedup=1.0),

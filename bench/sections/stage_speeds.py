@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -49,7 +50,7 @@ class Figure:
     speedup: float | None = None
     limit: float | None = None
     predicted: float | None = None
-    notes: dict[str, float | str] = field(default_factory=dict)
+    notes: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class _Cut:
     state: DecodingState
     text: Sequence[int]
     baseline: str = FULL
-    notes: dict[str, float | str] = field(default_factory=dict)
+    notes: Mapping[str, float | str] = field(default_factory=dict)
 
 
 def cut_mode(model: PoEModel, stage: int | None) -> Mode:
@@ -133,7 +134,7 @@ def lengths(setup: Setup, counts: Sequence[int]) -> list[Figure]:
         prefill(state, longest[state.length : count - 1], model.poe_n_stages - 1)
         if setup.progress:
             setup.progress("reading", i + 1, len(counts))
-        notes: dict[str, float | str] = {"state_mb": state.nbytes / 1e6}
+        notes = {"state_mb": state.nbytes / 1e6}
         for stage in (None, 0):
             name = f"{cut_name(stage)} at {{}} tokens"
             cuts[name.format(count)] = _Cut(
@@ -159,34 +160,26 @@ def quantised(setup: Setup, bits: Sequence[int]) -> list[Figure]:
 
 def _latencies(setup: Setup, section: str, cuts: Mapping[str, _Cut]) -> list[Figure]:
     """A token's latency at each cut-off, with its limit by the bytes that a token reads."""
-    taken = setup.interleaved(
-        {name: partial(_per_token, setup.tokens, cut) for name, cut in cuts.items()}, section
-    )
-    found = []
+
+    def per_token(cut: _Cut) -> float:
+        model, mode = cut.model, cut_mode(cut.model, cut.stage)
+        options: dict[str, Any] = {"max_tokens": setup.tokens, "state": cut.state}
+        seconds, decoded = timed_decode(DecodingSequence(model, cut.text, mode, **options))
+        return 1e3 * seconds / len(decoded)
+
+    cases = {name: partial(per_token, cut) for name, cut in cuts.items()}
+    taken, found = setup.interleaved(cases, section), []
     for name, cut in cuts.items():
         full = cut.stage is None
         stage = cut.model.poe_n_stages - 1 if cut.stage is None else cut.stage
         read = read_per_token(cut.model, stage, len(cut.text), full=full)
-        found.append(
-            figure(
-                section,
-                name,
-                "ms/token",
-                taken[name],
-                speedup=taken[cut.baseline].over(taken[name]),
-                limit=1e3 * read / setup.machine.bandwidth,
-                notes={"read_mb": read / 1e6, **cut.notes},
-            )
-        )
+        more: dict[str, Any] = {
+            "baseline": taken[cut.baseline],
+            "limit": 1e3 * read / setup.machine.bandwidth,
+            "notes": {"read_mb": read / 1e6, **cut.notes},
+        }
+        found.append(figure(section, name, "ms/token", taken[name], **more))
     return found
-
-
-def _per_token(tokens: int, cut: _Cut) -> float:
-    mode = cut_mode(cut.model, cut.stage)
-    seconds, decoded = timed_decode(
-        DecodingSequence(cut.model, cut.text, mode, max_tokens=tokens, state=cut.state)
-    )
-    return 1e3 * seconds / len(decoded)
 
 
 def rows(setup: Setup) -> list[Figure]:
@@ -208,21 +201,23 @@ def rows(setup: Setup) -> list[Figure]:
         one = Samples(tuple(1e3 * cost(c, 1) for c in found))
         for count in ROWS:
             many = Samples(tuple(1e3 * cost(c, count) for c in found))
-            note: dict[str, float | str] = {"rows": float(count), "times_one_row": many.over(one)}
-            figures.append(
-                figure("rows", f"{name}, {count} row{'s' * (count > 1)}", "ms", many, notes=note)
-            )
+            notes = {"rows": float(count), "times_one_row": many.over(one)}
+            label = f"{name}, {count} row{'s' * (count > 1)}"
+            figures.append(figure("rows", label, "ms", many, notes=notes))
     return figures
 
 
 def prompts(setup: Setup, count: int) -> list[Figure]:
     """Reading a prompt of `count` tokens: tokens per second, and the time to the first token."""
     text = setup.text(count)
-    taken = setup.interleaved(
-        {cut_name(stage): partial(_first_token, setup.model, stage, text) for stage in (None, 0)},
-        "prompts",
-    )
-    found = []
+
+    def first_token(stage: int | None) -> float:
+        started = time.perf_counter()
+        next(decode(setup.model, text, cut_mode(setup.model, stage), max_tokens=1))
+        return time.perf_counter() - started
+
+    cases = {cut_name(stage): partial(first_token, stage) for stage in (None, 0)}
+    taken, found = setup.interleaved(cases, "prompts"), []
     for name, seconds in taken.items():
         speedup = taken[FULL].over(seconds)
         for label, unit, measured in (
@@ -231,12 +226,6 @@ def prompts(setup: Setup, count: int) -> list[Figure]:
         ):
             found.append(figure("prompt", label, unit, measured, speedup=speedup))
     return found
-
-
-def _first_token(model: PoEModel, stage: int | None, text: Sequence[int]) -> float:
-    started = time.perf_counter()
-    next(decode(model, text, cut_mode(model, stage), max_tokens=1))
-    return time.perf_counter() - started
 
 
 def memory(setup: Setup, count: int) -> list[Figure]:
@@ -255,7 +244,7 @@ def memory(setup: Setup, count: int) -> list[Figure]:
         f"most held while reading {count} tokens": peak,
     }
     return [
-        figure("memory", name, "GB", Samples((size / 1e9,)), notes={"of_weights": size / weights})
+        figure("memory", name, "GB", size / 1e9, notes={"of_weights": size / weights})
         for name, size in sizes.items()
     ]
 
@@ -282,15 +271,14 @@ def figure(
     section: str,
     name: str,
     unit: str,
-    samples: Samples,
+    measured: Samples | float,
     *,
-    speedup: float | None = None,
-    limit: float | None = None,
-    predicted: float | None = None,
-    notes: dict[str, float | str] | None = None,
+    baseline: Samples | None = None,
+    **more: Any,
 ) -> Figure:
-    """A figure from its trials."""
-    low, high = samples.spread
-    return Figure(
-        section, name, unit, samples.median, low, high, speedup, limit, predicted, notes or {}
-    )
+    """A figure from its trials, with `more` of its fields; its speedup is over the `baseline`."""
+    samples = measured if isinstance(measured, Samples) else Samples((measured,))
+    if baseline:  # of rates, higher is better
+        faster = unit == "tokens/s"
+        more["speedup"] = samples.over(baseline) if faster else baseline.over(samples)
+    return Figure(section, name, unit, samples.median, *samples.spread, **more)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from operator import add
 from pathlib import Path
@@ -19,7 +18,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
-from cognica_mlx.bench.timing import Samples
 from cognica_mlx.errors import RequestError
 from cognica_mlx.training.batches import Batches, Text
 from cognica_mlx.training.optimizer import MuonAdamW
@@ -43,41 +41,52 @@ def training(setup: Setup) -> list[Figure]:
     state = optimizer.start(parameters)
     batches = Batches(_texts(model.config.vocab_size), TEXTS, seed=0)
     tokens = TEXTS * (LENGTH - 1)
+
+    def iteration(activations: Activations) -> float:
+        """Seconds for activations, loss and gradient."""
+        started = time.perf_counter()
+        batch = batches[0]
+        arrays = (mx.array(part) for part in (batch.rows, batch.targets, batch.weights))
+        mx.eval(stage.loss_and_gradient(parameters, activations.read(batch), *arrays))
+        return time.perf_counter() - started
+
     with tempfile.TemporaryDirectory() as folder:
         write_store(Path(folder), model, batches.texts, 16)
-        stored = StoredActivations(
-            Path(folder), batches.texts, model.config.n_embd, 16, stage.dtype
-        )
-        cases: dict[str, Callable[[], float]] = {
-            "with a store": partial(_iteration, stage, parameters, batches, stored),
-            "running the base": partial(_iteration, stage, parameters, batches, LiveBase(model)),
-        }
+        width = model.config.n_embd
+        stored = StoredActivations(Path(folder), batches.texts, width, 16, stage.dtype)
+        ways_to_read = {"with a store": stored, "running the base": LiveBase(model)}
+        cases = {name: partial(iteration, way) for name, way in ways_to_read.items()}
         taken = setup.interleaved(cases, "training")
-        peak = _peak(lambda: _iteration(stage, parameters, batches, stored))
-    update = _update(stage, parameters, state, optimizer)
+        # The peak memory of an iteration, in addition to what is held already.
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        iteration(stored)
+        peak = mx.get_peak_memory() - before
+    gradients = {name: mx.random.normal(array.shape) for name, array in parameters.items()}
+    mx.eval(gradients)
+    started = time.perf_counter()
+    mx.eval(optimizer.update(parameters, gradients, state, 0.01))
+    update = time.perf_counter() - started
     # An update's share of an iteration, with as many tokens per update as the released models had.
     share = update * tokens / UPDATE_TOKENS
-    notes: dict[str, float | str] = {"positions": tokens, "counted": int(tokens / 2)}
+    notes = {"positions": tokens, "counted": int(tokens / 2)}
     found = []
-    for label, extra in (
-        ("an iteration ", 0.0),
-        ("the same with its share of an update, ", share),
-    ):
-        ways = {name: one.each(partial(add, extra)) for name, one in taken.items()}
-        for name, samples in ways.items():
-            speedup = ways["running the base"].over(samples)
-            found.append(
-                figure("training", label + name, "s", samples, speedup=speedup, notes=notes)
-            )
+    for label, extra in (("an iteration", 0.0), ("the same with its share of an update,", share)):
+        ways = {f"{label} {name}": one.each(partial(add, extra)) for name, one in taken.items()}
+        live = ways[f"{label} running the base"]
+        found += [
+            figure("training", name, "s", samples, baseline=live, notes=notes)
+            for name, samples in ways.items()
+        ]
     held = stage.nbytes + sum(a.nbytes for part in (parameters, state) for a in part.values())
-    for name, unit, value in (
-        ("an update", "s", update),
-        ("memory of an iteration with a store: weights and optimizer", "GB", held / 1e9),
-        ("the same: gradients and activations", "GB", peak / 1e9),
-        ("the base's weights, which are not in it", "GB", _base_bytes(setup, stage) / 1e9),
-    ):
-        found.append(figure("training", name, unit, Samples((value,))))
-    return found
+    sizes = {
+        "memory of an iteration with a store: weights and optimizer": held,
+        "the same: gradients and activations": peak,
+        "the base's weights, which are not in it": _base_bytes(setup, stage),
+    }
+    found.append(figure("training", "an update", "s", update))
+    return found + [figure("training", name, "GB", size / 1e9) for name, size in sizes.items()]
 
 
 def _texts(vocab_size: int) -> list[Text]:
@@ -87,36 +96,6 @@ def _texts(vocab_size: int) -> list[Text]:
         Text(random.integers(0, vocab_size, LENGTH).astype(np.int32), counted, int(counted.sum()))
         for _ in range(TEXTS)
     ]
-
-
-def _iteration(
-    stage: NewStage, parameters: Parameters, batches: Batches, activations: Activations
-) -> float:
-    """Seconds for activations, loss and gradient."""
-    started = time.perf_counter()
-    batch = batches[0]
-    arrays = (mx.array(part) for part in (batch.rows, batch.targets, batch.weights))
-    mx.eval(stage.loss_and_gradient(parameters, activations.read(batch), *arrays))
-    return time.perf_counter() - started
-
-
-def _update(
-    stage: NewStage, parameters: Parameters, state: Parameters, optimizer: MuonAdamW
-) -> float:
-    gradients = {name: mx.random.normal(array.shape) for name, array in parameters.items()}
-    mx.eval(gradients)
-    started = time.perf_counter()
-    mx.eval(optimizer.update(parameters, gradients, state, 0.01))
-    return time.perf_counter() - started
-
-
-def _peak(work: Callable[[], float]) -> int:
-    """The peak memory of `work`, in addition to what is held already."""
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    work()
-    return mx.get_peak_memory() - before
 
 
 def _base_bytes(setup: Setup, stage: NewStage) -> int:

@@ -22,7 +22,6 @@ from cognica_mlx.decoding.requests import Score
 from cognica_mlx.decoding.single import advance_through, prefill
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.decoding.targets import full_target
-from cognica_mlx.files.stored import dtype_name
 from cognica_mlx.network.model import PoEModel, log_op
 from mlx_poe.doctor.verdicts import FAILED, OK, WARNING, Line
 from mlx_poe.engine.batch_generate import batch_generate
@@ -54,6 +53,8 @@ PROMPTS = (
     "Water freezes at",
     "People in Italy speak",
 )
+
+Replies = Mapping[str, Sequence[GenerationResponse]]
 
 REPORT = "please report this: something computes wrong results here"
 NEAR_TIES = "rounding decides between nearly equal tokens here; use --dtype float32 to avoid that"
@@ -103,16 +104,17 @@ def rows(model: PoEModel, tokenizer: Tokenizer) -> Line:
             count += n
     value = f"logits differ by {apart:.2g} at most; {flips} of {count} greedy tokens flip"
     numbers = {"apart": float(apart), "flips": flips, "tokens": count}
-    name = f"2 to {MOST_ROWS} rows against single rows"
+    status, advice = OK, ""
     if apart > APART[dtype]:
-        return _line("rows", name, dtype, FAILED, value, REPORT, numbers)
-    if flips:
+        status, advice = FAILED, REPORT
+    elif flips:
+        status = WARNING
         advice = (
             "speculation may choose differently between nearly equal tokens; use --dtype float32 "
             "if output must not depend on the mode"
         )
-        return _line("rows", name, dtype, WARNING, value, advice, numbers)
-    return _line("rows", name, dtype, OK, value, "", numbers)
+    name = f"2 to {MOST_ROWS} rows against single rows"
+    return Line("rows", name, status, value, advice, numbers)
 
 
 def cases(model: PoEModel) -> dict[str, dict[str, Any]]:
@@ -130,26 +132,21 @@ def cases(model: PoEModel) -> dict[str, dict[str, Any]]:
     return found
 
 
-def replies(
-    model: PoEModel, tokenizer: Tokenizer, options: Mapping[str, Any]
-) -> list[list[GenerationResponse]]:
+def replies(model: PoEModel, tokenizer: Tokenizer, options: Mapping[str, Any]) -> Replies:
     """The model's reply to each prompt, one at a time."""
-    return [
-        list(stream_generate(model, tokenizer, prompt, max_tokens=TOKENS, **options))
+    return {
+        prompt: list(stream_generate(model, tokenizer, prompt, max_tokens=TOKENS, **options))
         for prompt in PROMPTS
-    ]
+    }
 
 
 def judged(
-    model: PoEModel,
-    tokenizer: Tokenizer,
-    options: Mapping[str, Any],
-    made: Sequence[Sequence[GenerationResponse]],
+    model: PoEModel, tokenizer: Tokenizer, options: Mapping[str, Any], made: Replies
 ) -> Verdict:
-    """Compare replies to `PROMPTS` with a plain forward of each text."""
+    """Compare replies with a plain forward of each text."""
     count = wrong = as_full = 0
     furthest = 0.0
-    for prompt, reply in zip(PROMPTS, made, strict=True):
+    for prompt, reply in made.items():
         ids, tokens = tokenizer.encode(prompt), [r.token for r in reply]
         part = np.s_[len(ids) - 1 :]
         predictions = [z[0, part] for z in model.predictions(mx.array([[*ids, *tokens[:-1]]]))]
@@ -188,28 +185,16 @@ def _short_of_best(
     ]
     if mode == "prefix":
         return below(by_stage[options["max_stages"] - 1])
-    # WAND's tokens must be those of the stage where they exited, with the margin required there.
-    needed = _needed(model)
-    return np.stack(
-        [
-            *(np.fmax(below(z), needed[k] - _leads(z)) for k, z in enumerate(by_stage[:-1])),
-            below(full),
-        ]
-    )[[r.stage for r in reply], at]
-
-
-def _needed(model: PoEModel) -> list[float]:
-    """The margin required to exit at each stage but the last, by the rule in `decoding.wand`."""
+    # WAND's tokens must be those of the stage where they exited, with the margin required there by
+    # the rule in `decoding.wand`.
     calibration = model.calibration
     bounds = calibration.p99_bounds if calibration else published_bounds(model.config) or ()
     safety = calibration.options.get("wand", {}).get("safety", 1.0) if calibration else 1.0
-    return [safety * sum(bounds[k:]) for k in range(len(bounds))]
-
-
-def _leads(scores: mx.array) -> np.ndarray:
-    """How far each best score leads."""
-    numbers = np.sort(np.array(scores), axis=-1)
-    return numbers[:, -1] - numbers[:, -2]
+    short = []
+    for k, z in enumerate(by_stage[:-1]):
+        second, best = np.sort(np.array(z), axis=-1)[:, -2:].T
+        short.append(np.fmax(below(z), safety * sum(bounds[k:]) - (best - second)))
+    return np.stack([*short, below(full)])[[r.stage for r in reply], at]
 
 
 def modes(model: PoEModel, tokenizer: Tokenizer) -> Iterator[Line]:
@@ -220,16 +205,15 @@ def modes(model: PoEModel, tokenizer: Tokenizer) -> Iterator[Line]:
         yield _mode_line(name, dtype, judged(model, tokenizer, options, alone[name]))
     if "wand" not in alone:
         advice = "make a calibration with mlx_poe.calibrate"
-        yield _line("modes", "wand", dtype, WARNING, "not checked", advice)
+        yield Line("modes", "wand", WARNING, "not checked", advice)
     yield _batch(model, tokenizer, alone)
 
 
 def _mode_line(name: str, dtype: mx.Dtype, verdict: Verdict) -> Line:
     share = verdict.as_full / verdict.tokens
     status, advice = verdict.status(dtype), ""
-    value = (
-        f"{verdict.tokens - verdict.wrong} of {verdict.tokens} tokens agree with a plain forward"
-    )
+    right = verdict.tokens - verdict.wrong
+    value = f"{right} of {verdict.tokens} tokens agree with a plain forward"
     if verdict.wrong:
         value += f", the others within {verdict.furthest:.2g} of the best"
         advice = REPORT if status == FAILED else NEAR_TIES
@@ -239,48 +223,27 @@ def _mode_line(name: str, dtype: mx.Dtype, verdict: Verdict) -> Line:
         status = FAILED if share < WAND_FAILS else WARNING
         advice = REPORT if status == FAILED else "calibrate on text like yours: mlx_poe.calibrate"
     numbers = {"tokens": verdict.tokens, "wrong": verdict.wrong, "furthest": verdict.furthest}
-    return _line("modes", name, dtype, status, value, advice, {**numbers, "agreement": share})
+    return Line("modes", name, status, value, advice, {**numbers, "agreement": share})
 
 
-def _batch(
-    model: PoEModel,
-    tokenizer: Tokenizer,
-    alone: Mapping[str, Sequence[Sequence[GenerationResponse]]],
-) -> Line:
+def _batch(model: PoEModel, tokenizer: Tokenizer, alone: Mapping[str, Replies]) -> Line:
     """The prompts together, cycling through all modes."""
     dtype, named = model.resid_lambdas.dtype, cases(model)
     order = [list(named)[i % len(named)] for i in range(len(PROMPTS))]
+    options = [named[name] for name in order]
     together = batch_generate(
-        model,
-        tokenizer,
-        list(PROMPTS),
-        max_tokens=TOKENS,
-        per_prompt=[named[name] for name in order],
+        model, tokenizer, list(PROMPTS), max_tokens=TOKENS, per_prompt=options
     ).responses
-    parted, verdicts = 0, []
-    for i, (name, reply) in enumerate(zip(order, together, strict=True)):
-        if [r.token for r in reply] == [r.token for r in alone[name][i]]:
-            continue
-        parted += 1
-        mixed = [reply if k == i else other for k, other in enumerate(alone[name])]
-        verdicts.append(judged(model, tokenizer, named[name], mixed))
+    found = [
+        judged(model, tokenizer, named[name], {**alone[name], prompt: reply}).status(dtype)
+        for name, prompt, reply in zip(order, PROMPTS, together, strict=True)
+        if [r.token for r in reply] != [r.token for r in alone[name][prompt]]
+    ]
+    parted = len(found)
     value = f"{len(PROMPTS) - parted} of {len(PROMPTS)} replies are the same"
     status, advice = OK, ""
     if parted:
-        found = {verdict.status(dtype) for verdict in verdicts}
         status = FAILED if FAILED in found or dtype == mx.float32 else WARNING
         advice = REPORT if status == FAILED else NEAR_TIES
     numbers = {"replies": len(PROMPTS), "parted": parted}
-    return _line("batch", "all modes together against alone", dtype, status, value, advice, numbers)
-
-
-def _line(
-    section: str,
-    name: str,
-    dtype: mx.Dtype,
-    status: str,
-    value: str,
-    advice: str = "",
-    numbers: Mapping[str, float] | None = None,
-) -> Line:
-    return Line(section, f"{name}, {dtype_name(dtype)}", status, value, advice, numbers or {})
+    return Line("batch", "all modes together against alone", status, value, advice, numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -57,13 +58,16 @@ def examine(model: str, progress: Progress | None = None) -> Report:
 
 
 def _all_lines(machine: Machine, model: str, kinds: Sequence[str]) -> Iterator[Line]:
-    yield from hardware.machine_lines(machine)
+    rate = machine.bandwidth
+    numbers = {"bytes_a_second": rate}
+    yield Line("machine", "memory bandwidth", OK, f"{rate / 1e9:.1f} GB/s", numbers=numbers)
+    yield hardware.blas_line()
     yield tokenizer_line()
     yield from prediction_lines()
     for kind in kinds:
         loaded, tokenizer = load(model, dtype=kind)
-        yield agreement.rows(loaded, tokenizer)
-        yield from agreement.modes(loaded, tokenizer)
+        for line in (agreement.rows(loaded, tokenizer), *agreement.modes(loaded, tokenizer)):
+            yield replace(line, name=f"{line.name}, {kind}")
     loaded, tokenizer = load(model)
     yield from hardware.cost_lines(loaded, tokenizer)
 
@@ -74,9 +78,8 @@ def tokenizer_line() -> Line:
     ids = tokenizer.encode(SAMPLE)
     same = sum(a == b for a, b in zip(ids, recorded, strict=False))
     back = tokenizer.decode(ids[1:]) == SAMPLE
-    value = f"{same} of {len(recorded)} token ids are as recorded; " + (
-        "decoding gives the text back" if back else "decoding gives another text"
-    )
+    decoded = "decoding gives the text back" if back else "decoding gives another text"
+    value = f"{same} of {len(recorded)} token ids are as recorded; {decoded}"
     right = same == len(recorded) and back
     status, advice = (OK, "") if right else (FAILED, REPORT)
     numbers = {"tokens": len(recorded), "same": same}

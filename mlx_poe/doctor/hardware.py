@@ -1,11 +1,11 @@
-"""The machine itself: memory bandwidth, the BLAS in use, the costs of rows and modes."""
+"""The machine itself: the BLAS in use, the costs of rows and modes."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
 from cognica_mlx.backend import blas
-from cognica_mlx.bench.machine_card import Machine, slow_blas
+from cognica_mlx.bench.machine_card import slow_blas
 from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.single import Single, decode
 from cognica_mlx.network.model import PoEModel
@@ -21,19 +21,6 @@ ROWS = (1, 2, 4, 8, 16)
 FOUR_ROWS = 3.0
 PACED_PROMPTS = 6
 TRIALS = 3
-
-
-def machine_lines(machine: Machine) -> list[Line]:
-    """Bandwidth and BLAS."""
-    rate = machine.bandwidth / 1e9
-    reads = Line(
-        "machine",
-        "memory bandwidth",
-        OK,
-        f"{rate:.1f} GB/s",
-        numbers={"bytes_a_second": rate * 1e9},
-    )
-    return [reads, blas_line()]
 
 
 def blas_line() -> Line:
@@ -78,8 +65,8 @@ def _pays(model: PoEModel, tokenizer: Tokenizer, costs: Costs, name: str) -> Lin
         spent, tokens = spent + pace.spent, tokens + pace.tokens
     ratio = spent / tokens / costs.full_token
     value = f"a token costs {ratio:.2f} of one at full depth"
-    advice = (
-        "" if ratio < 1 else "it does not pay with this model, so decoding falls back to full depth"
-    )
-    status = OK if ratio < 1 else WARNING
+    status, advice = OK, ""
+    if not ratio < 1:
+        status = WARNING
+        advice = "it does not pay with this model, so decoding falls back to full depth"
     return Line("costs", name, status, value, advice, {"share": ratio})

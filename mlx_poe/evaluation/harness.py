@@ -26,7 +26,7 @@ from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.measuring import Progress
 from mlx_poe.engine.batch_generate import batch_generate
 from mlx_poe.evaluation.answers import Answers, key_of
-from mlx_poe.evaluation.predictors import Adaptive, Predictors
+from mlx_poe.evaluation.predictors import Predictors
 from mlx_poe.evaluation.scoring import BATCH, Continuation, score
 from mlx_poe.generation.responses import GenerationResponse
 from mlx_poe.loading.tokenizer import Tokenizer
@@ -76,11 +76,8 @@ class Shared:
     @cached_property
     def _ways(self) -> list[str]:
         """A suffix for each predictor's keys."""
-        exits = [one.exits if isinstance(one, Adaptive) else {} for one in self.predictors.shown]
-        return [
-            key_of(one.name, dict(one.options), dict(margins))
-            for one, margins in zip(self.predictors.shown, exits, strict=True)
-        ]
+        shown = self.predictors.shown
+        return [key_of(one.name, dict(one.options), dict(one.exits)) for one in shown]
 
     def fit(self, context: Sequence[int], room: int) -> list[int]:
         """The context's BOS and as many of its last tokens as fit into `room`."""

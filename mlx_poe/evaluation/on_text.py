@@ -17,7 +17,7 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.pricing.costs import Costs, bytes_read
 from cognica_mlx.pricing.measuring import Progress
 from cognica_mlx.pricing.replaying import replay_wand
-from mlx_poe.evaluation.predictors import Adaptive, Facts, Predictor, Predictors
+from mlx_poe.evaluation.predictors import Facts, Predictor, Predictors
 from mlx_poe.evaluation.scoring import BATCH, Continuation, score
 
 
@@ -106,9 +106,9 @@ def measure_text(
     )
 
 
-def _bytes(predictors: Predictors, one: Predictor | Adaptive, facts: Facts, costs: Costs) -> float:
+def _bytes(predictors: Predictors, one: Predictor, facts: Facts, costs: Costs) -> float:
     """Bytes of weights that a predictor would read to decode all positions."""
-    if isinstance(one, Predictor):
+    if not one.tested:
         count = facts.best.shape[1]
         return count * (costs.lower(one.target.depth) + costs.target(one.target))
     needed = [one.exits.get(k, math.inf) for k in range(len(one.tested) - 1)]

@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -35,9 +36,11 @@ Logits = Mapping[int, mx.array]
 
 @dataclass(frozen=True)
 class Predictor:
-    """One fixed predictor. `mode` and `options` decode with it; `target` says what it reads.
+    """One predictor. `mode` and `options` decode with it; `target` says what it reads.
 
-    `combine(logits, hidden)` makes its scores (1, T, V) of the stages' logits and activations.
+    `combine(logits, hidden)` makes its scores (1, T, V) of the stages' logits and activations. WAND
+    picks one of `tested` instead: it exits at stage k if the best token of `tested[k]` leads by
+    more than `exits[k]`; the last of them is the full model, which is always accepted.
     """
 
     name: str
@@ -45,23 +48,8 @@ class Predictor:
     options: Mapping[str, Any]
     target: Target
     combine: Callable[[Logits, Mapping[int, Hidden]], mx.array] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Adaptive:
-    """WAND with one `safety`. It exits at stage k if the best token of `tested[k]` leads by more
-    than `exits[k]`; the last of `tested` is the full model, which is always accepted."""
-
-    name: str
-    safety: float
-    exits: Mapping[int, float]
-    tested: tuple[Predictor, ...]
-    mode: str = "wand"
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """The mode's options."""
-        return {"safety": self.safety}
+    exits: Mapping[int, float] = field(default_factory=dict)
+    tested: tuple[Predictor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,41 +76,32 @@ class Scored:
 
 def stage(model: PoEModel, number: int) -> Predictor:
     """One stage alone."""
-    target = stage_target(model, number)
-    name, options = f"stage {number}", {"stage": number}
-    return Predictor(name, "stage", options, target, lambda logits, hidden: logits[number])
+    target, options = stage_target(model, number), {"stage": number}
+    return Predictor(f"stage {number}", "stage", options, target, lambda z, _: z[number])
 
 
 def mixture(model: PoEModel, last: int) -> Predictor:
     """The Log-OP of stages 0 to `last`. If each stage has its own head, the mode `prefix` decodes
     with it, otherwise the mode `compose`."""
     model.check_stage(last)
-    stages = list(range(last + 1))
-    name = f"stages 0-{last}"
+    name, stages = f"stages 0-{last}", list(range(last + 1))
+    options: dict[str, Any]
     if model.pools_stages:
-        options: dict[str, Any] = {"max_stages": last + 1}
-        target = prefix_target(model, last + 1)
-        return Predictor(
-            name, "prefix", options, target, lambda z, hidden: model.pool([z[k] for k in stages])
-        )
-    weights = [1 / len(stages)] * len(stages)
-    return Predictor(
-        name,
-        "compose",
-        {"stages": stages},
-        composed_target(model, stages),
-        lambda z, hidden: log_op([z[k] for k in stages], weights),
-    )
+        way, options, target = "prefix", {"max_stages": last + 1}, prefix_target(model, last + 1)
+        mix = model.pool
+    else:
+        way, options, target = "compose", {"stages": stages}, composed_target(model, stages)
+        mix = partial(log_op, weights=[1 / len(stages)] * len(stages))
+    return Predictor(name, way, options, target, lambda z, _: mix([z[k] for k in stages]))
 
 
 def full(model: PoEModel) -> Predictor:
     """The full model."""
-    return Predictor(
-        FULL, FULL, {}, full_target(model), lambda z, hidden: model.full_scores(hidden, z)
-    )
+    target = full_target(model)
+    return Predictor(FULL, FULL, {}, target, lambda z, hidden: model.full_scores(hidden, z))
 
 
-def wand(model: PoEModel, safety: float) -> Adaptive:
+def wand(model: PoEModel, safety: float) -> Predictor:
     """WAND with the model's own calibration. RequestError if there is none."""
     mode = make_mode(model, "wand", ModeOptions(safety=safety), model.calibration)
     assert isinstance(mode, Wand)
@@ -131,7 +110,9 @@ def wand(model: PoEModel, safety: float) -> Adaptive:
         mixture(model, k) if model.pools_stages and k else stage(model, k)
         for k in range(model.poe_n_stages - 1)
     ]
-    return Adaptive(f"wand {safety:g}", safety, mode.exits, (*before, full(model)))
+    name, options, last = f"wand {safety:g}", {"safety": safety}, full(model)
+    tested = (*before, last)
+    return replace(last, name=name, mode="wand", options=options, exits=mode.exits, tested=tested)
 
 
 def chosen(model: PoEModel, names: Sequence[str]) -> list[Predictor]:
@@ -142,7 +123,6 @@ def chosen(model: PoEModel, names: Sequence[str]) -> list[Predictor]:
     last = model.poe_n_stages - 1
     found: dict[str, Predictor] = {}
     for name in names:
-        first, dash, end = name.partition("-")
         if name == "all":
             solo = range(last if model.config.specialist_layers else last + 1)
             mixed = range(1, last if model.pools_stages else last + 1)
@@ -152,7 +132,7 @@ def chosen(model: PoEModel, names: Sequence[str]) -> list[Predictor]:
             some = [full(model)]
         elif name.isdecimal():
             some = [stage(model, int(name))]
-        elif first == "0" and dash and end.isdecimal() and int(end):
+        elif (end := name.removeprefix("0-")).isdecimal() and int(end):
             some = [mixture(model, int(end))]
         else:
             raise RequestError(
@@ -173,9 +153,9 @@ class Predictors:
 
     def __init__(self, model: PoEModel, fixed: Sequence[Predictor], safeties: Sequence[float] = ()):
         self.model = model
-        self.adaptive = [wand(model, safety) for safety in safeties]
-        self.shown: list[Predictor | Adaptive] = [*fixed, *self.adaptive]
-        needed = [*fixed, full(model), *(p for one in self.adaptive for p in one.tested)]
+        adaptive = [wand(model, safety) for safety in safeties]
+        self.shown = [*fixed, *adaptive]
+        needed = [*fixed, full(model), *(p for one in adaptive for p in one.tested)]
         self.computed = list({one.name: one for one in needed}.values())
         self.index = {one.name: i for i, one in enumerate(self.computed)}
         stages = sorted({k for one in self.computed for k in one.target.boundaries})
@@ -199,17 +179,16 @@ class Predictors:
         full = facts.best[self.index[FULL]]
         return Scored(facts.logprobs[source, at], best, best == full, depths)
 
-    def _sources(self, one: Predictor | Adaptive, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
+    def _sources(self, one: Predictor, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
         """For each position: the index of its predictor in `computed`, and the stages run: (T,)."""
-        count = facts.best.shape[1]
-        if isinstance(one, Predictor):
-            return np.full(count, self.index[one.name]), np.full(count, one.target.depth + 1)
-        left = np.full(count, len(one.tested) - 1)
+        tested = one.tested or (one,)
+        left = np.full(facts.best.shape[1], len(tested) - 1)
         for k in sorted(one.exits, reverse=True):
-            left[facts.margins[self.index[one.tested[k].name]] > one.exits[k]] = k
-        return np.array([self.index[p.name] for p in one.tested])[left], left + 1
+            left[facts.margins[self.index[tested[k].name]] > one.exits[k]] = k
+        found = np.array([(self.index[p.name], p.target.depth + 1) for p in tested])[left]
+        return found[:, 0], found[:, 1]
 
-    def trace(self, one: Adaptive, facts: Facts) -> Trace:
+    def trace(self, one: Predictor, facts: Facts) -> Trace:
         """The trace that WAND's replay needs."""
         tested = [self.index[p.name] for p in one.tested[:-1]]
         hits = facts.best[tested] == facts.best[self.index[FULL]]

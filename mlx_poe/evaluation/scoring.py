@@ -55,14 +55,30 @@ def score(
     waiting = sorted(groups, key=lambda key: longest[key])
     size = len(predictors.computed) * predictors.model.config.vocab_size * 4
     rows = min(max(SCORE_BYTES // (size * batch), 1), SLACK)
+    depth = predictors.target.depth
     done: list[tuple[int, list[list]]] = []
+
+    def steps(context: Sequence[int], members: Sequence[int]) -> Generator[Request, Any, None]:
+        """Run `context`, then each member's continuation on a copy of the state, by `rows`."""
+        state = DecodingState(predictors.model)
+        yield from ready(state, depth)
+        yield from read_prompt(state, context[:-1], depth)
+        for i in members:
+            tokens, branch, chunks = texts[i].tokens, state.fork(), []
+            for at in range(texts[i].start, len(tokens), rows):
+                follow = tokens[at : at + rows]
+                branch.append(list(tokens[at - 1 : at - 1 + len(follow)]))
+                yield from through(branch, depth)
+                scores = yield Score(branch, predictors.target, len(follow))
+                chunks.append((yield Read(branch, _facts(scores.array, follow))))
+            done.append((i, chunks))
+
     driver = Batch()
     try:
         while waiting or len(driver):
             while waiting and len(driver) < batch:
                 context = waiting.pop()
-                members = [(i, texts[i]) for i in groups[context]]
-                driver.add(context, _steps(predictors, context, members, rows, done))
+                driver.add(context, steps(context, groups[context]))
             for event in driver.run():
                 if event.error:
                     raise event.error
@@ -72,31 +88,6 @@ def score(
                 yield i, Facts(*whole)
     finally:
         driver.close()
-
-
-def _steps(
-    predictors: Predictors,
-    context: Sequence[int],
-    members: Sequence[tuple[int, Continuation]],
-    rows: int,
-    done: list[tuple[int, list[list]]],
-) -> Generator[Request, Any, None]:
-    """Run `context`, then each member's continuation on a copy of the state, `rows` at a time."""
-    depth = predictors.target.depth
-    state = DecodingState(predictors.model)
-    yield from ready(state, depth)
-    yield from read_prompt(state, context[:-1], depth)
-    for i, text in members:
-        branch = state.fork()
-        chunks = []
-        for at in range(text.start, len(text.tokens), rows):
-            follow = text.tokens[at : at + rows]
-            branch.append(list(text.tokens[at - 1 : at - 1 + len(follow)]))
-            yield from through(branch, depth)
-            scores = yield Score(branch, predictors.target, len(follow))
-            numbers = yield Read(branch, _facts(scores.array, follow))
-            chunks.append(numbers)
-        done.append((i, chunks))
 
 
 def _facts(scores: mx.array, follow: Sequence[int]) -> tuple[mx.array, ...]:

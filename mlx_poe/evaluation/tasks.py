@@ -101,7 +101,7 @@ def run_tasks(
                 tracker.save_results_aggregated(results, samples)
                 for task, rows in (samples or {}).items():
                     tracker.save_results_samples(task, rows)
-                _move(Path(aside), output / folder_name(name))
+                _move(Path(aside), output / name.replace(" ", "-"))
         found[name] = results
     return found
 
@@ -121,11 +121,6 @@ def _manager(run: Run) -> _Loaded:
             "--include-path names a folder of your own)"
         )
     return manager
-
-
-def folder_name(predictor: str) -> str:
-    """The folder name for a predictor's result files."""
-    return predictor.replace(" ", "-")
 
 
 def _move(aside: Path, folder: Path) -> None:
