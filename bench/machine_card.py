@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -46,11 +46,13 @@ def this_machine() -> Machine:
     """This machine, with its bandwidth measured."""
     info = mx.device_info()
     on_cpu = mx.default_device() == mx.cpu
+    gpu = "MLX Metal" if mx.metal.is_available() else "MLX CUDA"
+    affinity = getattr(os, "sched_getaffinity", None)
     return Machine(
         processor=_processor() if on_cpu else str(info.get("device_name", _processor())),
-        cores=_cores(),
-        memory_gb=_memory() / 2**30,
-        back_end=_back_end(),
+        cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        memory_gb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        back_end="MLX CPU" if on_cpu else gpu,
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         versions={name: version(name) for name in ("cognica-mlx", "mlx", "mlx-lm", "numpy")},
@@ -88,26 +90,7 @@ def slow_blas() -> bool:
 
 
 def _best_seconds(work: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(TRIALS):
-        started = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def _back_end() -> str:
-    if mx.default_device() == mx.cpu:
-        return "MLX CPU"
-    return "MLX Metal" if mx.metal.is_available() else "MLX CUDA"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(timeit.repeat(work, number=1, repeat=TRIALS))
 
 
 def _processor() -> str:

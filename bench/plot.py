@@ -19,21 +19,17 @@ def plot(report: Report, path: Path) -> None:
     stages = [figure for figure in report.figures if figure.section == "stages"]
     modes = [figure for figure in report.figures if figure.section == "modes"]
     widths = [width for width, shown in ((5.6, stages), (9.0, modes)) if shown]
+    size = sum(widths), 3.0 + 0.12 * len(modes)
     drawing, axes = pyplot.subplots(
-        1,
-        len(widths),
-        figsize=(sum(widths), 3.0 + 0.12 * len(modes)),
-        squeeze=False,
-        width_ratios=widths,
+        1, len(widths), figsize=size, squeeze=False, width_ratios=widths
     )
     free = iter(axes[0])
     if stages:
         axis = next(free)
         names = [figure.name.replace(" (", "\n(") for figure in stages]
         values = [figure.value for figure in stages]
-        low = [figure.value - figure.low for figure in stages]
-        high = [figure.high - figure.value for figure in stages]
-        axis.bar(names, values, color=BAR, yerr=[low, high], ecolor=INK, label="measured")
+        spread = list(zip(*((f.value - f.low, f.high - f.value) for f in stages), strict=True))
+        axis.bar(names, values, color=BAR, yerr=spread, ecolor=INK, label="measured")
         limits = [figure.limit or 0 for figure in stages]
         axis.bar(names, limits, color=LIMIT, width=0.5, label="limit by memory bandwidth")
         for at, figure in enumerate(stages):
@@ -58,10 +54,8 @@ def plot(report: Report, path: Path) -> None:
         axis.set_xlabel("speed, full depth = 1; red: as its parts predict")
         axis.set_title("Decoding modes, greedy")
         axis.margins(x=0.4)
-    drawing.suptitle(
-        f"{report.model}, {report.dtype}\n{report.machine.processor}, {report.machine.back_end}",
-        fontsize=9,
-    )
+    where = f"{report.machine.processor}, {report.machine.back_end}"
+    drawing.suptitle(f"{report.model}, {report.dtype}\n{where}", fontsize=9)
     drawing.tight_layout()
     drawing.savefig(path, dpi=150)
     pyplot.close(drawing)

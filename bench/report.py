@@ -6,12 +6,12 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cognica_mlx.bench.machine_card import Machine
 from cognica_mlx.bench.sections.stage_speeds import Figure
@@ -77,65 +77,60 @@ class Report:
 def show(report: Report, console: Console) -> None:
     """Print a table for each section, under a line that names the machine."""
     console.print(f"{report.model}, {report.dtype}", style="bold", highlight=False)
-    console.print(report.machine.line(), highlight=False)
-    for remark in report.remarks:
-        console.print(remark, highlight=False)
+    for line in (report.machine.line(), *report.remarks):
+        console.print(line, highlight=False)
     for section, title in TITLES.items():
         figures = [figure for figure in report.figures if figure.section == section]
         if figures:
             console.print(_table(title, figures))
 
 
-def _with(form: str, value: float | str | None) -> str | None:
-    return None if value is None else form.format(value)
+def _with(form: str, value: float | str | None) -> str:
+    return "" if value is None else form.format(value)
 
 
-def _note(name: str, form: str) -> Callable[[Figure], str | None]:
-    return lambda figure: _with(form, figure.notes.get(name))
-
-
-# Columns of a section's table; one is shown if any of the figures has a value for it.
-_COLUMNS: dict[str, Callable[[Figure], str | None]] = {
-    "speed": lambda f: _with("{:.2f}x", f.speedup),
-    "mlx_lm.server": _note("peer", "{:.4g}"),
-    "parts predict": lambda f: _with("{:.2f}x", f.predicted),
-    "over its parts": _note("over_its_parts", "{:+.1%}"),
-    "limit": lambda f: _with("{:.4g}", f.limit),
-    "of limit": lambda f: None if f.limit is None else f"{f.limit / f.value:.0%}",
-    "reads": _note("read_mb", "{:.1f} MB"),
-    "of one row": _note("times_one_row", "{:.2f}x"),
-    "state": _note("state_mb", "{:.1f} MB"),
-    "of weights": _note("of_weights", "{:.1%}"),
-    "agreement": _note("agreement", "{:.1%}"),
-    "of the states": _note("of_states", "{:.1%}"),
-    "fell back": _note("fell_back", "{}"),
-    "depth": _note("mean_depth", "{:.2f}"),
-    "accepted": _note("acceptance", "{:.1%}"),
-    "tokens a round": _note("tokens_a_round", "{:.2f}"),
-    "best drafts": _note("best_drafts", "{}"),
-    "copy": _note("copy_mb", "{:.3g} MB"),
-    "of the prompt kept": _note("cached", "{:.1%}"),
-    "peer's resets": _note("peer_resets", "{}"),
-    "peer failed": _note("peer_failed", "{}"),
+# Columns of a section's table: a figure's field or note, and its form. One is shown if any of the
+# figures has a value for it.
+_COLUMNS = {
+    "speed": ("speedup", "{:.2f}x"),
+    "mlx_lm.server": ("peer", "{:.4g}"),
+    "parts predict": ("predicted", "{:.2f}x"),
+    "over its parts": ("over_its_parts", "{:+.1%}"),
+    "limit": ("limit", "{:.4g}"),
+    "of limit": ("of_limit", "{:.0%}"),
+    "reads": ("read_mb", "{:.1f} MB"),
+    "of one row": ("times_one_row", "{:.2f}x"),
+    "state": ("state_mb", "{:.1f} MB"),
+    "of weights": ("of_weights", "{:.1%}"),
+    "agreement": ("agreement", "{:.1%}"),
+    "of the states": ("of_states", "{:.1%}"),
+    "fell back": ("fell_back", "{}"),
+    "depth": ("mean_depth", "{:.2f}"),
+    "accepted": ("acceptance", "{:.1%}"),
+    "tokens a round": ("tokens_a_round", "{:.2f}"),
+    "best drafts": ("best_drafts", "{}"),
+    "copy": ("copy_mb", "{:.3g} MB"),
+    "of the prompt kept": ("cached", "{:.1%}"),
+    "peer's resets": ("peer_resets", "{}"),
+    "peer failed": ("peer_failed", "{}"),
 }
 
 
 def _table(title: str, figures: Sequence[Figure]) -> Table:
-    cells = {name: [cell(f) for f in figures] for name, cell in _COLUMNS.items()}
+    values = [{**asdict(f), **f.notes, "of_limit": f.limit and f.limit / f.value} for f in figures]
+    cells = {k: [_with(form, v.get(name)) for v in values] for k, (name, form) in _COLUMNS.items()}
     shown = {name: column for name, column in cells.items() if any(column)}
-    table = _columns(title, "", "median", "quartiles", *shown)
+    table = _headed(title, "median", "quartiles", *shown)
     for i, f in enumerate(figures):
         quartiles = f"{f.low:.4g} to {f.high:.4g}" if f.low != f.high else ""
-        more = [column[i] or "" for column in shown.values()]
+        more = [column[i] for column in shown.values()]
         table.add_row(f.name, f"{f.value:.4g} {f.unit}", quartiles, *more)
     return table
 
 
-def _columns(title: str, first: str, *others: str) -> Table:
-    table = Table(first, title=title, title_justify="left")
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
+def _headed(title: str, *names: str) -> Table:
+    columns = (Column(name, justify="right") for name in names)
+    return Table("", *columns, title=title, title_justify="left")
 
 
 def read(text: str, name: str) -> dict[str, Any]:
@@ -169,7 +164,7 @@ def compare(report: Report, old: dict[str, Any], console: Console) -> None:
             highlight=False,
         )
     title = f"Against {old['date']}, {old['model']}"
-    table = _columns(title, "", "then", "now", "better by", "speed then", "speed now")
+    table = _headed(title, "then", "now", "better by", "speed then", "speed now")
     for now in report.figures:
         then = before.get((now.section, now.name))
         if then is None or not then.get("value") or not now.value:
@@ -182,8 +177,8 @@ def compare(report: Report, old: dict[str, Any], console: Console) -> None:
             f"{then['value']:.4g}",
             f"{now.value:.4g} {now.unit}",
             f"{gain:.2f}x",
-            _with("{:.2f}x", then.get("speedup")) or "",
-            _with("{:.2f}x", now.speedup) or "",
+            _with("{:.2f}x", then.get("speedup")),
+            _with("{:.2f}x", now.speedup),
         )
     nothing = "the two runs have no figure in common"
     console.print(table if table.row_count else nothing, highlight=False)

@@ -58,21 +58,6 @@ class Reply:
                 return dict(event["usage"])
         raise ServerFailed("sent a reply without token counts")
 
-    @property
-    def tokens(self) -> int:
-        """Tokens generated."""
-        return int(self.usage["completion_tokens"])
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return int(self.usage["prompt_tokens"])
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that came from the server's cache."""
-        return int(self.usage.get("prompt_tokens_details", {}).get("cached_tokens", 0))
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -84,7 +69,7 @@ class Outcome:
     @property
     def rate(self) -> float:
         """Tokens per second over all clients."""
-        return sum(reply.tokens for reply in self.replies) / self.seconds
+        return sum(int(one.usage["completion_tokens"]) for one in self.replies) / self.seconds
 
 
 class ServerProcess:
@@ -113,7 +98,10 @@ class ServerProcess:
 
     def start(self) -> None:
         """Start it and wait until it answers; ServerFailed if it does not."""
-        self._port, self._log = _free_port(), TemporaryFile()  # noqa: SIM115
+        self._log = TemporaryFile()  # noqa: SIM115
+        with socket.socket() as free:
+            free.bind((HOST, 0))
+            self._port = free.getsockname()[1]
         # The user's key is meant for the user's own server.
         environment = {k: v for k, v in os.environ.items() if k != "MLX_POE_API_KEY"}
         self._process = subprocess.Popen(
@@ -123,28 +111,21 @@ class ServerProcess:
             stderr=self._log,
             env=environment,
         )
+        deadline = time.monotonic() + START_SECONDS
         try:
-            self._wait_for_answer(time.monotonic() + START_SECONDS)
+            while self._process.poll() is None:
+                with suppress(OSError, HTTPException, ServerFailed):
+                    self.get("/health")
+                    return
+                if time.monotonic() > deadline:
+                    raise ServerFailed(f"did not answer within {START_SECONDS:g} s")
+                time.sleep(0.1)
+            self._log.seek(0)
+            said = self._log.read().decode(errors="replace").strip() or "it printed nothing"
+            raise ServerFailed(f"ended before it answered: {said.splitlines()[-1].strip()}")
         except BaseException:
             self.stop()
             raise
-
-    def _wait_for_answer(self, deadline: float) -> None:
-        assert self._process
-        while self._process.poll() is None:
-            with suppress(OSError, HTTPException, ServerFailed):
-                self.get("/health")
-                return
-            if time.monotonic() > deadline:
-                raise ServerFailed(f"did not answer within {START_SECONDS:g} s")
-            time.sleep(0.1)
-        raise ServerFailed(f"ended before it answered: {self._last_words()}")
-
-    def _last_words(self) -> str:
-        assert self._log
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else "it printed nothing"
 
     def stop(self) -> None:
         """Stop it, if it is running."""
@@ -262,9 +243,3 @@ def _events(received: bytes) -> list[dict[str, Any]]:
 def _text(event: dict[str, Any]) -> str:
     choice = (event.get("choices") or [{}])[0]
     return choice.get("text") or choice.get("delta", {}).get("content") or ""
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        return int(free.getsockname()[1])

@@ -67,11 +67,7 @@ def check_agreement(agreement: float) -> None:
 
 
 def synthetic_model(
-    config: PoEConfig,
-    dtype: mx.Dtype,
-    agreement: float,
-    margins: Sequence[float],
-    seed: int = 0,
+    config: PoEConfig, dtype: mx.Dtype, agreement: float, margins: Sequence[float], seed: int = 0
 ) -> Synthetic:
     """Build a synthetic model in which stage 0 has this `agreement` with the full model; `margins`
     are poe-tiny's.
@@ -86,12 +82,15 @@ def synthetic_model(
     successor, rival = _cycle(config.vocab_size, rng)
     _plant(model, successor, rival, rng.choice(np.asarray(margins), config.vocab_size))
     _calm(model)
-    built = Synthetic(model, successor, 0.0)
+    probe = mx.array([Synthetic(model, successor, 0.0).text(PROBE, start=17)])
     # Two rounds, because the deeper stages also react to each other's changes.
     for _ in range(2):
-        strength = _strength_for(built, agreement)
-        _scale_deeper(model, strength)
-    return Synthetic(model, successor, _agreement(built))
+        strength = _strength_for(model, probe, agreement)
+        for block in model.h[len(config.stage_range(0)) :]:
+            _scale(block, strength)
+            mx.eval(block.parameters())
+    first, *_, full = model.predictions(probe)
+    return Synthetic(model, successor, float(mx.mean(first.argmax(-1) == full.argmax(-1))))
 
 
 def _cycle(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -145,25 +144,9 @@ def _scale(block: Block, factor: float) -> None:
         linear.weight = linear.weight * mx.array(factor, linear.weight.dtype)
 
 
-def _scale_deeper(model: PoEModel, factor: float) -> None:
-    for block in model.h[len(model.config.stage_range(0)) :]:
-        _scale(block, factor)
-        mx.eval(block.parameters())
-
-
-def _probe(built: Synthetic) -> mx.array:
-    return mx.array([built.text(PROBE, start=17)])
-
-
-def _agreement(built: Synthetic) -> float:
-    first, *_, full = built.model.predictions(_probe(built))
-    return float(mx.mean(first.argmax(-1) == full.argmax(-1)))
-
-
-def _strength_for(built: Synthetic, agreement: float) -> float:
+def _strength_for(model: PoEModel, probe: mx.array, agreement: float) -> float:
     """The factor on the deeper stages' output with which stage 0 should have this `agreement`."""
-    model = built.model
-    boundaries = model.boundaries(_probe(built))
+    boundaries = model.boundaries(probe)
     first = boundaries[0]
     best = model.stage_logits(0, first).argmax(-1)
     mx.eval(best)

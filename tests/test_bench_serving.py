@@ -43,7 +43,7 @@ def test_replies_are_counted_and_timed():
         outcome = closed_loop(server, PATH, [b"{}"] * 5, 2, PATIENCE)
     assert len(outcome.replies) == 5
     reply = outcome.replies[0]
-    assert reply.text == "Hello, you" and reply.tokens == 2 and reply.cached_tokens == 3
+    assert reply.text == "Hello, you" and reply.usage["completion_tokens"] == 2
     assert 0.02 <= reply.first <= reply.seconds <= outcome.seconds
     assert outcome.rate == 10 / outcome.seconds
     assert not server.running
@@ -121,7 +121,7 @@ def compared(theirs: str) -> dict[str, serving.Figure]:
             serving.OURS: serving._Client(ours, 2, chat=True),
             serving.THEIRS: serving._Client(peer, 2, chat=True),
         }
-        found = serving._compare(setup, clients, serving._Texts(ours), prompt_tokens=30)
+        found = serving._compare(setup, clients, serving._sentences(ours), prompt_tokens=30)
     assert not ours.running and not peer.running
     return {figure.name: figure for figure in found}
 
@@ -155,8 +155,7 @@ def test_ratios_leave_out_trials_in_which_the_peer_failed():
         return Outcome([Reply(seconds / 2, seconds, f"data: {usage}\n\n".encode())], seconds)
 
     ours, theirs = [outcome(1), outcome(2), outcome(3)], [outcome(1), None, outcome(6)]
-    trials = serving._Trials(ours, theirs, ["hung"])
-    rate, first, _ = serving._figures(serving.Load(1, False), trials)
+    rate, first, _ = serving._figures("1 client", ours, theirs, ["hung"])
     assert rate.value == 2.5 and rate.speedup == 2 and rate.notes["peer"] == 1
     assert first.value == 1250 and first.speedup == 2
     assert rate.notes["peer_failed"] == "1 x: hung"

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,6 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.bench.sections.stage_speeds import ROWS, Figure, Setup, figure, timed_decode
-from cognica_mlx.bench.timing import Samples, interleaved
 from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import DecodedToken
@@ -52,11 +52,17 @@ def modes(
     are accepted, and agreement is the recording's. `remark` is called with what the model cannot
     do, which is left out."""
     model = setup.model
-    cases = _plain_cases()
-    if recording:
-        cases.update(_recorded_cases(setup, recording))
-    else:
-        cases.update(_drafting_cases(model, calibration))
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        "full": ("full", {}),
+        "stage 0": ("stage", {"stage": 0}),
+        "prefix of 2": ("prefix", {"max_stages": 2}),
+        "compose all": ("compose", {}),
+    }
+    drafting = _recorded_cases(setup, recording) if recording else _drafting_cases(calibration)
+    cases |= {name: ("speculative", options) for name, options in drafting.items()}
+    if calibration and not recording:
+        bounds = {"p99_bounds": calibration.p99_bounds}
+        cases["wand"] = ("wand", {**bounds, **calibration.options.get("wand", {})})
     chosen: dict[str, Mode] = {}
     for name, (mode, options) in list(cases.items()):
         try:
@@ -68,8 +74,8 @@ def modes(
     held = {name: [setup.state(last, text) for text in setup.texts] for name in cases}
     made: dict[str, list[list[DecodedToken]]] = {}
     drafted: dict[str, int] = {}
-    predicted: dict[str, list[float]] = {name: [] for name in cases}
-    overhead: dict[str, list[float]] = {name: [] for name in cases}
+    predicted: defaultdict[str, list[float]] = defaultdict(list)
+    overhead: defaultdict[str, list[float]] = defaultdict(list)
     costs: list[Costs] = []
     spare = setup.state(last, setup.texts[0])
 
@@ -95,8 +101,7 @@ def modes(
                 hits = trace.draft_hits
                 if mode.prefix and trace.copy_hits is not None:
                     hits = np.stack([trace.copy_hits, *hits[1:]])
-                script = Script(hits, len(text))
-                driver = Scripted(driver, script)
+                driver = Scripted(driver, Script(hits, len(text)))
             sequence = DecodingSequence(
                 model, text, mode, max_tokens=setup.tokens, state=state, advice=pace
             )
@@ -109,72 +114,44 @@ def modes(
         overhead[name].append(seconds / pace.spent - 1)
         return 1e3 * seconds / total
 
-    taken = interleaved(
-        {name: partial(run, name) for name in cases},
-        setup.trials,
-        setup.progress,
-        "decoding modes",
-        measure_parts,
-    )
+    runs = {name: partial(run, name) for name in cases}
+    taken = setup.interleaved(runs, "decoding modes", measure_parts)
     figures = []
     for name in cases:
         tokens = [one for text in made[name] for one in text]
+        if recording and drafted[name]:
+            agreement = sum(one.token == RIGHT for one in tokens) / len(tokens)
+        else:
+            agreement = _agreement(model, setup.texts, made[name])
         notes: dict[str, float | str] = {
-            "agreement": (
-                sum(one.token == RIGHT for one in tokens) / len(tokens)
-                if recording and drafted[name]
-                else _agreement(model, setup.texts, made[name])
-            ),
+            "agreement": agreement,
             "mean_depth": sum(one.stage + 1 for one in tokens) / len(tokens),
             "options": ", ".join(f"{k} {v}" for k, v in cases[name][1].items()),
         }
         if drafted[name]:
             notes["acceptance"] = sum(one.from_draft for one in tokens) / drafted[name]
-        notes["over_its_parts"] = Samples(tuple(overhead[name][1:])).median
+        notes["over_its_parts"] = float(np.median(overhead[name][1:]))
+        more: dict[str, Any] = {"predicted": float(np.median(predicted[name][1:])), "notes": notes}
         figures.append(
-            figure(
-                "modes",
-                name,
-                "ms/token",
-                taken[name],
-                speedup=taken["full"].over(taken[name]),
-                predicted=Samples(tuple(predicted[name][1:])).median,
-                notes=notes,
-            )
+            figure("modes", name, "ms/token", taken[name], baseline=taken["full"], **more)
         )
     return figures
 
 
-def _plain_cases() -> dict[str, tuple[str, dict[str, Any]]]:
+def _drafting_cases(calibration: Calibration | None) -> dict[str, dict[str, Any]]:
+    """Options of speculation, by a case's name."""
+    plain = {"draft_stage": 0, "num_draft_tokens": 3}
+    calibrated = calibration and dict(calibration.options.get("speculative", plain))
     return {
-        "full": ("full", {}),
-        "stage 0": ("stage", {"stage": 0}),
-        "prefix of 2": ("prefix", {"max_stages": 2}),
-        "compose all": ("compose", {}),
+        "speculative, 3 drafts": plain,
+        **({"speculative, as calibrated": calibrated} if calibrated else {}),
+        f"speculative, 3 drafts of a {COPY_BITS}-bit copy": {**plain, "draft_bits": COPY_BITS},
+        "speculative, looked up only": {"draft_lookup": True, "num_draft_tokens": 0},
     }
 
 
-def _drafting_cases(
-    model: PoEModel, calibration: Calibration | None
-) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Modes that draft or exit early; exiting early needs a calibration."""
-    plain = {"draft_stage": 0, "num_draft_tokens": 3}
-    cases: dict[str, tuple[str, dict[str, Any]]] = {"speculative, 3 drafts": ("speculative", plain)}
-    if calibration:
-        draft = dict(calibration.options.get("speculative", plain))
-        cases["speculative, as calibrated"] = ("speculative", draft)
-    copy = {**plain, "draft_bits": COPY_BITS}
-    cases[f"speculative, 3 drafts of a {COPY_BITS}-bit copy"] = ("speculative", copy)
-    looks_up = {"draft_lookup": True, "num_draft_tokens": 0}
-    cases["speculative, looked up only"] = ("speculative", looks_up)
-    if calibration:
-        bounds = {"p99_bounds": calibration.p99_bounds}
-        cases["wand"] = ("wand", {**bounds, **calibration.options.get("wand", {})})
-    return cases
-
-
-def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Speculation with the options that pay best on the recording."""
+def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, dict[str, Any]]:
+    """The same with the options that pay best on the recording."""
     model = setup.model
     costs = measure(model, ROWS, text=setup.texts[0], trials=2)
     needed = exit_margins(model, recording.p99_bounds, safety=1.0)
@@ -182,8 +159,8 @@ def _recorded_cases(setup: Setup, recording: Recording) -> dict[str, tuple[str, 
     label = "decided as recorded from poe-tiny"
     copy = {"draft_bits": COPY_BITS, "draft_stage": 0, "num_draft_tokens": 4}
     return {
-        f"speculative, {label}": ("speculative", chosen["speculative"][0]),
-        f"speculative, 4 drafts of a 4-bit copy, {label}": ("speculative", copy),
+        f"speculative, {label}": chosen["speculative"][0],
+        f"speculative, 4 drafts of a 4-bit copy, {label}": copy,
     }
 
 

@@ -17,9 +17,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -62,20 +63,6 @@ class Served:
     model: str
     flags: Sequence[str] = ()
     specialists: Sequence[tuple[str, Source]] = ()
-
-
-@dataclass(frozen=True)
-class Load:
-    """A number of clients; if `shared`, their prompts begin with the same long system prompt."""
-
-    clients: int
-    shared: bool
-
-    @property
-    def name(self) -> str:
-        """The load's name in figures."""
-        clients = f"{self.clients} client{'s' * (self.clients > 1)}"
-        return f"{clients}, system prompt" if self.shared else clients
 
 
 def check_installed() -> None:
@@ -140,31 +127,10 @@ class _Client:
         return reply
 
 
-class _Texts:
-    """Prompts of a given length in tokens, no two with the same beginning."""
-
-    def __init__(self, server: ServerProcess):
-        count = server.get("/tokenize", {"content": SENTENCE * 10})["count"]
-        self._sentence_tokens: float = count / 10
-        self._number = 0
-
-    def long(self, tokens: int) -> str:
-        """A text of about `tokens` tokens."""
-        return SENTENCE * max(round(tokens / self._sentence_tokens), 1)
-
-    def next(self, tokens: int) -> str:
-        """A request after about `tokens` tokens of text, starting with a number of its own."""
-        self._number += 1
-        return f"{self._number}. {self.long(tokens)}{REQUEST}"
-
-
-@dataclass
-class _Trials:
-    """One load's outcomes, trial by trial, None if the peer failed; and the peer's failures."""
-
-    ours: list[Outcome] = field(default_factory=list)
-    theirs: list[Outcome | None] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+def _sentences(server: ServerProcess) -> Callable[[int], str]:
+    """A function that makes a text of about so many of the server's tokens."""
+    count = server.get("/tokenize", {"content": SENTENCE * 10})["count"]
+    return lambda tokens: SENTENCE * max(round(10 * tokens / count), 1)
 
 
 def _loads(setup: Setup, served: Served, prompt_tokens: int) -> list[Figure]:
@@ -183,70 +149,81 @@ def _loads(setup: Setup, served: Served, prompt_tokens: int) -> list[Figure]:
             OURS: _Client(ours, setup.tokens, chat, **own),
             THEIRS: _Client(theirs, setup.tokens, chat),
         }
-        return _compare(setup, clients, _Texts(ours), prompt_tokens)
+        return _compare(setup, clients, _sentences(ours), prompt_tokens)
 
 
 def _compare(
-    setup: Setup, clients: dict[str, _Client], texts: _Texts, prompt_tokens: int
+    setup: Setup, clients: dict[str, _Client], text_of: Callable[[int], str], prompt_tokens: int
 ) -> list[Figure]:
-    loads = [Load(count, shared) for shared in (False, True) for count in CLIENTS]
-    system, own_tokens = texts.long(prompt_tokens), len(setup.texts[0])
+    # By name: the number of clients, and what their prompts begin with.
+    loads: dict[str, tuple[int, str | None]] = {}
+    system = text_of(prompt_tokens)
+    for more, start in (("", None), (", system prompt", system)):
+        loads |= {f"{n} client{'s' * (n > 1)}{more}": (n, start) for n in CLIENTS}
     for client in clients.values():
         client.ask(REQUEST)
-    # The same requests for both servers, new ones in every trial.
-    prompts: dict[Load, list[str]] = {}
+    # The same requests for both servers, new ones in every trial, no two with the same beginning.
+    prompts: dict[str, list[str]] = {}
+    numbers, own = count(1), text_of(len(setup.texts[0])) + REQUEST
 
     def draw() -> None:
-        for load in loads:
-            count = max(ROUNDS * load.clients, LEAST)
-            prompts[load] = [texts.next(own_tokens) for _ in range(count)]
+        for load, (together, _) in loads.items():
+            requests = range(max(ROUNDS * together, LEAST))
+            prompts[load] = [f"{next(numbers)}. {own}" for _ in requests]
 
-    def run(name: str, load: Load, patience: float) -> Outcome:
-        client = clients[name]
+    def run(name: str, load: str, patience: float) -> Outcome:
+        client, (together, common) = clients[name], loads[load]
         if not client.server.running:
             client.server.start()
             client.server.ask(client.path, client.request(REQUEST, system), FIRST_PATIENCE)
-        common = system if load.shared else None
         requests = [client.request(prompt, common) for prompt in prompts[load]]
-        return closed_loop(client.server, client.path, requests, load.clients, patience)
+        return closed_loop(client.server, client.path, requests, together, patience)
 
-    trials: dict[Load, _Trials] = defaultdict(_Trials)
+    # Trial by trial, None where the peer failed.
+    our_outcomes: defaultdict[str, list[Outcome]] = defaultdict(list)
+    their_outcomes: defaultdict[str, list[Outcome | None]] = defaultdict(list)
+    failures: defaultdict[str, list[str]] = defaultdict(list)
 
-    def ours(load: Load, patience: float) -> float:
+    def ours(load: str, patience: float) -> float:
         with _named(clients[OURS].server):
-            trials[load].ours.append(run(OURS, load, patience))
-        return trials[load].ours[-1].rate
+            our_outcomes[load].append(run(OURS, load, patience))
+        return our_outcomes[load][-1].rate
 
-    def theirs(load: Load, patience: float) -> float:
-        found = trials[load]
+    def theirs(load: str, patience: float) -> float:
         outcome = None
-        if len(found.failures) < GIVE_UP:
+        if len(failures[load]) < GIVE_UP:
             try:
                 outcome = run(THEIRS, load, patience)
             except ServerFailed as failure:
                 clients[THEIRS].server.stop()
-                found.failures.append(str(failure))
-        found.theirs.append(outcome)
+                failures[load].append(str(failure))
+        their_outcomes[load].append(outcome)
         return outcome.rate if outcome else math.nan
 
     draw()
     started = time.perf_counter()
-    ours(loads[-1], FIRST_PATIENCE)
+    ours([*loads][-1], FIRST_PATIENCE)
     longest = time.perf_counter() - started
-    trials.clear()
+    our_outcomes.clear()
     patience = max(PATIENCE * longest, LEAST_PATIENCE)
     cases: dict[str, Callable[[], float]] = {}
     for load in loads:
-        cases[f"{load.name}, ours"] = partial(ours, load, patience)
-        cases[f"{load.name}, peer"] = partial(theirs, load, patience)
+        cases[f"{load}, ours"] = partial(ours, load, patience)
+        cases[f"{load}, peer"] = partial(theirs, load, patience)
     setup.interleaved(cases, "serving", draw)
-    return [one for load in loads for one in _figures(load, trials[load])]
+    return [
+        one
+        for load in loads
+        for one in _figures(load, our_outcomes[load], their_outcomes[load], failures[load])
+    ]
 
 
-def _figures(load: Load, trials: _Trials) -> list[Figure]:
+def _figures(
+    load: str, ours: Sequence[Outcome], theirs: Sequence[Outcome | None], failures: Sequence[str]
+) -> list[Figure]:
     # The first round was a warm-up for both.
-    ours, theirs = trials.ours[1:], trials.theirs[1:]
-    notes: dict[str, float | str] = {"prompt_tokens": ours[0].replies[0].prompt_tokens}
+    ours, theirs = ours[1:], theirs[1:]
+    notes: dict[str, float | str] = {"prompt_tokens": ours[0].replies[0].usage["prompt_tokens"]}
     same = [
         a.text.strip() == b.text.strip()
         for one, other in zip(ours, theirs, strict=True)
@@ -254,9 +231,9 @@ def _figures(load: Load, trials: _Trials) -> list[Figure]:
         for a, b in zip(one.replies, other.replies, strict=True)
     ]
     measures: dict[str, tuple[str, Callable[[Outcome], float]]] = {
-        load.name: ("tokens/s", lambda outcome: outcome.rate),
-        f"{load.name}, first token": ("ms", lambda outcome: 1e3 * median(_firsts(outcome))),
-        f"{load.name}, slowest first token": ("ms", lambda outcome: 1e3 * max(_firsts(outcome))),
+        load: ("tokens/s", lambda outcome: outcome.rate),
+        f"{load}, first token": ("ms", lambda outcome: 1e3 * median(_firsts(outcome))),
+        f"{load}, slowest first token": ("ms", lambda outcome: 1e3 * max(_firsts(outcome))),
     }
     found = []
     for name, (unit, measure) in measures.items():
@@ -267,25 +244,16 @@ def _figures(load: Load, trials: _Trials) -> list[Figure]:
             speedup = mine.over(peer) if unit == "tokens/s" else peer.over(mine)
             about["peer"] = peer.median
         if unit == "tokens/s":
-            about |= _peer_notes(trials.failures, theirs, same)
+            if same:
+                about["agreement"] = sum(same) / len(same)
+            if resets := sum(reply.resets for one in theirs if one for reply in one.replies):
+                about["peer_resets"] = resets
+            if failures:
+                left_out = ", then left out" * (len(failures) >= GIVE_UP)
+                about["peer_failed"] = f"{len(failures)} x{left_out}: {failures[-1]}"
         samples = Samples(tuple(map(measure, ours)))
         found.append(figure("serving", name, unit, samples, speedup=speedup, notes=about))
     return found
-
-
-def _peer_notes(
-    failures: Sequence[str], outcomes: Sequence[Outcome | None], same: Sequence[bool]
-) -> dict[str, float | str]:
-    """Further notes on the peer under a load."""
-    notes: dict[str, float | str] = {}
-    if same:
-        notes["agreement"] = sum(same) / len(same)
-    if resets := sum(reply.resets for one in outcomes if one for reply in one.replies):
-        notes["peer_resets"] = resets
-    if failures:
-        left_out = ", then left out" * (len(failures) >= GIVE_UP)
-        notes["peer_failed"] = f"{len(failures)} x{left_out}: {failures[-1]}"
-    return notes
 
 
 def _firsts(outcome: Outcome) -> list[float]:
@@ -306,42 +274,35 @@ def _second_turn(setup: Setup, served: Served, prompt_tokens: int) -> list[Figur
     with ExitStack() as stack:
         server = _start(stack, OURS, command)
         chat = {about["id"]: about["poe"]["chat"] for about in _models(server)}
-        texts = _Texts(server)
+        numbers, text = count(1), _sentences(server)(prompt_tokens) + REQUEST
         one, other = (
             _Client(server, 1, chat[name], model=name, repetition_penalty=1)
             for name in (first, second)
         )
 
         def run(name: str, before: _Client | None) -> float:
-            prompt = texts.next(prompt_tokens)
+            prompt = f"{next(numbers)}. {text}"
             if before:
                 before.ask(prompt)
             replies[name].append(other.ask(prompt))
             return 1e3 * replies[name][-1].first
 
-        cases = {"nobody": None, "another": one, "itself": other}
-        taken = setup.interleaved(
-            {name: partial(run, name, before) for name, before in cases.items()},
-            "a second specialist's turn",
-        )
+        readers = {"nobody": None, "another": one, "itself": other}
+        cases = {name: partial(run, name, before) for name, before in readers.items()}
+        taken = setup.interleaved(cases, "a second specialist's turn")
     cold, again = taken["nobody"], taken["itself"]
     parts = zip(cold.values, again.values, strict=True)
     own = Samples(tuple(b + share * (a - b) for a, b in parts))
     found = []
     for name, samples in taken.items():
-        reply = replies[name][-1]
-        about: dict[str, Any] = {
-            "prompt_tokens": reply.prompt_tokens,
-            "cached": reply.cached_tokens / reply.prompt_tokens,
-        }
+        usage = replies[name][-1].usage
+        cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+        length = usage["prompt_tokens"]
+        more: dict[str, Any] = {"notes": {"prompt_tokens": length, "cached": cached / length}}
+        if name == "another":
+            more["predicted"] = cold.over(own)
         label = f"{second}, first token, prompt read before by {name}"
-        predicted = cold.over(own) if name == "another" else None
-        speedup = cold.over(samples)
-        found.append(
-            figure(
-                "serving", label, "ms", samples, speedup=speedup, predicted=predicted, notes=about
-            )
-        )
+        found.append(figure("serving", label, "ms", samples, baseline=cold, **more))
     return found
 
 

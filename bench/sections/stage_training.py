@@ -54,8 +54,10 @@ def training(setup: Setup) -> list[Figure]:
         write_store(Path(folder), model, batches.texts, 16)
         width = model.config.n_embd
         stored = StoredActivations(Path(folder), batches.texts, width, 16, stage.dtype)
-        ways_to_read = {"with a store": stored, "running the base": LiveBase(model)}
-        cases = {name: partial(iteration, way) for name, way in ways_to_read.items()}
+        cases = {
+            "with a store": partial(iteration, stored),
+            "running the base": partial(iteration, LiveBase(model)),
+        }
         taken = setup.interleaved(cases, "training")
         # The peak memory of an iteration, in addition to what is held already.
         mx.clear_cache()

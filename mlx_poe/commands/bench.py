@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
 from importlib.util import find_spec
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -34,20 +35,16 @@ from cognica_mlx.errors import RequestError
 from cognica_mlx.files import whole_file
 from cognica_mlx.files.stored import DTYPES, dtype_name, dtype_named
 from cognica_mlx.network.model import PoEModel
-from cognica_mlx.pricing.costs import Costs
 from cognica_mlx.pricing.measuring import calibrate
 from cognica_mlx.pricing.replaying import recorded_prefix
 from cognica_mlx.pricing.timed_costs import measure, measure_drafter
 from cognica_mlx.scheme import BITS
-from mlx_poe.commands.bench_machines import (
-    MACHINES,
-    add_machine_flags,
-    check_machines,
-    measure_machines,
-)
+from mlx_poe.commands import bench_machines
+from mlx_poe.commands.bench_machines import MACHINES
 from mlx_poe.commands.bench_texts import long_text, margins, prompts, recording
 from mlx_poe.commands.entry import interruptible, make_parser, run
 from mlx_poe.commands.flags import (
+    LOADING,
     add_revision_flag,
     add_specialist_flag,
     check_output,
@@ -55,6 +52,7 @@ from mlx_poe.commands.flags import (
     names,
     numbers,
     starters,
+    taken,
 )
 from mlx_poe.generation.progress import Bars
 from mlx_poe.loading.load import DEFAULT_MODEL, find_model, load
@@ -151,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BITS,…",
         help="bit widths of the section quantised (default: 8,4)",
     )
-    add_machine_flags(parser)
+    bench_machines.add_machine_flags(parser)
     out = parser.add_argument_group("output")
     out.add_argument("--json", type=file_path, metavar="FILE", help="write the result file")
     out.add_argument("--csv", type=file_path, metavar="FILE", help="write the figures as a table")
@@ -170,9 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
     _check(args)
     # Before minutes of measuring.
-    old = None
-    if args.compare:
-        old = read(read_text(args.compare), str(args.compare))
+    old = read(read_text(args.compare), str(args.compare)) if args.compare else None
     remarks = []
     if mx.default_device() == mx.cpu and (blas.advice or slow_blas()):
         remarks.append(
@@ -183,7 +179,7 @@ def _bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
     with Bars() as progress:
         if args.split:
             dtype = _dtype(args)
-            shared = measure_machines(args, dtype, progress)
+            shared = bench_machines.measure_machines(args, dtype, progress)
             if shared is None:
                 return 0  # rank 0 reports
             name, found = shared
@@ -235,7 +231,7 @@ def _check(args: argparse.Namespace) -> None:
     """Reject bad flags before minutes of measuring."""
     if args.model and args.shape:
         raise RequestError("give either --model or --shape, not both")
-    check_machines(args)
+    bench_machines.check_machines(args)
     if args.agreement is not None:
         if not args.shape:
             raise RequestError("--agreement needs --shape; a real model has its own agreement")
@@ -281,9 +277,7 @@ def _prepare(
         return model, [], None, None, f"{args.shape}, by its bytes in {args.dtype or 'bfloat16'}"
     if not args.shape:
         name = args.model or DEFAULT_MODEL
-        model, tokenizer = load(
-            name, revision=args.revision, dtype=args.dtype, quantize=args.quantize
-        )
+        model, tokenizer = load(name, **taken(args, LOADING))
         parts = [tokenizer.encode(text, add_special_tokens=False) for text in BEGINNINGS]
         bos = tokenizer.token_id(BOS)
         texts = [long_text(parts[i:] + parts[:i], args.context, bos) for i in (0, 4)]
@@ -308,23 +302,13 @@ def _prepare(
 
 
 def _calibrate(built: Synthetic, progress: Callable[[str, int, int], None]) -> Calibration:
-    size = built.model.config.vocab_size
-    return calibrate(
-        built.model,
-        [built.text(300, start) for start in (0, 2000, 4000)],
-        [1] * size,
-        continuations=8,
-        continuation_tokens=64,
-        costs=_costs(built.model, built.text(64, 100)),
-        progress=progress,
-    )
-
-
-def _costs(model: PoEModel, text: Sequence[int]) -> Costs:
-    """What the model's parts cost here, including those of a quantized copy."""
+    model, text = built.model, built.text(64, 100)
     costs = measure(model, ROWS, text=text, trials=3)
-    prefix = recorded_prefix(model)
-    return replace(costs, rounded=measure_drafter(prefix, ROWS, text=text)) if prefix else costs
+    if prefix := recorded_prefix(model):
+        costs = replace(costs, rounded=measure_drafter(prefix, ROWS, text=text))
+    texts, ones = [built.text(300, start) for start in (0, 2000, 4000)], [1] * len(built.successor)
+    few: dict[str, Any] = {"continuations": 8, "continuation_tokens": 64, "costs": costs}
+    return calibrate(model, texts, ones, **few, progress=progress)
 
 
 def _measure(

@@ -10,11 +10,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from cognica_mlx.bench.sections.several_machines import (
-    Machines,
-    part_of,
-    specialist_over,
-)
+from cognica_mlx.bench.sections.several_machines import Machines, part_of, specialist_over
 from cognica_mlx.bench.sections.stage_speeds import Figure
 from cognica_mlx.bench.shapes import random_model, shape_config
 from cognica_mlx.bench.synthetic import Synthetic, synthetic_model

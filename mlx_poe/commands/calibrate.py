@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cognica_mlx.calibration_file import CALIBRATION_FILE, Calibration
 from cognica_mlx.pricing.measuring import calibrate
@@ -100,9 +100,8 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _print_tables(calibration: Calibration) -> None:
     console = Console()
     last = len(calibration.top1_agreement)
-    stages = Table(title="Stages, on the text")
-    for heading in ("stage", "top-1 agreement", "bits per byte", "p50", "p90", "p99 bound"):
-        stages.add_column(heading, justify="right")
+    headings = ("stage", "top-1 agreement", "bits per byte", "p50", "p90", "p99 bound")
+    stages = Table(*(Column(one, justify="right") for one in headings), title="Stages, on the text")
     for stage in range(last + 1):
         row = [str(stage), "", f"{calibration.bits_per_byte[stage]:.4f}", "", "", ""]
         if stage < last:
@@ -112,17 +111,14 @@ def _print_tables(calibration: Calibration) -> None:
     stages.add_row("full", "100.0%", f"{calibration.bits_per_byte[-1]:.4f}", "", "", "")
     console.print(stages)
     console.print("p50 to p99: how much of the best token's margin is lost by the next stage.\n")
-    drafts = Table(title="Acceptance of drafts, on the model's own continuations")
-    drafts.add_column("draft stage", justify="right")
     lengths = len(next(iter(calibration.acceptance.values())))
-    for length in range(1, lengths + 1):
-        drafts.add_column(f"{length}", justify="right")
+    columns = (Column(str(one), justify="right") for one in ("draft stage", *range(1, lengths + 1)))
+    drafts = Table(*columns, title="Acceptance of drafts, on the model's own continuations")
     for stage_name, rates in calibration.acceptance.items():
         drafts.add_row(stage_name, *(f"{rate:.0%}" for rate in rates))
     console.print(drafts)
-    modes = Table(title="Expected speed of the modes, if time is proportional to bytes read")
-    for heading in ("mode", "speed-up", "best options"):
-        modes.add_column(heading)
+    title = "Expected speed of the modes, if time is proportional to bytes read"
+    modes = Table("mode", "speed-up", "best options", title=title)
     for mode, speedup in calibration.speedups.items():
         best = " ".join(
             f"--{name.replace('_', '-')} "

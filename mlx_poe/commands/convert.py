@@ -14,7 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import DownloadColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from cognica_mlx.convert.conversion import Conversion, prepare, upload
 from cognica_mlx.convert.formats.whole_folder import check_target
@@ -171,7 +171,9 @@ def _convert(args: argparse.Namespace) -> int:
         conversion.write(target, args.overwrite, partial(bars, str(target)))
     seconds = time.perf_counter() - started
     _print_summary(conversion)
-    print(f"written to {target} in {seconds:.1f} s, peak memory {size_text(_peak_memory())}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    print(f"written to {target} in {seconds:.1f} s, peak memory {size_text(peak)}")
     if texts:
         _verify(args, target, texts)
     if args.upload_repo:
@@ -200,12 +202,6 @@ def _scheme(args: argparse.Namespace) -> Scheme | None:
         if getattr(args, name) not in (None, []):
             raise RequestError(f"--{name.replace('_', '-')} needs -q")
     return None
-
-
-def _peak_memory() -> int:
-    """The process's peak memory, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _print_plan(conversion: Conversion, target: Path) -> None:
@@ -240,13 +236,11 @@ def _verify_texts(conversion: Conversion, data: Sequence[Text]) -> list[list[int
 
 def _verify(args: argparse.Namespace, target: Path, texts: Sequence[Sequence[int]]) -> None:
     source, tokenizer = load(args.hf_path, revision=args.revision, step=args.step)
-    result, _ = load(target)
-    differences = compare(
-        source, result, texts, tokenizer.token_byte_lengths(source.config.vocab_size)
-    )
-    table = Table(title=f"source and result on {sum(map(len, texts))} tokens")
-    for heading in ("stage", "max logit difference", "top-1 agreement", "bits per byte"):
-        table.add_column(heading, justify="right")
+    lengths = tokenizer.token_byte_lengths(source.config.vocab_size)
+    differences = compare(source, load(target)[0], texts, lengths)
+    headings = ("stage", "max logit difference", "top-1 agreement", "bits per byte")
+    columns = (Column(heading, justify="right") for heading in headings)
+    table = Table(*columns, title=f"source and result on {sum(map(len, texts))} tokens")
     for stage, difference in enumerate(differences):
         before, after = difference.bits_per_byte
         table.add_row(

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cognica_mlx.calibration_file import published_bounds
 from cognica_mlx.errors import RequestError
@@ -39,6 +39,13 @@ from mlx_poe.loading.load import load
 from mlx_poe.loading.tokenizer import Tokenizer
 
 SAFETIES = (0.5, 0.75, 1.0)
+ONLY_WITH = {
+    "data": ("num_tokens", "mask_prompt"),
+    "tasks": (
+        *("num_fewshot", "limit", "apply_chat_template", "include_path", "use_cache"),
+        *("output", "log_samples"),
+    ),
+}
 
 EXAMPLES = """\
   mlx_poe.evaluate --data notes.txt                    # bits per byte, accuracy, agreement
@@ -145,7 +152,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     longest = args.max_length or model.config.sequence_len
     predictors = Predictors(model, chosen(model, args.stages or ["all"]), _safeties(args, model))
     if args.tasks:
-        result, table = _on_tasks(args, model, tokenizer, predictors, longest)
+        result, table = _on_tasks(args, tokenizer, predictors, longest)
     else:
         limit, counted = args.num_tokens or sys.maxsize, None
         if args.mask_prompt:
@@ -174,16 +181,9 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("give a text with --data, or lm-eval tasks with --tasks")
     if args.limit is not None and not 0 < args.limit < math.inf:
         raise RequestError("--limit must be a number above 0")
-    only = {
-        "data": ("num_tokens", "mask_prompt"),
-        "tasks": (
-            *("num_fewshot", "limit", "apply_chat_template", "include_path", "use_cache"),
-            *("output", "log_samples"),
-        ),
-    }
-    for flag in only["data" if args.tasks else "tasks"]:
+    belongs = "data" if args.tasks else "tasks"
+    for flag in ONLY_WITH[belongs]:
         if getattr(args, flag) not in (None, False):
-            belongs = "data" if args.tasks else "tasks"
             raise RequestError(f"--{flag.replace('_', '-')} needs --{belongs}")
     if args.log_samples and not args.output:
         raise RequestError("--log-samples needs --output, the folder to write them to")
@@ -215,15 +215,12 @@ def _safeties(args: argparse.Namespace, model: PoEModel) -> Sequence[float]:
 
 
 def _on_tasks(
-    args: argparse.Namespace,
-    model: PoEModel,
-    tokenizer: Tokenizer,
-    predictors: Predictors,
-    longest: int,
+    args: argparse.Namespace, tokenizer: Tokenizer, predictors: Predictors, longest: int
 ) -> tuple[dict[str, Any], Table]:
     from mlx_poe.evaluation.harness import Shared
     from mlx_poe.evaluation.tasks import Run, run_tasks
 
+    model = predictors.model
     if model.config.specialist_layers and not args.apply_chat_template:
         print(
             "mlx_poe.evaluate: note: specialists expect chat turns; --apply-chat-template turns "
@@ -235,24 +232,10 @@ def _on_tasks(
     answers = Answers(args.use_cache)
     try:
         with Bars() as progress:
-            shared = Shared(
-                model,
-                tokenizer,
-                predictors,
-                longest,
-                answers,
-                fingerprint(model) if args.use_cache else "",
-                args.batch_size,
-                args.apply_chat_template,
-                progress,
-            )
-            wanted = Run(
-                args.tasks,
-                args.num_fewshot,
-                args.limit,
-                args.include_path,
-                args.apply_chat_template,
-            )
+            chat, named = args.apply_chat_template, fingerprint(model) if args.use_cache else ""
+            kept = (answers, named, args.batch_size, chat, progress)
+            shared = Shared(model, tokenizer, predictors, longest, *kept)
+            wanted = Run(args.tasks, args.num_fewshot, args.limit, args.include_path, chat)
             results = run_tasks(shared, wanted, args.model, args.output, args.log_samples)
     finally:
         answers.close()
@@ -288,13 +271,9 @@ def _is_metric(key: str, value: Any) -> bool:
 
 
 def _task_table(metrics: dict[str, dict[str, Any]]) -> Table:
-    table = Table()
-    table.add_column("predictor")
-    columns = []
+    table, columns = Table("predictor"), []
     for task, values in next(iter(metrics.values())).items():
-        for key, value in values.items():
-            if not _is_metric(key, value):
-                continue
+        for key in (key for key, value in values.items() if _is_metric(key, value)):
             metric, _, chosen_filter = key.partition(",")
             label = metric if chosen_filter in ("", "none") else f"{metric} ({chosen_filter})"
             columns.append((task, key, f"{metric}_stderr,{chosen_filter}"))
@@ -315,18 +294,12 @@ def _short(number: float) -> str:
 
 
 def _text_table(measured: Measured) -> Table:
-    table = Table(title=f"{measured.tokens} tokens, {measured.bytes} bytes")
-    table.add_column("predictor")
-    headings = ("bits per byte", "accuracy", "agreement", "mean depth", "weights read")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    forms = {"bits per byte": ".6f", "accuracy": ".2%", "agreement": ".2%"}
+    forms |= {"mean depth": ".2f", "weights read": ".1%"}
+    columns = (Column(name, justify="right") for name in forms)
+    title = f"{measured.tokens} tokens, {measured.bytes} bytes"
+    table = Table("predictor", *columns, title=title)
     for one in measured.worths:
-        table.add_row(
-            one.name,
-            f"{one.bits_per_byte:.6f}",
-            f"{one.accuracy:.2%}",
-            f"{one.agreement:.2%}",
-            f"{one.mean_depth:.2f}",
-            f"{one.weights_read:.1%}",
-        )
+        numbers = ((getattr(one, name.replace(" ", "_")), form) for name, form in forms.items())
+        table.add_row(one.name, *(f"{number:{form}}" for number, form in numbers))
     return table

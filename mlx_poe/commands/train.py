@@ -124,9 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> int:
     for file in (args.log, args.plot):
         check_output(file)
-    if args.plot:
-        _check_plot(args.plot)
-    given = {**(_read_config(args.config) if args.config else {}), **_flags(args)}
+    # Before any work, as a plot is drawn at the end.
+    if args.plot and find_spec("matplotlib") is None:
+        raise RequestError("--plot needs matplotlib: pip install 'cognica-mlx[plot]'")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise RequestError(f"--plot {args.plot}: name a .png, .svg or .pdf file")
+    flags = _absolute(taken(args, list(SETTINGS)))
+    given = {**(_read_config(args.config) if args.config else {}), **flags}
     known = resumed_settings(args.output, given) if args.resume else None
     settings = known or TrainingSettings(**given)
     with Watch(args.log) as watch:
@@ -180,11 +184,6 @@ def _again(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings given as flags."""
-    return _absolute(taken(args, list(SETTINGS)))
-
-
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
     """The settings with absolute paths, since training may resume from another folder."""
     for name in ("data", "model"):
@@ -206,29 +205,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, value in content.items():
         name = "layers" if key == "num_layers" else key
         if name not in SETTINGS:
-            raise RequestError(
-                f"{path}: {key!r} is not a setting; choose from {', '.join(SETTINGS)}"
-            )
+            choose = f"choose from {', '.join(SETTINGS)}"
+            raise RequestError(f"{path}: {key!r} is not a setting; {choose}")
         if isinstance(SETTINGS[name].default, float) and isinstance(value, str):
-            value = _number(path, name, value)
+            # YAML reads 1e-4, without a decimal point, as a string.
+            try:
+                value = float(value)
+            except ValueError:
+                raise RequestError(f"{path}: {name} {value!r} is not a number") from None
         found[name] = value
     return _absolute(found)
-
-
-def _number(path: Path, name: str, text: str) -> float:
-    # YAML reads 1e-4, without a decimal point, as a string.
-    try:
-        return float(text)
-    except ValueError:
-        raise RequestError(f"{path}: {name} {text!r} is not a number") from None
-
-
-def _check_plot(path: Path) -> None:
-    """Raise RequestError, before any work, if the plot could not be drawn at the end."""
-    if find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib: pip install 'cognica-mlx[plot]'")
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise RequestError(f"--plot {path}: name a .png, .svg or .pdf file")
 
 
 def _measure(output: Path, settings: TrainingSettings, result: Result, watch: Watch) -> None:
