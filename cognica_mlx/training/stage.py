@@ -185,34 +185,24 @@ class NewStage:
         parameters: Parameters,
         hidden: tuple[mx.array, ...],
         rows: mx.array,
-        targets: mx.array,
-        weights: mx.array,
+        *targets: mx.array,
     ) -> mx.array:
         tokens, x, x0, backout = hidden
         logits = self.logits(parameters, Hidden(tokens, x, x0, backout), rows)
-        return cross_entropy(logits, targets, weights)
+        return cross_entropy(logits, *targets)
 
-    def loss(
-        self,
-        parameters: Parameters,
-        hidden: Hidden,
-        rows: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-    ) -> mx.array:
-        """The weighted sum of the cross entropies at `rows` (n,), in nats."""
-        return self._loss(parameters, _arrays(hidden), rows, targets, weights)
+    def loss(self, parameters: Parameters, hidden: Hidden, *targets: mx.array) -> mx.array:
+        """The weighted sum of the cross entropies, in nats.
+
+        `targets` are the `rows`, `targets` and `weights` (n,) of a `Batch`.
+        """
+        return self._loss(parameters, _arrays(hidden), *targets)
 
     def loss_and_gradient(
-        self,
-        parameters: Parameters,
-        hidden: Hidden,
-        rows: mx.array,
-        targets: mx.array,
-        weights: mx.array,
+        self, parameters: Parameters, hidden: Hidden, *targets: mx.array
     ) -> tuple[mx.array, Parameters]:
         """`loss`, and its gradient with respect to each parameter, float32."""
-        return self._loss_and_gradient(parameters, _arrays(hidden), rows, targets, weights)
+        return self._loss_and_gradient(parameters, _arrays(hidden), *targets)
 
 
 def _arrays(hidden: Hidden) -> tuple[mx.array, ...]:

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -28,18 +28,10 @@ from cognica_mlx.training.batches import Batch, Batches, Text
 GROUP = 64
 STORE_BITS = (16, 8)
 _TYPES = {16: mx.int16, 8: mx.int8}
-_NUMPY = {16: np.int16, 8: np.int8}
 PARTS = ("x", "x0", "backout")
 DESCRIPTION = "store.json"
 # Positions that the base runs at once while a store is written.
 CHUNK = 4096
-
-
-class Activations(Protocol):
-    """A source of activations for batches."""
-
-    def read(self, batch: Batch) -> Hidden:
-        """The base's last boundary for a batch (B, T). Padding holds arbitrary finite values."""
 
 
 class LiveBase:
@@ -49,7 +41,7 @@ class LiveBase:
         self._model = model
 
     def read(self, batch: Batch) -> Hidden:
-        """See `Activations`."""
+        """The base's last boundary for a batch (B, T)."""
         return below(self._model, mx.array(batch.tokens))
 
 
@@ -100,55 +92,45 @@ def write_store(
     width, starts = model.config.n_embd, _starts(texts)
     positions, longest = int(starts[-1]), max(map(len, texts))
     with ExitStack() as opened:
-        files: dict[str, _Rows] = {}
-        for name in PARTS:
-            for key, kind, count in (
-                (name, _NUMPY[bits], width),
-                (f"{name}.scales", np.float32, groups(width)),
-            ):
-                rows = _Rows(folder / f"{key}.npy", kind, (positions, count))
-                files[key] = opened.enter_context(rows)
+        # Written rather than mapped: on a full disk, writing to a map kills the process.
+        files: dict[str, tuple[BinaryIO, int]] = {}
+        for name, (kind, shape) in _layout(positions, width, bits).items():
+            new = opened.enter_context((folder / f"{name}.npy").open("xb"))
+            fields = {"descr": kind.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(new, fields)
+            files[name] = new, new.tell()
         for batch in Batches(texts, max(CHUNK // longest, 1), seed=0).in_order():
             hidden = below(model, mx.array(batch.tokens))
-            encoded = {name: encode(getattr(hidden, name), bits) for name in PARTS}
+            encoded: dict[str, mx.array] = {}
+            for name in PARTS:
+                encoded[name], scales = encode(getattr(hidden, name), bits)
+                encoded[f"{name}.scales"] = scales
             mx.eval(encoded)
             there = [(row, i) for row, i in enumerate(batch.which) if i >= 0]
-            for name, (integers, scales_of) in encoded.items():
-                both = ((name, np.array(integers)), (f"{name}.scales", np.array(scales_of)))
-                for key, values in both:
-                    for row, i in there:
-                        part = values[row, : len(texts[i])]
-                        if part.dtype == np.float32 and not np.isfinite(part).all():
-                            raise CheckpointError(
-                                "the base's activations contain a value that is not finite: are "
-                                "its weights damaged?"
-                            )
-                        files[key].write(starts[i], part)
+            for name, (file, begin) in files.items():
+                values = np.array(encoded[name])
+                for row, i in there:
+                    part = values[row, : len(texts[i])]
+                    if part.dtype == np.float32 and not np.isfinite(part).all():
+                        raise CheckpointError(
+                            "the base's activations contain a value that is not finite: are its "
+                            "weights damaged?"
+                        )
+                    file.seek(begin + int(starts[i]) * part.itemsize * part.shape[1])
+                    file.write(np.ascontiguousarray(part).data)
             if progress:
                 progress(sum(len(texts[i]) for _, i in there))
     description = {"positions": positions, "n_embd": width, "bits": bits}
     (folder / DESCRIPTION).write_text(json.dumps(description) + "\n", encoding="utf-8")
 
 
-class _Rows:
-    """A .npy file of `shape`, to be filled in any order. It is written rather than mapped: on a
-    full disk, writing to a map kills the process."""
-
-    def __init__(self, path: Path, kind: Any, shape: tuple[int, ...]):
-        self._file = path.open("xb")
-        fields = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, fields)
-        self._start, self._stride = self._file.tell(), np.dtype(kind).itemsize * shape[1]
-
-    def __enter__(self) -> _Rows:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, row: int, values: np.ndarray) -> None:
-        self._file.seek(self._start + int(row) * self._stride)
-        self._file.write(np.ascontiguousarray(values).data)
+def _layout(
+    positions: int, width: int, bits: int
+) -> dict[str, tuple[np.dtype[Any], tuple[int, int]]]:
+    """A store's arrays by name: their types and shapes."""
+    scales = np.dtype(np.float32), (positions, groups(width))
+    both = {"": (np.dtype(f"int{bits}"), (positions, width)), ".scales": scales}
+    return {f"{part}{end}": about for part in PARTS for end, about in both.items()}
 
 
 def _starts(texts: Sequence[Text]) -> np.ndarray:
@@ -164,34 +146,27 @@ class StoredActivations:
         Raises CheckpointError naming the file that is missing, damaged or has another shape.
         """
         self._texts, self._starts, self._dtype = texts, _starts(texts), dtype
-        positions = int(self._starts[-1])
-        self._arrays: dict[str, np.ndarray] = {}
-        for name in PARTS:
-            self._arrays[name] = _open(folder / f"{name}.npy", _NUMPY[bits], (positions, width))
-            path = folder / f"{name}.scales.npy"
-            scales = (positions, groups(width))
-            self._arrays[f"{name}.scales"] = _open(path, np.float32, scales)
+        layout = _layout(int(self._starts[-1]), width, bits)
+        self._arrays = {n: _open(folder / f"{n}.npy", *about) for n, about in layout.items()}
 
     def read(self, batch: Batch) -> Hidden:
-        """See `Activations`."""
-        tokens = mx.array(batch.tokens)
-        parts = [
-            decode(self._gather(name, batch), self._gather(f"{name}.scales", batch), self._dtype)
-            for name in PARTS
-        ]
-        return Hidden(tokens, *parts)
-
-    def _gather(self, name: str, batch: Batch) -> mx.array:
-        source = self._arrays[name]
-        padded = np.zeros((*batch.tokens.shape, source.shape[1]), source.dtype)
-        for row, i in enumerate(batch.which):
-            if i >= 0:
-                length = len(self._texts[i])
-                padded[row, :length] = source[self._starts[i] : self._starts[i] + length]
-        return mx.array(padded)
+        """The base's last boundary for a batch (B, T), with zeros as padding."""
+        gathered: dict[str, mx.array] = {}
+        for name, source in self._arrays.items():
+            padded = np.zeros((*batch.tokens.shape, source.shape[1]), source.dtype)
+            for row, i in enumerate(batch.which):
+                if i >= 0:
+                    length = len(self._texts[i])
+                    padded[row, :length] = source[self._starts[i] : self._starts[i] + length]
+            gathered[name] = mx.array(padded)
+        parts = [decode(gathered[n], gathered[f"{n}.scales"], self._dtype) for n in PARTS]
+        return Hidden(mx.array(batch.tokens), *parts)
 
 
-def _open(path: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
+Activations = LiveBase | StoredActivations
+
+
+def _open(path: Path, kind: np.dtype[Any], shape: tuple[int, int]) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -200,8 +175,8 @@ def _open(path: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
         ) from None
     if array.dtype != kind or array.shape != shape:
         raise CheckpointError(
-            f"{path} holds {array.dtype} {array.shape}, not {np.dtype(kind)} {shape}: delete its "
-            "folder to have it made again"
+            f"{path} holds {array.dtype} {array.shape}, not {kind} {shape}: delete its folder to "
+            "have it made again"
         )
     plain: np.ndarray = array.view(np.ndarray)  # np.memmap's own indexing is slow
     return plain

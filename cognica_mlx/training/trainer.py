@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import mlx.core as mx
 
@@ -62,33 +62,23 @@ class Training:
     loss: float = 0.0
     loss_tokens: int = 0
 
-    @property
-    def best_loss(self) -> float:
-        """The lowest validation loss so far, in nats per token."""
-        return min((e.valid_loss for e in self.curve), default=math.inf)
 
-
+@dataclass
 class Trainer:
     """Iterations over `batches`, with an update after every `accumulation` of them.
 
     `kept` is the dtype in which parameters are saved; validation uses the saved form.
     """
 
-    def __init__(
-        self,
-        stage: NewStage,
-        optimizer: MuonAdamW,
-        batches: Batches,
-        activations: Activations,
-        *,
-        iterations: int,
-        learning_rate: float,
-        accumulation: int = 1,
-        kept: mx.Dtype = mx.bfloat16,
-    ):
-        self.stage, self.optimizer, self.batches = stage, optimizer, batches
-        self.activations, self.accumulation, self.kept = activations, accumulation, kept
-        self.iterations, self.learning_rate = iterations, learning_rate
+    stage: NewStage
+    optimizer: MuonAdamW
+    batches: Batches
+    activations: Activations
+    _: KW_ONLY
+    iterations: int
+    learning_rate: float
+    accumulation: int = 1
+    kept: mx.Dtype = mx.bfloat16
 
     def start(self, parameters: Parameters) -> Training:
         """The state before the first iteration."""
@@ -111,7 +101,10 @@ class Trainer:
         positions = self.batches.batch_size * longest
         rows = min(self.batches.batch_size * max(int(t.counted.sum()) for t in texts), positions)
         layers = len(self.stage.layers)
-        weights, slots = (_nbytes(part) for part in (state.parameters, state.optimizer))
+        weights, slots = (
+            sum(array.nbytes for array in part.values())
+            for part in (state.parameters, state.optimizer)
+        )
         # Each layer's activations, those of the boundary, attention's scores, the logits.
         values = positions * config.n_embd * (24 * layers + 28)
         values += positions * config.n_head * longest * 3 * (layers + 2) // 2
@@ -166,55 +159,30 @@ class Trainer:
         )
         return updated, size
 
-    def saved(self, parameters: Parameters) -> Parameters:
-        """The parameters in the form in which they are saved."""
-        return {name: array.astype(self.kept) for name, array in parameters.items()}
-
-    def measure(
-        self,
-        parameters: Parameters,
-        batches: list[Batch],
-        activations: Activations,
-        progress: Callable[[], None] | None = None,
-    ) -> tuple[float, float]:
-        """The mean loss of the counted tokens, in nats, and their bits per byte."""
-        total, counted, n_bytes = 0.0, 0, 0
-        for batch in batches:
-            hidden = activations.read(batch)
-            total += float(self.stage.loss(parameters, *_inputs(batch, hidden)))
-            counted, n_bytes = counted + batch.counted, n_bytes + batch.n_bytes
-            if progress:
-                progress()
-        return total / max(counted, 1), bits_per_byte(total, n_bytes)
-
     def evaluate(
-        self,
-        state: Training,
-        batches: list[Batch],
-        activations: Activations,
-        progress: Callable[[], None] | None = None,
+        self, state: Training, batches: Sequence[Batch], activations: Activations
     ) -> Training:
         """The state with one more evaluation, and with its parameters as `best` if they are.
 
         Raises DivergedError if the validation loss is not finite.
         """
-        parameters = self.saved(state.parameters)
-        loss, bits = self.measure(parameters, batches, activations, progress)
+        parameters = {name: array.astype(self.kept) for name, array in state.parameters.items()}
+        total, counted, n_bytes = 0.0, 0, 0
+        for batch in batches:
+            total += float(self.stage.loss(parameters, *_inputs(batch, activations.read(batch))))
+            counted, n_bytes = counted + batch.counted, n_bytes + batch.n_bytes
+        loss = total / max(counted, 1)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"the validation loss after iteration {state.iteration} is not a finite number"
             )
         train = state.loss / state.loss_tokens if state.loss_tokens else None
-        better = loss < state.best_loss
-        mx.eval(parameters)
-        return replace(
-            state,
-            curve=(*state.curve, Evaluation(state.iteration, train, loss, bits)),
-            best=parameters if better else state.best,
-            best_iteration=state.iteration if better else state.best_iteration,
-            loss=0.0,
-            loss_tokens=0,
-        )
+        measured = Evaluation(state.iteration, train, loss, bits_per_byte(total, n_bytes))
+        state = replace(state, curve=(*state.curve, measured), loss=0.0, loss_tokens=0)
+        if loss < min((e.valid_loss for e in state.curve[:-1]), default=math.inf):
+            mx.eval(parameters)
+            state = replace(state, best=parameters, best_iteration=state.iteration)
+        return state
 
 
 def _evaluated(state: Training, **finite: mx.array) -> Training:
@@ -229,10 +197,6 @@ def _evaluated(state: Training, **finite: mx.array) -> Training:
         if not math.isfinite(float(value)):
             raise DivergedError(f"the {what} of iteration {state.iteration} is not a finite number")
     return replace(state, parameters=parameters, optimizer=optimizer, gradients=gradients)
-
-
-def _nbytes(arrays: dict[str, mx.array]) -> int:
-    return sum(array.nbytes for array in arrays.values())
 
 
 def _inputs(batch: Batch, hidden: Hidden) -> tuple[Hidden, mx.array, mx.array, mx.array]:
