@@ -24,7 +24,10 @@ CALIBRATION_FILE = "poe_calibration.json"
 
 # Published for Cognica-PoE-v1.0-1.3B-base: 99th percentiles of how far each step moves a logit.
 PUBLISHED_BOUNDS = (7.09, 3.03, 2.15)
-_PUBLISHED_SHAPE = (24, 1536, 32768, (6, 6, 6, 6), (), False)
+_PUBLISHED_SHAPE = {
+    **{"n_layer": 24, "n_embd": 1536, "vocab_size": 32768, "stage_layers": (6, 6, 6, 6)},
+    **{"specialist_layers": (), "per_stage_head": False},
+}
 
 
 class CalibrationWarning(PoEWarning):
@@ -119,15 +122,8 @@ def read_calibration(
 
 def published_bounds(config: PoEConfig) -> Sequence[float] | None:
     """The published WAND bounds, for the one model that they were measured on; else None."""
-    shape = (
-        config.n_layer,
-        config.n_embd,
-        config.vocab_size,
-        config.stage_layers,
-        config.specialist_layers,
-        config.per_stage_head,
-    )
-    return PUBLISHED_BOUNDS if shape == _PUBLISHED_SHAPE else None
+    fits = all(getattr(config, name) == value for name, value in _PUBLISHED_SHAPE.items())
+    return PUBLISHED_BOUNDS if fits else None
 
 
 def _unusable(path: Path, reason: object) -> str:
@@ -162,24 +158,33 @@ def _tuples(value: Any) -> Any:
 
 # Checks of a file's content. Each takes a value and its name, and raises ValueError.
 
-_Check = Callable[[Any, str], None]
+_Check = Callable[[Any, str], object]
 
 
 def _check(content: Any, config: PoEConfig) -> None:
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
     steps, layers = config.poe_n_stages - 1, list(config.stage_layers + config.specialist_layers)
-    share: _Check = partial(_number, least=0, most=1)
-    modes = _option_checks(config)
+    shares = partial(_list, each=partial(_number, most=1))
+    stage = partial(_number, most=steps, whole=True)
+    # The options that a calibration may set for each mode; their ranges are the modes' own.
+    modes: dict[str, dict[str, _Check]] = {
+        "wand": {"safety": _number, "exit_stages": partial(_list, each=stage)},
+        "speculative": {
+            "num_draft_tokens": partial(_number, least=1, most=64, whole=True),
+            "draft_stage": stage,
+            "draft_bits": lambda value, _: draft_scheme(value),
+            "draft_lookup": partial(_one_of, known=[False, True]),
+            "draft_head": partial(_one_of, known=["summed", "base"]),
+        },
+    }
     checks: dict[str, _Check] = {
-        "stage_layers": partial(_list, each=partial(_whole, least=1)),
+        "stage_layers": partial(_list, each=partial(_number, least=1, whole=True)),
         "p99_bounds": partial(_list, each=_number, length=steps),
         "margin_loss": partial(_list, each=partial(_list, each=_number, length=3), length=steps),
-        "top1_agreement": partial(_list, each=share, length=steps),
+        "top1_agreement": partial(shares, length=steps),
         "bits_per_byte": partial(_list, each=_number, length=steps + 2),
-        "acceptance": partial(
-            _table, keys=list(map(str, range(steps))), each=partial(_list, each=share)
-        ),
+        "acceptance": partial(_table, keys=[*map(str, range(steps))], each=shares),
         "options": partial(_table, keys=modes, each=_table),
         "speedups": partial(_table, keys=modes, each=_number),
         "recommended": partial(_one_of, known=["full", *modes]),
@@ -202,44 +207,13 @@ def _check(content: Any, config: PoEConfig) -> None:
             modes[mode][option](value, f"{option} in the {name}")
 
 
-def _option_checks(config: PoEConfig) -> dict[str, dict[str, _Check]]:
-    """The options that a calibration may set for each mode; their ranges are the modes' own."""
-    last = config.poe_n_stages - 1
-    return {
-        "wand": {
-            "safety": _number,
-            "exit_stages": partial(_list, each=partial(_whole, least=0, most=last)),
-        },
-        "speculative": {
-            "num_draft_tokens": partial(_whole, least=1, most=64),
-            "draft_stage": partial(_whole, least=0, most=last),
-            "draft_bits": _bits,
-            "draft_lookup": _flag,
-            "draft_head": partial(_one_of, known=["summed", "base"]),
-        },
-    }
-
-
-def _number(value: Any, name: str, least: float = 0, most: float = MAX_NUMBER) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}: {_brief(value)} is not a number")
+def _number(
+    value: Any, name: str, least: float = 0, most: float = MAX_NUMBER, whole: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise ValueError(f"{name}: {_brief(value)} is not a {'whole ' if whole else ''}number")
     if not least <= value <= most:
         raise ValueError(f"{name}: {_brief(value)} is not between {least} and {most}")
-
-
-def _whole(value: Any, name: str, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}: {_brief(value)} is not a whole number")
-    if value < least or (most is not None and value > most):
-        limits = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise ValueError(f"{name}: {_brief(value)} is not {limits}")
-
-
-def _bits(value: Any, name: str) -> None:
-    try:
-        draft_scheme(value)
-    except RequestError:
-        raise ValueError(f"{name}: {_brief(value)} is not a number of bits") from None
 
 
 def _sketch(value: Any, name: str) -> None:
@@ -247,11 +221,6 @@ def _sketch(value: Any, name: str) -> None:
         lineage.recorded({name: value}, name)
     except CheckpointError:
         raise ValueError(f"{name} is damaged") from None
-
-
-def _flag(value: Any, name: str) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: {_brief(value)} is not true or false")
 
 
 def _list(value: Any, name: str, each: _Check, length: int | None = None) -> None:
@@ -275,9 +244,9 @@ def _table(
             each(item, name)
 
 
-def _one_of(value: Any, name: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: {_brief(value)} is not one of {', '.join(known)}")
+def _one_of(value: Any, name: str, known: Sequence[Any]) -> None:
+    if type(value) is not type(known[0]) or value not in known:
+        raise ValueError(f"{name}: {_brief(value)} is not one of {', '.join(map(str, known))}")
 
 
 def _brief(value: Any) -> str:

@@ -162,10 +162,10 @@ def test_the_folder_holds_the_least_validation_loss(made):
         made, "best", watcher, iters=20, steps_per_eval=2, learning_rate=3.0, store=False
     )
     losses = {e.iteration: e.valid_loss for e in watcher.evaluations}
-    assert losses[result.best_iteration] == min(losses.values()) < losses[20]
+    assert losses[result.best.iteration] == min(losses.values()) < losses[20]
     again = small_run(made, "best2", iters=1, store=False)
     assert again.curve[0] == result.curve[0]
-    assert f"those of iteration {result.best_iteration}," in (made / "best/README.md").read_text()
+    assert f"those of iteration {result.best.iteration}," in (made / "best/README.md").read_text()
     tokens = [text.tokens for text in result.valid]
     model, _ = load(made / "best", dtype="float32")
     nats = count = 0
@@ -551,7 +551,7 @@ def test_a_run_told_to_stop_where_it_is_writes_that_iteration(made, tmp_path):
     reached = read_training(checkpoint_file(output))[0]
     assert (reached.iteration, reached.best_iteration) == (4, 3)
     result = small_run(made, output, resume=True, iters=4)
-    assert [e.iteration for e in result.curve] == [0, 3, 4] and result.best_iteration == 4
+    assert [e.iteration for e in result.curve] == [0, 3, 4] and result.best.iteration == 4
     written = mx.load(str(output / "delta.safetensors"))
     for name, array in reached.parameters.items():
         if name.startswith("h."):

@@ -62,6 +62,11 @@ class Training:
     loss: float = 0.0
     loss_tokens: int = 0
 
+    @property
+    def best_evaluation(self) -> Evaluation:
+        """That of the best parameters."""
+        return next(e for e in self.curve if e.iteration == self.best_iteration)
+
 
 @dataclass
 class Trainer:

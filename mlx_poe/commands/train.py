@@ -161,7 +161,7 @@ def _train(args: argparse.Namespace) -> int:
         )
         print(f"written to {args.output}", flush=True)
         if args.plot:
-            plot(result.curve, result.best_iteration, args.plot)
+            plot(result.curve, best, args.plot)
         try:
             _measure(args.output, settings, result, watch)
         except KeyboardInterrupt:

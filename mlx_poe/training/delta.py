@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,33 +25,31 @@ from cognica_mlx.convert.model_card import card
 from cognica_mlx.convert.quantization import to_fields
 from cognica_mlx.files.safetensors_files import TensorWriter, nbytes
 from cognica_mlx.files.stored import dtype_name
-from cognica_mlx.training.stage import LAMBDAS, Parameters
-from cognica_mlx.training.trainer import Evaluation
+from cognica_mlx.training.stage import LAMBDAS
+from cognica_mlx.training.trainer import Training
 
 # The released files beside a pickled tokenizer.
 _TOKENIZER = (FILE_NAME, "tokenizer_config.json", "special_tokens_map.json", "token_bytes.pt")
 _SMALL_FILES_BYTES = 32 * 2**20  # more than the tokenizer and the card take
-_MOST_ROWS = 12
+_MOST_ROWS = 12  # about
 
 
 @dataclass(frozen=True)
 class Delta:
     """The content of a specialist's folder.
 
-    `parameters` are in the type to save; `embeddings` maps tokens to the tokens whose rows of the
-    base's table they use; `base_name` is the base's name for people, `reference` the one written
-    to the folder.
+    `state` has the parameters to save and their type; `embeddings` maps tokens to the tokens whose
+    rows of the base's table they use; `base_name` is the base's name for people, `reference` the
+    one written to the folder.
     """
 
     base: Checkpoint
     config: PoEConfig
-    parameters: Parameters
+    state: Training
     embeddings: dict[int, int]
     base_name: str
     reference: str
     training: dict[str, Any]
-    curve: Sequence[Evaluation]
-    best_iteration: int
 
     def write(self, target: Path, overwrite: bool) -> None:
         """Write the folder, whole or not at all.
@@ -75,30 +72,25 @@ class Delta:
         head = f"lm_head_specialists.{len(self.config.specialist_layers) - 1}.weight"
         found = {
             f"transformer.{name}": array
-            for name, array in self.parameters.items()
+            for name, array in self.state.best.items()
             if name.startswith("h.")
         }
-        found["lm_head_stage.weight"] = self.parameters[head]
-        found |= {f"transformer.{name}": array for name, array in self._embeddings().items()}
+        found["lm_head_stage.weight"] = self.state.best[head]
+        # The table as it is stored, packed or not, with `embeddings` applied.
+        for name in self.base.weights:
+            if name.rpartition(".")[0] == "wte":
+                table = self.base.weights[name].read()
+                if self.embeddings:
+                    table[mx.array(list(self.embeddings))] = table[
+                        mx.array(list(self.embeddings.values()))
+                    ]
+                found[f"transformer.{name}"] = table
         for name in LAMBDAS:
             ours = self.base.weights[name].read()
-            new = self.parameters[name].astype(ours.dtype)
+            new = self.state.best[name].astype(ours.dtype)
             found[name] = mx.concatenate([ours, new])
         mx.eval(found)
         return found
-
-    def _embeddings(self) -> dict[str, mx.array]:
-        """The table as it is stored, packed or not, with `embeddings` applied."""
-        names = [name for name in self.base.weights if name.rpartition(".")[0] == "wte"]
-        table = {name: self.base.weights[name].read() for name in names}
-        if self.embeddings:
-            tokens, words = (
-                mx.array(list(ids)) for ids in zip(*self.embeddings.items(), strict=True)
-            )
-            for name, array in table.items():
-                array[tokens] = array[words]
-                table[name] = array
-        return table
 
     def _write_small_files(self, folder: Path, target: Path) -> None:
         encoding = read_encoding(self.base.tokenizer_folder)
@@ -108,11 +100,10 @@ class Delta:
                     shutil.copyfile(self.base.tokenizer_folder / name, folder / name)
         else:
             write_tokenizer(folder, encoding, chat=True)
-        kind = next(k for k, a in self.parameters.items() if k.startswith("h."))
-        dtype = dtype_name(self.parameters[kind].dtype)
+        dtype = next(a.dtype for k, a in self.state.best.items() if k.startswith("h."))
         fields = delta_fields(self.config, self.reference, self.base) | {
             "dual_head": self.config.head_mode == "dual",
-            "torch_dtype": dtype,
+            "torch_dtype": dtype_name(dtype),
             "stage_training": self.training,
         }
         if "wte" in self.base.plan:
@@ -126,13 +117,20 @@ class Delta:
         """The model card: data, settings, loss curve, how to use it."""
         about = f"A specialist stage over `{self.base_name}`, trained with `mlx_poe.train`."
         rows = {"base": f"`{self.base_name}`", **self.training}
-        lines = ["| iteration | train loss | validation loss | bits per byte |"]
-        lines += ["|---|---|---|---|"]
-        lines += [self._row(evaluation) for evaluation in _thinned(self.curve)]
+        kept, curve = self.state.best_iteration, self.state.curve
+        lines = [
+            "| iteration | train loss | validation loss | bits per byte |",
+            "|---|---|---|---|",
+        ]
+        step = max(-(-len(curve) // _MOST_ROWS), 1)
+        for i in sorted({*range(0, len(curve), step), len(curve) - 1}):
+            e = curve[i]
+            train = "" if e.train_loss is None else f"{e.train_loss:.4f}"
+            lines += [f"| {e.iteration} | {train} | {e.valid_loss:.4f} | {e.bits_per_byte:.4f} |"]
         lines += [
             "",
             f"Losses are in nats per counted token. The weights are those of iteration "
-            f"{self.best_iteration}, which has the lowest validation loss. This folder needs its",
+            f"{kept}, which has the lowest validation loss. This folder needs its",
             "base, which `base_model_name_or_path` in config.json names.",
             "",
             "```bash",
@@ -140,17 +138,3 @@ class Delta:
             "```",
         ]
         return card(self.base, name, about, rows, lines)
-
-    def _row(self, evaluation: Evaluation) -> str:
-        train = "" if evaluation.train_loss is None else f"{evaluation.train_loss:.4f}"
-        return (
-            f"| {evaluation.iteration} | {train} | {evaluation.valid_loss:.4f} "
-            f"| {evaluation.bits_per_byte:.4f} |"
-        )
-
-
-def _thinned(curve: Sequence[Evaluation]) -> list[Evaluation]:
-    """About `_MOST_ROWS` of the evaluations, including the first and the last."""
-    step = max(-(-len(curve) // _MOST_ROWS), 1)
-    kept = list(curve[::step])
-    return kept if kept[-1:] == list(curve[-1:]) else [*kept, curve[-1]]

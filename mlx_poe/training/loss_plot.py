@@ -11,7 +11,7 @@ from cognica_mlx.training.trainer import Evaluation
 TRAIN, VALID, BEST = "#bbbbbb", "#4c78a8", "#e45756"
 
 
-def plot(curve: Sequence[Evaluation], best_iteration: int, path: Path) -> None:
+def plot(curve: Sequence[Evaluation], best: Evaluation, path: Path) -> None:
     """Plot a run's evaluations into a file; its suffix gives the type.
 
     Needs matplotlib (the extra `plot`). Raises ValueError for an unknown type.
@@ -25,7 +25,6 @@ def plot(curve: Sequence[Evaluation], best_iteration: int, path: Path) -> None:
     trained = {e.iteration: e.train_loss for e in curve if e.train_loss is not None}
     axis.plot(list(trained), list(trained.values()), ".-", color=TRAIN)
     axis.plot([e.iteration for e in curve], [e.valid_loss for e in curve], ".-", color=VALID)
-    best = next(e for e in curve if e.iteration == best_iteration)
     axis.plot([best.iteration], [best.valid_loss], "o", color=BEST)
     axis.set_yscale("log")
     axis.set_xlabel("iteration")

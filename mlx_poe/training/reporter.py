@@ -32,19 +32,14 @@ class InterruptedTraining(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """A run's result: its curve, the iteration that the folder holds, the training time in seconds,
-    positions trained on per second, peak memory of training in bytes, and the validation and test
+    """A run's result: its curve, the evaluation of the folder's weights, the training time in
+    seconds, positions trained on per second, peak memory in bytes, and the validation and test
     rows."""
 
     curve: tuple[Evaluation, ...]
-    best_iteration: int
+    best: Evaluation
     seconds: float
     tokens_per_second: float
     peak_memory: int
     valid: list[Text]
     test: list[Text] | None
-
-    @property
-    def best(self) -> Evaluation:
-        """The evaluation of the weights in the folder."""
-        return next(e for e in self.curve if e.iteration == self.best_iteration)

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -37,13 +36,7 @@ from mlx_poe.training.data import Split, fingerprint, read_split
 from mlx_poe.training.delta import Delta
 from mlx_poe.training.reporter import InterruptedTraining, Reporter, Result
 from mlx_poe.training.settings import TrainingSettings, resumed
-from mlx_poe.training.store_folders import (
-    Store,
-    base_fingerprint,
-    check_stores,
-    remove_unfinished,
-    store_for,
-)
+from mlx_poe.training.store_folders import base_fingerprint, stored_activations
 
 # Settings that the specialist's folder names.
 DESCRIBED = (
@@ -206,42 +199,16 @@ class _Run:
         if not self.settings.store:
             live = LiveBase(model)
             return live, live
-        stores = [self._store(split, parent) for split in (self.train_split, self.valid_split)]
-        where = stores[0].folder.parent
-        remove_unfinished(where)
-        for store in stores:
-            store.wait(self.reporter.note)
-        needed = check_stores(stores)
-        if needed:
-            self.reporter.note(f"the base's activations take {size_text(needed)} in {where}")
-        else:
-            self.reporter.note(f"the base's activations are already in {where}")
-        missing = {store.folder: store for store in stores if not store.exists}
-        if missing:
-            positions, done = sum(len(t) for store in missing.values() for t in store.texts), 0
-
-            def more(count: int) -> None:
-                nonlocal done
-                done += count
-                self.reporter.progress("reading", done, positions)
-
-            for store in missing.values():
-                store.make(model, more)
-        train, valid = (store.open() for store in stores)
-        return train, valid
-
-    def _store(self, split: Split, parent: Path | None) -> Store:
+        texts = [self.train_split.texts, self.valid_split.texts]
         frozen = self.checkpoint.config.n_layer
-        return store_for(
-            split.texts,
-            base=self.base,
-            windows=self.config.windows[:frozen],
-            embeddings=self.embeddings,
-            width=self.config.n_embd,
-            bits=self.settings.store_bits,
-            dtype=self.dtype,
-            parent=parent,
-        )
+        about = {
+            "base": self.base,
+            "windows": list(self.config.windows[:frozen]),  # which a stage on top may change
+            "embeddings": sorted(self.embeddings.items()),
+            "bits": self.settings.store_bits,
+        }
+        train, valid = stored_activations(texts, model, self.dtype, about, parent, self.reporter)
+        return train, valid
 
     @property
     def identity(self) -> dict[str, str]:
@@ -279,14 +246,18 @@ class _Run:
             if not state.curve:
                 state = self._evaluate(state)
             while state.iteration < self.settings.iters:
-                positions += self._positions(state.iteration)
+                texts = self.batches.texts_at(state.iteration)
+                positions += sum(len(self.batches.texts[i]) for i in texts)
                 state = self._next(state)
             state = self.trainer.finish(state)
             # Not yet, if the run was interrupted here and is told to stop here.
             if state.curve[-1].iteration < state.iteration:
                 state = self._evaluate(state)
             seconds = time.perf_counter() - started
-            self._conclude(state)
+            # Until the folder is whole, the checkpoint holds everything.
+            with suppress(CheckpointError):  # there may be room for the folder, which is smaller
+                self.save(state)
+            self._write(state)
         except KeyboardInterrupt:
             self.save(state)
             raise InterruptedTraining(state.iteration) from None
@@ -300,7 +271,7 @@ class _Run:
         rate = positions / seconds if state.iteration > first else 0.0
         return Result(
             curve=state.curve,
-            best_iteration=state.best_iteration,
+            best=state.best_evaluation,
             seconds=seconds,
             tokens_per_second=rate,
             peak_memory=mx.get_peak_memory(),
@@ -328,9 +299,6 @@ class _Run:
         self.reporter.evaluated(state.curve[-1], rate)
         return state
 
-    def _positions(self, iteration: int) -> int:
-        return sum(len(self.batches.texts[i]) for i in self.batches.texts_at(iteration))
-
     def _kept(self) -> str:
         file = checkpoint_file(self.output)
         if not file.is_file():
@@ -338,16 +306,9 @@ class _Run:
         kept, _ = read_training(file)
         return f"the checkpoint of iteration {kept.iteration} is kept; continue it with --resume"
 
-    def _conclude(self, state: Training) -> None:
-        """Write the folder. Until it is whole, the checkpoint holds everything."""
-        with suppress(CheckpointError):  # there may be room for the folder, which is smaller
-            self.save(state)
-        self._write(state)
-
     def _write(self, state: Training) -> None:
         settings, source = self.settings, self.checkpoint.source
-        curve = [e for e in state.curve if math.isfinite(e.valid_loss)]
-        best = next(e for e in curve if e.iteration == state.best_iteration)
+        best = state.best_evaluation
         described = {
             "data": Path(settings.data).resolve().name,
             "rows": f"{self.train_split.rows} to learn from, {self.valid_split.rows} to measure on",
@@ -367,11 +328,9 @@ class _Run:
         Delta(
             base=self.checkpoint,
             config=self.config,
-            parameters=state.best,
+            state=state,
             embeddings=self.embeddings,
             base_name=name,
             reference=reference,
             training=described,
-            curve=curve,
-            best_iteration=state.best_iteration,
         ).write(self.output, self.overwrite)

@@ -10,27 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from cognica_mlx.convert.checkpoint import Checkpoint
 from cognica_mlx.convert.formats.whole_folder import check_room, new_folder, remove_leftovers
 from cognica_mlx.errors import CheckpointError, PoEError
+from cognica_mlx.files.byte_sizes import size_text
 from cognica_mlx.files.stored import raw
 from cognica_mlx.files.whole_file import PARTIAL, leftovers, lock
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.training.batches import Text
-from cognica_mlx.training.store import (
-    DESCRIPTION,
-    StoredActivations,
-    store_bytes,
-    write_store,
-)
+from cognica_mlx.training.store import DESCRIPTION, StoredActivations, store_bytes, write_store
 from mlx_poe.loading.machine_costs import cache_folder
 from mlx_poe.training.data import fingerprint
+from mlx_poe.training.reporter import Reporter
 
 _UNFINISHED = re.compile(rf"\.([0-9a-f]{{20}})\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 HEADERS = 4096  # more than the arrays' headers and the description take
@@ -50,73 +47,20 @@ def base_fingerprint(checkpoint: Checkpoint) -> str:
     return found.hexdigest()
 
 
-@dataclass(frozen=True)
-class Store:
-    """The store of a set of texts: where it is or will be, and its size."""
-
-    folder: Path
-    texts: Sequence[Text]
-    width: int
-    bits: int
-    dtype: mx.Dtype
-
-    @property
-    def exists(self) -> bool:
-        """Whether it is already on disk."""
-        return (self.folder / DESCRIPTION).is_file()
-
-    @property
-    def nbytes(self) -> int:
-        """Its size on disk in bytes."""
-        return store_bytes(self.texts, self.width, self.bits) + HEADERS
-
-    def wait(self, note: Callable[[str], None]) -> None:
-        """Wait for other processes that are making it."""
-        for partial in leftovers(self.folder):
-            try:
-                with lock(partial, wait=False):
-                    continue
-            except OSError:
-                note("another run is reading the same texts: waiting for its activations")
-            with lock(partial, wait=True):
-                pass
-
-    def make(self, model: PoEModel, progress: Callable[[int], None]) -> None:
-        """Run the base below the last stage of `model` over the texts, and keep the result.
-
-        Another process may make it at the same time: whichever ends first has made it. Raises
-        CheckpointError if it cannot be written.
-        """
-        if self.folder.exists() and not self.exists:
-            raise CheckpointError(f"{self.folder} lacks {DESCRIPTION}: delete it, to have it made")
-        try:
-            with new_folder(self.folder, self.nbytes, overwrite=False, private=True) as folder:
-                write_store(folder, model, self.texts, self.bits, progress)
-        except PoEError:
-            if not self.exists:
-                raise
-
-    def open(self) -> StoredActivations:
-        """Its activations. CheckpointError if it is damaged."""
-        return StoredActivations(self.folder, self.texts, self.width, self.bits, self.dtype)
-
-
-def store_for(
-    texts: Sequence[Text],
-    *,
-    base: str,
-    windows: Sequence[int],
-    embeddings: dict[int, int],
-    width: int,
-    bits: int,
+def stored_activations(
+    sets: Sequence[Sequence[Text]],
+    model: PoEModel,
     dtype: mx.Dtype,
+    about: Mapping[str, Any],
     parent: Path | None,
-) -> Store:
-    """The store of `texts` over the base with the fingerprint `base`.
+    reporter: Reporter,
+) -> list[StoredActivations]:
+    """The activations below the last stage of `model` for each set of texts.
 
-    `windows` are those of the base's layers, which a stage on top may change; `embeddings` maps
-    tokens to the tokens whose embeddings they use. The store is in `parent`, by default in the
-    user's cache folder. Raises CheckpointError for a user without a home folder.
+    Stores that are missing are made first; another process may make them at the same time.
+    `about` names, JSON-ready, what they depend on besides the texts, among it the `bits` per value.
+    They are in `parent`, by default in the user's cache folder. Raises CheckpointError for a user
+    without a home folder, a store that is damaged, or a disk that lacks the room.
     """
     if parent is None:
         cache = cache_folder()
@@ -125,16 +69,62 @@ def store_for(
                 "there is no home folder to keep activations in: give --store-path"
             )
         parent = cache / "activations"
-    key = {
-        "base": base,
-        "windows": list(windows),
-        "embeddings": sorted(embeddings.items()),
-        "bits": bits,
-        "dtype": str(dtype),
-        "texts": fingerprint(texts, counted=False),
-    }
-    name = hashlib.blake2b(json.dumps(key).encode(), digest_size=10).hexdigest()
-    return Store(parent / name, texts, width, bits, dtype)
+    width, bits, folders = model.config.n_embd, about["bits"], []
+    for texts in sets:
+        key = {**about, "dtype": str(dtype), "texts": fingerprint(texts, counted=False)}
+        name = hashlib.blake2b(json.dumps(key).encode(), digest_size=10).hexdigest()
+        folders.append(parent / name)
+    remove_unfinished(parent)
+    for folder in folders:
+        _wait(folder, reporter.note)
+    missing = {f: t for f, t in zip(folders, sets, strict=True) if not _exists(f)}
+    sizes = {f: store_bytes(texts, width, bits) + HEADERS for f, texts in missing.items()}
+    if missing:
+        needed = sum(sizes.values())
+        remedy = (
+            "make room, keep the base's activations elsewhere (--store-path), in 8 bits "
+            "(--store-bits 8), or run the base in every step (--no-store)"
+        )
+        check_room(folders[0], needed, remedy)
+        reporter.note(f"the base's activations take {size_text(needed)} in {parent}")
+    else:
+        reporter.note(f"the base's activations are already in {parent}")
+    positions, done = sum(len(text) for texts in missing.values() for text in texts), 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        reporter.progress("reading", done, positions)
+
+    for folder, texts in missing.items():
+        if folder.exists() and not _exists(folder):
+            raise CheckpointError(f"{folder} lacks {DESCRIPTION}: delete it, to have it made")
+        try:
+            with new_folder(folder, sizes[folder], overwrite=False, private=True) as new:
+                write_store(new, model, texts, bits, more)
+        except PoEError:
+            if not _exists(folder):
+                raise
+    return [
+        StoredActivations(folder, texts, width, bits, dtype)
+        for folder, texts in zip(folders, sets, strict=True)
+    ]
+
+
+def _exists(folder: Path) -> bool:
+    return (folder / DESCRIPTION).is_file()
+
+
+def _wait(folder: Path, note: Callable[[str], None]) -> None:
+    """Wait for other processes that are making a store."""
+    for partial in leftovers(folder):
+        try:
+            with lock(partial, wait=False):
+                continue
+        except OSError:
+            note("another run is reading the same texts: waiting for its activations")
+        with lock(partial, wait=True):
+            pass
 
 
 def remove_unfinished(parent: Path) -> None:
@@ -142,19 +132,3 @@ def remove_unfinished(parent: Path) -> None:
     for partial in parent.glob(f".*{PARTIAL}"):
         if name := _UNFINISHED.fullmatch(partial.name):
             remove_leftovers(parent / name[1])
-
-
-def check_stores(stores: Sequence[Store]) -> int:
-    """The bytes that the missing stores will take.
-
-    Raises CheckpointError if the disk lacks the room.
-    """
-    missing = [store for store in stores if not store.exists]
-    needed = sum(store.nbytes for store in missing)
-    if missing:
-        remedy = (
-            "make room, keep the base's activations elsewhere (--store-path), in 8 bits "
-            "(--store-bits 8), or run the base in every step (--no-store)"
-        )
-        check_room(missing[0].folder, needed, remedy)
-    return needed
