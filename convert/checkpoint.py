@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from cognica_mlx.backend.streams import end_with_thread
 from cognica_mlx.config import SUMMED, PoEConfig, flatten
 from cognica_mlx.convert.formats.tokenizer_files import has_tokenizer
-from cognica_mlx.convert.formats.torch_files import TorchFile
+from cognica_mlx.convert.formats.torch_files import read_torch_file
 from cognica_mlx.convert.quantization import Plan, apply_plan, from_fields
 from cognica_mlx.convert.sources import Source, locate_base
 from cognica_mlx.errors import CheckpointError, ConfigError, PoEWarning
@@ -201,11 +201,8 @@ def _tensors(source: Source, step: int | None, stem: str) -> dict[str, StoredTen
         return read_tensors(source.folder, stem)
     meta = _meta(source, step)
     assert meta is not None, "the configuration came from it"
-    file = TorchFile(meta.with_name(meta.name.replace("meta_", "model_")).with_suffix(".pt"))
-    return {
-        name: StoredTensor(shape, file.dtype(name), partial(file.read, name))
-        for name, shape in file.shapes().items()
-    }
+    name = meta.name.replace("meta_", "model_")
+    return read_torch_file(meta.with_name(name).with_suffix(".pt"))
 
 
 def _tokenizer_folder(source: Source) -> Path | None:

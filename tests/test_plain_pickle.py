@@ -13,7 +13,7 @@ import pytest
 from pickles import Calls
 
 from cognica_mlx.convert.formats.tokenizer_files import read_encoding
-from cognica_mlx.convert.formats.torch_files import TorchFile
+from cognica_mlx.convert.formats.torch_files import read_torch_file
 from cognica_mlx.errors import CheckpointError, PoEError, TokenizerError
 
 # Spelled out again here, so that no slip in the module widens them unseen.
@@ -90,7 +90,7 @@ def tokenizer(folder: Path, data: bytes) -> None:
 def checkpoint(folder: Path, data: bytes) -> None:
     with zipfile.ZipFile(folder / "model.pt", "w") as archive:
         archive.writestr("archive/data.pkl", data)
-    TorchFile(folder / "model.pt")
+    read_torch_file(folder / "model.pt")
 
 
 READERS: list[tuple[Callable[[Path, bytes], None], type[PoEError]]] = [

@@ -17,7 +17,7 @@ from pickles import Calls, number, row, short, text
 from torch_views import VIEWS, expected_views, refusal
 
 from cognica_mlx.convert.formats import torch_files
-from cognica_mlx.convert.formats.torch_files import TorchFile
+from cognica_mlx.convert.formats.torch_files import read_torch_file
 from cognica_mlx.errors import CheckpointError
 
 
@@ -69,10 +69,10 @@ def written(folder: Path, data: bytes) -> Path:
 def test_handmade_views(
     tmp_path: Path, shape: tuple[int, ...], strides: tuple[int, ...], offset: int, expected: Any
 ) -> None:
-    file = TorchFile(written(tmp_path, state(tensor(shape, strides, offset))))
-    assert file.shapes() == {"w": shape}
-    assert file.read("w").shape == shape
-    assert file.read("w").tolist() == expected or expected is None
+    file = read_torch_file(written(tmp_path, state(tensor(shape, strides, offset))))
+    assert list(file) == ["w"] and file["w"].shape == shape
+    assert file["w"].read().shape == shape
+    assert file["w"].read().tolist() == expected or expected is None
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_a_pickle_too_large_is_not_taken_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path, state(PLAIN))
-    assert TorchFile(path).read("w").tolist() == [[0, 1], [2, 3]]
+    assert read_torch_file(path)["w"].read().tolist() == [[0, 1], [2, 3]]
     monkeypatch.setattr(torch_files, "MOST_PICKLE_BYTES", 100)
     assert "bytes for 'data.pkl', which is impossible" in refusal(path)
 
@@ -291,8 +291,8 @@ def test_many_names_for_one_storage_are_no_bomb(tmp_path: Path) -> None:
     big = tensor((2**20,), (0,))
     many = b"\x80\x02}(" + b"".join(text(f"w{i}") + big for i in range(20)) + b"u."
     assert "would expand" in refusal(written(tmp_path, many))
-    one = TorchFile(written(tmp_path, state(big)))
-    assert one.read("w").sum().item() == 0
+    one = read_torch_file(written(tmp_path, state(big)))
+    assert one["w"].read().sum().item() == 0
 
 
 @given(st.binary() | st.lists(st.sampled_from([*map(bytes, zip(range(256)))])).map(b"".join))
@@ -316,6 +316,6 @@ def test_nothing_is_unpickled_or_imported(monkeypatch: pytest.MonkeyPatch) -> No
     for module, name in ((pickle, "loads"), (pickle, "load"), (pickle, "Unpickler")):
         monkeypatch.setattr(module, name, forbidden)
     monkeypatch.setattr(builtins, "__import__", forbidden)
-    names = list(TorchFile(VIEWS).shapes())
+    names = list(read_torch_file(VIEWS))
     monkeypatch.undo()
     assert names == list(expected_views())

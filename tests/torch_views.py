@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from conftest import FIXTURES
 
-from cognica_mlx.convert.formats.torch_files import TorchFile
+from cognica_mlx.convert.formats.torch_files import read_torch_file
 from cognica_mlx.errors import CheckpointError
 
 VIEWS = FIXTURES / "torch" / "views.pt"
@@ -34,7 +34,7 @@ def expected_views() -> dict[str, mx.array]:
 def refusal(path: Path) -> str:
     """The one line that `path` is refused with."""
     with pytest.raises(CheckpointError) as caught:
-        TorchFile(path)
+        read_torch_file(path)
     message = str(caught.value)
     assert message.startswith(f"{path} ")
     assert message.isprintable()

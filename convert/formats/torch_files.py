@@ -3,7 +3,7 @@
 - In: a state dict as written by `torch.save`: a zip of one pickle and the raw storages of float32,
   bfloat16 or float16 tensors, plain or as Parameters.
 - Out: names and shapes at once; each tensor on demand, copied from the mapped file. The file must
-  not change while a `TorchFile` is in use.
+  not change while its tensors are in use.
 - No unpickler runs: `plain_pickle` interprets the few instructions that a state dict needs. Any
   other instruction, and any other global, is refused by name.
 - Nothing is decompressed, extracted or trusted: sizes, offsets and strides are checked against the
@@ -19,6 +19,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ from cognica_mlx.convert.formats.plain_pickle import (
 )
 from cognica_mlx.errors import CheckpointError, one_line
 from cognica_mlx.files.git_lfs import pointer_problem
+from cognica_mlx.files.stored import StoredTensor
 
 MOST_DIRECTORY_BYTES = 4 * 2**20  # 300 storages take 30 thousand bytes
 MOST_PICKLE_BYTES = 16 * 2**20  # and 30 thousand in the pickle
@@ -76,62 +78,48 @@ class _Tensor(NamedTuple):
     strides: Any
 
 
-class TorchFile:
-    """A `.pt` file's tensors by name, memory-mapped.
+def read_torch_file(path: Path) -> dict[str, StoredTensor]:
+    """A `.pt` file's tensors by name, in its order, unread; the file is memory-mapped.
 
     Raises CheckpointError, naming the file, if anything is missing, damaged, unreadable or refused;
-    after that only `read` of an unknown name can fail.
+    reading a tensor cannot fail after that.
     """
+    try:
+        archive = _Archive(path)
+        start, size = archive.record("data.pkl", MOST_PICKLE_BYTES)
+        content = _replay(archive.data[start : start + size], archive.storage)
+        tensors = _select(content, len(archive.data))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error.__cause__
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # zipfile, pickletools and bad stacks can raise anything
+        raise CheckpointError(
+            f"{path} is damaged or not a PyTorch checkpoint ({one_line(error)}): download it again"
+        ) from error
+    return {
+        name: StoredTensor(tensor.shape, tensor.storage.dtype, partial(_read, archive.data, tensor))
+        for name, tensor in tensors.items()
+    }
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        try:
-            archive = _Archive(self.path)
-            self._data = archive.data
-            start, size = archive.record("data.pkl", MOST_PICKLE_BYTES)
-            content = _replay(self._data[start : start + size], archive.storage)
-            self._tensors = _select(content, len(self._data))
-        except CheckpointError as error:
-            raise CheckpointError(f"{path} {error}") from error.__cause__
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-        except Exception as error:  # zipfile, pickletools and bad stacks can raise anything
-            raise CheckpointError(
-                f"{path} is damaged or not a PyTorch checkpoint ({one_line(error)}): "
-                "download it again"
-            ) from error
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape by name, in the file's order; reads no tensor."""
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
-
-    def dtype(self, name: str) -> mx.Dtype:
-        """The stored type of the tensor `name`."""
-        dtype: mx.Dtype = self._tensors[name].storage.dtype
-        return dtype
-
-    def read(self, name: str) -> mx.array:
-        """A copy of the tensor `name`, of shape `shapes()[name]`, in its stored type.
-
-        Raises CheckpointError if the file has no tensor of that name.
-        """
-        if name not in self._tensors:
-            raise CheckpointError(f"{self.path} holds no tensor {_shown(name)}")
-        (start, _, dtype), offset, shape, strides = self._tensors[name]
-        if 0 in shape:
-            return mx.zeros(shape, dtype)
-        width = dtype.size
-        steps = tuple(stride * width for stride in strides)
-        # As raw bits: numpy has no bfloat16, and NaNs keep their payload.
-        bits: np.ndarray[Any, Any] = np.ndarray(
-            shape, f"<u{width}", self._data, start + offset * width, steps
-        )
-        # Most tensors are aligned and contiguous: then `require` copies nothing, mx.array once.
-        array = mx.array(np.require(bits, requirements=["C", "A"])).view(dtype)
-        if hasattr(mmap, "MADV_DONTNEED"):
-            # Otherwise the pages read count as this process's memory while the file is mapped.
-            self._data.madvise(mmap.MADV_DONTNEED)
-        return array
+def _read(data: mmap.mmap, tensor: _Tensor) -> mx.array:
+    """A copy of a checked tensor in a mapped file."""
+    (start, _, dtype), offset, shape, strides = tensor
+    if 0 in shape:
+        return mx.zeros(shape, dtype)
+    width = dtype.size
+    steps = tuple(stride * width for stride in strides)
+    # As raw bits: numpy has no bfloat16, and NaNs keep their payload.
+    bits: np.ndarray[Any, Any] = np.ndarray(
+        shape, f"<u{width}", data, start + offset * width, steps
+    )
+    # Most tensors are aligned and contiguous: then `require` copies nothing, mx.array once.
+    array = mx.array(np.require(bits, requirements=["C", "A"])).view(dtype)
+    if hasattr(mmap, "MADV_DONTNEED"):
+        # Otherwise the pages read count as this process's memory while the file is mapped.
+        data.madvise(mmap.MADV_DONTNEED)
+    return array
 
 
 class _Archive:
