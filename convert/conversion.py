@@ -154,7 +154,10 @@ class Conversion:
     def _packed(self, name: str, array: mx.array) -> dict[str, mx.array]:
         """A parameter's tensors by their names in the files, packed by the plan."""
         if any(part in name for part in _HEADS) and array.ndim == 2:
-            array = _with_rows(array, self.config.padded_vocab_size)
+            rows = self.config.padded_vocab_size
+            if array.shape[0] < rows:  # the padding is never read
+                array = mx.pad(array, [(0, rows - array.shape[0]), (0, 0)])
+            array = array[:rows]
         packed = pack(name, array, self.plan, self.dtype)
         return {self._stored_name(key): value for key, value in packed.items()}
 
@@ -372,10 +375,3 @@ def upload(folder: Path, repo_id: str) -> str:
 def _place(name: str) -> list[tuple[int, str]]:
     """A sort key that compares numbers in names as numbers: layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _with_rows(array: mx.array, rows: int) -> mx.array:
-    """`array` cut or padded with zeros to `rows`; the padding rows are never read."""
-    if array.shape[0] >= rows:
-        return array[:rows]
-    return mx.pad(array, [(0, rows - array.shape[0]), (0, 0)])

@@ -92,24 +92,18 @@ def _from_json(fields: Any, stages: int, heads: int) -> Costs:
         heads=tuple(map(tuple, fields["heads"])),
         full_boundaries=tuple(fields["full_boundaries"]),
     )
-    counts = (*costs.rows, *costs.full_boundaries)
+    each = (*costs.stages, *costs.heads)
     usable = (
-        all(type(count) is int for count in counts)
+        all(type(count) is int for count in (*costs.rows, *costs.full_boundaries))
         and sorted({0, *costs.rows}) == [0, *costs.rows] != [0]
         and (len(costs.stages), len(costs.heads)) == (stages, heads)
         and set() < set(costs.full_boundaries) <= set(range(heads))
-        and all(
-            len(each) == len(costs.rows) and all(map(_is_cost, each))
-            for each in (*costs.stages, *costs.heads)
-        )
+        and all(len(part) == len(costs.rows) for part in each)
+        and all(type(c) in (int, float) and 0 < c < MAX_SECONDS for part in each for c in part)
     )
     if not usable:
         raise ValueError("not the costs of such a model")
     return costs
-
-
-def _is_cost(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < MAX_SECONDS
 
 
 def _fingerprint(model: PoEModel, *more: str) -> str:

@@ -208,44 +208,33 @@ class _Rank:
 
     def announce(self, models: Sequence[PoEModel]) -> None:
         """Print on rank 0's stderr how much each rank holds."""
-        arrays: dict[int, mx.array] = {}
+        bytes_of: dict[int, int] = {}
         for model in models:
-            named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-            arrays.update((id(array), array) for array in named.values())
-        held = self._exchange(float(sum(array.nbytes for array in arrays.values())))
+            arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+            bytes_of |= {id(array): array.nbytes for array in arrays.values()}
+        held = self._exchange(float(sum(bytes_of.values())))
         if self.wire.rank:
             return
+        titles = [*(f"stage {k}" for k in range(self._base)), *self._specialists]
         for rank, count in enumerate(held):
-            stages = ", ".join(map(self._title, self.split.stages(rank)))
+            stages = ", ".join(titles[k] for k in self.split.stages(rank))
             print(f"rank {rank} holds {stages}: {size_text(count)}", file=sys.stderr)
-
-    def _title(self, stage: int) -> str:
-        if stage < self._base:
-            return f"stage {stage}"
-        return self._specialists[stage - self._base]
 
     def place(self, link: Link, model: PoEModel, specialists: Specialists) -> None:
         """Replace the stages of rank 0's models that other ranks hold by remote stages."""
-        model.place({
-            k: RemoteStage(
-                model, model.config.stage_range(k), k, link=link, rank=self.split.ranks[k], number=k
+
+        def remote(of: PoEModel, stage: int, number: int, speaks: bool = False) -> RemoteStage:
+            layers, rank = of.config.stage_range(stage), self.split.ranks[number]
+            return RemoteStage(
+                of, layers, stage, link=link, rank=rank, number=number, speaks=speaks
             )
-            for k in range(self._base)
-            if self.split.ranks[k]
-        })  # fmt: skip
+
+        base = self._base
+        model.place({k: remote(model, k, k) for k in range(base) if self.split.ranks[k]})
         for i, name in enumerate(specialists.names):
             if not self.is_here(i):
-                special, k = specialists.use(name), self._base
-                stage = RemoteStage(
-                    special,
-                    special.config.stage_range(k),
-                    k,
-                    link=link,
-                    rank=self.split.ranks[k + i],
-                    number=k + i,
-                    speaks=True,
-                )
-                special.place({k: stage})
+                special = specialists.use(name)
+                special.place({base: remote(special, base, base + i, speaks=True)})
 
     def serve(self, model: PoEModel, specialists: Specialists) -> None:
         """Carry out rank 0's messages until it ends."""
