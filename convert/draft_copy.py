@@ -71,19 +71,16 @@ def offer_copy(model: PoEModel, folder: Path) -> None:
     """
     path = folder / DRAFT_FILE
     if path.is_file():
-        _, metadata = _load(path)
-        bits = metadata[_BITS]
-        model.stored_copies[draft_scheme(bits)] = partial(_take_up, model, path)
+        model.stored_copies[_load(path)[1]] = partial(_take_up, model, path)
 
 
 def _take_up(model: PoEModel, path: Path) -> None:
-    arrays, metadata = _load(path)
-    of = _sketch(path, metadata)
+    arrays, scheme, of = _load(path)
     if of and (odd := lineage.difference(of, lineage.of_model(model))):
         raise CheckpointError(
             f"{path} belongs to another model: its {odd} differs; delete it, or convert again"
         )
-    scheme, dtype = draft_scheme(metadata[_BITS]), model.resid_lambdas.dtype
+    dtype = model.resid_lambdas.dtype
     modules = dict(model.named_modules())
     for place, packed in _matrices(PoEModel(model.config), scheme).items():
         own = modules[place]
@@ -121,20 +118,15 @@ def _matrices(model: PoEModel, scheme: Scheme) -> dict[str, Any]:
     return found
 
 
-def _sketch(path: Path, metadata: dict[str, str]) -> lineage.Sketch:
-    """The sketch of the model that the copy was made from; empty in an older copy."""
-    try:
-        return lineage.recorded({_OF: json.loads(metadata.get(_OF, "{}"))}, _OF)
-    except (CheckpointError, ValueError, RecursionError):
-        raise CheckpointError(f"{path} is damaged: delete it, or convert again") from None
-
-
-def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+def _load(path: Path) -> tuple[dict[str, mx.array], Scheme, lineage.Sketch]:
+    """A copy's arrays, its scheme, and the sketch of its model, which is empty in an older one."""
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
-        draft_scheme(metadata[_BITS])
-        return arrays, metadata
+        of = lineage.recorded({_OF: json.loads(metadata.get(_OF, "{}"))}, _OF)
+        return arrays, draft_scheme(metadata[_BITS]), of
+    except CheckpointError:
+        raise CheckpointError(f"{path} is damaged: delete it, or convert again") from None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         problem = f"is not a quantized copy ({one_line(error)}): delete it, or convert again"
         raise CheckpointError(f"{path} {pointer_problem(path) or problem}") from None

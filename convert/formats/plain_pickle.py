@@ -1,6 +1,6 @@
 """Reads plain values from pickles without unpickling, so nothing in a file is ever executed.
 
-- In: a pickle's bytes, and a `Dialect` that lists what one kind of file may contain.
+- In: a pickle's bytes, and what one kind of file may contain, its dialect; the rest is refused.
 - Out: what the pickle leaves on its stack: text, numbers, tuples and dictionaries; a `Global` for
   each class or function that the dialect allows; and the results of the dialect's own rules.
 - No unpickler runs. pickletools parses the file without executing it, and `replay` interprets the
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cognica_mlx.errors import PoEError
@@ -47,29 +46,24 @@ class Global(NamedTuple):
     name: str
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """What one kind of file may contain; everything else is refused.
-
-    `kind` names it in messages; refusals raise `error`. `values` are the allowed instructions for
-    plain values beyond dictionaries and (), `names` the allowed globals, as "module.name". `rules`
-    compute the results of REDUCE, NEWOBJ, BUILD and BINPERSID; their operands may be anything.
-    """
-
-    kind: str
-    error: type[PoEError]
-    most_steps: int
-    values: frozenset[str]
-    names: frozenset[str]
-    rules: Mapping[str, Callable[..., object]]
-
-
-def replay(data: bytes, dialect: Dialect) -> list[object]:
+def replay(
+    data: bytes,
+    *,
+    kind: str,
+    error: type[PoEError],
+    most_steps: int,
+    values: frozenset[str],
+    names: frozenset[str],
+    rules: Mapping[str, Callable[..., object]],
+) -> list[object]:
     """What the pickle in `data` leaves on its stack: one value, if the pickle is valid.
 
-    Raises the dialect's error for anything refused, and any Exception for a damaged pickle.
+    `kind` names such a file in messages. It may hold plain values beyond dictionaries and () by the
+    instructions `values`, and the globals `names`, as "module.name". `rules` compute the results of
+    REDUCE, NEWOBJ, BUILD and BINPERSID; their operands may be anything. Raises `error` for
+    everything else, and any Exception for a damaged pickle.
     """
-    known = _COMMON | dialect.values | dialect.rules.keys()
+    known = _COMMON | values | rules.keys()
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, object] = {}
@@ -82,16 +76,23 @@ def replay(data: bytes, dialect: Dialect) -> list[object]:
         del stack[start:]
         return items
 
+    def named(module: object, name: object = "") -> Global:
+        # Exact types: only a real str may be looked up or shown.
+        full_name = "a non-name"
+        if type(module) is str and type(name) is str:
+            full_name = f"{module}.{name}"
+            if full_name in names and "." not in name:
+                return Global(full_name)
+        raise error(f"asks for {ascii(full_name)[:120]}: refused, nothing was run")
+
     for step, (opcode, arg, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
-        if step == dialect.most_steps:
-            raise dialect.error(
-                f"has over {dialect.most_steps} pickle instructions: not a {dialect.kind}"
-            )
+        if step == most_steps:
+            raise error(f"has over {most_steps} pickle instructions: not a {kind}")
         if name not in known:
-            raise dialect.error(
-                f"uses the pickle instruction {name}, which no {dialect.kind} needs:"
-                " refused, nothing was run"
+            raise error(
+                f"uses the pickle instruction {name}, which no {kind} needs: refused, nothing was"
+                " run"
             )
         if name in _SPELLED:
             stack.append(arg)
@@ -112,33 +113,18 @@ def replay(data: bytes, dialect: Dialect) -> list[object]:
             stack.append(tuple(take(count)))
         elif name in ("SETITEM", "SETITEMS"):
             items = take(len(stack) - marks.pop() if name == "SETITEMS" else 2)
-            _set_items(stack[-1], items, dialect)
+            keys = items[::2]
+            if not isinstance(stack[-1], dict) or len(items) % 2:
+                raise ValueError("it sets items of something that is not a dictionary")
+            # Hashing a deep tuple overflows the C stack.
+            if any(type(key) not in (str, bytes) for key in keys):
+                kinds = "neither text nor bytes" if values & BYTES else "not text"
+                raise ValueError(f"it has dictionary keys that are {kinds}")
+            stack[-1].update(zip(keys, items[1::2], strict=True))
         elif name == "GLOBAL":
-            stack.append(_global(dialect, *str(arg).split(" ", 1)))
+            stack.append(named(*str(arg).split(" ", 1)))
         elif name == "STACK_GLOBAL":
-            stack.append(_global(dialect, *take(2)))
-        elif name in dialect.rules:
-            stack.append(dialect.rules[name](*take(_OPERANDS[name])))
+            stack.append(named(*take(2)))
+        elif name in rules:
+            stack.append(rules[name](*take(_OPERANDS[name])))
     return stack
-
-
-def _global(dialect: Dialect, module: object, name: object = "") -> Global:
-    # Exact types: only a real str may be looked up or shown.
-    if type(module) is not str or type(name) is not str:
-        full_name = "a non-name"
-    else:
-        full_name = f"{module}.{name}"
-        if full_name in dialect.names and "." not in name:
-            return Global(full_name)
-    raise dialect.error(f"asks for {ascii(full_name)[:120]}: refused, nothing was run")
-
-
-def _set_items(target: object, items: list[Any], dialect: Dialect) -> None:
-    keys, values = items[::2], items[1::2]
-    if not isinstance(target, dict) or len(keys) != len(values):
-        raise ValueError("it sets items of something that is not a dictionary")
-    # Hashing a deep tuple overflows the C stack.
-    if any(type(key) not in (str, bytes) for key in keys):
-        kinds = "neither text nor bytes" if dialect.values & BYTES else "not text"
-        raise ValueError(f"it has dictionary keys that are {kinds}")
-    target.update(zip(keys, values, strict=True))

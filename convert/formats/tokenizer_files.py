@@ -16,7 +16,7 @@ from typing import NamedTuple
 import tiktoken
 
 from cognica_mlx.convert.formats import tokenizer_json
-from cognica_mlx.convert.formats.plain_pickle import BYTES, INTEGERS, TEXT, Dialect, Global, replay
+from cognica_mlx.convert.formats.plain_pickle import BYTES, INTEGERS, TEXT, Global, replay
 from cognica_mlx.errors import TokenizerError, one_line
 from cognica_mlx.files.git_lfs import pointer_problem
 
@@ -80,7 +80,8 @@ def _pickled(path: Path) -> object:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise TokenizerError(f"is larger than {MOST_BYTES >> 20} MiB: not a tokenizer")
-    dialect = Dialect(
+    made = replay(
+        data,
         kind="tokenizer",
         error=TokenizerError,
         most_steps=MOST_STEPS,
@@ -88,7 +89,6 @@ def _pickled(path: Path) -> object:
         names=_ENCODING,
         rules={"NEWOBJ": _make, "BUILD": _fill},
     )
-    made = replay(data, dialect)
     if len(made) != 1 or not isinstance(made[0], _Built):
         raise TokenizerError("does not hold a tiktoken Encoding and nothing else")
     return made[0].fields

@@ -32,7 +32,6 @@ from cognica_mlx.convert.formats.plain_pickle import (
     NUMBERS,
     TEXT,
     TUPLES,
-    Dialect,
     Global,
     replay,
 )
@@ -209,7 +208,8 @@ class _CarefulFile(io.FileIO):
 
 def _replay(data: bytes, storage: Callable[[object], _Storage]) -> object:
     """The pickle in `data` as plain values, Globals and _Tensors."""
-    dialect = Dialect(
+    made = replay(
+        data,
         kind="state dict",
         error=CheckpointError,
         most_steps=MOST_STEPS,
@@ -217,7 +217,6 @@ def _replay(data: bytes, storage: Callable[[object], _Storage]) -> object:
         names=_NAMES,
         rules={"BINPERSID": storage, "REDUCE": _rebuild, "BUILD": _keep},
     )
-    made = replay(data, dialect)
     if len(made) != 1:
         raise ValueError("the pickle does not leave exactly one value")
     return made[0]
