@@ -32,6 +32,9 @@ from cognica_mlx.files.stored import DTYPES, StoredTensor
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.quantized_copies import is_finite
 
+# What reads the tensors of a folder's "model" or "delta".
+_Tensors = Callable[[str], dict[str, StoredTensor]]
+
 _META = re.compile(r"meta_(\d{1,9})\.json")
 _LAYER = re.compile(r"h\.(\d{1,6})\.")
 _VALUE_EMBED = re.compile(r"h\.(\d{1,6})\.attn\.(value_embed|ve_gate)\.weight")
@@ -136,7 +139,7 @@ def _read(source: Source, step: int | None, chain: tuple[Source, ...]) -> Checkp
     if source.folder.resolve() in [link.folder.resolve() for link in chain]:
         raise CheckpointError(f"the chain of bases is circular: {_walk(*chain, source)}")
     chain = (*chain, source)
-    fields = _read_config(source, step)
+    fields, tensors = _opened(source, step)
     reference = fields.get("base_model_name_or_path") or fields.get("base_model_dir")
     revision = source.base_revision or fields.get("base_model_revision")
     try:
@@ -145,7 +148,7 @@ def _read(source: Source, step: int | None, chain: tuple[Source, ...]) -> Checkp
                 raise CheckpointError(
                     f"{source.name} is a base: it has none of revision {source.base_revision}"
                 )
-            return _read_base(source, step, fields)
+            return _read_base(source, fields, tensors)
         if not isinstance(revision, str | None):
             raise ConfigError(f"base_model_revision: {revision!r} is not text")
         try:
@@ -160,7 +163,7 @@ def _read(source: Source, step: int | None, chain: tuple[Source, ...]) -> Checkp
                 PoEWarning,
                 stacklevel=2,
             )
-        return _stack(source, step, fields, base)
+        return _stack(source, fields, tensors, base)
     except ConfigError as error:
         raise ConfigError(f"{source.name}: {error}") from None
 
@@ -169,12 +172,13 @@ def _walk(*chain: Source) -> str:
     return " -> ".join(link.name for link in chain)
 
 
-def _read_config(source: Source, step: int | None) -> dict[str, Any]:
+def _opened(source: Source, step: int | None) -> tuple[dict[str, Any], _Tensors]:
+    """A folder's configuration and tensors, in nanochat's those of `step`."""
     path = source.folder / "config.json"
     if path.is_file():
         if step is not None:
             raise CheckpointError(f"{source.name} is not a nanochat folder: it has no step {step}")
-        return read_json(path)
+        return read_json(path), partial(read_tensors, source.folder)
     meta = _meta(source, step)
     if meta is None:
         # nanochat keeps one folder for each model under base_checkpoints.
@@ -183,7 +187,8 @@ def _read_config(source: Source, step: int | None) -> dict[str, Any]:
         raise CheckpointError(
             f"{source.name} holds no config.json{instead or ': is it a model folder?'}"
         )
-    return dict(flatten(read_json(meta)))
+    weights = meta.with_name(meta.name.replace("meta_", "model_")).with_suffix(".pt")
+    return dict(flatten(read_json(meta))), lambda _: read_torch_file(weights)
 
 
 def _meta(source: Source, step: int | None) -> Path | None:
@@ -195,16 +200,6 @@ def _meta(source: Source, step: int | None) -> Path | None:
     return steps[max(steps) if step is None else step] if steps else None
 
 
-def _tensors(source: Source, step: int | None, stem: str) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors `stem`, or of nanochat's `step`, under their own names."""
-    if (source.folder / "config.json").is_file():
-        return read_tensors(source.folder, stem)
-    meta = _meta(source, step)
-    assert meta is not None, "the configuration came from it"
-    name = meta.name.replace("meta_", "model_")
-    return read_torch_file(meta.with_name(name).with_suffix(".pt"))
-
-
 def _tokenizer_folder(source: Source) -> Path | None:
     """The folder of a checkpoint's tokenizer: its own, or the one that nanochat shares."""
     own, shared = source.folder, source.folder.resolve().parent.parent / "tokenizer"
@@ -214,8 +209,8 @@ def _tokenizer_folder(source: Source) -> Path | None:
     return shared if nanochat and has_tokenizer(shared) else None
 
 
-def _read_base(source: Source, step: int | None, fields: Mapping[str, Any]) -> Checkpoint:
-    weights = _named(_tensors(source, step, "model"), source)
+def _read_base(source: Source, fields: Mapping[str, Any], tensors: _Tensors) -> Checkpoint:
+    weights = _named(tensors("model"), source)
     plan = from_fields(fields, weights, source.name)
     config = PoEConfig.from_dict(_complete(fields, weights))
     # Early nanochat checkpoints lack these, which means no scaling.
@@ -230,14 +225,14 @@ def _constant(make: Callable[[tuple[int, ...]], mx.array], length: int) -> Store
 
 
 def _stack(
-    source: Source, step: int | None, fields: Mapping[str, Any], base: Checkpoint
+    source: Source, fields: Mapping[str, Any], tensors: _Tensors, base: Checkpoint
 ) -> Checkpoint:
     if base.config.head_mode == SUMMED:
         raise CheckpointError(
             f"{source.name} builds on {base.source.name}, a merged specialist, and another head "
             "cannot be added to its sum: name the delta that it was made from"
         )
-    delta = _named(_tensors(source, step, "delta"), source)
+    delta = _named(tensors("delta"), source)
     head = f"lm_head_specialists.{len(base.config.specialist_layers)}"
     delta = {re.sub("^lm_head_stage\\b", head, name): tensor for name, tensor in delta.items()}
     plan = from_fields(_renamed_head(fields, head), delta, source.name)

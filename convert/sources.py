@@ -18,7 +18,7 @@ import huggingface_hub  # its client takes long to load, and most models are in 
 from cognica_mlx.errors import CheckpointError
 
 FILES = ("*.json", "*.safetensors", "tokenizer.pkl", "README.md", "LICENSE")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"(?!.*\.\.)[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,8 @@ def locate_base(reference: str, delta: Source, revision: str | None) -> Source:
         beside = _existing(reference, delta.folder)
         if beside and beside.is_dir():
             return _local(beside.resolve(), reference, revision)
-        # Never relative to the current folder, whatever is there.
-        return _fetch(reference, revision)
-    if not _is_hub_id(reference):
+    # Otherwise never relative to the current folder, whatever is there.
+    elif not _HUB_ID.fullmatch(reference):
         raise CheckpointError(
             f"{delta.name} comes from the hub and names {reference!r} as its base, "
             "which is not a hub id"
@@ -87,12 +86,8 @@ def _existing(name: str | Path, beside: Path = Path()) -> Path | None:
         return None
 
 
-def _is_hub_id(text: str) -> bool:
-    return bool(_HUB_ID.fullmatch(text)) and ".." not in text
-
-
 def _fetch(hub_id: str, revision: str | None) -> Source:
-    if not _is_hub_id(hub_id):
+    if not _HUB_ID.fullmatch(hub_id):
         raise CheckpointError(f"{hub_id}: no such folder, and not a hub id of the form owner/name")
     own, _, base = (revision or "").partition(":")
     try:

@@ -33,15 +33,14 @@ def _byte_characters() -> dict[int, str]:
 
     Printable Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 on.
     """
-    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
-    return {
-        byte: chr(byte) if byte in plain else chr(256 + others.index(byte)) for byte in range(256)
-    }
+    return dict(zip([*plain, *others], map(chr, [*plain, *range(256, 512)]), strict=False))
 
 
 # BPE options that change tokens and that tiktoken does not have
-_OTHER_BPE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+_OTHER_BPE = ("dropout", *_AFFIXES, "byte_fallback")
 _ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _CHARACTERS = _byte_characters()
 _BYTES = {character: byte for byte, character in _CHARACTERS.items()}
@@ -89,31 +88,28 @@ def _tokenizer_json(
         {"id": number, "content": text, **flags, "special": True}
         for text, number in sorted(special.items(), key=lambda item: item[1])
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    options = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    byte_level = {"type": "ByteLevel", **options}
     split = {"type": "Split", "pattern": {"Regex": pat_str}, "behavior": "Isolated"}
+    # with the special tokens, or `tokenizers` would number them from the vocabulary's size
+    vocabulary = {**{names[token]: ranks[token] for token in tokens}, **special}
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        **dict.fromkeys(("truncation", "padding")),
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [{**split, "invert": False}, {**byte_level, "use_regex": False}],
+            "pretokenizers": [{**split, "invert": False}, byte_level],
         },
         "post_processor": _bos_first(special),
-        "decoder": {**byte_level, "use_regex": False},
+        "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
+            **dict.fromkeys(("dropout", "unk_token", *_AFFIXES)),
+            **{"fuse_unk": False, "byte_fallback": False},
             "ignore_merges": True,  # tiktoken looks for the whole piece first
-            # with the special tokens, or `tokenizers` would number them from the vocabulary's size
-            "vocab": {**{names[token]: ranks[token] for token in tokens}, **special},
+            "vocab": vocabulary,
             "merges": merges,
         },
     }
@@ -125,9 +121,7 @@ def _bos_first(special: Mapping[str, int]) -> dict[str, Any] | None:
     bos = {"SpecialToken": {"id": BOS, "type_id": 0}}
     first, second = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
     return {
-        "type": "TemplateProcessing",
-        "single": [bos, first],
-        "pair": [bos, first, second],
+        **{"type": "TemplateProcessing", "single": [bos, first], "pair": [bos, first, second]},
         "special_tokens": {BOS: {"id": BOS, "ids": [special[BOS]], "tokens": [BOS]}},
     }
 
