@@ -27,6 +27,7 @@ HEAD_MODES = ("dual", "base", "specialist")
 # Like "dual", but merging has already added the heads: each specialist's head holds the sum.
 SUMMED = "summed"
 
+_REQUIRED = ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_len")
 # Hugging Face names for the same fields.
 _ALIASES = {
     "hidden_size": "n_embd",
@@ -69,7 +70,7 @@ class PoEConfig:
     value_embed_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_len"):
+        for name in _REQUIRED:
             self._check_count(name, getattr(self, name), least=1)
         if self.n_layer > MAX_LAYERS:
             raise ConfigError(f"n_layer: {self.n_layer} is beyond {MAX_LAYERS}")
@@ -94,11 +95,10 @@ class PoEConfig:
         self._settle("intermediate_size", self.intermediate_size or 4 * self.n_embd)
         self._settle("stage_layers", tuple(self.stage_layers) or (self.base_n_layer,))
         self._settle("specialist_layers", tuple(self.specialist_layers))
-        if self.value_embed_layers is None:
-            last = self.base_n_layer - 1
-            layers = tuple(i for i in range(self.base_n_layer) if i % 2 == last % 2)
-            self._settle("value_embed_layers", layers)
-        self._settle("value_embed_layers", tuple(self.value_embed_layers or ()))
+        layers, last = self.value_embed_layers, self.base_n_layer - 1
+        if layers is None:
+            layers = tuple(i for i in range(last + 1) if i % 2 == last % 2)
+        self._settle("value_embed_layers", tuple(layers or ()))
         self._settle("window_pattern", str(self.window_pattern).upper())
         self._check_fit()
 
@@ -161,8 +161,7 @@ class PoEConfig:
         if "stage_layers" not in known and known.get("poe_every"):
             known["stage_layers"] = _even_stages(known.get("n_layer"), known["poe_every"])
         known.pop("poe_every", None)
-        required = ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_len")
-        missing = [name for name in required if name not in known]
+        missing = [name for name in _REQUIRED if name not in known]
         if missing:
             raise ConfigError(f"the configuration lacks {', '.join(missing)}")
         return cls(**known)
@@ -261,23 +260,19 @@ def flatten(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         return fields
     # The stages may appear only among the training options.
     options = fields.get("user_config")
-    if not isinstance(options, Mapping):
-        options = {}
+    options = options if isinstance(options, Mapping) else {}
     training = {k: v for k, v in options.items() if k.startswith("poe_")}
     return {**training, **fields, **fields["model_config"], "model_config": None}
 
 
 def _known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of any form of configuration, under the dataclass's field names."""
-    fields = flatten(fields)
     names = {*PoEConfig.__dataclass_fields__, "poe_every"}
     known: dict[str, Any] = {}
-    for key, value in fields.items():
-        name = _ALIASES.get(key, key)
+    for key, given in flatten(fields).items():
+        name, value = _ALIASES.get(key, key), tuple(given) if isinstance(given, list) else given
         if name not in names or value is None:
             continue
-        if isinstance(value, list):
-            value = tuple(value)
         if name in known and known[name] != value:
             raise ConfigError(f"{name}: given twice, as {known[name]!r} and ({key}) {value!r}")
         known[name] = value

@@ -45,7 +45,7 @@ def read_converted_base(checkpoint: Checkpoint, base: Source) -> Checkpoint:
 def with_summed_heads(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     """The weights, with each specialist's head replaced by the sum of all heads up to it."""
     weights = dict(checkpoint.weights)
-    heads = [weights["lm_head.weight"]]
+    heads = [weights[_HEAD]]
     for i in range(len(checkpoint.config.specialist_layers)):
         name = f"lm_head_specialists.{i}.weight"
         heads.append(weights[name])

@@ -114,11 +114,6 @@ class Conversion:
         parameters = dict(tree_flatten(PoEModel(self.config).parameters()))
         return sum(parameters[name].size for name in self.weights if name in parameters)
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per parameter in the files, including scales and unpacked tensors."""
-        return 8 * self.nbytes / self.n_parameters
-
     def write(
         self,
         target: Path,
@@ -185,7 +180,6 @@ class Conversion:
             array = tensor.read()
             self.checkpoint.check(name, array)
             packed = self._packed(name, array)
-            mx.eval(packed)
             check_range(array, packed)
             del array
             while packed:
@@ -229,17 +223,17 @@ class Conversion:
             "result": f"delta on {self.base.source.name}" if self.base else "whole model",
             "dtype": dtype_name(self.dtype) if self.dtype else "as stored",
             "quantized": "; ".join(quantized) or "no",
-            "bits per weight": f"{self.bits_per_weight:.3f}",
+            # including scales and unpacked tensors
+            "bits per weight": f"{8 * self.nbytes / self.n_parameters:.3f}",
             **({"quantized copy": self.draft_bits} if self.draft_bits else {}),
         }
 
     def _config_fields(self, target: Path) -> dict[str, Any]:
-        fields = {"model_type": "cognica_poe", **self.config.to_dict()}
-        if self.base is None:
-            fields["model_file"] = SHIM_FILE
+        if self.base:
+            fields = delta_fields(self.config, reference_to(self.base.source, target), self.base)
         else:
-            reference = reference_to(self.base.source, target)
-            fields = delta_fields(self.config, reference, self.base)
+            shape = self.config.to_dict()
+            fields = {"model_type": "cognica_poe", **shape, "model_file": SHIM_FILE}
         floats = [tensor.dtype for name, tensor in self.weights.items() if name.startswith("h.0.")]
         kind = self.dtype or next((d for d in floats if d in DTYPES.values()), mx.bfloat16)
         fields["torch_dtype"] = dtype_name(kind)

@@ -165,7 +165,8 @@ def pack(
 
 
 def check_range(array: mx.array, packed: Mapping[str, mx.array]) -> None:
-    """Raise RequestError if `pack` made an infinity of finite numbers."""
+    """Evaluate what `pack` made. RequestError if it made an infinity of finite numbers."""
+    mx.eval(packed)
     for name, part in packed.items():
         if part is not array and not is_finite(name, part):
             raise RequestError(
@@ -204,7 +205,6 @@ def fill(
     for name, array in arrays:
         packed = pack(name, array, plan, dtype)
         if not lazy:
-            mx.eval(packed)
             check_range(array, packed)
         weights.update(packed)
         del array  # before the next is read

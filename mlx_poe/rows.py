@@ -25,6 +25,7 @@ from mlx_poe.generation.tools import with_functions
 # Endings of files with one JSON object on each line.
 ROWS = (".jsonl", ".ndjson", ".jsonlines", ".json")
 FORMATS = ("messages", "prompt", "text")
+STDIN = Path("-")
 
 # A text, or the messages of a chat.
 Text = str | list[Mapping[str, str]]
@@ -44,7 +45,7 @@ _OTHERS = {
 
 def file_name(file: Path) -> str:
     """A file's name in messages; - is stdin."""
-    return "stdin" if _is_stdin(file) else str(file)
+    return "stdin" if file == STDIN else str(file)
 
 
 def read_text(file: Path) -> str:
@@ -151,17 +152,13 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
-    if not _is_stdin(file) and (problem := pointer_problem(file)):
+    if file != STDIN and (problem := pointer_problem(file)):
         raise RequestError(f"{file} {problem}")
     try:
-        with nullcontext(sys.stdin.buffer) if _is_stdin(file) else file.open("rb") as stream:
+        with nullcontext(sys.stdin.buffer) if file == STDIN else file.open("rb") as stream:
             yield stream
     except OSError as error:
         raise RequestError(f"{file_name(file)} cannot be read: {error.strerror or error}") from None
-
-
-def _is_stdin(file: Path) -> bool:
-    return str(file) == "-"
 
 
 def _decoded(file: Path, data: bytes, begins: bytes, at: int = 0, line: int = 1) -> str:

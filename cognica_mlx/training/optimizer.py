@@ -91,15 +91,10 @@ class MuonAdamW:
             if not names:
                 continue
             ordered = sorted(names)
-            slots = {
-                name: {key[-1]: array for key, array in state.items() if key[:-2] == name}
-                for name in ordered
-            }
+            slots = {n: {k[-1]: a for k, a in state.items() if k[:-2] == n} for n in ordered}
             optimizer.state = {"step": state["step"], "learning_rate": own_rate, **slots}
-            parameters |= optimizer.apply_gradients(
-                {name: gradients[name] for name in ordered},
-                {name: parameters[name] for name in ordered},
-            )
+            both = ({name: part[name] for name in ordered} for part in (gradients, parameters))
+            parameters |= optimizer.apply_gradients(*both)
             for name in ordered:
                 new_state |= {f"{name}:{k}": a for k, a in optimizer.state[name].items()}
         return parameters, new_state, norm

@@ -53,11 +53,10 @@ def known_costs(model: PoEModel, mode: Mode | None = None) -> Costs:
     prefix = mode.prefix if isinstance(mode, Speculative) else None
     if prefix is None:
         return costs
-    about = [f"{a.shape} {a.dtype}" for a in prefix.arrays]
     made = f"{prefix.of} {prefix.target.scheme} {prefix.target.key[0]}"
-    fingerprint = _fingerprint(model, made, *about)
-    count = len(prefix.stages)
-    rounded = _remembered(fingerprint, lambda: measure_drafter(prefix), count, 1)
+    fingerprint = _fingerprint(model, made, *(f"{a.shape} {a.dtype}" for a in prefix.arrays))
+    stages = len(prefix.stages)
+    rounded = _remembered(fingerprint, lambda: measure_drafter(prefix), stages, 1)
     return replace(costs, rounded=rounded)
 
 

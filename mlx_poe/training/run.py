@@ -51,12 +51,11 @@ def checkpoint_file(output: Path) -> Path:
 
 
 def resumed_settings(output: Path, given: dict[str, Any]) -> TrainingSettings:
-    """The settings of an interrupted run, with the changes in `given`.
+    """The settings of an interrupted run; `resumed` checks the changes in `given`.
 
-    Raises CheckpointError if there is no checkpoint, RequestError for a setting that cannot change.
+    Raises CheckpointError if there is no checkpoint.
     """
-    _, saved = read_training(checkpoint_file(output))
-    return resumed(saved["settings"], given)
+    return resumed(read_training(checkpoint_file(output))[1]["settings"], given)
 
 
 def train(
@@ -154,9 +153,8 @@ class _Run:
     def _read(self, name: str) -> Split:
         settings = self.settings
         longest = settings.max_seq_length or self.config.sequence_len
-        path = Path(settings.data) / f"{name}.jsonl"
         split = read_split(
-            path,
+            Path(settings.data) / f"{name}.jsonl",
             self.tokenizer,
             longest=longest,
             mask_prompt=settings.mask_prompt,
@@ -166,11 +164,10 @@ class _Run:
             f"{name}: {split.rows} rows, {split.tokens} tokens, of which {split.counted} count"
         )
         if split.cut:
-            emptied = f"; {split.emptied} of them are left out, as no counted tokens remain"
-            self.reporter.note(
-                f"{name}: {split.cut} rows are longer than {longest} tokens and are cut"
-                f"{emptied if split.emptied else ''}"
-            )
+            text = f"{name}: {split.cut} rows are longer than {longest} tokens and are cut"
+            if split.emptied:
+                text += f"; {split.emptied} of them are left out, as no counted tokens remain"
+            self.reporter.note(text)
         return split
 
     def _validation(self) -> list[Batch]:
