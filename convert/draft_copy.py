@@ -109,13 +109,8 @@ def _matrices(model: PoEModel, scheme: Scheme) -> dict[str, Any]:
     prefix = quantize_prefix(model, scheme, 0, "summed")
     drafting = [*(b for k in prefix.of for b in model.stages[k].blocks), *prefix.originals]
     inside = {id(module) for part in drafting for _, module in part.named_modules()}
-    found = {}
-    for path, module in model.named_modules():
-        if id(module) in inside and isinstance(
-            copy := quantized(module, scheme), nn.QuantizedLinear
-        ):
-            found[path] = copy
-    return found
+    found = {p: quantized(m, scheme) for p, m in model.named_modules() if id(m) in inside}
+    return {path: copy for path, copy in found.items() if isinstance(copy, nn.QuantizedLinear)}
 
 
 def _load(path: Path) -> tuple[dict[str, mx.array], Scheme, lineage.Sketch]:

@@ -61,11 +61,9 @@ def scheme(bits: int | None = None, group_size: int | None = None, mode: str = "
             f"q-mode {mode} always has {default_bits} bits in groups of {default_group}: "
             "leave out q-bits and q-group-size, or choose affine"
         )
-    if mode == "affine" and bits not in BITS:
-        raise RequestError(f"q-bits {bits} is not one of {', '.join(map(str, BITS))}")
-    if mode == "affine" and group_size not in GROUP_SIZES:
-        sizes = ", ".join(map(str, GROUP_SIZES))
-        raise RequestError(f"q-group-size {group_size} is not one of {sizes}")
+    for what, number, known in (("q-bits", bits, BITS), ("q-group-size", group_size, GROUP_SIZES)):
+        if mode == "affine" and number not in known:
+            raise RequestError(f"{what} {number} is not one of {', '.join(map(str, known))}")
     return Scheme(bits, group_size, mode)
 
 

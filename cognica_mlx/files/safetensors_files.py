@@ -27,13 +27,8 @@ from cognica_mlx.files.stored import StoredTensor, raw
 
 SHARD_BYTES = 5 * 10**9  # as in mlx-lm and on the hub
 
-_TYPE_NAMES = {
-    mx.float32: "F32",
-    mx.bfloat16: "BF16",
-    mx.float16: "F16",
-    mx.uint32: "U32",
-    mx.uint8: "U8",
-}
+_MLX_TYPES = (mx.float32, mx.bfloat16, mx.float16, mx.uint32, mx.uint8)
+_TYPE_NAMES = dict(zip(_MLX_TYPES, ("F32", "BF16", "F16", "U32", "U8"), strict=True))
 
 # A tensor to write: its name, shape and type.
 Spec = tuple[str, tuple[int, ...], mx.Dtype]

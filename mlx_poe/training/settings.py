@@ -105,10 +105,7 @@ class TrainingSettings:
         None, _whole(2), "cut longer rows to this many tokens", "the model's sequence length"
     )
     mask_prompt: bool | None = _setting(
-        None,
-        SWITCH,
-        "count only what the assistant says",
-        "yes; plain text counts as a whole",
+        None, SWITCH, "count only what the assistant says", "yes; plain text counts as a whole"
     )
     pack: bool = _setting(
         False, SWITCH, "join rows up to --max-seq-length; each row sees those before it", "no"
