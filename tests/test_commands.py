@@ -174,7 +174,7 @@ def test_statistics_go_to_stderr(run_here):
     assert re.fullmatch(r"Peak memory: \d+\.\d+ GB", lines[3])
     assert re.fullmatch(r"Stages: 0: \d+, 3: \d+ \(mean depth [1-4]\.\d\d of 4\)", lines[4])
     assert re.fullmatch(
-        r"Acceptance: (\d+ of \d+) draft tokens \(\d+\.\d%\): own stages \1", lines[5]
+        r"Acceptance: (\d+ of \d+) draft tokens \(\d+\.\d%\): quantized stages \1", lines[5]
     )
 
 

@@ -13,7 +13,6 @@ import pytest
 from chats import FUNCTIONS, TALK, new_chat, say
 from conftest import FIXTURES, fixture
 
-from cognica_mlx.decoding.modes import MODES
 from cognica_mlx.errors import CheckpointError, RequestError
 from mlx_poe.chat.conversation import Chat, Turn
 
@@ -179,19 +178,16 @@ def test_messages_written_by_hand_need_no_settings(saved):
     assert len(chat.turns) == 1 and chat.settings.mode == "full"
 
 
-def test_an_old_file_loads_without_its_state(monkeypatch, tmp_path):
+def test_an_old_file_loads_without_its_state(tmp_path):
+    """And without its mode, which is gone, and that mode's options."""
     chat = new_chat()
-    (note,) = chat.load(OLD)
-    assert "decoding state" in note and str(OLD) in note
+    old, note = chat.load(OLD)
+    assert "decoding state" in old and str(OLD) in old
+    assert "mode certified" in note and "draft_margin" in note
     assert chat.turns == [Turn("Hi", "Hello!", [72, 523, 111, 33])] and chat.state.length == 0
-    assert chat.settings.options["top_k"] == 5
+    assert (chat.settings.mode, chat.settings.options) == ("full", {"top_k": 5})
     assert (chat.settings.max_tokens, chat.settings.specialist) == (4, "chat")
     assert say(chat, TALK[0])
-    # A mode that is gone is left out with its options, in a note of its own.
-    monkeypatch.delitem(MODES, "certified", raising=False)
-    _, note = chat.load(OLD)
-    assert "mode certified" in note and "draft_margin" in note
-    assert (chat.settings.mode, chat.settings.options) == ("full", {"top_k": 5})
     chat.save(tmp_path / "new")
     assert new_chat().load(tmp_path / "new") == []
 

@@ -382,7 +382,7 @@ def test_health_and_metrics(client, server):
     assert grown('requests_total{endpoint="chat",outcome="ok"}') == 1
     assert grown("completion_tokens_total") == usage.completion_tokens
     assert grown("prompt_tokens_total") == usage.prompt_tokens
-    assert {"stages", "lookup"} == set(usage.poe["drafts"])
+    assert {"rounded", "lookup"} == set(usage.poe["drafts"])
     for drafter, verdicts in usage.poe["drafts"].items():
         for verdict, count in verdicts.items():
             labels = f'{{drafter="{drafter}",verdict="{verdict}"}}'

@@ -16,6 +16,7 @@ _FIELDS = {
     **{name: name for name in (*SAMPLING, *MODE_OPTIONS, *FORM_OPTIONS)},
     **{name: name for name in ("mode", "stop", "no_fallback")},
     **{"temp": "temperature", "json_schema": "response_format", "token": "prompt"},
+    "certified": "mode",  # which no longer exists
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
