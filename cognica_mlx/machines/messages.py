@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from itertools import accumulate, islice, pairwise
+from math import prod
 
 import mlx.core as mx
 import numpy as np
@@ -74,7 +75,7 @@ class Reader:
 
     def arrays(self, *kinds: tuple[tuple[int, ...], mx.Dtype]) -> list[mx.array]:
         """The arrays after the numbers, of these shapes and types."""
-        sizes = [_words(shape, dtype) for shape, dtype in kinds]
+        sizes = [prod(shape) * dtype.size // 4 for shape, dtype in kinds]
         spans = pairwise(accumulate(sizes, initial=self._start))
         return [
             self._words[start:stop].view(dtype).reshape(shape)
@@ -86,23 +87,12 @@ class Reader:
         return "".join(map(chr, self._numbers))
 
 
-def _words(shape: tuple[int, ...], dtype: mx.Dtype) -> int:
-    size = dtype.size
-    for n in shape:
-        size *= n
-    return size // 4
-
-
 def hidden_parts(hidden: Hidden) -> tuple[list[int], list[mx.array]]:
     """Activations (1, T, D) as numbers and arrays, for `read_hidden`."""
-    tokens = hidden.tokens.astype(mx.int32)
-    arrays = [tokens, hidden.x]
-    if hidden.x0 is not hidden.x:
-        arrays.append(hidden.x0)
-    if hidden.backout is not None:
-        arrays.append(hidden.backout)
-    flags = (hidden.x0 is not hidden.x) + 2 * (hidden.backout is not None)
-    return [flags, len(hidden), hidden.x.shape[-1]], arrays
+    tokens, x, backout = hidden.tokens.astype(mx.int32), hidden.x, hidden.backout
+    parts = [[hidden.x0] if hidden.x0 is not x else [], [backout] if backout is not None else []]
+    flags = len(parts[0]) + 2 * len(parts[1])
+    return [flags, len(hidden), x.shape[-1]], [tokens, x, *parts[0], *parts[1]]
 
 
 def read_hidden(message: Reader, dtype: mx.Dtype) -> Hidden:

@@ -1,9 +1,8 @@
 """A stage on another machine, as rank 0's state and driver see it.
 
 - `RemoteStage` is used like any other stage; a pass for many sequences is one message to its owner
-- `RemoteCache` tracks how many positions a sequence has there and how far it can be rolled back,
-  with the same arithmetic as a cache that holds rows. The owner rolls its cache back to the start
-  of the next pass, so a rollback needs no message
+- `RemoteCache` tracks how many positions a sequence has there and how far it can be rolled back.
+  The owner rolls its cache back to the start of the next pass, so a rollback needs no message
 - `Elsewhere` is the output of a pass. It stays with the owner until the arrays are needed: the next
   stage on the same rank uses it in place, a stage on a third rank gets it directly, and most of a
   prompt's activations never reach rank 0
@@ -14,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import mlx.core as mx
 
 from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.cache.keys_and_values import AttentionCache, Done, KeysAndValues
-from cognica_mlx.cache.stage_cache import Content, Span, StageCache
-from cognica_mlx.errors import RankLostError, RequestError
+from cognica_mlx.errors import RankLostError, RequestError, RollbackError
 from cognica_mlx.machines.link import Link
 from cognica_mlx.machines.messages import DROP, FORGET, FORK, Kind, hidden_parts, read_hidden
 from cognica_mlx.network.stages import Stage
@@ -55,11 +53,9 @@ class RemoteStage(Stage):
 
     @property
     def dispensable(self) -> bool:  # type: ignore[override]
-        """See `Stage`."""
         return self.link.degrade
 
     def new_cache(self, slack: int) -> KeysAndValues:
-        """See `Stage`."""
         return RemoteCache(self, slack)
 
     def order(self, caches: Sequence[RemoteCache], counts: Sequence[int]) -> list[int]:
@@ -83,14 +79,14 @@ class RemoteStage(Stage):
             numbers += [cache.number, cache.offset, rows, cache.slack]
         starts = [(cache, cache.offset) for cache in caches]
         self._post(hidden, numbers, partial(_return_to, starts))
-        done = [_Done(*pair) for pair in zip(caches, counts, strict=True)]
+        done = [_Reached(start + n) for (_, start), n in zip(starts, counts, strict=True)]
         return Elsewhere([Piece(handle, 0, len(hidden))]), done
 
     def _post(self, hidden: Hidden, numbers: list[int], undo: Callable[[], None]) -> None:
         link = self.link
         if isinstance(hidden, Elsewhere) and hidden.rank == self.rank:
             link.post(self.rank, Kind.RUN, [*numbers, OWN, *hidden.named()], undo=undo)
-        elif isinstance(hidden, Elsewhere) and not hidden.fetched and hidden.goes_to(self.rank):
+        elif isinstance(hidden, Elsewhere) and not hidden.arrays() and hidden.goes_to(self.rank):
             # The receiver is told first: the activations may come by the same way as the message.
             forward = hidden.rank, Kind.PASS, [self.rank, *hidden.named()]
             link.post(self.rank, Kind.RUN, [*numbers, FROM, hidden.rank], undo=undo, then=forward)
@@ -99,7 +95,6 @@ class RemoteStage(Stage):
             link.post(self.rank, Kind.RUN, [*numbers, BODY, *about], arrays, undo)
 
     def ask_logits(self, hidden: Hidden, drafts: bool = False) -> Callable[[], mx.array] | None:
-        """See `Stage`."""
         if not self.speaks:
             return None
         numbers = [self.number, int(drafts)]
@@ -113,7 +108,6 @@ class RemoteStage(Stage):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The type of its activations."""
         return self._model.resid_lambdas.dtype
 
 
@@ -146,6 +140,10 @@ class Piece:
     stop: int
 
 
+def _fetched(name: str) -> Any:
+    return property(lambda self: getattr(self._fetch(), name))
+
+
 class Elsewhere(Hidden):
     """Positions at a stage boundary; the arrays are fetched from the stage's owner on first use."""
 
@@ -166,11 +164,6 @@ class Elsewhere(Hidden):
         """The rank that holds them."""
         return self.stage.rank
 
-    @property
-    def fetched(self) -> bool:
-        """Whether the arrays have been fetched."""
-        return self._arrays is not None
-
     def goes_to(self, rank: int) -> bool:
         """Whether their rank can send them to `rank` directly. Stages are in order of ranks, so
         ranks send only to higher ones and never wait for each other in a circle."""
@@ -190,25 +183,7 @@ class Elsewhere(Hidden):
         assert self._arrays is not None
         return self._arrays
 
-    @property
-    def tokens(self) -> mx.array:
-        """See `Hidden`."""
-        return self._fetch().tokens
-
-    @property
-    def x(self) -> mx.array:
-        """See `Hidden`."""
-        return self._fetch().x
-
-    @property
-    def x0(self) -> mx.array:
-        """See `Hidden`."""
-        return self._fetch().x0
-
-    @property
-    def backout(self) -> mx.array | None:
-        """See `Hidden`."""
-        return self._fetch().backout
+    tokens, x, x0, backout = map(_fetched, ("tokens", "x", "x0", "backout"))
 
     def __len__(self) -> int:
         return sum(piece.stop - piece.start for piece in self.pieces)
@@ -242,51 +217,65 @@ class Elsewhere(Hidden):
         return self._arrays.arrays() if self._arrays else []
 
 
-class RemoteCache(StageCache):
-    """How many positions of a sequence a remote stage has run. Its owner holds at least as many
-    rows as this counts, so a rollback that is possible here is possible there."""
+class RemoteCache(KeysAndValues):
+    """How many positions of a sequence a remote stage has run. Its owner holds at least the rows
+    that a cache of the stage's windows and of `slack` holds, so a rollback that is possible here is
+    possible there."""
+
+    offset = 0
+    # The furthest position ever reached.
+    _furthest = 0
 
     def __init__(self, stage: RemoteStage, slack: int):
-        super().__init__(stage.windows, slack)
-        self._stage, self.number = stage, stage.link.number()
+        self._stage, self.slack, self.number = stage, slack, stage.link.number()
 
     def __del__(self) -> None:
         self._stage.link.tell(self._stage.rank, DROP, self.number, 0)
 
-    def retreat(self, position: int) -> None:
-        """Go back to the start of a failed pass."""
-        if self.offset > position:
-            self.content = _moved(self.content, position - self.offset, self.slack)
+    @property
+    def earliest(self) -> int:
+        """See `KeysAndValues`: the first windows to lose rows are the shortest."""
+        full = min(self._stage.windows) + self.slack
+        return self._furthest - self.slack if self._furthest > full else 0
 
-    def fork(self) -> StageCache:
-        """See `StageCache`."""
+    def commit(self, done: Done) -> None:
+        reached = done.result()
+        self._furthest = max(self._furthest, reached)
+        self.offset = reached
+
+    def rollback(self, position: int) -> None:
+        if not self.earliest <= position <= self.offset:
+            raise RollbackError(
+                f"cannot return to position {position}: "
+                f"the cache holds positions {self.earliest} to {self.offset}"
+            )
+        self.offset = position
+
+    def fork(self) -> RemoteCache:
         other = RemoteCache(self._stage, self.slack)
-        other.content, other.round = self.content, self.round
+        other.offset, other._furthest = self.offset, self._furthest
         self._stage.link.tell(self._stage.rank, FORK, other.number, self.number)
         return other
 
+    aside = fork
 
-class _Done:
-    """A pass of `count` positions that a cache's owner has been asked for."""
+    def next_round(self) -> None:
+        return
 
-    def __init__(self, cache: StageCache, count: int):
-        self._cache, self._count = cache, count
+    trim = next_round
 
-    def result(self) -> Content:
-        """See `Done`."""
-        return _moved(self._cache.content, self._count, self._cache.slack)
+    def arrays(self) -> list[mx.array]:
+        return []
 
 
-def _moved(content: Content, count: int, slack: int) -> Content:
-    """A content with `count` positions more, or fewer. It assumes the fewest rows that a cache may
-    hold, because an owner may have put its rows on a shelf."""
-    spans = {
-        window: Span(max(min(span.rows + count, window + slack), 0))
-        for window, span in content.spans.items()
-    }
-    return content._replace(offset=content.offset + count, spans=spans)
+class _Reached(int):
+    """The position after a pass that a cache's owner has been asked for: a `Done`."""
+
+    def result(self) -> int:
+        return self
 
 
 def _return_to(starts: Sequence[tuple[RemoteCache, int]]) -> None:
+    """Go back to where a failed pass started."""
     for cache, start in starts:
-        cache.retreat(start)
+        cache.offset = min(cache.offset, start)
