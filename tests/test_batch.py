@@ -315,7 +315,7 @@ def test_one_sequences_failure_ends_that_one_only(monkeypatch):
         calls.append(len(requests))
         if len(calls) > 6 and any(r.state is made[1].sequence.state for r in requests):
             raise RuntimeError("out of memory")
-        real(requests)
+        return real(requests)
 
     monkeypatch.setattr(batch_module, "run_stage", failing)
     while len(batch):
