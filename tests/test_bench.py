@@ -117,7 +117,9 @@ def test_a_token_reads_weights_and_what_the_windows_hold():
     assert read_per_token(model, 3, 5000, full=True) == costs.full_token + kept
 
 
-@pytest.mark.parametrize(("agreement", "shape"), [(0.75, "tiny"), (0.9, "logop")])
+@pytest.mark.parametrize(
+    ("agreement", "shape"), [(0.75, "tiny"), pytest.param(0.9, "logop", marks=SOAK)]
+)
 def test_a_synthetic_model_agrees_about_as_often_as_asked(agreement, shape):
     config = replace(shape_config("tiny"), vocab_size=1024)
     if shape == "logop":
@@ -389,6 +391,7 @@ def test_the_default_sections_leave_out_what_a_model_cannot_do(
     assert left_out in shown and "looked up only" in shown
 
 
+@SOAK
 def test_the_command_on_a_planted_text(quick, capsys, monkeypatch):
     # What a calibration says is tested above; on a CPU a rounded model takes its time for it.
     little = {"continuations": 2, "continuation_tokens": 24}

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 from chats import FUNCTIONS, TALK, Interrupt, new_chat, say
+from conftest import SOAK
 
 from cognica_mlx.errors import RequestError
 from mlx_poe import stream_generate
@@ -15,7 +16,9 @@ def prompt_of(chat: Chat) -> list[int]:
     return chat.tokens[: -len(chat.turns[-1].reply_tokens) - 1]
 
 
-@pytest.mark.parametrize("mode", ["full", "speculative", "wand"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("full", marks=SOAK), "speculative", pytest.param("wand", marks=SOAK)]
+)
 def test_every_turn_is_what_a_fresh_prompt_gives(mode):
     chat = new_chat(max_tokens=24)
     chat.set_mode(mode)
@@ -243,7 +246,7 @@ def test_a_retry_without_anything_to_retry_says_so():
         list(new_chat().retry())
 
 
-@pytest.mark.parametrize("mode", ["full", "speculative"])
+@pytest.mark.parametrize("mode", [pytest.param("full", marks=SOAK), "speculative"])
 def test_wherever_a_reply_is_interrupted_the_next_one_is_right(mode):
     fresh, chat = new_chat(max_tokens=4), new_chat(max_tokens=4)
     for one in (fresh, chat):

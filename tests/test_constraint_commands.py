@@ -166,7 +166,10 @@ def test_the_benchmark_can_ask_for_every_token_that_is_forced():
 def test_the_benchmark_has_a_section(capsys, tmp_path, monkeypatch):
     # A clock that ticks each time somebody looks: a busy machine's may stand still in a mask.
     monkeypatch.setattr(constrained, "time", SimpleNamespace(perf_counter=count().__next__))
+    monkeypatch.setattr(constrained, "FORM_TOKENS", 40)
+    monkeypatch.setattr(constrained, "ROUNDS", 5)
     flags = ["--only", "constrained", "--shape", "tiny", "--trials", "1", "-m", "8"]
+    flags += ["--context", "32"]
     report = tmp_path / "r.json"
     assert bench.main([*flags, "--dtype", "float32", "--json", str(report)]) == 0
     figures = {f["name"]: f for f in json.loads(report.read_text())["figures"]}

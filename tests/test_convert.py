@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import write_base
-from conftest import FIXTURES, fixture, goldens
+from conftest import FIXTURES, SOAK, fixture, goldens
 from converting import NANOCHAT_BASE, NANOCHAT_STAGE, assert_goldens, convert, tensors
 from mlx.utils import tree_flatten
 
@@ -38,7 +38,9 @@ from mlx_poe.loading.verify import compare
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-@pytest.mark.parametrize("flags", [(), ("--dtype", "float32")], ids=["as stored", "float32"])
+@pytest.mark.parametrize(
+    "flags", [(), pytest.param(("--dtype", "float32"), marks=SOAK)], ids=["as stored", "float32"]
+)
 def test_whole_models_give_the_goldens(tmp_path, source, name, flags):
     once = convert(source, tmp_path / "once", *flags)
     assert_goldens(once, name)
@@ -279,6 +281,7 @@ def answered(model: PoEModel, tokenizer, prompts: dict[str, str]) -> list[bool]:
     return results
 
 
+@SOAK
 def test_four_bits_still_know_the_facts(tmp_path):
     """With ALL_BITS=1 and `-n 0 -s` it prints the table in docs/measured.md."""
     model, tokenizer = load("poe-tiny")

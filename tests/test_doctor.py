@@ -138,7 +138,8 @@ def test_every_mode_passes_here():
     assert agreement.rows(base, tokenizer).status == OK
 
 
-@pytest.mark.parametrize("name", ["gqa-logop-d8", pytest.param("stage-on-flat", marks=SOAK)])
+@SOAK
+@pytest.mark.parametrize("name", ["gqa-logop-d8", "stage-on-flat"])
 def test_every_mode_passes_with_other_kinds_of_models(name):
     model = calibrated(name)
     lines = by_name(agreement.modes(model, fixture(name)[1]))
@@ -244,6 +245,7 @@ def test_near_ties_are_a_warning_and_more_is_a_failure():
     assert line.status == WARNING and "--dtype float32" in line.advice
 
 
+@SOAK
 def test_half_precision_is_no_failure():
     half = recorded_model("poe-tiny", "float16")
     assert half.resid_lambdas.dtype == mx.float16

@@ -32,7 +32,6 @@ from mlx_poe import generate, load
 from mlx_poe.commands.convert import main as convert
 
 TOLERANCE = 2e-4
-NAMES = ("flat-d8", "gqa-logop-d8", "stage-on-flat")
 QUANTIZATION = {"group_size": 32, "bits": 4}
 # Beyond the long window (512) too; the short one is 128.
 LENGTH = 700
@@ -52,7 +51,10 @@ def load_by_mlx_lm(folder: Path) -> Model:
     return load_model(folder, trust_remote_code=True)[0]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module",
+    params=["gqa-logop-d8", *(pytest.param(n, marks=SOAK) for n in ("flat-d8", "stage-on-flat"))],
+)
 def named(request, tmp_path_factory) -> tuple[str, Model]:
     """A golden model's name, and the model as mlx-lm loads it."""
     folder = tmp_path_factory.mktemp("models") / request.param

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import fixture
+from conftest import SOAK, fixture
 from test_scheduler import endless, models, response, run, task, text, tokens_of
 
 from cognica_mlx.decoding.modes import MODES
@@ -111,7 +111,7 @@ def test_a_sequence_that_is_still_running_serves_others():
     assert replies(scheduler, [other]) == [(cold(other), 150)]
 
 
-@pytest.mark.parametrize("more", [5, 30])
+@pytest.mark.parametrize("more", [pytest.param(5, marks=SOAK), 30])
 def test_a_sequence_beside_others_serves_what_its_copy_can_go_back_to(more):
     """Side by side they keep rows that a copy does not."""
     scheduler = Scheduler()

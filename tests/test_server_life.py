@@ -339,6 +339,7 @@ def memory_of(process: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@SOAK
 def test_load(server):
     """Clients in a closed loop, a fifth of them cut off in mid-stream."""
     for which in range(len(ASKED)):

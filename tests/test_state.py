@@ -203,7 +203,7 @@ actions = st.lists(
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(steps=actions)
 def test_any_walk_equals_a_fresh_forward(name, steps):
     walk = Walk(name, slack=16, max_pending=40)
