@@ -1,14 +1,19 @@
 """Which rank gets what, and the way of messages between them: without any ranks."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import pytest
 from conftest import fixture
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import Group
 
 from cognica_mlx.cache.hidden import Hidden
-from cognica_mlx.errors import RequestError
+from cognica_mlx.errors import RequestError, RollbackError
 from cognica_mlx.machines.messages import Reader, Wire, encode, hidden_parts, read_hidden
 from cognica_mlx.machines.placement import Absent, Split, balanced, parse
+from cognica_mlx.machines.remote import RemoteCache, _Reached
 from cognica_mlx.network.model import PoEModel
 
 
@@ -106,3 +111,33 @@ def test_on_a_ring_messages_go_by_the_shorter_way():
     assert ranks[0].are_next(5, 0) and not ranks[0].are_next(1, 3)
     direct = Wire(Group(0, 6), neighbors_only=False)
     assert direct.next_hop(3) == 3 and direct.are_next(1, 4)
+
+
+@given(
+    windows=st.sampled_from([(4,), (4, 9), (12, 5, 12)]),
+    slack=st.integers(1, 6),
+    steps=st.lists(st.tuples(st.sampled_from(["run", "return", "fork"]), st.integers(0, 12))),
+)
+def test_a_remote_cache_goes_back_no_further_than_its_owner_can(windows, slack, steps):
+    """An owner may drop a window's oldest rows once it has more than the window and the slack."""
+    link = SimpleNamespace(number=lambda: 0, tell=lambda *_: None)
+    cache = RemoteCache(SimpleNamespace(windows=windows, link=link, rank=1), slack)
+    dropped = dict.fromkeys(windows, 0)
+    for what, number in steps:
+        if what == "run":
+            cache.commit(_Reached(cache.offset + number))
+            for window in windows:
+                dropped[window] = max(dropped[window], cache.offset - window - slack)
+        elif what == "fork":
+            cache = cache.fork()
+        needed = max(start + window if start else 0 for window, start in dropped.items())
+        assert cache.earliest == needed
+        if what == "return":
+            there, position = cache.offset, cache.offset - number
+            if needed <= position:
+                cache.rollback(position)
+                assert cache.offset == position
+            else:
+                with pytest.raises(RollbackError):
+                    cache.rollback(position)
+                assert cache.offset == there
