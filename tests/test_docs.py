@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands_page import PAGE, page
+from conftest import SOAK
 from test_pace import CHEAP
 
 from mlx_poe.commands import generate as generate_command
@@ -114,3 +115,18 @@ def test_importing_loads_only_what_is_needed():
 def test_the_page_of_commands_is_what_help_says():
     """`python tests/commands_page.py` writes it anew."""
     assert PAGE.read_text(encoding="utf-8") == page()
+
+
+@SOAK
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_tests_that_a_page_names_would_run(path):
+    """A mark, or another name, may leave a page's command without any test."""
+    for command in re.findall(r"python -m (pytest [^`\n]+)", path.read_text(encoding="utf-8")):
+        words = shlex.split(command, comments=True)
+        if any(word.startswith("tests/") for word in words):
+            found = subprocess.run(
+                [sys.executable, "-m", *words, "--collect-only", "-q"],
+                capture_output=True,
+                cwd=ROOT,
+            )
+            assert found.returncode == 0, command
