@@ -65,7 +65,7 @@ from cognica_mlx.mlx_lm_model import Model, ModelArgs
 """
 
 _HEADS = ("wte", "lm_head", "value_embed")
-_SMALL_FILES_BYTES = 32 * 2**20  # more than the tokenizer, card and other small files take
+SMALL_FILES_BYTES = 32 * 2**20  # more than the tokenizer, card and other small files take
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Conversion:
         calibration, problem = read_calibration(of.source.folder, self.config, of.sketch)
         if problem:
             warnings.warn(f"calibration not copied: {problem}", CalibrationWarning, stacklevel=2)
-        with new_folder(target, self.nbytes + _SMALL_FILES_BYTES, overwrite) as folder:
+        with new_folder(target, self.nbytes + SMALL_FILES_BYTES, overwrite) as folder:
             self._write_small_files(folder, target, encoding, calibration is not None)
             self._write_weights(folder, progress)
             if self.draft_bits:

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.convert.checkpoint import Checkpoint
-from cognica_mlx.convert.conversion import delta_fields, write_config
+from cognica_mlx.convert.conversion import SMALL_FILES_BYTES, delta_fields, write_config
 from cognica_mlx.convert.formats.tokenizer_files import FILE_NAME, read_encoding
 from cognica_mlx.convert.formats.tokenizer_json import write_tokenizer
 from cognica_mlx.convert.formats.whole_folder import new_folder
@@ -30,7 +30,6 @@ from cognica_mlx.training.trainer import Training
 
 # The released files beside a pickled tokenizer.
 _TOKENIZER = (FILE_NAME, "tokenizer_config.json", "special_tokens_map.json", "token_bytes.pt")
-_SMALL_FILES_BYTES = 32 * 2**20  # more than the tokenizer and the card take
 _MOST_ROWS = 12  # about
 
 
@@ -59,7 +58,7 @@ class Delta:
         """
         tensors = self._tensors()
         specs = [(name, array.shape, array.dtype) for name, array in tensors.items()]
-        size = sum(map(nbytes, specs)) + _SMALL_FILES_BYTES
+        size = sum(map(nbytes, specs)) + SMALL_FILES_BYTES
         with new_folder(target, size, overwrite) as folder:
             writer = TensorWriter(folder / "delta.safetensors", specs)
             for name, array in tensors.items():
