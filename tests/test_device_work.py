@@ -25,7 +25,8 @@ from cognica_mlx.decoding.sampling import logprob_of
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, advance_through, drive, prefill
 from cognica_mlx.decoding.state import DecodingState
-from cognica_mlx.network import device, elementwise, linear, stages
+from cognica_mlx.backend import kernels
+from cognica_mlx.network import device, linear, stages
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.shared_base import PatchedEmbedding
 from mlx_poe import load, stream_generate
@@ -56,7 +57,7 @@ def small(dtype: mx.Dtype = mx.float32, n_layer: int = 24, width: int = 64, **ot
 def gpu_paths(monkeypatch):
     """What runs on a GPU, counted on the CPU: compiled chains, sums within products, and each fused
     operation as one primitive instead of the CPU's many."""
-    monkeypatch.setattr(elementwise, "compiles", lambda: True)
+    monkeypatch.setattr(kernels, "compiles", lambda: True)
     monkeypatch.setattr(stages, "added", lambda x, m, h: mx.addmm(x, h, m.weight.T))
     monkeypatch.setattr(mx.fast, "rms_norm", lambda x, weight, eps: mx.abs(x))
     monkeypatch.setattr(mx.fast, "rope", lambda x, *a, **k: mx.sign(x))

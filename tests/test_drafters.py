@@ -38,7 +38,7 @@ from cognica_mlx.files.safetensors_files import write_arrays
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.quantized_copies import quantized
 from cognica_mlx.network.shared_base import Siblings
-from cognica_mlx.network.stages import norm
+from cognica_mlx.backend.kernels import norm
 from cognica_mlx.pricing.costs import Costs, bytes_read, with_bytes_of
 from cognica_mlx.pricing.pace import PATIENCE, WAIT, Metered, Pace
 from cognica_mlx.pricing.rounds import WORTH_LEAVING, RoundCosts

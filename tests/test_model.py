@@ -11,7 +11,7 @@ from cognica_mlx.config import PoEConfig
 from cognica_mlx.decoding.modes import make_mode
 from cognica_mlx.decoding.single import decode
 from cognica_mlx.errors import RequestError
-from cognica_mlx.network import elementwise
+from cognica_mlx.backend import kernels
 from cognica_mlx.network.model import PoEModel, log_op
 from mlx_poe import load
 
@@ -56,7 +56,7 @@ def test_predictions_are_those_of_the_stages_and_of_the_full_model(golden):
 @pytest.mark.parametrize("name", ["flat-d8", "gqa-logop-d8"])
 def test_the_kernels_compiled_on_a_gpu_give_the_same(name, monkeypatch):
     model, answers = fixture(name)[0], goldens(name)
-    monkeypatch.setattr(elementwise, "compiles", lambda: True)
+    monkeypatch.setattr(kernels, "compiles", lambda: True)
     for text in TEXTS:
         tokens = answers[f"{text}.tokens"]
         assert largest_difference(model(tokens), answers[f"{text}.logits_full"]) < TOLERANCE

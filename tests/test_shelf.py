@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cognica_mlx.cache import shelf as shelf_module
+from cognica_mlx.cache.fixed_pass import FixedAttention, FixedPass
 from cognica_mlx.cache.packed_pass import begin, in_order
 from cognica_mlx.cache.shelf import Shelf, arrange
 from cognica_mlx.cache.stage_cache import StageCache
@@ -51,20 +52,31 @@ def run(shown: Sequence[Shown], counts: Sequence[int], commit: bool = True) -> N
     pairs = [(shown[i], counts[i]) for i in in_order(caches)]
     for one, count in pairs:
         one.keys += [float(next(Shown.numbers) % 97) for _ in range(count)]
-    attention, done = begin([one.cache for one, _ in pairs], [count for _, count in pairs])
-    keys = [key for one, count in pairs for key in one.keys[-count:]]
-    rows = mx.array(keys).reshape(1, 1, -1, 1)
-    for window in caches[0].windows:
+    windows, counts = caches[0].windows, [count for _, count in pairs]
+    plan = begin([one.cache for one, _ in pairs], counts)
+    fixed = isinstance(plan, FixedPass)
+    attention = plan
+    if fixed:
+        attention = FixedAttention(plan.key, windows, plan.numbers, plan.buffers())
+    rows = [start + i for start, n in zip(plan.starts, counts, strict=True) for i in range(n)]
+    keys = np.zeros(plan.rows, np.float32)
+    keys[rows] = [key for one, count in pairs for key in one.keys[-count:]]
+    # As many texts of one position, or one text.
+    shape = (-1, 1, 1, 1) if fixed else (1, 1, -1, 1)
+    k, q = mx.array(keys).reshape(shape), mx.zeros((2 * len(keys),))
+    q = q.reshape((-1, 2, 1, 1) if fixed else (1, 2, -1, 1))
+    for window in windows:
         # Queries of zero see the mean of the visible keys; values are twice the keys.
-        out = attention.attend(mx.zeros((1, 2, len(keys), 1)), rows, 2 * rows, 1.0)
+        out = np.array(attention.attend(q, k, 2 * k, 1.0))
+        out = out.reshape(-1, 2).T if fixed else out.reshape(2, -1)
         expected = [mean for one, count in pairs for mean in one.expected(window, count)]
-        assert out[0, 0, :, 0].tolist() == pytest.approx([2 * mean for mean in expected], rel=1e-4)
-        assert mx.array_equal(out[:, 0], out[:, 1])
+        assert out[0, rows].tolist() == pytest.approx([2 * mean for mean in expected], rel=1e-4)
+        assert (out[0, rows] == out[1, rows]).all()
     offset = attention.offset
-    if len(pairs) > 1:
-        assert isinstance(offset, mx.array)
+    if isinstance(offset, mx.array):
         positions = [p for one, n in pairs for p in range(len(one.keys) - n, len(one.keys))]
-        assert offset.tolist() == positions
+        assert np.array(offset)[rows].tolist() == positions
+    done = plan.done(attention.buffers()) if fixed else plan.done()
     for (one, count), part in zip(pairs, done, strict=True):
         if commit:
             one.cache.commit(part)
@@ -120,7 +132,7 @@ def test_each_cache_shows_what_it_would_show_alone(actions, slack, step, slots, 
     shown = [Shown(slack[i % 2]) for i in range(4)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shelf_module, "STEP", step)
-        patch.setattr(shelf_module, "SLOTS", slots)
+        patch.setattr(shelf_module, "SLOTS", (2, slots))
         patch.setattr(shelf_module, "LARGE", 0 if large else 1 << 20)
         run(shown, [1 + 5 * i for i in range(4)])
         for action, n in actions:

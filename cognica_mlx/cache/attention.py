@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from cognica_mlx.backend.kernels import as_mask, attention, compiles, scores
+
 
 class WholeText:
     """Attention without a cache, for the positions at the start of a text."""
@@ -12,10 +14,39 @@ class WholeText:
     offset = 0
 
     def __init__(self, window: int, length: int):
-        self._mask = window_mask(window, 0, length)
+        self._visible = Visible(window, 0, length)
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self._mask)
+        return self._visible.attend(q, k, v, scale)
+
+
+class Visible:
+    """What the queries at positions offset .. offset + length - 1 see of the `min(offset, window)`
+    positions before them and of their own."""
+
+    def __init__(self, window: int, offset: int, length: int):
+        self._window, self._offset, self._length = window, offset, length
+        self._mask: mx.array | None = None
+
+    def mask(self, q: mx.array, kv_heads: int) -> mx.array | None:
+        """The mask for `attention` of queries q; None if everything is visible."""
+        if self._length > 1 and self._mask is None:
+            self._mask = as_mask(self._seen()[None, None], q.dtype, q.shape, kv_heads)
+        return self._mask
+
+    def _seen(self) -> mx.array:
+        offset, window = self._offset, self._window
+        queries = mx.arange(offset, offset + self._length)[:, None]
+        keys = mx.arange(offset - min(offset, window), offset + self._length)[None]
+        seen = keys <= queries
+        return seen if offset + self._length <= window + 1 else seen & (queries - keys <= window)
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        """Attention of q (B, H, T, head_dim) over keys and values (B, KV, keys, head_dim)."""
+        if compiles() and self._length > 1 and self._offset + self._length <= self._window + 1:
+            # The kernel knows this mask.
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+        return attention(q, k, v, scale, self.mask(q, k.shape[1]))
 
 
 def in_two_parts(
@@ -23,38 +54,21 @@ def in_two_parts(
     old: tuple[mx.array, mx.array],
     new: tuple[mx.array, mx.array],
     scale: float,
-    mask: mx.array | str | None,
+    mask: mx.array | None,
 ) -> mx.array:
-    """Attention of q (1, H, T, head_dim) over two sets of keys and values (1, KV, n, head_dim)."""
-    _, heads, length, dim = q.shape
-    kv_heads, count = old[0].shape[1], old[0].shape[2]
-    # Queries grouped by key head: (1, KV, H / KV * T, head_dim).
-    grouped = (q * scale).reshape(1, kv_heads, -1, dim)
-    scores = mx.concatenate(
-        [grouped @ old[0].swapaxes(-1, -2), grouped @ new[0].swapaxes(-1, -2)], axis=-1
-    )
-    if mask is not None:
-        total = scores.shape[-1]
-        if isinstance(mask, str):
-            mask = mx.arange(total)[None] <= mx.arange(total - length, total)[:, None]
-        scores = scores.reshape(1, heads, length, total)
-        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
-        scores = scores.reshape(1, kv_heads, -1, total)
-    weights = mx.softmax(scores, axis=-1, precise=True)
-    out = weights[..., :count] @ old[1] + weights[..., count:] @ new[1]
-    return out.reshape(1, heads, length, dim)
+    """Attention of q (B, H, T, head_dim) over two sets of keys and values (B, KV, n, head_dim).
 
-
-def window_mask(window: int, offset: int, length: int) -> mx.array | str | None:
-    """The mask for queries at positions offset .. offset + length - 1.
-
-    The keys are those of the `min(offset, window)` positions before them, then their own. Returns
-    None if everything is visible, "causal" if the window hides nothing, else (length, keys) bool.
+    `mask`, from `as_mask`, is for both, one after the other.
     """
-    if length == 1:
-        return None
-    if offset + length <= window + 1:
-        return "causal"
-    queries = mx.arange(offset, offset + length)[:, None]
-    keys = mx.arange(offset - min(offset, window), offset + length)[None]
-    return (keys <= queries) & (queries - keys <= window)
+    count = old[0].shape[2]
+    both = mx.concatenate([scores(q, keys, scale) for keys, _ in (old, new)], axis=-1)
+    if mask is not None:
+        if mask.dtype == mx.bool_:
+            shape = *q.shape[:3], both.shape[-1]
+            mask = mx.broadcast_to(mask, shape).reshape(both.shape)
+            both = mx.where(mask, both, mx.finfo(both.dtype).min)
+        else:
+            both = both + mask
+    weights = mx.softmax(both, axis=-1, precise=True)
+    out = weights[..., :count] @ old[1] + weights[..., count:] @ new[1]
+    return out.reshape(q.shape)

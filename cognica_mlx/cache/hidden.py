@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import mlx.core as mx
 
@@ -39,6 +40,10 @@ class Hidden:
 
     def __getitem__(self, positions: slice) -> Hidden:
         return self._each(lambda array: array[:, positions])
+
+    def take(self, rows: mx.array) -> Hidden:
+        """The positions at the indices `rows`."""
+        return self._each(lambda array: mx.take(array, rows, axis=1))
 
     def copy(self, start: int, stop: int) -> Hidden:
         """Positions start .. stop - 1 in arrays of their own."""
@@ -125,6 +130,11 @@ def pack(pieces: Sequence[Rows]) -> Hidden:
         stop = piece.stop
     parts.append(Rows(source, start, stop).hidden())
     return Hidden.concatenate(parts)
+
+
+def beginnings(counts: Sequence[int]) -> list[int]:
+    """Where parts of `counts` positions begin that follow one another."""
+    return [0, *accumulate(counts)][: len(counts)]
 
 
 class Boundary:

@@ -1,172 +1,173 @@
 """One pass through a stage for many sequences, with their rows packed one after another.
 
-- caches on the same shelf write their rows together and attend in one operation
+- caches on the same shelf write their rows together and attend in one operation; the pass has a row
+  for each slot, and what it holds for a slot that takes no part is never seen
 - the others attend one by one, each over its own buffers
+- if all buffers keep their shape, the pass can be replayed: see `fixed_pass`
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
 import mlx.core as mx
-import numpy as np
 
+from cognica_mlx.cache.fixed_pass import (
+    ROWS,
+    FixedAttention,
+    FixedPass,
+    PartKey,
+    reach,
+    spread,
+)
+from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.cache.keys_and_values import Done
 from cognica_mlx.cache.shelf import Shelf, arrange, place_of
-from cognica_mlx.cache.stage_cache import Content, Span, StageCache, StagePass
+from cognica_mlx.cache.stage_cache import Content, OnePart, Span, StageCache, StagePass
+
+# A pass of more parts than this is not replayed: there are too many ways to combine them.
+PARTS = 4
 
 
-class ShelfPass:
-    """One position from each of several caches on a shelf, in the order of their slots; serves as
-    each layer's `AttentionCache`."""
+class SlotsPart:
+    """The `Part` of a pass for one position of several caches on a shelf, in the order of their
+    slots; a row for each slot."""
 
     def __init__(self, caches: Sequence[StageCache]):
-        self._contents = [cache.content for cache in caches]
-        self._rounds = [cache.round for cache in caches]
         places = [place for cache in caches if (place := place_of(cache))]
-        self._shelf = places[0].shelf
-        slots = tuple([place.slot for place in places])
-        offsets = tuple(self.positions())
-        self.offset = _as_array(offsets)
-        # Windows longer than every text hide nothing: clip them, so that they share a cache entry.
-        longest = max(offsets)
-        self._rows = {}
-        for window in self._shelf.lengths:
-            shifts = tuple([place.shifts[window] for place in places])
-            self._rows[window] = _rows(slots, offsets, shifts, min(window, longest))
-        self._layers: list[tuple[mx.array, mx.array]] = []
+        self._caches, self._shelf = caches, places[0].shelf
+        self.windows, self.count = self._shelf.windows, 1
+        self.starts = [place.slot for place in places]
+        self.positions = self._of_slots([cache.offset for cache in caches], 0)
+        self.ends, reaches, aligned = {}, [], True
+        for window, length in self._shelf.lengths.items():
+            own = [
+                cache.offset + place.shifts[window]
+                for cache, place in zip(caches, places, strict=True)
+            ]
+            # Beyond the rows of a cache that sits out, its slot may be written to.
+            ends = self.ends[window] = self._of_slots(own, max(own), window)
+            aligned &= len(set(ends)) == 1
+            reaches.append(reach(window, length, ends, self.positions))
+        self.key = PartKey(len(self.positions), len(self.positions), aligned, tuple(reaches))
 
-    def positions(self) -> list[int]:
-        """The caches' next positions."""
-        return [content.offset for content in self._contents]
+    def _of_slots(
+        self, members: Sequence[int], others: int, window: int | None = None
+    ) -> tuple[int, ...]:
+        """The members' numbers in their slots, and for other slots `others`, or more if it is a row
+        that belongs to a cache there."""
+        if len(members) == len(self._shelf):
+            return tuple(members)
+        found = [others] * len(self._shelf)
+        if window is not None:
+            for cache in self._shelf.caches():
+                if place := place_of(cache):
+                    found[place.slot] = max(others, cache.offset + place.shifts[window])
+        for slot, number in zip(self.starts, members, strict=True):
+            found[slot] = number
+        return tuple(found)
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        """See `AttentionCache`: here T is the number of caches, one position each."""
-        i = len(self._layers)
-        rows = self._rows[self._shelf.windows[i]]
-        old_keys, old_values = self._shelf.layers[i]
-        # (T, heads, 1, head_dim)
-        q, k, v = (x.transpose(2, 1, 0, 3) for x in (q, k, v))
-        keys, values = rows.write(old_keys, k), rows.write(old_values, v)
-        self._layers.append((keys, values))
-        outs = [
-            mx.fast.scaled_dot_product_attention(
-                q[run.members],
-                keys[run.slots, :, run.seen],
-                values[run.slots, :, run.seen],
-                scale=scale,
-                mask=run.mask,
-            )
-            for run in rows.runs
-        ]
-        out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
-        return out.transpose(2, 1, 0, 3)
+    def buffers(self) -> list[mx.array]:
+        return [array for pair in self._shelf.layers for array in pair]
 
-    @cached_property
-    def contents(self) -> list[Content]:
-        """Each cache's content after this pass. The shelf gets the new rows first, which is safe: a
-        cache ignores rows beyond its own."""
-        self._shelf.layers = tuple(self._layers)
-        found = []
-        for old, written in zip(self._contents, self._rounds, strict=True):
-            spans = {window: Span(span.rows + 1) for window, span in old.spans.items()}
-            found.append(Content(old.offset + 1, spans, (), written, old.place))
-        return found
+    def done(self, buffers: Sequence[mx.array]) -> list[Done]:
+        """The shelf gets the new rows at once, which is safe: a cache ignores rows beyond its own,
+        and takes them when it commits."""
+        shared = _Written(self._shelf, buffers)
+        return [_Member(shared, cache) for cache in self._caches]
+
+
+class _Written:
+    """A shelf's new arrays, which it takes when the first of its caches commits."""
+
+    def __init__(self, shelf: Shelf, buffers: Sequence[mx.array]):
+        self._shelf = shelf
+        self._layers = [*zip(buffers[::2], buffers[1::2], strict=True)]
+
+    def take(self) -> None:
+        if self._layers:
+            self._shelf.layers, self._layers = tuple(self._layers), []
 
 
 class _Member:
     """One cache's part of a pass."""
 
-    def __init__(self, shared: ShelfPass, i: int):
-        self._shared, self._i = shared, i
+    def __init__(self, shared: _Written, cache: StageCache):
+        self._shared, self._content, self._round = shared, cache.content, cache.round
 
     def result(self) -> Content:
-        return self._shared.contents[self._i]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Members in adjacent slots, the rows that any of them sees, and a mask (T, 1, 1, rows) if some
-    see fewer."""
-
-    members: slice
-    slots: slice
-    seen: slice
-    mask: mx.array | None
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Where a pass writes in the layers of one window, and what each run of adjacent slots sees.
-
-    slots, rows: (T,) arrays. `same` is the row if all share it and the slots are adjacent.
-    """
-
-    slots: mx.array
-    rows: mx.array
-    same: int | None
-    runs: tuple[_Run, ...]
-
-    def write(self, array: mx.array, new: mx.array) -> mx.array:
-        """The shelf's array with new rows (T, KV, 1, head_dim) written to T of its slots."""
-        # A new array object, because item assignment changes the object in place.
-        written = array[:]
-        if self.same is not None:
-            written[self.runs[0].slots, :, self.same : self.same + 1] = new
-        else:
-            written[self.slots, :, self.rows] = new[:, :, 0]
-        return written
-
-
-# Usually all stages ask for the same positions.
-@lru_cache(maxsize=16)
-def _as_array(positions: tuple[int, ...]) -> mx.array:
-    return mx.array(positions)
-
-
-@lru_cache(maxsize=16)
-def _rows(
-    slots: tuple[int, ...], offsets: tuple[int, ...], shifts: tuple[int, ...], window: int
-) -> _Rows:
-    """The `_Rows` of members in `slots`: member i writes position offsets[i] to row offsets[i] +
-    shifts[i]."""
-    rows = np.array(offsets) + shifts
-    # The first row that each sees.
-    first = rows - np.minimum(offsets, window)
-    gaps = [i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1]
-    runs = []
-    for start, stop in itertools.pairwise([0, *gaps, len(slots)]):
-        members = slice(start, stop)
-        low, high = int(first[members].min()), int(rows[members].max()) + 1
-        at = np.arange(low, high)
-        seen = (at >= first[members, None]) & (at <= rows[members, None])
-        mask = None if seen.all() else mx.array(seen[:, None, None])
-        runs.append(_Run(members, slice(slots[start], slots[stop - 1] + 1), slice(low, high), mask))
-    alike = len(runs) == 1 and bool((rows == rows[0]).all())
-    return _Rows(mx.array(slots), mx.array(rows), int(rows[0]) if alike else None, tuple(runs))
+        self._shared.take()
+        old = self._content
+        spans = {window: Span(span.rows + 1) for window, span in old.spans.items()}
+        return old._replace(offset=old.offset + 1, spans=spans, written=self._round)
 
 
 class PackedPass:
-    """The passes of several caches as one, with their rows concatenated: (1, total, …)."""
+    """The passes of several caches as one, with their rows in a text: (1, N, …). Serves as the
+    `AttentionCache` of all layers."""
 
-    def __init__(self, passes: Sequence[ShelfPass | StagePass]):
-        self._parts: list[tuple[slice, ShelfPass | StagePass]] = []
+    def __init__(self, together: Sequence[SlotsPart], own: Sequence[StagePass]):
+        self._slots, self._passes = together, own
+        self._parts: list[tuple[slice, FixedAttention | StagePass]] = []
+        self.starts: list[int] = []
         positions: list[int] = []
-        for part in passes:
+        for part in (*together, *own):
             start = len(positions)
-            positions += part.positions()
-            self._parts.append((slice(start, len(positions)), part))
-        self.offset = mx.array(positions, dtype=mx.int32)
+            positions += part.positions
+            self.starts += [start + own for own in part.starts]
+            attention = _alone(part) if isinstance(part, SlotsPart) else part
+            self._parts.append((slice(start, len(positions)), attention))
+        self._counts = [part.count for part in (*together, *own) for _ in part.starts]
+        self.rows = len(positions)
+        # One text: its first position is enough, and what it sees needs no array.
+        one = own[0].offset if len(self._parts) == len(own) == 1 else None
+        self.offset = mx.array(positions, dtype=mx.int32) if one is None else one
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        outs = [
-            part.attend(q[:, :, rows], k[:, :, rows], v[:, :, rows], scale)
-            for rows, part in self._parts
-        ]
-        return mx.concatenate(outs, axis=2)
+        outs = []
+        for rows, part in self._parts:
+            own = [q, k, v] if len(self._parts) == 1 else [x[:, :, rows] for x in (q, k, v)]
+            if isinstance(part, FixedAttention):
+                own = [x.transpose(2, 1, 0, 3) for x in own]
+                outs.append(part.attend(*own, scale).transpose(2, 1, 0, 3))
+            else:
+                outs.append(part.attend(*own, scale))
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
+
+    def spread(self, hidden: Hidden) -> Hidden:
+        """See `FixedPass`."""
+        return spread(hidden, self.rows, self.starts, self._counts)
+
+    def done(self) -> list[Done]:
+        """What to commit to each cache, in order, once all layers have attended."""
+        found: list[Done] = []
+        for part, (_, attention) in zip(self._slots, self._parts, strict=False):
+            assert isinstance(attention, FixedAttention)
+            found += part.done(attention.buffers())
+        return [*found, *self._passes]
+
+
+def _alone(part: SlotsPart) -> FixedAttention:
+    """Attention of one part, with its arrays as they are."""
+    plan = FixedPass([part])
+    return FixedAttention(plan.key, part.windows, plan.numbers, part.buffers())
+
+
+def begin(caches: Sequence[StageCache], counts: Sequence[int]) -> FixedPass | PackedPass:
+    """A pass of `counts` positions for the caches, which must be in the order of `in_order`."""
+    shelves: dict[Shelf, list[StageCache]] = {}
+    own: list[tuple[StageCache, int]] = []
+    for cache, count in zip(caches, counts, strict=True):
+        if place := place_of(cache):
+            shelves.setdefault(place.shelf, []).append(cache)
+        else:
+            own.append((cache, count))
+    together = [SlotsPart(members) for members in shelves.values()]
+    rows = sum(len(part.positions) for part in together) + sum(count for _, count in own)
+    if rows <= ROWS and len(together) + len(own) <= PARTS:
+        if all(OnePart.fits(cache, count) for cache, count in own):
+            return FixedPass([*together, *(OnePart(cache, count) for cache, count in own)])
+    return PackedPass(together, [cache.begin(count) for cache, count in own])
 
 
 def in_order(caches: Sequence[StageCache]) -> list[int]:
@@ -184,26 +185,7 @@ def in_order(caches: Sequence[StageCache]) -> list[int]:
 def arranged(caches: Sequence[StageCache], counts: Sequence[int]) -> list[int]:
     """Let caches leave or join shelves before a pass of `counts` positions; returns the order in
     which to share it."""
+    if len(caches) == 1 and not caches[0].content.place:
+        return [0]
     arrange(caches, counts)
     return in_order(caches)
-
-
-def begin(
-    caches: Sequence[StageCache], counts: Sequence[int]
-) -> tuple[StagePass | ShelfPass | PackedPass, list[Done]]:
-    """A pass of `counts` positions for the caches, which must be in the order of `in_order`: what
-    the layers attend with, and each cache's part to commit."""
-    shelves: dict[Shelf, list[StageCache]] = {}
-    own: list[StagePass] = []
-    for cache, count in zip(caches, counts, strict=True):
-        if place := place_of(cache):
-            shelves.setdefault(place.shelf, []).append(cache)
-        else:
-            own.append(cache.begin(count))
-    together = [ShelfPass(members) for members in shelves.values()]
-    # The pass must not refer to these: a cycle would keep its arrays alive, so MLX would copy them.
-    parts: list[Done] = [
-        _Member(shared, i) for shared in together for i in range(len(shared.positions()))
-    ]
-    passes: list[ShelfPass | StagePass] = [*together, *own]
-    return passes[0] if len(passes) == 1 else PackedPass(passes), [*parts, *own]

@@ -26,14 +26,15 @@ import mlx.core as mx
 
 from cognica_mlx.cache.stage_cache import GROWTH, LARGE, Content, Layer, Span, StageCache
 
-# The most slots on a shelf.
-SLOTS = 16
+# How many slots a shelf may have: few numbers, so that few passes differ in shape.
+SLOTS = (2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32)
 # A cache joins after more than STEADY passes in a row of one position. Each time it has to leave,
 # that number doubles, up to PATIENCE.
 STEADY, PATIENCE = 1, 64
-# Slots are rounded up to STEP rows. A shelf may hold WASTE times the rows that its caches would by
-# themselves; it is checked every IDLE / 2 passes, and repacked after two checks that find more.
-STEP, WASTE, IDLE = 64, 1.1, 8
+# Slots are rounded up to STEP rows. Caches share a shelf if their slots hold at most APART times the
+# rows that they would by themselves. A shelf is checked every IDLE / 2 passes, and repacked after
+# two checks that find it WASTE times as large as a new one would be.
+STEP, APART, WASTE, IDLE = 64, 1.34, 1.1, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +88,11 @@ class Shelf:
         layers = []
         for i, window in enumerate(caches[0].windows):
             rows = [*_side_by_side(caches, i)]
-            pair = [
-                mx.concatenate([_shown(a, ends[window], lengths[window]) for a in part])
-                for part in zip(*rows, strict=True)
-            ]
+            pair = []
+            for part in zip(*rows, strict=True):
+                shown = [_shown(a, ends[window], lengths[window]) for a in part]
+                free = _slots_for(len(caches)) - len(caches)
+                pair.append(mx.pad(mx.concatenate(shown), [(0, free), (0, 0), (0, 0), (0, 0)]))
             if pair[0].nbytes >= LARGE:
                 # Layer by layer, so that little is held twice.
                 mx.eval(pair)
@@ -108,7 +110,7 @@ class Shelf:
         for other in slots:
             if other and (place := place_of(other)):
                 for window, length in self.lengths.items():
-                    end = min(other.offset + place.shifts[window], length - 1)
+                    end = min(other.offset + place.shifts[window], length - 2)
                     ends[window] = max(ends[window], end)
         layers = []
         rows = cache.rows()
@@ -124,7 +126,8 @@ class Shelf:
         """Record that a cache is in `slot`, its latest row at `ends[window]` - 1 by window."""
         self._caches[slot] = weakref.ref(cache)
         shifts = {window: end - cache.offset for window, end in ends.items()}
-        full = min(length - shifts[window] for window, length in self.lengths.items())
+        # The last row stays free, so that a pass in which a cache takes no part may write to it.
+        full = min(length - 1 - shifts[window] for window, length in self.lengths.items())
         place = ShelfPlace(self, slot, shifts, full)
         spans = {window: Span(cache.kept(window)) for window in ends}
         cache.content = cache.content._replace(layers=(), place=place, spans=spans)
@@ -138,7 +141,12 @@ class Shelf:
             for slot, (cache, place) in enumerate(zip(found, places, strict=True))
         ]
 
+    def __len__(self) -> int:
+        """How many slots it has."""
+        return len(self._caches)
+
     def caches(self) -> list[StageCache]:
+        """The caches on it, in the order of their slots."""
         return [cache for cache in self._slots() if cache]
 
     def takes(self, cache: StageCache) -> bool:
@@ -153,9 +161,15 @@ class Shelf:
         self._passes += 1
         if self._passes % (IDLE // 2):
             return False
-        before, held = self._over, len(self._caches) * self.size
-        self._over = held > WASTE * sum(map(_alone, self.caches()))
+        before, caches = self._over, self.caches()
+        fresh = _slots_for(len(caches)) * _size(caches) if caches else 0
+        self._over = len(self) * self.size > WASTE * fresh
         return before and self._over
+
+
+def _slots_for(count: int) -> int:
+    """The slots of a shelf for so many caches."""
+    return next(slots for slots in SLOTS if slots >= count)
 
 
 def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
@@ -163,8 +177,6 @@ def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
 
     All must be of the same stage.
     """
-    if len(caches) == 1 and not caches[0].content.place:
-        return
     joining: list[StageCache] = []
     # How many of each shelf's caches take part, and the shelves that one of them has outgrown.
     steps: dict[Shelf, int] = {}
@@ -193,7 +205,7 @@ def arrange(caches: Sequence[StageCache], counts: Sequence[int]) -> None:
     ]
     if changing:
         # Include shelves with free slots: caches that had to be apart may fit together by now.
-        changing += [s for s in steps if s not in changing and len(s.caches()) < SLOTS]
+        changing += [s for s in steps if s not in changing and None in s._slots()]
         joining += [cache for shelf in changing for cache in shelf.caches()]
     if joining:
         _join(joining, [shelf for shelf in steps if shelf not in changing])
@@ -237,13 +249,13 @@ def _regroup(caches: Sequence[StageCache]) -> None:
 def _go_together(caches: Sequence[StageCache]) -> bool:
     """Whether one shelf for these takes little more memory than their own buffers would."""
     held = len(caches) * _size(caches)
-    return len(caches) <= SLOTS and held <= WASTE * sum(map(_alone, caches))
+    return len(caches) <= SLOTS[-1] and held <= APART * sum(map(_alone, caches))
 
 
 def _need(cache: StageCache) -> int:
-    """The rows that a slot needs for one more position of this cache."""
+    """The rows that a slot needs for one more position of this cache, and a free one."""
     return max(
-        min(span.held + 1, cache.limit(window)) for window, span in cache.content.spans.items()
+        min(span.held + 2, cache.limit(window)) for window, span in cache.content.spans.items()
     )
 
 

@@ -18,7 +18,8 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from cognica_mlx.cache.attention import in_two_parts, window_mask
+from cognica_mlx.cache.attention import Visible, in_two_parts
+from cognica_mlx.cache.fixed_pass import PartKey, reach
 from cognica_mlx.cache.keys_and_values import Done
 from cognica_mlx.errors import RollbackError
 
@@ -117,6 +118,11 @@ class StageCache:
     def _carried(self, window: int) -> int:
         """How many rows a fork has: all, but from a shelf only those that a rollback may need."""
         return self.kept(window) if self.content.place else self.content.spans[window].held
+
+    def size(self, window: int) -> int:
+        """The rows of the buffers of this window."""
+        keys = self.content.layers[self.windows.index(window)].keys
+        return 0 if keys is None else keys.shape[2]
 
     def is_large(self, window: int) -> bool:
         """Whether the buffers of this window are too large to be worth copying."""
@@ -221,22 +227,67 @@ class StageCache:
         return [array for layer in layers for array in layer.arrays()]
 
 
+class OnePart:
+    """The `Part` of a pass for `count` positions of one cache."""
+
+    starts = (0,)
+
+    def __init__(self, cache: StageCache, count: int):
+        self._cache, self.count = cache, count
+        content = cache.content
+        first = content.offset
+        self.positions = tuple(range(first, first + count))
+        self.ends, reaches = {}, []
+        for window, span in content.spans.items():
+            ends = self.ends[window] = tuple(range(span.rows, span.rows + count))
+            reaches.append(reach(window, cache.size(window), ends, self.positions))
+        self.key = PartKey(1, count, True, tuple(reaches))
+
+    @staticmethod
+    def fits(cache: StageCache, count: int) -> bool:
+        """Whether the buffers have room, and may be written to."""
+        content = cache.content
+        if content.place or content.layers[0].keys is None:
+            return False
+        return all(
+            not span.tail
+            and span.rows + count <= cache.size(window)
+            and not (content.written == cache.round and cache.is_large(window))
+            for window, span in content.spans.items()
+        )
+
+    def buffers(self) -> list[mx.array]:
+        return [array for layer in self._cache.content.layers for array in layer.arrays()[:2]]
+
+    def done(self, buffers: Sequence[mx.array]) -> list[Done]:
+        content, count = self._cache.content, self.count
+        spans = {window: Span(span.rows + count) for window, span in content.spans.items()}
+        layers = tuple(map(Layer, buffers[::2], buffers[1::2]))
+        return [_Written(Content(content.offset + count, spans, layers, self._cache.round))]
+
+
+class _Written(NamedTuple):
+    """A finished pass."""
+
+    content: Content
+
+    def result(self) -> Content:
+        return self.content
+
+
 class StagePass:
     """One sequence's pass through a stage; serves as the `AttentionCache` of each layer in turn."""
 
     def __init__(self, cache: StageCache, length: int):
-        self.length = length
+        self.count = length
         self._cache, self._content = cache, cache.content
         self.offset = cache.content.offset
+        self.positions, self.starts = range(self.offset, self.offset + length), (0,)
         self._views: dict[int, _View] = {
             window: _View(span, self.offset, length, window, cache)
             for window, span in cache.content.spans.items()
         }
         self._layers: list[Layer] = []
-
-    def positions(self) -> range:
-        """The positions in this pass."""
-        return range(self.offset, self.offset + self.length)
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         """See `AttentionCache`; each call is for the next layer."""
@@ -250,7 +301,7 @@ class StagePass:
         """The cache's content after this pass; all layers must have attended."""
         wrote = any(not view.beside for view in self._views.values())
         return Content(
-            self.offset + self.length,
+            self.offset + self.count,
             {window: view.after for window, view in self._views.items()},
             tuple(self._layers),
             self._cache.round if wrote else self._content.written,
@@ -265,7 +316,7 @@ class _View:
         self.limit, self.slack, self.window = cache.limit(window), cache.slack, window
         # How many earlier rows these queries see.
         self.before = min(offset, window)
-        self.mask = window_mask(window, offset, length)
+        self.visible = Visible(window, offset, length)
         self.beside = (
             cache.content.written == cache.round
             and cache.is_large(window)
@@ -300,16 +351,14 @@ class _View:
             # Copy the rows to keep before attention goes on; otherwise every layer's full arrays
             # would stay in memory until the copies are made.
             keys, values = mx.depends(views, kept)
-            return Layer(*kept), self._see(q, keys, values, scale)
+            return Layer(*kept), self.visible.attend(q, keys, values, scale)
         keys = self._write(layer.keys, layer.tail_keys, k)
         values = self._write(layer.values, layer.tail_values, v)
         end = self.after.rows
         first = end - self.length - self.before
-        out = self._see(q, keys[..., first:end, :], values[..., first:end, :], scale)
+        seen = slice(first, end)
+        out = self.visible.attend(q, keys[..., seen, :], values[..., seen, :], scale)
         return Layer(keys, values), out
-
-    def _see(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self.mask)
 
     def _held(self, buffer: mx.array, tail: mx.array | None) -> mx.array:
         """The rows to keep, in order."""
@@ -346,9 +395,8 @@ class _View:
         old_k = layer.keys[..., first : self.span.rows, :]
         old_v = layer.values[..., first : self.span.rows, :]
         seen = min(self.before, tail) + self.length
-        out = in_two_parts(
-            q, (old_k, old_v), (k[..., -seen:, :], v[..., -seen:, :]), scale, self.mask
-        )
+        new = k[..., -seen:, :], v[..., -seen:, :]
+        out = in_two_parts(q, (old_k, old_v), new, scale, self.visible.mask(q, k.shape[1]))
         return Layer(layer.keys, layer.values, k, v), out
 
 

@@ -63,5 +63,5 @@ class Meter(Protocol):
     spent: float
     others: int
 
-    def price(self, request: Request, rows: int | None = None) -> float:
-        """The cost of a request: its share of a pass of `rows` rows."""
+    def price(self, request: Request, rows: int | None = None, length: int = 1) -> float:
+        """The cost of a request: its share of a pass of `rows` rows, through `length` stages."""

@@ -10,14 +10,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from cognica_mlx.decoding.advice import Meter
-from cognica_mlx.decoding.passes import read, run_stage, score, submit
+from cognica_mlx.decoding.passes import course, read, run_stages, score, submit
 from cognica_mlx.decoding.requests import (
     Advance,
     DecodedToken,
@@ -155,7 +156,7 @@ class Batch:
             # Answer reads from shallower stages first: their sequences may then join this pass.
             early = [job for job in reads if job.depth < stage.layers[0]]
             if not early:
-                self._advance(stages[stage], stage)
+                self._advance(stages, stage)
                 return
             reads = early
         for job in reads:
@@ -163,16 +164,26 @@ class Batch:
             job.had_turn |= not job.request.arrays  # type: ignore[union-attr]
         self._together(reads, read)
 
-    def _advance(self, jobs: list[_Job], stage: Stage) -> None:
-        """One pass through a stage for as many of the jobs as fit; all must be asking for it."""
+    def _advance(self, asked: Mapping[Stage, list[_Job]], stage: Stage) -> None:
+        """One pass through a stage, the shallowest `asked` for, for as many of its jobs as fit; it
+        goes on through the next stages until others may join."""
+        jobs = asked[stage]
         total = sum(job.rows for job in jobs)
         if total > len(jobs):
             jobs, total = self._choose(jobs)
-        self.passes += 1
-        self.rows += total
+        others = [other for other in asked if other is not stage]
+        if len(jobs) < len(asked[stage]):
+            length = 1
+        else:
+            until = min(others, key=lambda other: other.layers[0], default=None)
+            length = course([job.request for job in jobs], until)  # type: ignore[misc]
+        self.passes += length
+        self.rows += total * length
         for job in jobs:
-            job.depth = stage.layers[-1]
-        self._together(jobs, run_stage)
+            request = job.request
+            assert isinstance(request, Advance)
+            job.depth = request.state.stages[request.index + length - 1].layers[-1]
+        self._together(jobs, partial(run_stages, length=length), length=length)
 
     def _choose(self, jobs: list[_Job]) -> tuple[list[_Job], int]:
         """The jobs that fit in a pass, in their order in it, and their total rows."""
@@ -190,7 +201,13 @@ class Batch:
                 total += job.rows
         return chosen, total
 
-    def _together(self, jobs: Sequence[_Job], work: Any, cause: RankError | None = None) -> None:
+    def _together(
+        self,
+        jobs: Sequence[_Job],
+        work: Any,
+        cause: RankError | None = None,
+        length: int = 1,
+    ) -> None:
         """Do the same work for several jobs at once, and give each its answer. On a retry for a
         single job, `cause` is the remote error of the shared pass, reported if the job fails too:
         the retry's own error would hide it."""
@@ -198,7 +215,7 @@ class Batch:
         if paced:
             total = sum(job.rows for job in jobs)
             for job in paced:
-                job.pace.spent += job.pace.price(job.request, total)  # type: ignore
+                job.pace.spent += job.pace.price(job.request, total, length)  # type: ignore
         try:
             answers = work([job.request for job in jobs])
         except RankLostError as error:
@@ -213,7 +230,7 @@ class Batch:
             else:
                 cause = error if isinstance(error, RankError) else None
                 for job in jobs:
-                    self._together([job], work, cause)
+                    self._together([job], work, cause, length)
             return
         # Store all answers before any job continues: an interruption loses none.
         for job, answer in zip(jobs, answers, strict=True):

@@ -12,35 +12,79 @@ from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.cache.fixed_pass import FixedPass
 from cognica_mlx.cache.hidden import Hidden, Rows, pack
+from cognica_mlx.cache.keys_and_values import Done
 from cognica_mlx.decoding.requests import Advance, Read, Score
 from cognica_mlx.decoding.sampling import Scores
 from cognica_mlx.decoding.state import DecodingState, Text
 from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.stages import Stage, replay
 
 
-def run_stage(requests: Sequence[Advance]) -> list[None]:
-    """Run all requests, which must be for the same stage, in one pass."""
+def course(requests: Sequence[Advance], until: Stage | None = None) -> int:
+    """How many stages the same positions of all requests go through one after the other, before
+    the stage `until`. They must be for the same stage."""
+    first = requests[0]
+    length = 1
+    while first.index + length <= first.last:
+        stage = first.state.stages[first.index + length]
+        if stage is until or not all([request.goes_on(length, stage) for request in requests]):
+            break
+        length += 1
+    return length
+
+
+def run_stages(requests: Sequence[Advance], length: int = 1) -> list[None]:
+    """Run all requests, which must be for the same stage, through it and those that follow,
+    `length` in all (see `course`): one pass for all of them in each stage."""
     answers = [None] * len(requests)
     # After an interruption between a pass and its answers, a request may have no rows left.
-    asked = [(r, r.state.caches[r.index], n) for r in requests if (n := r.count)]
+    asked = [(request, count) for request in requests if (count := request.count)]
     if not asked:
         return answers
-    stage = requests[0].stage
-    order = stage.order([cache for _, cache, _ in asked], [count for _, _, count in asked])
-    requests, caches, counts = zip(*(asked[i] for i in order), strict=True)
-    taken = [r.state.take(r.index, n) for r, n in zip(requests, counts, strict=True)]
-    if isinstance(taken[0], Text):
-        models = [request.state.model for request in requests]
-        hidden = embed(models, taken)
+    passes = [_Pass(asked, later) for later in range(length)]
+    if length > 1 and all(one.joins(passes[0]) for one in passes):
+        results = replay([one.stage for one in passes], passes[0].take(), [p.plan for p in passes])
+        for one, result in zip(passes, results, strict=True):
+            one.put(*result)
     else:
-        hidden = pack([rows for pieces in taken for rows in pieces])
-    hidden, done = stage.run(hidden, caches, counts)
-    start = 0
-    for request, count, one in zip(requests, counts, done, strict=True):
-        request.state.put(request.index, Rows(hidden, start, start + count), one)
-        start += count
+        for one in passes:
+            one.put(*one.stage.run(one.take(), one.plan))
     return answers
+
+
+class _Pass:
+    """A pass of several requests' positions through the stage that is `later` stages after the one
+    they are for, in an order that suits their caches."""
+
+    def __init__(self, asked: Sequence[tuple[Advance, int]], later: int):
+        first, _ = asked[0]
+        self.stage = first.state.stages[first.index + later]
+        caches = [request.state.caches[request.index + later] for request, _ in asked]
+        counts = [count for _, count in asked]
+        self.order = self.stage.order(caches, counts)
+        self.work = [(asked[i][0].state, asked[i][0].index + later, counts[i]) for i in self.order]
+        self.plan = self.stage.plan([caches[i] for i in self.order], [c for _, _, c in self.work])
+
+    def joins(self, other: _Pass) -> bool:
+        """Whether both can run from one trace."""
+        mine, theirs = self.plan, other.plan
+        if not (isinstance(mine, FixedPass) and isinstance(theirs, FixedPass)):
+            return False
+        return self.order == other.order and mine.starts == theirs.starts
+
+    def take(self) -> Hidden:
+        """The positions, as the stage's input."""
+        taken = [state.take(index, count) for state, index, count in self.work]
+        if isinstance(taken[0], Text):
+            return embed([state.model for state, _, _ in self.work], taken)  # type: ignore[arg-type]
+        return pack([rows for pieces in taken for rows in pieces])
+
+    def put(self, hidden: Hidden, done: Sequence[Done]) -> None:
+        """Store the result in the states."""
+        for (state, index, count), start, one in zip(self.work, self.plan.starts, done, strict=True):
+            state.put(index, Rows(hidden, start, start + count), one)
 
 
 def embed(models: Sequence[PoEModel], texts: Sequence[Text]) -> Hidden:

@@ -23,8 +23,9 @@ from cognica_mlx.network.stages import Stage
 class Advance:
     """Run the oldest `rows` positions pending before stage `index`; None means all of them.
 
-    With `last`, everything continues through the stages up to that one: a driver makes one pass
-    after another, with `rest` as the next request, and answers the mode after the last.
+    With `last`, everything continues through the stages up to that one: a driver may run several
+    at once (see `passes.course`), with `rest` as the next request, and answers the mode after the
+    last.
     """
 
     state: DecodingState
@@ -42,6 +43,14 @@ class Advance:
         """How many positions the pass has."""
         pending = self.state.pending(self.index)
         return pending if self.rows is None else min(self.rows, pending)
+
+    def goes_on(self, length: int, stage: Stage) -> bool:
+        """Whether its positions are to go through `stage` too, `length` stages later, and no
+        others wait there."""
+        index, state = self.index + length, self.state
+        if index > self.last or state.stages[index] is not stage or stage.source != index:
+            return False
+        return not state.pending(index)
 
     def rest(self) -> Advance | None:
         """The request that remains after the pass through stage `index`, or None."""

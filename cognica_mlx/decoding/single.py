@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.passes import read, run_stage, score, submit
+from cognica_mlx.decoding.passes import course, read, run_stages, score, submit
 from cognica_mlx.decoding.requests import (
     Advance,
     DecodedToken,
@@ -33,11 +33,11 @@ class Driver(Protocol):
     """Carries out requests."""
 
     def answer(self, request: Request) -> Any:
-        """The answer to a request, or None if it only asks for work. An `Advance` gets one pass;
-        its `rest` is the next request."""
+        """The answer to a request, or None if it only asks for work. An `Advance` gets the
+        passes of its `course`; its `rest` is the next request."""
 
 
-_WORK: dict[type, Callable[[Any], list[Any]]] = {Advance: run_stage, Score: score, Read: read}
+_WORK: dict[type, Callable[[Any], list[Any]]] = {Score: score, Read: read}
 
 
 class Single:
@@ -49,6 +49,9 @@ class Single:
     def answer(self, request: Request) -> Any:
         if isinstance(request, Submit):
             self._submitted = submit(request.state, self._submitted)
+            return None
+        if isinstance(request, Advance):
+            run_stages([request], course([request]))
             return None
         return _WORK[type(request)]([request])[0]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from cognica_mlx.cache.hidden import Hidden, Rows, pack
+from cognica_mlx.cache.hidden import Hidden, Rows, beginnings, pack
 from cognica_mlx.cache.keys_and_values import KeysAndValues
 from cognica_mlx.errors import RankError, one_line
 from cognica_mlx.machines.messages import (
@@ -112,10 +112,11 @@ class Owner:
         caches = [self._cache(stage, *about) for about in asked]
         counts = [rows for _, _, rows, _ in asked]
         order = stage.order(caches, counts)
-        hidden = _in_order(hidden, counts, order)
+        hidden = _in_order(hidden, beginnings(counts), counts, order)
         caches, counts = ([part[i] for i in order] for part in (caches, counts))  # type: ignore
-        given, done = stage.run(hidden, caches, counts)
-        given = _in_order(given, counts, [order.index(i) for i in range(count)])
+        plan = stage.plan(caches, counts)
+        given, done = stage.run(hidden, plan)
+        given = _in_order(given, plan.starts, counts, [order.index(i) for i in range(count)])
         mx.eval(given.arrays())
         for cache, one in zip(caches, done, strict=True):
             cache.commit(one)
@@ -165,9 +166,8 @@ def _answer(
     return words
 
 
-def _in_order(hidden: Hidden, counts: Sequence[int], order: Sequence[int]) -> Hidden:
-    """The parts of `hidden`, of `counts` positions each, in the given order."""
-    if list(order) == sorted(order):
-        return hidden
-    starts = [sum(counts[:i]) for i in range(len(counts))]
+def _in_order(
+    hidden: Hidden, starts: Sequence[int], counts: Sequence[int], order: Sequence[int]
+) -> Hidden:
+    """The parts of `hidden`, `counts` positions from `starts`, in the given order."""
     return pack([Rows(hidden, starts[i], starts[i] + counts[i]) for i in order])

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import mlx.core as mx
 
-from cognica_mlx.cache.hidden import Hidden
+from cognica_mlx.cache.hidden import Hidden, beginnings
 from cognica_mlx.cache.keys_and_values import AttentionCache, Done, KeysAndValues
 from cognica_mlx.errors import RankLostError, RequestError, RollbackError
 from cognica_mlx.machines.link import Link
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 
 # Where the positions of a pass come from: the message, the owner itself, another rank.
 BODY, OWN, FROM = range(3)
+
+
+class _Pass(NamedTuple):
+    """Caches that share a pass of `counts` positions, whose rows begin at `starts`."""
+
+    caches: Sequence[RemoteCache]
+    counts: Sequence[int]
+    starts: Sequence[int]
 
 
 class RemoteStage(Stage):
@@ -69,17 +77,19 @@ class RemoteStage(Stage):
             "this needs the whole model on one machine"
         )
 
-    def run(
-        self, hidden: Hidden, caches: Sequence[RemoteCache], counts: Sequence[int]
-    ) -> tuple[Hidden, Sequence[Done]]:
+    def plan(self, caches: Sequence[RemoteCache], counts: Sequence[int]) -> _Pass:
+        """See `Stage`."""
+        return _Pass(caches, counts, beginnings(counts))
+
+    def run(self, hidden: Hidden, plan: _Pass) -> tuple[Hidden, Sequence[Done]]:
         """See `Stage`. Does not wait for the pass; one that fails is undone later."""
         handle = Handle(self, len(hidden))
-        numbers = [self.number, handle.number, len(caches)]
-        for cache, rows in zip(caches, counts, strict=True):
+        numbers = [self.number, handle.number, len(plan.caches)]
+        for cache, rows in zip(plan.caches, plan.counts, strict=True):
             numbers += [cache.number, cache.offset, rows, cache.slack]
-        starts = [(cache, cache.offset) for cache in caches]
+        starts = [(cache, cache.offset) for cache in plan.caches]
         self._post(hidden, numbers, partial(_return_to, starts))
-        done = [_Reached(start + n) for (_, start), n in zip(starts, counts, strict=True)]
+        done = [_Reached(start + n) for (_, start), n in zip(starts, plan.counts, strict=True)]
         return Elsewhere([Piece(handle, 0, len(hidden))]), done
 
     def _post(self, hidden: Hidden, numbers: list[int], undo: Callable[[], None]) -> None:

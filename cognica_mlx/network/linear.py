@@ -1,4 +1,4 @@
-"""Linear layers: fast for a few rows on the CPU, fused with the residual addition on a GPU."""
+"""Linear layers: fast for a few rows on the CPU, fused with the residual addition."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from cognica_mlx.backend import blas
+from cognica_mlx.backend.traces import constant
 
 # How to pass a few rows to OpenBLAS, if MLX's CPU back end uses it: see `Linear`.
 ON_OPENBLAS = blas.is_openblas()
@@ -22,20 +23,27 @@ class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         """(..., n_in) -> (..., n_out)."""
         count = x.size // x.shape[-1]
-        if not (ON_OPENBLAS and 1 < count < FULL_ROWS) or mx.default_device() != mx.cpu:
-            return super().__call__(x)
+        if not _few(count):
+            return x @ constant(self.weight.T)
         rows, n_out = x.reshape(count, -1), self.weight.shape[0]
         if count <= COLUMNS:
-            blocks = [self.weight[i : i + BLOCK] @ rows.T for i in range(0, n_out, BLOCK)]
+            parts = range(0, n_out, BLOCK)
+            blocks = [constant(self.weight[i : i + BLOCK]) @ rows.T for i in parts]
             out = (blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)).T
         else:
-            out = (mx.pad(rows, [(0, FULL_ROWS - count), (0, 0)]) @ self.weight.T)[:count]
+            padded = mx.pad(rows, [(0, FULL_ROWS - count), (0, 0)])
+            out = (padded @ constant(self.weight.T))[:count]
         return out.reshape(*x.shape[:-1], n_out)
 
 
+def _few(count: int) -> bool:
+    """Whether so many rows are multiplied in a way of their own."""
+    return ON_OPENBLAS and 1 < count < FULL_ROWS and mx.default_device() == mx.cpu
+
+
 def added(x: mx.array, linear: nn.Module, h: mx.array) -> mx.array:
-    """x (B, T, n_out) + linear(h (B, T, n_in)), in one kernel on a GPU."""
-    if isinstance(linear, nn.Linear) and mx.default_device() == mx.gpu:
-        return mx.addmm(x, h, linear.weight.T)
+    """x (N, n_out) + linear(h (N, n_in)), in one operation where that is as fast."""
+    if isinstance(linear, nn.Linear) and not _few(len(h)):
+        return mx.addmm(x, h, constant(linear.weight.T))
     out: mx.array = x + linear(h)
     return out

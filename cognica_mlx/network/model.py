@@ -14,15 +14,16 @@ from weakref import WeakSet
 import mlx.core as mx
 import mlx.nn as nn
 
+from cognica_mlx.backend.kernels import FEW, norm, softcap
 from cognica_mlx.backend.streams import end_with_thread
+from cognica_mlx.backend.traces import Traces
 from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.config import SMEAR_CHANNELS, SUMMED, PoEConfig
 from cognica_mlx.errors import RequestError
-from cognica_mlx.network.elementwise import softcap
 from cognica_mlx.network.linear import Linear
 from cognica_mlx.network.quantized_copies import copies_of, quantized
-from cognica_mlx.network.stages import Block, Stage, alike, norm, same
+from cognica_mlx.network.stages import Block, Stage, alike, same
 from cognica_mlx.scheme import Scheme
 
 
@@ -85,6 +86,8 @@ class PoEModel(nn.Module):
         self._stages: tuple[tuple[mx.array, ...], tuple[Stage, ...]] | None = None
         # Stages held by other machines.
         self._elsewhere: dict[int, Stage] = {}
+        # Of what is computed around the stages.
+        self.traces = Traces()
         rows, width = config.padded_vocab_size, config.n_embd
         self.wte: nn.Module = nn.Embedding(rows, width)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1, bias=False)
@@ -157,12 +160,20 @@ class PoEModel(nn.Module):
         mixes the previous position's embedding into each position.
         """
         end_with_thread()
-        ids = tokens if previous is None else mx.concatenate([previous, tokens], axis=1)
-        x = self.embeddings(ids)
-        smeared = self.smear(x)
         if previous is None:
-            smeared = mx.concatenate([x[:, :1], smeared], axis=1)
+            x = self.embeddings(tokens)
+            smeared = mx.concatenate([x[:, :1], self.smear(x)], axis=1)
+        elif tokens.size > FEW:
+            smeared = self._embed_after(tokens, previous)
+        else:
+            key = "embed", tokens.shape
+            (smeared,) = self.traces.run(
+                key, lambda *ids: [self._embed_after(*ids)], (tokens, previous)
+            )
         return Hidden(tokens, smeared, smeared)
+
+    def _embed_after(self, tokens: mx.array, previous: mx.array) -> mx.array:
+        return self.smear(self.embeddings(mx.concatenate([previous, tokens], axis=1)))
 
     def embeddings(self, tokens: mx.array) -> mx.array:
         """The normalized embeddings of tokens (B, T), before the smear: (B, T, D)."""
@@ -240,6 +251,7 @@ class PoEModel(nn.Module):
     def _quantize_heads(self, scheme: Scheme) -> PoEModel:
         other = copy.copy(self)
         other.__dict__.pop("_copies", None)
+        other.traces = Traces()
         other.lm_head = quantized(self.lm_head, scheme)
         for name in ("lm_head_stages", "lm_head_specialists"):
             if name in self:

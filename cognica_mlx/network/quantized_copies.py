@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from cognica_mlx.backend.traces import Traces
 from cognica_mlx.network.stages import Block, Stage
 from cognica_mlx.scheme import GROUP_SIZES, Scheme
 
@@ -95,6 +96,7 @@ def quantized_stage(stage: Stage, scheme: Scheme, source: int) -> Stage:
     if key not in kept:
         other = copy.copy(stage)
         other.__dict__.pop("_copies", None)
+        other.traces = Traces()
         other.blocks = [_quantized_block(block, scheme) for block in stage.blocks]
         other.scheme, other.source = scheme, source
         kept[key] = other

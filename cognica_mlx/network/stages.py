@@ -9,33 +9,36 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
+from cognica_mlx.backend.kernels import (
+    Rotation,
+    gated,
+    heads_of,
+    mixed,
+    norm,
+    relu_squared,
+)
+from cognica_mlx.backend.traces import Traces
 from cognica_mlx.cache.attention import WholeText
+from cognica_mlx.cache.fixed_pass import FixedAttention, FixedPass
 from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.cache.keys_and_values import AttentionCache, Done, KeysAndValues
 from cognica_mlx.cache.packed_pass import arranged, begin
 from cognica_mlx.cache.stage_cache import StageCache
 from cognica_mlx.config import VALUE_GATE_CHANNELS, PoEConfig
-from cognica_mlx.network.elementwise import gated, mixed, relu_squared
 from cognica_mlx.network.linear import Linear, added
 
 if TYPE_CHECKING:
     from cognica_mlx.network.model import PoEModel
     from cognica_mlx.scheme import Scheme
 
-NORM_EPS = 1.1920929e-07
 # Queries and keys are each scaled by this after their norm (nanochat's sharper attention).
 QK_SCALE = 1.2
-
-
-def norm(x: mx.array) -> mx.array:
-    """RMSNorm over the last axis, without a learned weight."""
-    return mx.fast.rms_norm(x, None, NORM_EPS)
 
 
 class Attention(nn.Module):
@@ -53,10 +56,6 @@ class Attention(nn.Module):
         if layer in (config.value_embed_layers or ()):
             self.value_embed = nn.Embedding(config.padded_vocab_size, kv_width)
             self.ve_gate = Linear(VALUE_GATE_CHANNELS, self.n_kv_head, bias=False)
-        # Negative, because rotation is by minus theta: mx.fast.rope divides positions by these.
-        # Made by NumPy, so that the thread that generates has nothing to evaluate.
-        halves = np.arange(0, self.head_dim, 2, dtype=np.float32) / self.head_dim
-        self._freqs = mx.array(-(np.float32(config.rope_theta) ** halves))
         # Not a parameter, because it shares the arrays of c_q, c_k and c_v: `object.__setattr__`
         # hides it from nn.Module.
         object.__setattr__(self, "_qkv", None)
@@ -86,49 +85,30 @@ class Attention(nn.Module):
             start = stop
         object.__setattr__(self, "_qkv", joined)
 
-    def _heads(self, x: mx.array) -> mx.array:
-        """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
-        batch, length, _ = x.shape
-        return x.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
-
-    def _rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        """Rotary embedding of (B, T, H * head_dim) -> (B, H, T, head_dim).
-
-        `offset` is the first position, or (B,) first positions, or for B = 1 (T,) each row's own.
-        """
-        batch, length, _ = x.shape
-        by_row = batch == 1 and isinstance(offset, mx.array) and offset.size == length > 1
-        heads = x.reshape(length, -1, 1, self.head_dim) if by_row else self._heads(x)
-        heads = mx.fast.rope(
-            heads,
-            self.head_dim,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=self._freqs,
-        )
-        return heads.transpose(2, 1, 0, 3) if by_row else heads
-
-    def __call__(self, u: mx.array, tokens: mx.array, cache: AttentionCache) -> mx.array:
+    def __call__(
+        self, u: mx.array, tokens: mx.array, cache: AttentionCache, rotate: Rotation
+    ) -> mx.array:
+        """The input of `c_proj` (N, H * head_dim), from rows u (N, D) of tokens (B, T)."""
+        batch, length = tokens.shape
         width = self.n_head * self.head_dim
         kv_width = self.n_kv_head * self.head_dim
         if self._qkv is not None:
             joined = self._qkv(u)
-            qk, v = joined[..., : width + kv_width], joined[..., width + kv_width :]
+            qk, v = joined[:, : width + kv_width], joined[:, width + kv_width :]
         else:
             qk, v = mx.concatenate([self.c_q(u), self.c_k(u)], axis=-1), self.c_v(u)
-        # Queries and keys are rotated and normalized together: half as many kernels.
-        qk = norm(self._rotate(qk, cache.offset))
-        q, k = qk[:, : self.n_head], qk[:, self.n_head :]
-        v = self._heads(v)
+        # Queries and keys are rotated and normalized together: half as many operations.
+        q, k, scale = rotate.heads(qk, self.head_dim, self.n_head, self._scale)
+        v = heads_of(v, batch, length, self.head_dim)
         if "value_embed" in self:
-            gate = self.ve_gate(u[..., :VALUE_GATE_CHANNELS])  # (B, T, n_kv_head)
+            gate = heads_of(self.ve_gate(u[:, :VALUE_GATE_CHANNELS]), batch, length, 1)
             # Tables in MLX's floating-point modes return bfloat16 whatever the model's dtype.
-            embedded = self._heads(self.value_embed(tokens)).astype(v.dtype)
-            v = gated(v, gate.transpose(0, 2, 1)[..., None], embedded)
-        out = cache.attend(q, k, v, self._scale)
-        return out.transpose(0, 2, 1, 3).reshape(u.shape[0], u.shape[1], -1)
+            embedded = self.value_embed(tokens.reshape(-1)).astype(v.dtype)
+            v = gated(v, gate, heads_of(embedded, batch, length, self.head_dim))
+        out = cache.attend(q, k, v, scale)
+        if length > 1:
+            out = out.transpose(0, 2, 1, 3)
+        return out.reshape(len(u), -1)
 
 
 class MLP(nn.Module):
@@ -152,8 +132,11 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def __call__(self, x: mx.array, tokens: mx.array, cache: AttentionCache) -> mx.array:
-        x = added(x, self.attn.c_proj, self.attn(norm(x), tokens, cache))
+    def __call__(
+        self, x: mx.array, tokens: mx.array, cache: AttentionCache, rotate: Rotation
+    ) -> mx.array:
+        """The residual stream (N, D) after this layer, for rows x (N, D) of tokens (B, T)."""
+        x = added(x, self.attn.c_proj, self.attn(norm(x), tokens, cache, rotate))
         return added(x, self.mlp.c_proj, self.mlp(norm(x)))
 
 
@@ -180,23 +163,39 @@ class Stage:
         self._model = model
         self._lambdas: list[tuple[mx.array, mx.array]] = []
         self._split_from: tuple[mx.array, ...] = ()
+        self.traces = Traces()
 
     def new_cache(self, slack: int) -> KeysAndValues:
         """An empty cache for one sequence's keys and values in this stage."""
         return StageCache(self.windows, slack)
+
+    @property
+    def makes_backout(self) -> bool:
+        """Whether the backout layer is one of its own."""
+        return self._backout_layer in self.layers
 
     def order(self, caches: Sequence[Any], counts: Sequence[int]) -> list[int]:
         """The order in which caches of this stage share a pass of `counts` positions, which `run`
         must follow."""
         return arranged(caches, counts)
 
-    def run(
-        self, hidden: Hidden, caches: Sequence[Any], counts: Sequence[int]
-    ) -> tuple[Hidden, Sequence[Done]]:
-        """Run the next `counts` positions of each cache, which `hidden` holds one after the other.
-        Returns the output, and what to commit to each cache; nothing has changed before that."""
-        attention, done = begin(caches, counts)
-        return self(hidden, [attention] * len(self.blocks)), done
+    def plan(self, caches: Sequence[Any], counts: Sequence[int]) -> Any:
+        """How to run the next `counts` positions of each cache, in the order of `order`. With its
+        `starts`, the rows of the output at which each cache's positions begin."""
+        return begin(caches, counts)
+
+    def run(self, hidden: Hidden, plan: Any) -> tuple[Hidden, Sequence[Done]]:
+        """Run positions, which `hidden` holds one cache's after the other. Returns the output, and
+        what to commit to each cache; nothing has changed before that."""
+        if isinstance(plan, FixedPass):
+            return replay([self], hidden, [plan])[0]
+        return self(plan.spread(hidden), [plan] * len(self.blocks)), plan.done()
+
+    def arrays(self) -> list[mx.array]:
+        """All arrays that its blocks compute with, but for the lambdas."""
+        parts = [part for block in self.blocks for part in (block.attn, block.mlp)]
+        modules = [module for part in parts for module in part.values()]
+        return [array for module in modules for array in module.values()]
 
     def ask_logits(self, hidden: Hidden, drafts: bool = False) -> Callable[[], mx.array] | None:
         """Ask the machine that holds the stage's heads for its prediction from `hidden`; returns a
@@ -219,16 +218,98 @@ class Stage:
         `caches`, one for each block, hold the keys and values of earlier positions; without them
         these positions start the text.
         """
-        tokens, x, x0, backout = hidden.tokens, hidden.x, hidden.x0, hidden.backout
+        tokens = hidden.tokens
+        batch, length = tokens.shape
         if caches is None:
-            whole = {w: WholeText(w, len(hidden)) for w in set(self.windows)}
+            whole = {w: WholeText(w, length) for w in set(self.windows)}
             caches = [whole[w] for w in self.windows]
+        # As rows: a matrix product of two dimensions is one operation.
+        x = hidden.x.reshape(batch * length, -1)
+        x0 = x if hidden.x0 is hidden.x else hidden.x0.reshape(batch * length, -1)
+        rotate = self.rotation(caches[0].offset, tokens)
+        x, made = self.layers_on(tokens, x, x0, caches, rotate)
+        backout = hidden.backout if made is None else made.reshape(batch, length, -1)
+        return Hidden(tokens, x.reshape(batch, length, -1), hidden.x0, backout)
+
+    def rotation(self, offset: int | mx.array, tokens: mx.array) -> Rotation:
+        """The rotary embedding of tokens (B, T) from `offset` on."""
+        return Rotation(offset, *tokens.shape, self._model.config.rope_theta)
+
+    def layers_on(
+        self,
+        tokens: mx.array,
+        x: mx.array,
+        x0: mx.array,
+        caches: Sequence[AttentionCache],
+        rotate: Rotation,
+    ) -> tuple[mx.array, mx.array | None]:
+        """The blocks on rows (N, D) of tokens (B, T): the residual stream, and after the backout
+        layer, if it is one of these."""
+        backout = None
         parts = zip(self.layers, self.blocks, self.lambdas(), caches, strict=True)
         for i, block, (keep, again), attention in parts:
-            x = block(mixed(keep, x, again, x0), tokens, attention)
+            x = block(mixed(keep, x, again, x0), tokens, attention, rotate)
             if i == self._backout_layer:
                 backout = x
-        return Hidden(tokens, x, x0, backout)
+        return x, backout
+
+
+def replay(
+    stages: Sequence[Stage], hidden: Hidden, plans: Sequence[FixedPass]
+) -> list[tuple[Hidden, Sequence[Done]]]:
+    """Run positions through consecutive stages, from one trace; returns what `Stage.run` does for
+    each of them."""
+    hidden = plans[0].spread(hidden)
+    rows = len(hidden)
+    streams = [hidden.x] if hidden.x0 is hidden.x else [hidden.x, hidden.x0]
+    # Usually the rows lie alike in all stages: then numbers, masks and rotations are shared.
+    alike = all(plan.key == plans[0].key and same(plan.numbers, plans[0].numbers) for plan in plans)
+    arrays = [hidden.tokens, *streams]
+    places: list[tuple[slice, slice]] = []
+    for plan in plans:
+        numbers = places[0][0] if alike and places else _add(arrays, plan.numbers)
+        places.append((numbers, _add(arrays, plan.buffers())))
+    width, made_backout = len(streams), [stage.makes_backout for stage in stages]
+
+    def step(*arrays: mx.array) -> list[mx.array]:
+        column = arrays[0].reshape(rows, 1)
+        x, *others = (array.reshape(rows, -1) for array in arrays[1 : 1 + width])
+        x0 = others[0] if others else x
+        made: list[mx.array] = []
+        attention = rotate = None
+        for stage, plan, (numbers, buffers) in zip(stages, plans, places, strict=True):
+            if attention is None or not alike:
+                attention = FixedAttention(
+                    plan.key, stage.windows, arrays[numbers], arrays[buffers]
+                )
+                rotate = stage.rotation(attention.offset, column)
+            else:
+                attention = attention.next_stage(stage.windows, arrays[buffers])
+            caches = [attention] * len(stage.blocks)
+            x, backout = stage.layers_on(column, x, x0, caches, rotate)
+            made += [a.reshape(1, rows, -1) for a in (x, backout) if a is not None]
+            made += attention.buffers()
+        return made
+
+    # Of the deepest stage: a specialist's ends before the base's, which others share.
+    key = tuple(map(id, stages)), tuple([p.key for p in plans]), alike, width, hidden.x.dtype.size
+    out = stages[-1].traces.run(key, step, arrays)
+    found, at, backout = [], 0, hidden.backout
+    for makes, plan, (_, buffers) in zip(made_backout, plans, places, strict=True):
+        x, at = out[at], at + 1
+        if makes:
+            backout, at = out[at], at + 1
+        stop = at + buffers.stop - buffers.start
+        found.append((Hidden(hidden.tokens, x, hidden.x0, backout), plan.done(out[at:stop])))
+        at = stop
+    return found
+
+
+def _add(arrays: list[mx.array], more: Sequence[mx.array]) -> slice:
+    """Append arrays; returns where they are."""
+    start = len(arrays)
+    arrays += more
+    return slice(start, len(arrays))
 
 
 def same(a: Sequence[object], b: Sequence[object]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cognica_mlx.decoding.advice import Advice, Plan
 from cognica_mlx.decoding.lookup import NGRAMS
+from cognica_mlx.decoding.passes import course
 from cognica_mlx.decoding.requests import Advance, Request, Score
 from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.single import Driver
@@ -115,9 +116,9 @@ class Pace(Advice):
             prior = PRIOR_HITS[drafter], 1.0
         return self._records.setdefault(drafter, _Record(*prior))
 
-    def price(self, request: Request, rows: int | None = None) -> float:
-        """A request's cost: its share of a pass or prediction of `rows` rows, by default its own
-        rows only."""
+    def price(self, request: Request, rows: int | None = None, length: int = 1) -> float:
+        """A request's cost: its share of a pass, through `length` stages, or prediction of `rows`
+        rows, by default its own rows only."""
         if isinstance(request, Advance):
             stage = request.index
             # Positions left over from the prompt are not counted.
@@ -125,7 +126,8 @@ class Pace(Advice):
             own = min(count, max(request.state.filled[stage] + count - self.start, 0))
             total = own if rows is None else rows
             costs = (request.stage.scheme and self.costs.rounded) or self.costs
-            return costs.stage(stage, total) * own / total if own else 0.0
+            whole = sum(costs.stage(stage + later, total) for later in range(length))
+            return whole * own / total if own else 0.0
         if isinstance(request, Score):
             total = rows or request.rows
             if request.target.scheme and self.costs.rounded:
@@ -224,5 +226,6 @@ class Metered:
         self._driver, self._pace = driver, pace
 
     def answer(self, request: Request) -> Any:
-        self._pace.spent += self._pace.price(request)
+        length = course([request]) if isinstance(request, Advance) else 1
+        self._pace.spent += self._pace.price(request, length=length)
         return self._driver.answer(request)

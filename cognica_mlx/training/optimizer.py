@@ -12,7 +12,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from cognica_mlx.network.elementwise import compiles
+from cognica_mlx.backend.kernels import compiles
 from cognica_mlx.training.stage import Parameters
 
 # AdamW's learning rate as a share of Muon's at width 128; as in nanochat, it falls with the square

@@ -17,11 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from cognica_mlx.backend.kernels import Rotation, compiles, mixed
 from cognica_mlx.cache.attention import WholeText
 from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.errors import RequestError
-from cognica_mlx.network.elementwise import compiles, mixed
 from cognica_mlx.network.linear import Linear
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.shared_base import share_base
@@ -153,13 +153,16 @@ class NewStage:
         cast = {name: array.astype(self.dtype) for name, array in parameters.items()}
         lambdas = [cast.pop(name) for name in LAMBDAS]
         self._model.update(tree_unflatten(list(cast.items())))
-        x, windows = hidden.x, self.config.windows
+        windows, (batch, length, width) = self.config.windows, hidden.x.shape
+        x, x0 = (array.reshape(-1, width) for array in (hidden.x, hidden.x0))
+        rotate = Rotation(0, batch, length, self.config.rope_theta)
         whole = {w: WholeText(w, len(hidden)) for w in {windows[i] for i in self.layers}}
         for place, i in enumerate(self.layers):
             keep, again = (part[place : place + 1] for part in lambdas)
-            x = self._block(i, mixed(keep, x, again, hidden.x0), hidden.tokens, whole[windows[i]])
+            x = mixed(keep, x, again, x0)
+            x = self._block(i, x, hidden.tokens, whole[windows[i]], rotate)
         assert hidden.backout is not None, "the last boundary lies beyond the backout layer"
-        x, backout = (part.reshape(-1, part.shape[-1])[rows][None] for part in (x, hidden.backout))
+        x, backout = (part.reshape(-1, width)[rows][None] for part in (x, hidden.backout))
         return self._predict(Hidden(hidden.tokens, x, x, backout), cast[self._head])
 
     def _predict(self, hidden: Hidden, head: mx.array) -> mx.array:
@@ -169,14 +172,16 @@ class NewStage:
         both.weight = self._frozen_head + head
         return self._model.final_logits(hidden, [both])[0]
 
-    def _block(self, i: int, x: mx.array, tokens: mx.array, attention: WholeText) -> mx.array:
+    def _block(
+        self, i: int, x: mx.array, tokens: mx.array, attention: WholeText, rotate: Rotation
+    ) -> mx.array:
         block = self._model.h[i]
         if not self._grad_checkpoint:
-            return block(x, tokens, attention)
+            return block(x, tokens, attention, rotate)
 
         def run(weights: dict[str, Any], x: mx.array) -> mx.array:
             block.update(weights)
-            return block(x, tokens, attention)
+            return block(x, tokens, attention, rotate)
 
         return mx.checkpoint(run)(block.parameters(), x)
 
