@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from conftest import SOAK, fixture
+from hypothesis import given
+from hypothesis import strategies as st
 from test_scheduler import endless, models, response, run, task, text, tokens_of
 
 from cognica_mlx.decoding.modes import MODES
@@ -14,7 +16,8 @@ from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.network.model import PoEModel
 from mlx_poe import stream_generate
 from mlx_poe.engine.scheduler import Scheduler
-from mlx_poe.generation.prompt_cache import LEAST, PromptCache, chat_marks, common_start
+from mlx_poe.generation.prefix_tree import PrefixTree, common_start
+from mlx_poe.generation.prompt_cache import LEAST, PromptCache, chat_marks
 from mlx_poe.generation.request import GenerationRequest
 
 base, tokenizer = fixture("poe-tiny")
@@ -54,6 +57,32 @@ def cold(each: GenerationRequest, mode: str = "full", **options: Any) -> list[in
 def test_common_start():
     for a, b, n in (([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 5, 3], 1), ([4], [5], 0)):
         assert common_start(a, b) == common_start(b, a) == n
+
+
+TEXTS = st.lists(st.integers(0, 2), max_size=7).map(tuple)
+
+
+@given(st.lists(st.tuples(TEXTS, st.integers(0, 8), st.booleans())), TEXTS, st.integers(0, 8))
+def test_the_index_finds_what_a_look_at_every_text_finds(changes, wanted, least):
+    """Texts that branch, end in each other and occur twice; every third or so is removed again."""
+    tree: PrefixTree[int] = PrefixTree()
+    kept: dict[int, tuple[tuple[int, ...], int]] = {}
+    for key, (words, needs, stays) in enumerate(changes):
+        tree.add(words, needs, key)
+        kept[key] = words, needs
+        if not stays:
+            gone = next(iter(kept))
+            tree.remove(kept.pop(gone)[0], gone)
+    found = [*tree.alike(wanted)]
+    assert [common for common, _ in found] == sorted((n for n, _ in found), reverse=True)
+    common = {key: common_start(words, wanted) for key, (words, _) in kept.items()}
+    useful = [(n, key) for key, n in common.items() if n >= kept[key][1]]
+    assert sorted(found) == sorted(useful)
+    inside = [k for k, (words, _) in kept.items() if len(words) == common[k] >= least]
+    assert sorted(tree.within(wanted, least)) == inside
+    for key, (words, _) in kept.items():
+        tree.remove(words, key)
+    assert not tree._root.children and tree._root.least == float("inf")
 
 
 # --- hits -----------------------------------------------------------------------------------------

@@ -8,14 +8,16 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import mlx.core as mx
 
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.shared_base import shared_stages
+from mlx_poe.generation.prefix_tree import PrefixTree, common_start
 from mlx_poe.loading.tokenizer import Tokenizer
 
 # Reading fewer positions again is faster than copying a state.
@@ -34,6 +36,8 @@ class PromptCache:
         self.hits = self.misses = self.cached_tokens = 0
         # Least recently used first. States share arrays, and each array is counted once.
         self._entries: OrderedDict[int, tuple[DecodingState, list[mx.array]]] = OrderedDict()
+        # Their keys by text; what each needs is how far back its state can go, which stays.
+        self._tree: PrefixTree[int] = PrefixTree()
         self._users: dict[int, int] = {}
         self._next = 0
 
@@ -54,16 +58,8 @@ class PromptCache:
         includes the last token, which the first prediction is made from.
         """
         wanted = list(prompt[:-1])
-        candidates = []
-        kept = ((key, state) for key, (state, _) in self._entries.items())
-        for key, state in [*kept, *((None, state) for state in running)]:
-            common = common_start(state.tokens, wanted)
-            if common >= LEAST and common >= state.earliest_rollback:
-                saved = _saved(state, model, wanted, common)
-                candidates.append((saved, common, key, state))
-        candidates.sort(key=lambda candidate: candidate[:2], reverse=True)
-        for saved, common, key, state in candidates:
-            found = _taken_up(state, model, common, depth) if saved else None
+        for common, key, state in self._candidates(model, wanted, running):
+            found = _taken_up(state, model, common, depth)
             if found and suits(found):
                 if key is not None:
                     self._entries.move_to_end(key)
@@ -72,6 +68,31 @@ class PromptCache:
                 return found
         self.misses += 1
         return None
+
+    def _candidates(
+        self, model: PoEModel, wanted: Sequence[int], running: Iterable[DecodingState]
+    ) -> Iterator[tuple[int, int | None, DecodingState]]:
+        """How much of `wanted` each state can begin with, its key, and the state itself: those that
+        save anything, those that save the most first."""
+        live = []
+        for state in running:
+            common = common_start(state.tokens, wanted)
+            if common >= max(LEAST, state.earliest_rollback):
+                live.append((common, None, state))
+        live.sort(key=_common, reverse=True)
+        kept = ((common, key, self._entries[key][0]) for common, key in self._tree.alike(wanted))
+        layers, best = sum(len(stage.layers) for stage in model.stages), []
+        both = heapq.merge(kept, live, key=_common, reverse=True)
+        for order, (common, key, state) in enumerate(both):
+            if common < LEAST:
+                break
+            # No state that shares less saves more.
+            while best and -best[0][0] >= layers * common:
+                yield heapq.heappop(best)[-1]
+            if saved := _saved(state, model, wanted, common):
+                heapq.heappush(best, (-saved, -common, order, (common, key, state)))
+        while best:
+            yield heapq.heappop(best)[-1]
 
     def put(self, state: DecodingState, room: int | None = None) -> None:
         """Keep a state, which must not be used afterwards, within the limit and `room` bytes.
@@ -89,12 +110,17 @@ class PromptCache:
         limit = self.limit if room is None else min(self.limit, room)
         if sum(array.nbytes for array in arrays) > limit:
             return
-        for key, (other, _) in list(self._entries.items()):
-            if _covers(other, state):
+        text, least = state.tokens, state.earliest_rollback
+        for common, key in [*self._tree.alike(text)]:
+            if common < state.length:
+                break
+            if _covers(self._entries[key][0], state):
                 self._entries.move_to_end(key)
                 return
-            if _covers(state, other):
+        for key in self._tree.within(text, least):
+            if _covers(state, self._entries[key][0]):
                 self._remove(key)
+        self._tree.add(text, least, self._next)
         self._entries[self._next] = (state, arrays)
         self._next += 1
         for array in arrays:
@@ -115,7 +141,8 @@ class PromptCache:
                 self._remove(key)
 
     def _remove(self, key: int) -> None:
-        _, arrays = self._entries.pop(key)
+        state, arrays = self._entries.pop(key)
+        self._tree.remove(state.tokens, key)
         for array in arrays:
             count = self._users.pop(id(array)) - 1
             if count:
@@ -140,16 +167,8 @@ def chat_marks(tokenizer: Tokenizer, prompt: object, tokens: Sequence[int]) -> t
     return tuple(sorted(mark for mark in marks if mark >= LEAST))
 
 
-def common_start(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the common prefix of two texts, in tokens."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _common(candidate: tuple[int, int | None, DecodingState]) -> int:
+    return candidate[0]
 
 
 def _saved(state: DecodingState, model: PoEModel, text: Sequence[int], common: int) -> int:
@@ -173,14 +192,6 @@ def _taken_up(
 
 
 def _covers(state: DecodingState, other: DecodingState) -> bool:
-    """Whether `state` can be turned into `other`."""
-    length = other.length
-    return (
-        state.model is other.model
-        and length <= state.length
-        # The texts usually differ, and comparing one token first makes this check cheap.
-        and state.tokens[length - 1] == other.tokens[-1]
-        and state.tokens[:length] == other.tokens
-        and state.earliest_rollback <= length
-        and all(a >= b for a, b in zip(state.filled, other.filled, strict=True))
-    )
+    """Whether `state`, which can go back to the text of `other`, can be turned into `other`."""
+    filled = zip(state.filled, other.filled, strict=True)
+    return state.model is other.model and all(a >= b for a, b in filled)
