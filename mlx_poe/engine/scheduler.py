@@ -33,7 +33,7 @@ from mlx_poe.generation.prompt_cache import LEAST, PromptCache
 from mlx_poe.generation.request import GenerationRequest
 from mlx_poe.generation.responses import GenerationResponse, Reply, is_last
 
-MAX_SEQUENCES = 8
+MAX_SEQUENCES = 32
 # Copy a state's activations once their arrays hold this many positions of other sequences.
 EXCESS = 256
 
