@@ -45,7 +45,10 @@ def _fits(value: Any, levels: int) -> bool:
 
 def dumps(value: Any, **options: Any) -> str:
     """`json.dumps` with null for each float that JSON cannot represent."""
-    return json.dumps(_finite(value), allow_nan=False, **options)
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except (TypeError, ValueError):  # rare, so that most values are gone through only once
+        return json.dumps(_finite(value), allow_nan=False, **options)
 
 
 def write(path: Path, value: Any, **options: Any) -> None:

@@ -73,6 +73,8 @@ class Engine:
         self._specialists = specialists or Specialists(model)
         self._compositions: OrderedDict[tuple, PoEModel] = OrderedDict()
         self._requests: dict[GenerationRequest, EngineRequest] = {}
+        # Called in the engine's thread after the listeners, once for all that a sweep has made.
+        self.delivered: Callable[[], None] = lambda: None
         self._commands: SimpleQueue[_Command | None] = SimpleQueue()
         # Guards `_closed`: no command may be queued after the last.
         self._lock = threading.Lock()
@@ -231,6 +233,8 @@ class Engine:
                 self.stats = self._scheduler.stats
                 for request, news in all_news:
                     self._deliver(request, news)
+                if all_news:
+                    self._flush()
         except BaseException as problem:
             error = RuntimeError(f"the engine's thread has died: {problem!r}")
             raise
@@ -317,3 +321,8 @@ class Engine:
             with suppress(Exception):  # a listener's
                 request.deliver(error)
         self._requests.clear()
+        self._flush()
+
+    def _flush(self) -> None:
+        with suppress(Exception):  # nobody is left to tell
+            self.delivered()

@@ -2,7 +2,8 @@
 
 - in: a parsed request, as the frame of its response; the engine
 - out: the response, whole or as server-sent events
-- runs in the event loop's thread; the engine's responses arrive from the engine's thread
+- runs in the event loop's thread; the engine's responses arrive from the engine's thread, which
+  wakes the loop once for all that a sweep has made, and for a whole response only at its end
 - if a client disconnects, its places are freed at once; if it does not read, its sequences pause
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 from time import monotonic
@@ -51,6 +53,10 @@ class Service:
         # Sequences that run or wait, and a request's average duration in seconds.
         self.taken, self._mean_seconds = 0, 1.0
         self.closing = False
+        # Runs that have news of this sweep; only the engine's thread looks.
+        self._stirred: list[Run] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        engine.delivered = self._wake
 
     async def respond(self, frame: ResponseFrame, endpoint: str, receive: Receive) -> Response:
         """The whole response, or a stream."""
@@ -65,6 +71,7 @@ class Service:
 
     async def _start(self, frame: ResponseFrame, endpoint: str) -> Run:
         self._admit(len(frame.choices), "prompt" if len(frame.options.prompts) > 1 else "n")
+        self._loop = asyncio.get_running_loop()
         run = Run(self, frame, endpoint)
         try:
             await run.begin()
@@ -88,6 +95,16 @@ class Service:
             raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
         self.taken += count
 
+    def stir(self, run: Run) -> None:
+        """Let a run go on at the end of this sweep. Called in the engine's thread."""
+        self._stirred.append(run)
+
+    def _wake(self) -> None:
+        """Wake up the event loop, once for all runs. Called in the engine's thread."""
+        stirred, self._stirred = self._stirred, []
+        if stirred and self._loop:
+            self._loop.call_soon_threadsafe(_go_on, stirred)
+
     def leave(self, count: int, seconds: float) -> None:
         """Give back `count` places, held for `seconds`."""
         self.taken -= count
@@ -101,16 +118,19 @@ class Run:
         self._service, self.frame = service, frame
         # How the request ends, unless nobody waits any more.
         self._endpoint, self._outcome = endpoint, "gone"
-        self._news: asyncio.Queue[tuple[int, GenerationResponse | Exception]] = asyncio.Queue()
+        # Put there by the engine's thread.
+        self._news: deque[tuple[int, GenerationResponse | Exception]] = deque()
+        self._arrived = asyncio.Event()
+        self._silence = Alarm(KEEP_ALIVE_SECONDS, self._arrived.set)
         self._left, self._closed = len(frame.choices), False
         self._started = monotonic()
         self._requests: list[EngineRequest] = []
-        self._waits, self._begun, self._paused = True, False, False
+        self._first: float | None = None
+        self._begun, self._paused = False, False
 
     async def begin(self) -> None:
         """Read the prompts and start them in the engine. ApiError if it refuses them."""
-        tell: Any = asyncio.get_running_loop().call_soon_threadsafe
-        listeners: list[Listener] = [partial(tell, self._put, n) for n in range(self._left)]
+        listeners: list[Listener] = [partial(self._put, n) for n in range(self._left)]
         # In another thread: texts may be long, and the engine only listens between two passes.
         work = asyncio.ensure_future(anyio.to_thread.run_sync(self._submit, listeners))
         try:
@@ -128,25 +148,35 @@ class Run:
         return service.engine.start(requests, listeners)
 
     def _put(self, index: int, item: GenerationResponse | Exception | None) -> None:
-        if item is not None:  # the end, which the last response has told
-            self._news.put_nowait((index, item))
+        """Runs in the engine's thread."""
+        if item is None:  # the end, which the last response has told
+            return
+        if self._first is None and not isinstance(item, Exception):
+            self._first = monotonic()
+            self._service.metrics.first_token(self._first - self._started)
+        self._news.append((index, item))
+        if self.frame.options.stream or is_last(item):
+            self._service.stir(self)
+
+    def go_on(self) -> None:
+        """Take what news there is."""
+        if self._news:
+            self._arrived.set()
 
     async def _take(self) -> list[tuple[int, GenerationResponse]]:
         """The responses that have arrived, by choice; none after `KEEP_ALIVE_SECONDS` without any.
         Raises the error that ended a sequence."""
-        news, found = [], []
-        with anyio.move_on_after(KEEP_ALIVE_SECONDS):
-            news.append(await self._news.get())
-        while not self._news.empty():
-            news.append(self._news.get_nowait())
-        for index, item in news:
+        if not self._news:
+            self._arrived.clear()
+            with self._silence:
+                await self._arrived.wait()
+        found = []
+        while self._news:
+            index, item = self._news.popleft()
             if isinstance(item, Exception):
                 raise item
             found.append((index, item))
             self._left -= is_last(item)
-        if found and self._waits:
-            self._waits = False
-            self._service.metrics.first_token(monotonic() - self._started)
         return found
 
     async def collect(self) -> None:
@@ -157,21 +187,21 @@ class Run:
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The response as server-sent events. An error on the way becomes the last event."""
-        yield b"".join(map(event, self.frame.first_chunks())) or KEEP_ALIVE
+        yield b"".join(self.frame.first_chunks()) or KEEP_ALIVE
         try:
             while self._left:
                 responses, chunks = await self._take(), []
                 for index, response in responses:
                     chunks += self.frame.chunks(index, response)
                 if chunks or not responses:
-                    yield b"".join(map(event, chunks)) or KEEP_ALIVE
+                    yield b"".join(chunks) or KEEP_ALIVE
         except Exception as error:
             problem = as_api_error(error)
             if problem.status == 500:
                 logger.error("a reply ended early", exc_info=error)
             yield event(problem.as_json())
         else:
-            yield b"".join(map(event, self.frame.last_chunks())) + DONE
+            yield b"".join(self.frame.last_chunks()) + DONE
             self._outcome = "ok"
 
     def pause(self) -> None:
@@ -195,6 +225,10 @@ class Run:
             seconds, service = monotonic() - self._started, self._service
             service.leave(len(self.frame.choices), seconds)
             if self._begun:
+                while self._news:  # made, but not waited for
+                    index, item = self._news.popleft()
+                    if not isinstance(item, Exception):
+                        self.frame.choices[index].add(item)
                 service.metrics.ended(self._endpoint, self._outcome, seconds, self.frame.usage)
 
 
@@ -220,15 +254,49 @@ class EventStream(Response):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         async with aclosing(self._run.stream()) as stream:
-            async for data in stream:
-                stalled = asyncio.get_running_loop().call_later(STALLED_SECONDS, self._run.pause)
-                with anyio.move_on_after(SLOW_SECONDS) as scope:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-                stalled.cancel()
-                if scope.cancelled_caught:
-                    raise ClientGone
-                self._run.resume()
+            with anyio.CancelScope() as scope:
+                stalled = Alarm(STALLED_SECONDS, self._run.pause)
+                slow = Alarm(SLOW_SECONDS, scope.cancel)
+                async for data in stream:
+                    with stalled, slow:
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
+                    self._run.resume()
+            if scope.cancelled_caught:
+                raise ClientGone
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Alarm:
+    """Calls `ring` if a block takes as long as `seconds`. Reused for many short blocks, it starts a
+    timer only every `seconds`."""
+
+    def __init__(self, seconds: float, ring: Callable[[], None]):
+        self._seconds, self._ring = seconds, ring
+        self._due: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._due = loop.time() + self._seconds
+        if not self._timer:
+            self._timer = loop.call_at(self._due, self._look, loop)
+
+    def __exit__(self, *_: object) -> None:
+        self._due = None
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._due is None:
+            return
+        if loop.time() < self._due:
+            self._timer = loop.call_at(self._due, self._look, loop)
+        else:
+            self._ring()
+
+
+def _go_on(runs: Iterable[Run]) -> None:
+    for run in runs:
+        run.go_on()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

@@ -1,7 +1,7 @@
 """The frame of both endpoints' responses, whole or as a stream of chunks.
 
 - in: the engine's responses, by choice
-- out: JSON objects, and the usage; each endpoint defines what a choice looks like
+- out: JSON objects, chunks as events, and the usage; each endpoint defines what a choice looks like
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from mlx_poe.generation.responses import GenerationResponse, drafts_by_maker
 from mlx_poe.loading.tokenizer import Tokenizer
 from mlx_poe.server.shared_fields import Options
+from mlx_poe.server.wire import event, to_json
 
 
 class Choice:
@@ -94,24 +96,33 @@ class ResponseFrame(ABC):
         choices = [self.choice(index) for index in range(len(self.choices))]
         return {**self._frame, "object": self.whole_object, "choices": choices, "usage": self.usage}
 
-    def first_chunks(self) -> list[dict[str, Any]]:
+    def first_chunks(self) -> list[bytes]:
         """Chunks to send at once."""
         return [self._chunk(c) for i in range(len(self.choices)) for c in self.opening(i)]
 
-    def chunks(self, index: int, response: GenerationResponse) -> list[dict[str, Any]]:
+    def chunks(self, index: int, response: GenerationResponse) -> list[bytes]:
         """Add a choice's response. Returns the chunks to send for it."""
         tokens = self.choices[index].add(response)
         return [self._chunk(choice) for choice in self.deltas(index, response, tokens)]
 
-    def last_chunks(self) -> list[dict[str, Any]]:
+    def last_chunks(self) -> list[bytes]:
         """Chunks to send once all choices are complete."""
         if not self.options.include_usage:
             return []
-        return [{**self._chunk(None), "choices": [], "usage": self.usage}]
+        chunk = {**self._frame, "object": self.chunk_object, "choices": [], "usage": self.usage}
+        return [event(chunk)]
 
-    def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
-        chunk = {**self._frame, "object": self.chunk_object, "choices": [choice]}
-        return {**chunk, "usage": None} if self.options.include_usage else chunk
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        before, after = self._around
+        return before + to_json(choice) + after
+
+    @cached_property
+    def _around(self) -> tuple[bytes, bytes]:
+        """What comes before and after the choice in a chunk's event, which is the same in all."""
+        chunk = {**self._frame, "object": self.chunk_object, "choices": []}
+        whole = event({**chunk, "usage": None} if self.options.include_usage else chunk)
+        before, _, after = whole.rpartition(b"[]")
+        return before + b"[", b"]" + after
 
 
 def usage(options: Options, choices: Sequence[Choice]) -> dict[str, Any]:
