@@ -129,6 +129,24 @@ def test_bad_requests_are_refused_at_once(engine, prompt, options, named):
     assert engine.stats == before
 
 
+def test_the_end_of_a_sweep_is_told_once_after_all_its_responses():
+    heard: list[Any] = []
+    with Engine(base, endless) as engine:
+        engine.delivered = lambda: heard.append("sweep")
+        each = {"costs": None, "max_tokens": 4}
+        requests = [engine.prepare(text(20, start=i), **each) for i in range(3)]
+        handles = engine.start(requests, [heard.append] * 2 + [None])
+        assert len(list(handles[2])) == 4
+        last = engine.submit(STORY, listener=heard.append, max_tokens=10**5)
+        engine.delivered = lambda: [][0]  # type: ignore[assignment]
+        assert len(list(engine.submit(STORY, max_tokens=3))) == 3  # goes on all the same
+        engine.delivered = lambda: heard.append("end")
+        assert last
+    sweeps = "".join("." if one == "sweep" else "t" for one in heard[: heard.index(None)])
+    assert "t" in sweeps and "t" * 9 not in sweeps
+    assert isinstance(heard[-2], PoEError) and heard[-1] == "end"
+
+
 def test_a_request_can_be_cancelled(engine):
     request = engine.submit(STORY, max_tokens=100_000)
     got = []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from conftest import SOAK, fixture
 from hypothesis import given
@@ -83,6 +86,68 @@ def test_the_index_finds_what_a_look_at_every_text_finds(changes, wanted, least)
     for key, (words, _) in kept.items():
         tree.remove(words, key)
     assert not tree._root.children and tree._root.least == float("inf")
+
+
+class Kept:
+    """A state as far as the cache looks at it: its text, how deep it is filled, and how far back it
+    can go."""
+
+    def __init__(self, tokens: Sequence[int], filled: Sequence[int], earliest: int):
+        self.model, self.tokens, self.length = base, list(tokens), len(tokens)
+        self.earliest_rollback = earliest
+        self.filled = [min(count, self.length) for count in filled]
+
+    @property
+    def caches(self) -> list[Any]:
+        return [SimpleNamespace(offset=count) for count in self.filled]
+
+    def saves(self, common: int) -> int:
+        return sum(
+            len(stage.layers) * min(common, count)
+            for stage, count in zip(base.stages, self.filled, strict=True)
+        )
+
+    def serves(self, wanted: Sequence[int]) -> tuple[int, int] | None:
+        """What it saves, by the rule: runs of a position through a layer, then positions."""
+        common = next(n for n in range(len(wanted), -1, -1) if self.tokens[:n] == wanted[:n])
+        usable = common >= max(LEAST, self.earliest_rollback) and self.saves(common)
+        return (self.saves(common), common) if usable else None
+
+    def compact(self) -> None: ...
+
+    def trim(self, _: Any) -> None: ...
+
+    def arrays(self) -> list[Any]:
+        return [mx.zeros(self.length)]
+
+
+LONG = st.lists(st.integers(0, 1), min_size=2, max_size=5).map(lambda ends: [7] * 7 + ends)
+KEPT = st.builds(
+    Kept, LONG, st.lists(st.integers(0, 12), min_size=4, max_size=4), st.integers(0, 9)
+)
+
+
+@given(st.lists(KEPT, max_size=8), st.lists(KEPT, max_size=3), LONG, st.integers(0, 400))
+def test_the_candidates_are_those_of_a_look_at_every_state(kept, running, wanted, room):
+    cache = PromptCache(room)
+    for state in kept:
+        cache.put(state)
+    assert cache.nbytes <= room
+    held = [state for state, _ in cache._entries.values()]
+    for state in held:  # none that another could be turned into
+        for other in held:
+            if state is not other and state.tokens[: other.length] == other.tokens:
+                covers = all(a >= b for a, b in zip(state.filled, other.filled, strict=True))
+                assert state.earliest_rollback > other.length or not covers
+    found = [*cache._candidates(base, wanted, running)]
+    assert all(
+        (state is cache._entries[key][0]) if key is not None else (state in running)
+        for _, key, state in found
+    )
+    got = [(state.saves(common), common) for common, _, state in found]
+    assert got == sorted(filter(None, (s.serves(wanted) for s in [*held, *running])), reverse=True)
+    cache.shrink(0)
+    assert not len(cache) and not cache._tree._root.children
 
 
 # --- hits -----------------------------------------------------------------------------------------
@@ -364,3 +429,46 @@ def test_a_stream_tells_what_its_state_held():
     # The deeper stages need what has been forgotten: all of it runs again.
     assert [cached("full", 420), cached("full", 410)] == [0, 409]
     assert cached("full", 30) == 0
+
+
+def test_prompts_that_come_at_once_read_what_they_share_once():
+    """The first reads it, at most one sweep ahead; without a cache the others wait for it once."""
+    model = models()["chat"]
+    system = {"role": "system", "content": "You are a kind and patient teacher. " * 30}
+
+    def tasks() -> list[GenerationRequest]:
+        said = [[system, {"role": "user", "content": f"{i} plus {i}?"}] for i in range(5)]
+        return [task(one, model=model, max_tokens=3) for one in said]
+
+    (mark,) = [m for m in tasks()[0].marks if m > 200]
+    for limit, most in ((None, 0), (0, 5)):
+        several = tasks()
+        scheduler = Scheduler(prompt_cache_bytes=limit)
+        found = replies(scheduler, several)
+        assert [tokens for tokens, _ in found] == [cold(each) for each in several]
+        cached = [n for _, n in found]
+        assert cached[0] == 0 and sum(n < mark - LEAST for n in cached[1:]) <= most
+        assert not scheduler._readers
+
+
+def test_nobody_waits_for_a_reader_that_has_gone():
+    model = models()["chat"]
+    said = [{**SYSTEM, "content": SYSTEM["content"] * 3}, {"role": "user", "content": "Hi"}]
+    scheduler = Scheduler()
+    first, other = (task(said, model=model, max_tokens=3) for _ in range(2))
+    scheduler.add(first, other)
+    scheduler._admit()
+    assert (scheduler.stats.running, scheduler.stats.waiting) == (1, 1)
+    scheduler.cancel(first)
+    assert replies(scheduler, []) == []
+    assert (len(scheduler), scheduler.stats.generation_tokens) == (0, 3)
+
+
+def test_a_prompt_to_be_scored_waits_for_nobody():
+    model = models()["chat"]
+    said = [{**SYSTEM, "content": SYSTEM["content"] * 3}, {"role": "user", "content": "Hi"}]
+    scheduler = Scheduler()
+    scored = task(said, model=model, max_tokens=1, prompt_logprobs=True)
+    scheduler.add(task(said, model=model, max_tokens=1), scored)
+    scheduler._admit()
+    assert scheduler.stats.running == 2

@@ -579,7 +579,7 @@ def test_an_interruption_between_two_requests_loses_no_task(where, monkeypatch):
 
 def test_a_task_that_started_just_before_an_interruption_is_not_started_again():
     class Interrupted(deque):
-        def popleft(self):
+        def remove(self, _):
             scheduler._waiting = deque(self)
             raise KeyboardInterrupt
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import fixture
 
+from mlx_poe.server.chat_completions import ChatResponse
 from mlx_poe.server.error_bodies import ApiError
 from mlx_poe.server.fields import Fields, read_object, shown
+from mlx_poe.server.shared_fields import Options
 from mlx_poe.server.wire import event, to_json
 
 
@@ -51,3 +56,24 @@ def test_any_text_goes_back_as_ascii(text):
     sent = to_json(value)
     assert sent.isascii() and json.loads(sent) == value
     assert event(value) == b"data: " + sent + b"\n\n" and sent.count(b"\n") == 0
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_every_chunk_is_a_whole_document(usage):
+    """Whatever the model's name, and with numbers that JSON lacks."""
+    served: Any = SimpleNamespace(name='a [] "b" {', info=SimpleNamespace(stages=1))
+    options = Options(served, 5, 5, ["Hi"], stream=True, include_usage=usage)
+    frame = ChatResponse(options, fixture("poe-tiny")[1], tools=False)
+    chunks = [*frame.first_chunks(), frame._chunk({"index": 0, "x": [math.nan, math.inf, 1.5, []]})]
+    read = [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks]
+    assert all(chunk.endswith(b"\n\n") and chunk.count(b"\n") == 2 for chunk in chunks)
+    about = {"id": frame.id, "model": served.name, "object": "chat.completion.chunk"}
+    about |= {"usage": None} if usage else {}
+    for one in read:
+        assert isinstance(one.pop("created"), int)
+        assert {name: one[name] for name in one if name != "choices"} == about
+    assert read[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert read[1]["choices"] == [{"index": 0, "x": [None, None, 1.5, []]}]
+    assert [len(json.loads(c.removeprefix(b"data: "))["choices"]) for c in frame.last_chunks()] == (
+        [0] if usage else []
+    )

@@ -23,6 +23,7 @@ from test_scheduler import models, text
 
 from mlx_poe import stream_generate
 from mlx_poe.server import request_life as serving
+from mlx_poe.server.response_frame import Choice
 
 TEXTS = "/v1/completions"
 tokenizer = fixture("poe-tiny")[1]
@@ -139,6 +140,122 @@ def test_the_engine_does_not_wait_for_a_reader(server):
     until(lambda: made() == before + 60)
     assert at_work(server) == 0
     connection.close()
+
+
+class Wakeful:
+    """What a `Run` needs of a loop, a frame and metrics, and the calls that wake the loop."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.counted: list[Any] = []
+
+    def service(self) -> serving.Service:
+        about: Any = SimpleNamespace(sequences=8, places=8)
+        service = serving.Service(SimpleNamespace(), about, self)  # type: ignore[arg-type]
+        service._loop = SimpleNamespace(  # type: ignore[assignment]
+            call_soon_threadsafe=lambda *call: self.calls.append(call)
+        )
+        return service
+
+    def run(self, service: serving.Service, stream: bool) -> Any:
+        choice = Choice(tokenizer.eos_token_ids)
+        frame = SimpleNamespace(options=SimpleNamespace(stream=stream), choices=[choice])
+        frame.usage = choice.responses
+        return serving.Run(service, frame, "x")  # type: ignore[arg-type]
+
+    def first_token(self, seconds: float) -> None:
+        assert seconds >= 0
+
+    def ended(self, endpoint: str, outcome: str, seconds: float, usage: Any) -> None:
+        self.counted.append((outcome, usage))
+
+    def wake(self, service: serving.Service) -> set[Any]:
+        """The sweep ends; the runs that the loop goes on with."""
+        del self.calls[:]
+        service.engine.delivered()
+        for function, *about in self.calls:
+            function(*about)
+        assert len(self.calls) <= 1
+        return {run for _, runs in self.calls for run in runs}
+
+
+def test_the_loop_wakes_once_for_a_sweep_and_for_a_whole_reply_at_its_end():
+    said = list(
+        stream_generate(*fixture("poe-tiny"), text(20), max_tokens=4, logit_bias={2039: -100})
+    )
+
+    async def main() -> None:
+        life = Wakeful()
+        service = life.service()
+        one, other, whole = (life.run(service, stream) for stream in (True, True, False))
+        for run in (one, one, other, whole):
+            run._put(0, said[0])
+        assert life.wake(service) == {one, other} and life.wake(service) == set()
+        assert [r for _, r in await one._take()] == [said[0]] * 2
+        assert not whole._arrived.is_set()
+        for response in said[1:]:
+            whole._put(0, response)
+        whole._put(0, None)
+        assert life.wake(service) == {whole} and whole._arrived.is_set()
+        await whole.collect()
+        assert whole.frame.choices[0].responses == said
+        other._put(0, RuntimeError("lost"))
+        other._put(0, None)
+        assert life.wake(service) == {other}
+        with pytest.raises(RuntimeError, match="lost"):
+            await other.collect()
+
+    asyncio.run(main())
+
+
+def test_a_whole_reply_that_nobody_waits_for_counts_what_was_made():
+    said = list(
+        stream_generate(*fixture("poe-tiny"), text(20), max_tokens=3, logit_bias={2039: -100})
+    )
+
+    async def main() -> None:
+        life = Wakeful()
+        service = life.service()
+        run = life.run(service, False)
+        run._begun, service.taken = True, 1
+        run._put(0, said[0])
+        run._put(0, said[1])
+        run.close()
+        run.close()
+        assert life.counted == [("gone", said[:2])] and service.taken == 0
+
+    asyncio.run(main())
+
+
+def test_an_alarm_rings_for_a_long_block_however_many_short_ones_came_before(monkeypatch):
+    clock = SimpleNamespace(now=0.0, timers=[])
+    clock.time = lambda: clock.now
+    clock.call_at = lambda when, *call: clock.timers.append((when, call)) or True
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
+    rung: list[float] = []
+    alarm = serving.Alarm(10.0, lambda: rung.append(clock.now))
+
+    def go_to(now: float) -> None:
+        while due := [timer for timer in clock.timers if timer[0] <= now]:
+            clock.timers.remove(due[0])
+            clock.now, (function, *about) = due[0]
+            function(*about)
+        clock.now = now
+
+    for now in range(25):
+        go_to(now)
+        with alarm:
+            assert len(clock.timers) == 1
+    go_to(100)
+    assert not rung and not clock.timers
+    with alarm:
+        go_to(109)
+        assert not rung
+    with alarm:
+        go_to(118)
+        assert not rung
+        go_to(150)
+        assert rung == [119]
 
 
 class Endless:

@@ -34,7 +34,7 @@ EXAMPLES = f"""\
   mlx_poe.server
   mlx_poe.server --model my-base --specialist chat=my-chat --specialist math=my-math
   mlx_poe.server --composition both=poe-tiny-chat:2,poe-tiny-math:1
-  {KEY_VARIABLE}=secret mlx_poe.server --host 0.0.0.0 --port 8000 --max-sequences 16
+  {KEY_VARIABLE}=secret mlx_poe.server --host 0.0.0.0 --port 8000 --memory 8GB
 
   curl http://127.0.0.1:8080/v1/chat/completions -H "Content-Type: application/json" -d '
     {{"model": "poe-tiny-chat", "mode": "wand", "messages":
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("limits").add_argument
     for flag, default, text in (
-        ("--max-sequences", MAX_SEQUENCES, "most sequences to run together"),
+        ("--max-sequences", MAX_SEQUENCES, "most sequences to run together, if memory allows"),
         ("--max-queue", 128, "most sequences that may wait; further requests get status 429"),
         ("--max-context", 16384, "most tokens in a prompt and its reply together"),
     ):

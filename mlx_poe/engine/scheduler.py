@@ -4,6 +4,7 @@
 - out: for each request, a response per token, then its end
 - a request starts once there is a slot and enough memory for the most it may need; cached prompts,
   and quantized copies that no running request drafts with, make room for it
+- if another is about to have read the beginning of its prompt, it starts after that
 - a request can pause: it gives up its slot and its memory, and goes on later
 - synchronous, for one thread; `Engine` and `batch_generate` are built on it
 """
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -36,6 +38,8 @@ from mlx_poe.generation.responses import GenerationResponse, Reply, is_last
 MAX_SEQUENCES = 32
 # Copy a state's activations once their arrays hold this many positions of other sequences.
 EXCESS = 256
+# A request waits for another to read this many positions that it would read too.
+WORTH_WAITING = 64
 
 # A response, or the error that ended a request.
 News = tuple[GenerationRequest, GenerationResponse | Exception]
@@ -124,6 +128,8 @@ class Scheduler:
         # Requests that have begun but are not running, and those that may not start.
         self._begun: dict[GenerationRequest, _Running] = {}
         self._paused: set[GenerationRequest] = set()
+        # Whom a request has waited for to read what it would read too: one at most.
+        self._readers: dict[GenerationRequest, GenerationRequest] = {}
         # Kept from call to call: an interruption must not lose any.
         self._events: deque[Event] = deque()
         self._news: list[News] = []
@@ -211,8 +217,10 @@ class Scheduler:
 
     def close(self) -> None:
         """End all requests and free their memory, and that of cached prompts."""
-        for requests in (self._waiting, self._begun, self._paused, self._events, self._news):
+        for requests in (self._waiting, self._begun, self._paused, self._readers):
             requests.clear()
+        for news in (self._events, self._news):
+            news.clear()
         self._batch.close()
         self._running.clear()
         self.cache.shrink(0)
@@ -259,6 +267,7 @@ class Scheduler:
         self._running.pop(request, None)
         self._begun.pop(request, None)
         self._paused.discard(request)
+        self._readers.pop(request, None)
         if request in self._waiting:
             self._waiting.remove(request)
 
@@ -273,9 +282,12 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Start waiting requests in order, as far as slots and memory allow."""
-        while self._waiting and len(self._running) < self.max_sequences:
-            request = self._waiting[0]
+        for request in [*islice(self._waiting, self.max_sequences)]:
             if request not in self._running:  # it is if an interruption came right after its start
+                if len(self._running) >= self.max_sequences:
+                    break
+                if self._is_being_read(request):
+                    continue
                 if not self._make_room(request):
                     break
                 try:
@@ -287,8 +299,26 @@ class Scheduler:
                         raise
                     self._begun.pop(request, None)
                     self._news.append((request, error))
-            self._waiting.popleft()
+            self._readers.pop(request, None)
+            self._waiting.remove(request)
             self.cache.shrink(self._free)
+
+    def _is_being_read(self, request: GenerationRequest) -> bool:
+        """Whether a running request is reading a beginning of this one's prompt that will be kept.
+
+        Nobody waits for a second one, which could go on for ever."""
+        if request in self._begun or request.prompt_logprobs:
+            return False
+        waited_for = self._readers.get(request)
+        for other in [waited_for] if waited_for else self._running:
+            running = self._running.get(other)
+            if running and other.model is request.model and running.count == 0:
+                read, end = running.state.length + WORTH_WAITING, len(request.tokens)
+                marks = [mark for mark in other.marks if read <= mark < end]
+                if any(other.tokens[:mark] == request.tokens[:mark] for mark in marks):
+                    self._readers[request] = other
+                    return True
+        return False
 
     def _make_room(self, request: GenerationRequest) -> bool:
         """Whether a request fits beside those that run, if need be without the quantized copies
