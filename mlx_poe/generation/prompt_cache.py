@@ -23,6 +23,9 @@ from mlx_poe.loading.tokenizer import Tokenizer
 # Reading fewer positions again is faster than copying a state.
 LEAST = 8
 
+# How many positions of a text a state can begin with, its key if it is kept, and the state.
+_Candidate = tuple[int, int | None, DecodingState]
+
 
 class PromptCache:
     """States by the texts they hold, up to `limit` bytes.
@@ -71,17 +74,17 @@ class PromptCache:
 
     def _candidates(
         self, model: PoEModel, wanted: Sequence[int], running: Iterable[DecodingState]
-    ) -> Iterator[tuple[int, int | None, DecodingState]]:
-        """How much of `wanted` each state can begin with, its key, and the state itself: those that
-        save anything, those that save the most first."""
-        live = []
+    ) -> Iterator[_Candidate]:
+        """States that save anything for `wanted`, those that save the most first."""
+        live: list[_Candidate] = []
         for state in running:
             common = common_start(state.tokens, wanted)
             if common >= max(LEAST, state.earliest_rollback):
                 live.append((common, None, state))
         live.sort(key=_common, reverse=True)
         kept = ((common, key, self._entries[key][0]) for common, key in self._tree.alike(wanted))
-        layers, best = sum(len(stage.layers) for stage in model.stages), []
+        layers = sum(len(stage.layers) for stage in model.stages)
+        best: list[tuple[int, int, int, _Candidate]] = []
         both = heapq.merge(kept, live, key=_common, reverse=True)
         for order, (common, key, state) in enumerate(both):
             if common < LEAST:
@@ -167,7 +170,7 @@ def chat_marks(tokenizer: Tokenizer, prompt: object, tokens: Sequence[int]) -> t
     return tuple(sorted(mark for mark in marks if mark >= LEAST))
 
 
-def _common(candidate: tuple[int, int | None, DecodingState]) -> int:
+def _common(candidate: _Candidate) -> int:
     return candidate[0]
 
 
