@@ -83,6 +83,11 @@ def test_the_index_finds_what_a_look_at_every_text_finds(changes, wanted, least)
     assert sorted(found) == sorted(useful)
     inside = [k for k, (words, _) in kept.items() if len(words) == common[k] >= least]
     assert sorted(tree.within(wanted, least)) == inside
+    nodes = [tree._root]
+    for node in nodes:
+        nodes += node.children.values()
+        needs = [*node.items.values(), *(child.least for child in node.children.values())]
+        assert node.least == min(needs, default=float("inf"))
     for key, (words, _) in kept.items():
         tree.remove(words, key)
     assert not tree._root.children and tree._root.least == float("inf")
@@ -123,7 +128,7 @@ class Kept:
 
 LONG = st.lists(st.integers(0, 1), min_size=2, max_size=5).map(lambda ends: [7] * 7 + ends)
 KEPT = st.builds(
-    Kept, LONG, st.lists(st.integers(0, 12), min_size=4, max_size=4), st.integers(0, 9)
+    Kept, LONG, st.lists(st.integers(0, 12), min_size=4, max_size=4), st.integers(6, 12)
 )
 
 
@@ -455,13 +460,15 @@ def test_nobody_waits_for_a_reader_that_has_gone():
     model = models()["chat"]
     said = [{**SYSTEM, "content": SYSTEM["content"] * 3}, {"role": "user", "content": "Hi"}]
     scheduler = Scheduler()
-    first, other = (task(said, model=model, max_tokens=3) for _ in range(2))
-    scheduler.add(first, other)
+    first, *others = (task(said, model=model, max_tokens=3) for _ in range(3))
+    scheduler.add(first, *others)
     scheduler._admit()
-    assert (scheduler.stats.running, scheduler.stats.waiting) == (1, 1)
+    assert (scheduler.stats.running, scheduler.stats.waiting) == (1, 2)
     scheduler.cancel(first)
+    scheduler._admit()  # nor for a second one
+    assert (scheduler.stats.running, scheduler.stats.waiting) == (2, 0)
     assert replies(scheduler, []) == []
-    assert (len(scheduler), scheduler.stats.generation_tokens) == (0, 3)
+    assert (len(scheduler), scheduler.stats.generation_tokens) == (0, 6)
 
 
 def test_a_prompt_to_be_scored_waits_for_nobody():
