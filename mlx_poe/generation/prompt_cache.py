@@ -76,11 +76,7 @@ class PromptCache:
         self, model: PoEModel, wanted: Sequence[int], running: Iterable[DecodingState]
     ) -> Iterator[_Candidate]:
         """States that save anything for `wanted`, those that save the most first."""
-        live: list[_Candidate] = []
-        for state in running:
-            common = common_start(state.tokens, wanted)
-            if common >= max(LEAST, state.earliest_rollback):
-                live.append((common, None, state))
+        live: list[_Candidate] = [(common_start(s.tokens, wanted), None, s) for s in running]
         live.sort(key=_common, reverse=True)
         kept = ((common, key, self._entries[key][0]) for common, key in self._tree.alike(wanted))
         layers = sum(len(stage.layers) for stage in model.stages)
@@ -92,6 +88,8 @@ class PromptCache:
             # No state that shares less saves more.
             while best and -best[0][0] >= layers * common:
                 yield heapq.heappop(best)[-1]
+            if key is None and common < state.earliest_rollback:
+                continue
             if saved := _saved(state, model, wanted, common):
                 heapq.heappush(best, (-saved, -common, order, (common, key, state)))
         while best:
