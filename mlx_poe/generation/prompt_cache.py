@@ -112,7 +112,7 @@ class PromptCache:
         if sum(array.nbytes for array in arrays) > limit:
             return
         text, least = state.tokens, state.earliest_rollback
-        for common, key in [*self._tree.alike(text)]:
+        for common, key in self._tree.alike(text):
             if common < state.length:
                 break
             if _covers(self._entries[key][0], state):
