@@ -93,6 +93,7 @@ def _with(form: str, value: float | str | None) -> str:
 # figures has a value for it.
 _COLUMNS = {
     "speed": ("speedup", "{:.2f}x"),
+    "goal": ("goal", "{}"),
     "mlx_lm.server": ("peer", "{:.4g}"),
     "parts predict": ("predicted", "{:.2f}x"),
     "over its parts": ("over_its_parts", "{:+.1%}"),
@@ -111,6 +112,7 @@ _COLUMNS = {
     "best drafts": ("best_drafts", "{}"),
     "copy": ("copy_mb", "{:.3g} MB"),
     "of the prompt kept": ("cached", "{:.1%}"),
+    "tokens a reply": ("reply_tokens", "{:.1f}"),
     "peer's resets": ("peer_resets", "{}"),
     "peer failed": ("peer_failed", "{}"),
 }

@@ -37,8 +37,8 @@ class ServerFailed(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """A streamed reply: seconds until its first text and until its end, everything received, and
-    how often the connection was reset before an answer."""
+    """A reply, streamed or whole: seconds until its first text and until its end, everything
+    received, and how often the connection was reset before an answer."""
 
     first: float
     seconds: float
@@ -149,7 +149,7 @@ class ServerProcess:
             return json.loads(self._checked(connection).read())
 
     def ask(self, path: str, body: bytes, patience: float) -> Reply:
-        """The reply to a streaming request; ServerFailed unless it is complete."""
+        """The reply to a request; ServerFailed unless it is complete."""
         started = time.perf_counter()
         try:
             for resets, wait in enumerate((*RETRIES, None)):
@@ -170,6 +170,11 @@ class ServerProcess:
         raise AssertionError("the last try returns or raises")
 
     def _read(self, response: HTTPResponse, started: float, patience: float, resets: int) -> Reply:
+        if response.headers.get_content_type() == "application/json":
+            received = response.read()  # whole
+            json.loads(received)
+            now = time.perf_counter() - started
+            return Reply(now, now, received, resets)
         first, received = None, b""
         # Do not wait for the connection to close: servers differ in when they do that.
         while not received.endswith(DONE):
@@ -234,7 +239,9 @@ def closed_loop(
 
 
 def _events(received: bytes) -> list[dict[str, Any]]:
-    """All complete events but the last, which is not JSON."""
+    """All complete events but the last, which is not JSON; a whole reply is one event."""
+    if received.startswith(b"{"):
+        return [json.loads(received)]
     whole = received[: received.rfind(b"\n\n") + 1]
     lines = [line[6:] for line in whole.split(b"\n") if line.startswith(b"data: {")]
     return [json.loads(line) for line in lines]
@@ -242,4 +249,5 @@ def _events(received: bytes) -> list[dict[str, Any]]:
 
 def _text(event: dict[str, Any]) -> str:
     choice = (event.get("choices") or [{}])[0]
-    return choice.get("text") or choice.get("delta", {}).get("content") or ""
+    said = choice.get("delta") or choice.get("message") or {}
+    return choice.get("text") or said.get("content") or ""

@@ -1,4 +1,4 @@
-"""A server that streams two tokens, or misbehaves: `python fake_server.py KIND --host H --port P`.
+"""A server that sends two tokens, or misbehaves: `python fake_server.py KIND --host H --port P`.
 
 KIND is `good`; `hangs` or `dies` once two requests are there at the same time; `resets` every
 second connection; `trickles` comments and nothing else; `stumbles`, which breaks off in mid-reply.
@@ -43,18 +43,20 @@ class Handler(BaseHTTPRequestHandler):
             self.lock.wait_for(lambda: self.posts >= self.awaited)
         try:
             if self.kind != "resets" or posts % 2 == 0:
-                self._stream()
+                self._reply(streamed=body.get("stream", True))
         finally:
             with self.lock:
                 Handler.busy -= 1
 
-    def _answer(self, content: bytes) -> None:
+    def _answer(self, content: bytes, kind: str = "application/json") -> None:
         self.send_response(200)
+        self.send_header("Content-Type", kind)
         self.end_headers()
         self.wfile.write(content)
 
-    def _stream(self) -> None:
-        self._answer(b": wait\n\n")
+    def _reply(self, streamed: bool) -> None:
+        if streamed:
+            self._answer(b": wait\n\n", "text/event-stream")
         time.sleep(0.02)
         if self.busy > 1 and self.kind == "hangs":
             threading.Event().wait()
@@ -63,6 +65,11 @@ class Handler(BaseHTTPRequestHandler):
         while self.kind == "trickles":
             self.wfile.write(b": wait\n\n")
             time.sleep(0.05)
+        if not streamed:
+            choices = [{"message": {"content": "Hello, you"}}]
+            content = json.dumps({"choices": choices, "usage": USAGE}).encode()
+            self._answer(content[:-5] if self.kind == "stumbles" else content)
+            return
         for text in ("Hello", ", you"):
             self._event({"choices": [{"delta": {"content": text}}]})
             if self.kind == "stumbles":

@@ -13,6 +13,7 @@ from servers import PATIENCE
 
 from cognica_mlx.bench import servers
 from cognica_mlx.bench.sections import serving
+from cognica_mlx.bench.sections.serving import Load
 from cognica_mlx.bench.sections.stage_speeds import Setup
 from cognica_mlx.bench.servers import Outcome, Reply, ServerFailed, ServerProcess, closed_loop
 from cognica_mlx.errors import RequestError
@@ -65,6 +66,18 @@ def test_a_server_that_fails_is_stopped_and_holds_nobody(kind, patience, reason)
         assert not server.running
 
 
+def test_a_whole_reply_is_read_and_has_one_time():
+    with fake("good") as server:
+        reply = server.ask(PATH, b'{"stream": false}', PATIENCE)
+    assert reply.text == "Hello, you" and reply.usage["completion_tokens"] == 2
+    assert 0.02 <= reply.first == reply.seconds
+
+
+def test_a_whole_reply_that_is_cut_short_is_a_failure():
+    with fake("stumbles") as server, pytest.raises(ServerFailed, match="broke the connection"):
+        server.ask(PATH, b'{"stream": false}', PATIENCE)
+
+
 def test_a_reset_connection_is_tried_again_and_counted():
     with fake("resets") as server:
         reply = server.ask(PATH, b"{}", PATIENCE)
@@ -97,11 +110,6 @@ with interruptible(), ServerProcess("fake", {fake_command("good")!r}) as server:
         os.kill(child, 0)
 
 
-@pytest.fixture
-def two_loads(monkeypatch) -> None:
-    monkeypatch.setattr(serving, "CLIENTS", (1, 2))
-
-
 def compared(theirs: str) -> dict[str, serving.Figure]:
     """The figures of a good server beside one of another kind, by name."""
     setup = Setup(None, None, [[0] * 5], tokens=2, trials=1)
@@ -117,30 +125,33 @@ def compared(theirs: str) -> dict[str, serving.Figure]:
         fake(theirs) as peer,
     ):
         patch.setattr(serving, "closed_loop", loop)
-        clients = {
+        asking = {
             serving.OURS: serving._Client(ours, 2, chat=True),
             serving.THEIRS: serving._Client(peer, 2, chat=True),
         }
-        found = serving._compare(setup, clients, serving._sentences(ours), prompt_tokens=30)
+        texts = serving._sentences(ours)
+        found = serving._compare(setup, asking, texts, prompt_tokens=30, clients=(1, 2))
     assert not ours.running and not peer.running
     return {figure.name: figure for figure in found}
 
 
-def test_every_load_has_its_figures_beside_the_peers(two_loads):
+def test_every_load_has_its_figures_beside_the_peers():
     found = compared("good")
     loads = ("1 client", "2 clients", "1 client, system prompt", "2 clients, system prompt")
     kinds = ("", ", first token", ", slowest first token")
-    assert [*found] == [load + kind for load in loads for kind in kinds]
+    streamed = [load + kind for load in loads for kind in kinds]
+    assert [*found] == [*streamed, *(f"{load}, whole" for load in loads)]
     for figure in found.values():
         ratio = figure.value / figure.notes["peer"]
         assert figure.speedup == pytest.approx(ratio if figure.unit == "tokens/s" else 1 / ratio)
-    rate = found["2 clients"]
-    assert rate.unit == "tokens/s" and rate.notes["agreement"] == 1
-    assert "peer_failed" not in rate.notes
+    for rate in (found["2 clients"], found["2 clients, system prompt, whole"]):
+        assert rate.unit == "tokens/s" and rate.notes["agreement"] == 1
+        assert rate.notes["goal"] == ">= 1.00x" and rate.notes["reply_tokens"] == 2
+        assert "peer_failed" not in rate.notes
 
 
 @pytest.mark.parametrize("kind", ["hangs", "dies"])
-def test_a_peer_that_fails_under_one_load_is_measured_under_the_others(two_loads, kind):
+def test_a_peer_that_fails_under_one_load_is_measured_under_the_others(kind):
     found = compared(kind)
     for name in ("1 client", "1 client, system prompt"):
         assert found[name].speedup and "peer_failed" not in found[name].notes
@@ -155,14 +166,13 @@ def test_ratios_leave_out_trials_in_which_the_peer_failed():
         return Outcome([Reply(seconds / 2, seconds, f"data: {usage}\n\n".encode())], seconds)
 
     ours, theirs = [outcome(1), outcome(2), outcome(3)], [outcome(1), None, outcome(6)]
-    rate, first, _ = serving._figures("1 client", ours, theirs, ["hung"])
+    rate, first, _ = serving._figures(Load(1, None, True), ours, theirs, ["hung"])
     assert rate.value == 2.5 and rate.speedup == 2 and rate.notes["peer"] == 1
     assert first.value == 1250 and first.speedup == 2
     assert rate.notes["peer_failed"] == "1 x: hung"
 
 
-def test_the_command_with_our_own_server(two_loads, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(serving, "CLIENTS", (2,))
+def test_the_command_with_our_own_server(tmp_path, monkeypatch, capsys):
     folders = []
 
     def their_command(folder: str) -> list[str]:
@@ -173,6 +183,7 @@ def test_the_command_with_our_own_server(two_loads, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(serving, "their_command", their_command)
     flags = ["--dtype", "float32", "--trials", "1", "-m", "3", "--context", "20"]
     flags += ["--prompt-tokens", "60", "--only", "serving", "--json", str(tmp_path / "r.json")]
+    flags += ["--clients", "2"]
     assert command.main(flags) == 0
     assert "mlx_lm.server" in capsys.readouterr().out
     kept = json.loads((tmp_path / "r.json").read_text())["figures"]
@@ -196,6 +207,7 @@ def test_the_command_with_our_own_server(two_loads, tmp_path, monkeypatch, capsy
     [
         (["--only", "serving", "--shape", "tiny"], "needs a real model"),
         (["--only", "rows", "--specialist", "a=b"], "--specialist is for the section serving"),
+        (["--only", "serving", "--clients", "0"], "--clients: each must be between 1 and 1000"),
     ],
 )
 def test_flags_that_do_not_go_with_the_section(flags, named, capsys):

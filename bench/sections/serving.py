@@ -1,11 +1,15 @@
 """Our server and mlx-lm's under the same load, and what a second specialist's turn costs.
 
 - in: a model and its specialists by name; trials, tokens and lengths of a setup
-- out: tokens per second and time to first token at 1 to 16 clients, with and without a shared
-  system prompt, each with its ratio to mlx-lm's server in the same trials
-- both serve the same converted folder and get the same requests, greedy and without penalties. Each
-  server counts its own tokens (`usage`); `agreement` is the share of replies with identical text
+- out: tokens per second and time to first token at so many clients, streamed and whole, with and
+  without a shared system prompt, each with its ratio to mlx-lm's server in the same trials
+- both serve the same converted folder, with their default flags, and get the same requests, greedy
+  and without penalties. Each server counts its own tokens (`usage`); `agreement` is the share of
+  replies with identical text
 - mlx-lm's server may die or hang: such trials are counted, not waited for
+
+`mlx_poe.bench --only serving --model poe-tiny-chat --context 40 -m 64 --clients 1,16 --trials 2`
+measures prompts of 57 tokens and 64 new ones, under 8 loads.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ from cognica_mlx.convert.quantization import scheme
 from cognica_mlx.convert.sources import Source
 from cognica_mlx.errors import RequestError
 
-CLIENTS = (1, 4, 8, 16)
+CLIENTS = (1, 4, 8, 16, 32)
+GOAL = ">= 1.00x"  # of mlx-lm's tokens per second, under every load
 # Requests per client in a trial, and the fewest in all.
 ROUNDS, LEAST = 2, 4
 # How long a reply may take: a multiple of our longest under the heaviest load, at least 30 s.
@@ -76,19 +81,35 @@ def check_installed() -> None:
         raise RequestError("the section serving needs mlx_lm.server: pip install -U mlx-lm")
 
 
-def serving(setup: Setup, served: Served, prompt_tokens: int) -> list[Figure]:
-    """All figures of the section."""
-    found = _loads(setup, served, prompt_tokens)
+@dataclass(frozen=True)
+class Load:
+    """So many clients at once, and how they ask: all prompts begin with `system`, if given; replies
+    are streamed or whole."""
+
+    clients: int
+    system: str | None
+    streamed: bool
+
+    @property
+    def name(self) -> str:
+        """For example "4 clients, system prompt, whole"."""
+        name = f"{self.clients} client{'s' * (self.clients > 1)}"
+        return name + ", system prompt" * bool(self.system) + ", whole" * (not self.streamed)
+
+
+def serving(
+    setup: Setup, served: Served, prompt_tokens: int, clients: Sequence[int] = CLIENTS
+) -> list[Figure]:
+    """All figures of the section; `clients` are the loads' numbers of clients."""
+    found = _loads(setup, served, prompt_tokens, clients)
     if len(served.specialists) > 1:
         found += _second_turn(setup, served, prompt_tokens)
     return found
 
 
 def our_command(model: str, *flags: str) -> list[str]:
-    """Our server's command line. It runs as many sequences at once as there are clients at most;
-    mlx-lm's server runs up to 32."""
-    command = [sys.executable, "-m", "mlx_poe", "server", "--model", model]
-    return [*command, "--max-sequences", str(max(CLIENTS)), *flags]
+    """Our server's command line."""
+    return [sys.executable, "-m", "mlx_poe", "server", "--model", model, *flags]
 
 
 # Importing cognica_mlx gives mlx-lm's server the same BLAS as ours.
@@ -106,17 +127,18 @@ class _Client:
 
     def __init__(self, server: ServerProcess, tokens: int, chat: bool, **fields: Any):
         self.server, self._chat = server, chat
-        self._fields = {"max_tokens": tokens, "temperature": 0, "stream": True, **fields}
-        self._fields["stream_options"] = {"include_usage": True}
+        self._fields = {"max_tokens": tokens, "temperature": 0, **fields}
         self.path = "/v1/chat/completions" if chat else "/v1/completions"
 
-    def request(self, prompt: str, system: str | None = None) -> bytes:
+    def request(self, prompt: str, system: str | None = None, streamed: bool = True) -> bytes:
         """A request for `prompt`, after the shared `system` text if there is one."""
         if self._chat:
             turns = [{"role": "system", "content": system}] if system else []
             asked: Any = {"messages": [*turns, {"role": "user", "content": prompt}]}
         else:
             asked = {"prompt": f"{system}\n{prompt}" if system else prompt}
+        if streamed:
+            asked |= {"stream": True, "stream_options": {"include_usage": True}}
         return json.dumps({**self._fields, **asked}).encode()
 
     def ask(self, prompt: str) -> Reply:
@@ -133,7 +155,9 @@ def _sentences(server: ServerProcess) -> Callable[[int], str]:
     return lambda tokens: SENTENCE * max(round(10 * tokens / count), 1)
 
 
-def _loads(setup: Setup, served: Served, prompt_tokens: int) -> list[Figure]:
+def _loads(
+    setup: Setup, served: Served, prompt_tokens: int, clients: Sequence[int]
+) -> list[Figure]:
     """Both servers on one folder under every load, alternating."""
     with TemporaryDirectory() as folder, ExitStack() as stack:
         target = Path(folder) / "model"
@@ -145,39 +169,42 @@ def _loads(setup: Setup, served: Served, prompt_tokens: int) -> list[Figure]:
         chat = about["poe"]["chat"]
         # 1 turns the penalty off, which specialists' replies have by default.
         own = {"model": about["id"], "repetition_penalty": 1}
-        clients = {
+        asking = {
             OURS: _Client(ours, setup.tokens, chat, **own),
             THEIRS: _Client(theirs, setup.tokens, chat),
         }
-        return _compare(setup, clients, _sentences(ours), prompt_tokens)
+        return _compare(setup, asking, _sentences(ours), prompt_tokens, clients)
 
 
 def _compare(
-    setup: Setup, clients: dict[str, _Client], text_of: Callable[[int], str], prompt_tokens: int
+    setup: Setup,
+    asking: dict[str, _Client],
+    text_of: Callable[[int], str],
+    prompt_tokens: int,
+    clients: Sequence[int],
 ) -> list[Figure]:
-    # By name: the number of clients, and what their prompts begin with.
-    loads: dict[str, tuple[int, str | None]] = {}
     system = text_of(prompt_tokens)
-    for more, start in (("", None), (", system prompt", system)):
-        loads |= {f"{n} client{'s' * (n > 1)}{more}": (n, start) for n in CLIENTS}
-    for client in clients.values():
+    kinds = [(start, streamed) for streamed in (True, False) for start in (None, system)]
+    listed = [Load(together, *kind) for kind in kinds for together in clients]
+    loads = {load.name: load for load in listed}
+    for client in asking.values():
         client.ask(REQUEST)
     # The same requests for both servers, new ones in every trial, no two with the same beginning.
     prompts: dict[str, list[str]] = {}
     numbers, own = count(1), text_of(len(setup.texts[0])) + REQUEST
 
     def draw() -> None:
-        for load, (together, _) in loads.items():
-            requests = range(max(ROUNDS * together, LEAST))
-            prompts[load] = [f"{next(numbers)}. {own}" for _ in requests]
+        for name, load in loads.items():
+            requests = range(max(ROUNDS * load.clients, LEAST))
+            prompts[name] = [f"{next(numbers)}. {own}" for _ in requests]
 
-    def run(name: str, load: str, patience: float) -> Outcome:
-        client, (together, common) = clients[name], loads[load]
+    def run(name: str, of: str, patience: float) -> Outcome:
+        client, load = asking[name], loads[of]
         if not client.server.running:
             client.server.start()
             client.server.ask(client.path, client.request(REQUEST, system), FIRST_PATIENCE)
-        requests = [client.request(prompt, common) for prompt in prompts[load]]
-        return closed_loop(client.server, client.path, requests, together, patience)
+        requests = [client.request(prompt, load.system, load.streamed) for prompt in prompts[of]]
+        return closed_loop(client.server, client.path, requests, load.clients, patience)
 
     # Trial by trial, None where the peer failed.
     our_outcomes: defaultdict[str, list[Outcome]] = defaultdict(list)
@@ -185,7 +212,7 @@ def _compare(
     failures: defaultdict[str, list[str]] = defaultdict(list)
 
     def ours(load: str, patience: float) -> float:
-        with _named(clients[OURS].server):
+        with _named(asking[OURS].server):
             our_outcomes[load].append(run(OURS, load, patience))
         return our_outcomes[load][-1].rate
 
@@ -195,7 +222,7 @@ def _compare(
             try:
                 outcome = run(THEIRS, load, patience)
             except ServerFailed as failure:
-                clients[THEIRS].server.stop()
+                asking[THEIRS].server.stop()
                 failures[load].append(str(failure))
         their_outcomes[load].append(outcome)
         return outcome.rate if outcome else math.nan
@@ -213,17 +240,23 @@ def _compare(
     setup.interleaved(cases, "serving", draw)
     return [
         one
-        for load in loads
-        for one in _figures(load, our_outcomes[load], their_outcomes[load], failures[load])
+        for load in listed
+        for one in _figures(
+            load, our_outcomes[load.name], their_outcomes[load.name], failures[load.name]
+        )
     ]
 
 
 def _figures(
-    load: str, ours: Sequence[Outcome], theirs: Sequence[Outcome | None], failures: Sequence[str]
+    load: Load, ours: Sequence[Outcome], theirs: Sequence[Outcome | None], failures: Sequence[str]
 ) -> list[Figure]:
     # The first round was a warm-up for both.
     ours, theirs = ours[1:], theirs[1:]
-    notes: dict[str, float | str] = {"prompt_tokens": ours[0].replies[0].usage["prompt_tokens"]}
+    made = [reply.usage["completion_tokens"] for one in ours for reply in one.replies]
+    notes: dict[str, float | str] = {
+        "prompt_tokens": ours[0].replies[0].usage["prompt_tokens"],
+        "reply_tokens": sum(made) / len(made),
+    }
     same = [
         a.text.strip() == b.text.strip()
         for one, other in zip(ours, theirs, strict=True)
@@ -231,10 +264,16 @@ def _figures(
         for a, b in zip(one.replies, other.replies, strict=True)
     ]
     measures: dict[str, tuple[str, Callable[[Outcome], float]]] = {
-        load: ("tokens/s", lambda outcome: outcome.rate),
-        f"{load}, first token": ("ms", lambda outcome: 1e3 * median(_firsts(outcome))),
-        f"{load}, slowest first token": ("ms", lambda outcome: 1e3 * max(_firsts(outcome))),
+        load.name: ("tokens/s", lambda outcome: outcome.rate)
     }
+    if load.streamed:
+        measures |= {
+            f"{load.name}, first token": ("ms", lambda outcome: median(_firsts(outcome))),
+            f"{load.name}, slowest first token": (
+                "ms",
+                lambda outcome: max(_firsts(outcome)),
+            ),
+        }
     found = []
     for name, (unit, measure) in measures.items():
         both = [(measure(a), measure(b)) for a, b in zip(ours, theirs, strict=True) if b]
@@ -244,6 +283,7 @@ def _figures(
             speedup = mine.over(peer) if unit == "tokens/s" else peer.over(mine)
             about["peer"] = peer.median
         if unit == "tokens/s":
+            about["goal"] = GOAL
             if same:
                 about["agreement"] = sum(same) / len(same)
             if resets := sum(reply.resets for one in theirs if one for reply in one.replies):
@@ -257,7 +297,8 @@ def _figures(
 
 
 def _firsts(outcome: Outcome) -> list[float]:
-    return [reply.first for reply in outcome.replies]
+    """Milliseconds to each reply's first token."""
+    return [1e3 * reply.first for reply in outcome.replies]
 
 
 def _second_turn(setup: Setup, served: Served, prompt_tokens: int) -> list[Figure]:

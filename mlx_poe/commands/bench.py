@@ -24,7 +24,7 @@ from cognica_mlx.bench.sections.batch_speeds import batches
 from cognica_mlx.bench.sections.constrained import constrained
 from cognica_mlx.bench.sections.drafts import BEGINNINGS, drafts
 from cognica_mlx.bench.sections.mode_speeds import Recording, modes
-from cognica_mlx.bench.sections.serving import Served, check_installed, serving
+from cognica_mlx.bench.sections.serving import CLIENTS, Served, check_installed, serving
 from cognica_mlx.bench.sections.stage_speeds import ROWS, Figure, Setup
 from cognica_mlx.bench.sections.stage_training import training
 from cognica_mlx.bench.shapes import SHAPES, random_model, rounded, shape_config
@@ -80,7 +80,7 @@ EXAMPLES = """\
   mlx_poe.bench --shape 1.3b --agreement 0.88 --only modes --plot modes.png
   mlx_poe.bench --shape 1.3b --only lengths --lengths 2048,16384
   mlx_poe.bench --only batch --peers                   # many sequences, against mlx-lm's batch
-  mlx_poe.bench --only serving --trials 3              # our server and mlx_lm.server under load
+  mlx_poe.bench --only serving --clients 1,16          # our server and mlx_lm.server under load
   mlx_poe.bench --shape 1.3b-stage --only training     # training a stage of your own
   mlx_poe.bench --only drafts --model poe-tiny-chat    # drafters rounded to 2 to 8 bits
   mlx_poe.bench --only drafts --shape 1.3b --agreement 0.88
@@ -148,6 +148,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=[8, 4],
         metavar="BITS,…",
         help="bit widths of the section quantised (default: 8,4)",
+    )
+    how.add_argument(
+        "--clients",
+        type=numbers(int),
+        default=[*CLIENTS],
+        metavar="N,…",
+        help=f"numbers of clients of the section serving (default: {','.join(map(str, CLIENTS))})",
     )
     bench_machines.add_machine_flags(parser)
     out = parser.add_argument_group("output")
@@ -245,6 +252,8 @@ def _check(args: argparse.Namespace) -> None:
             raise RequestError(f"--{name} {value} is not between {least} and {most}")
     if not args.lengths or min(args.lengths) < 16:
         raise RequestError("--lengths: each must be at least 16")
+    if not args.clients or not all(1 <= n <= 1000 for n in args.clients):
+        raise RequestError("--clients: each must be between 1 and 1000")
     if any(bits not in BITS for bits in args.q_bits):
         raise RequestError(f"--q-bits: choose from {', '.join(map(str, BITS))}")
     if args.quantize and "quantised" in (args.only or ()):
@@ -326,7 +335,7 @@ def _measure(
         "modes": lambda: modes(setup, calibration, recorded, remarks.append),
         "batch": lambda: batches(setup, calibration, peer=args.peers),
         "constrained": lambda: constrained(setup),
-        "serving": lambda: serving(setup, _served(args), args.prompt_tokens),
+        "serving": lambda: serving(setup, _served(args), args.prompt_tokens, args.clients),
         "lengths": lambda: figures.lengths(setup, args.lengths),
         "quantised": lambda: figures.quantised(setup, args.q_bits),
         "memory": lambda: figures.memory(setup, max(args.prompt_tokens, args.context)),
