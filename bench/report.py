@@ -23,6 +23,7 @@ FORMAT = 1
 TITLES = {
     "stages": "Latency by stage cut-off",
     "batch": "Many sequences at once; the ceiling is what batches of rows alone would allow",
+    "host": "What the host spends on a token; decoding after the prompt; the first token",
     "constrained": "Constrained output: what masks cost, what forced stretches gain",
     "machines": "Several machines; the prediction is what the parts' own times allow",
     "serving": "Servers under load, beside mlx-lm's; a second specialist's turn",
@@ -93,7 +94,9 @@ def _with(form: str, value: float | str | None) -> str:
 # figures has a value for it.
 _COLUMNS = {
     "speed": ("speedup", "{:.2f}x"),
+    "ratio": ("ratio", "{:.2f}x"),
     "goal": ("goal", "{}"),
+    "to": ("against", "{}"),
     "mlx_lm.server": ("peer", "{:.4g}"),
     "parts predict": ("predicted", "{:.2f}x"),
     "over its parts": ("over_its_parts", "{:+.1%}"),

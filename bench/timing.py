@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.pricing.measuring import Progress
@@ -67,3 +70,27 @@ def first_and_next(items: Iterable[object]) -> tuple[float, float]:
     times = [time.perf_counter()]
     times += [time.perf_counter() for _ in items]
     return times[1] - times[0], (times[-1] - times[1]) / (len(times) - 2)
+
+
+@contextmanager
+def host_clock() -> Iterator[Callable[[], float]]:
+    """A clock of the seconds of CPU time that this thread spends outside `mx.eval` and
+    `mx.async_eval`: Python, and building graphs. While the block runs, the two are wrapped."""
+    kept, inside = (mx.eval, mx.async_eval), 0.0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal inside
+            started = time.thread_time()
+            try:
+                return function(*args)
+            finally:
+                inside += time.thread_time() - started
+
+        return call
+
+    mx.eval, mx.async_eval = map(timed, kept)
+    try:
+        yield lambda: time.thread_time() - inside
+    finally:
+        mx.eval, mx.async_eval = kept

@@ -1,4 +1,4 @@
-"""Many sequences at once: against one, against mlx-lm's batch, in mixed modes, beside a prompt.
+"""Many sequences at once: against one, in mixed modes, beside a prompt. Against mlx-lm: `host`.
 
 - in: a setup; the options that a calibration gives the modes
 - out: tokens per second, each with a ratio from the same trials and the ceiling that the cost of a
@@ -8,13 +8,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import BatchGenerator
 
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
 from cognica_mlx.bench.timing import Samples
@@ -22,7 +21,6 @@ from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.sequence import DecodingSequence, prefill_step_size_here
-from cognica_mlx.network.mlx_lm_model import Model
 from cognica_mlx.pricing.pace import Pace
 from cognica_mlx.pricing.timed_costs import measure
 
@@ -39,10 +37,9 @@ def prompts(setup: Setup, count: int) -> list[list[int]]:
     return [text[: max(len(text) - STEP * i, 4)] for i, text in enumerate(cut)]
 
 
-def batches(setup: Setup, calibration: Calibration | None, *, peer: bool = False) -> list[Figure]:
-    """All figures of the section; with `peer` also mlx-lm's batch over the same weights."""
-    found = [*_counts(setup), _mixed(setup, calibration), _beside_a_prompt(setup), _memory(setup)]
-    return [*found, *(_peer(setup) if peer else ())]
+def batches(setup: Setup, calibration: Calibration | None) -> list[Figure]:
+    """All figures of the section."""
+    return [*_counts(setup), _mixed(setup, calibration), _beside_a_prompt(setup), _memory(setup)]
 
 
 def _sequence(setup: Setup, text: Sequence[int], **options: Any) -> DecodingSequence:
@@ -170,43 +167,3 @@ def _memory(setup: Setup) -> Figure:
     held = mx.get_active_memory() - before
     notes = {"of_states": held / states}
     return figure("batch", f"held for {MIXED} sequences", "GB", held / 1e9, notes=notes)
-
-
-def _peer(setup: Setup) -> list[Figure]:
-    """16 prompts of different lengths: ours, one by one and together, and mlx-lm's batch over the
-    same weights."""
-    texts = prompts(setup, COUNTS[-1])
-    theirs = Model(setup.model.config)
-    theirs.update(setup.model.parameters())
-    theirs.eval()
-
-    def timed(work: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        work()
-        return len(texts) * setup.tokens / (time.perf_counter() - started)
-
-    def ours(slots: int) -> None:
-        waiting = list(enumerate(texts))
-        batch = Batch()
-        while waiting or len(batch):
-            while waiting and len(batch) < slots:
-                i, text = waiting.pop(0)
-                batch.add(i, _sequence(setup, text).steps())
-            batch.run()
-
-    def mlx_lm() -> None:
-        together, tokens = len(texts), setup.tokens
-        generator = BatchGenerator(theirs, max_tokens=tokens, completion_batch_size=together)
-        generator.insert([list(text) for text in texts], [tokens] * together)
-        while generator.next_generated():
-            pass
-        generator.close()
-
-    runs: dict[str, Callable[[], object]] = {
-        "ours, one by one": partial(ours, 1),
-        "ours": partial(ours, len(texts)),
-        "mlx-lm": mlx_lm,
-    }
-    cases = {f"{len(texts)} prompts, {name}": partial(timed, run) for name, run in runs.items()}
-    *_, theirs_taken = (taken := setup.interleaved(cases, "mlx-lm's batch")).values()
-    return [_rates(name, samples, theirs_taken) for name, samples in taken.items()]

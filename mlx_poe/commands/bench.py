@@ -23,6 +23,7 @@ from cognica_mlx.bench.sections import stage_speeds as figures
 from cognica_mlx.bench.sections.batch_speeds import batches
 from cognica_mlx.bench.sections.constrained import constrained
 from cognica_mlx.bench.sections.drafts import BEGINNINGS, drafts
+from cognica_mlx.bench.sections.host import host
 from cognica_mlx.bench.sections.mode_speeds import Recording, modes
 from cognica_mlx.bench.sections.serving import CLIENTS, Served, check_installed, serving
 from cognica_mlx.bench.sections.stage_speeds import ROWS, Figure, Setup
@@ -59,8 +60,8 @@ from mlx_poe.loading.load import DEFAULT_MODEL, find_model, load
 from mlx_poe.rows import read_text
 
 SECTIONS = (
-    *("stages", "prompt", "rows", "modes", "batch", "constrained", "serving"),
-    *("lengths", "quantised", "memory", "training", "drafts", MACHINES),
+    *("stages", "prompt", "rows", "modes", "batch", "host", "constrained"),
+    *("serving", "lengths", "quantised", "memory", "training", "drafts", MACHINES),
 )
 DEFAULT_SECTIONS = ("stages", "prompt", "rows", "modes", "memory")
 
@@ -79,7 +80,7 @@ EXAMPLES = """\
   mlx_poe.bench --shape 1.3b --only stages,rows --json 1.3b.json
   mlx_poe.bench --shape 1.3b --agreement 0.88 --only modes --plot modes.png
   mlx_poe.bench --shape 1.3b --only lengths --lengths 2048,16384
-  mlx_poe.bench --only batch --peers                   # many sequences, against mlx-lm's batch
+  mlx_poe.bench --only host -m 88                      # the host's time a token, against mlx-lm
   mlx_poe.bench --only serving --clients 1,16          # our server and mlx_lm.server under load
   mlx_poe.bench --shape 1.3b-stage --only training     # training a stage of your own
   mlx_poe.bench --only drafts --model poe-tiny-chat    # drafters rounded to 2 to 8 bits
@@ -124,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--peers",
         action="store_true",
-        help="also measure mlx-lm: on a Llama of equal size, and in batches with the same weights",
+        help="also measure mlx-lm's engine on a Llama of equal size",
     )
     add_specialist_flag(
         how,
@@ -333,7 +334,8 @@ def _measure(
         "prompt": lambda: figures.prompts(setup, args.prompt_tokens),
         "rows": lambda: figures.rows(setup),
         "modes": lambda: modes(setup, calibration, recorded, remarks.append),
-        "batch": lambda: batches(setup, calibration, peer=args.peers),
+        "batch": lambda: batches(setup, calibration),
+        "host": lambda: host(setup, None if args.shape else args.model or DEFAULT_MODEL),
         "constrained": lambda: constrained(setup),
         "serving": lambda: serving(setup, _served(args), args.prompt_tokens, args.clients),
         "lengths": lambda: figures.lengths(setup, args.lengths),
@@ -343,7 +345,7 @@ def _measure(
         "drafts": lambda: drafts(setup, prompts(args, setup.model), args.agreement),
     }
     found = [figure for name, measure in sections.items() if name in wanted for figure in measure()]
-    if args.peers and not set(wanted) <= {"batch", "serving"}:
+    if args.peers:
         found += peers(setup, args.prompt_tokens)
     return found
 
