@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -15,14 +16,14 @@ from conftest import SOAK, fixture
 from record_answers import answers
 from test_evaluate import calibrated
 
-from cognica_mlx.backend import blas
+from cognica_mlx.backend import blas, traces
 from cognica_mlx.bench import machine_card as machine
 from cognica_mlx.decoding import passes, speculative
 from cognica_mlx.decoding.wand import Wand
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.timed_costs import measure
 from mlx_poe.commands import doctor as command
-from mlx_poe.doctor import agreement, examination, hardware
+from mlx_poe.doctor import agreement, examination, hardware, tracing
 from mlx_poe.doctor.agreement import Verdict
 from mlx_poe.doctor.recorded import BITS, MODELS, read_recording, recorded_model
 from mlx_poe.doctor.verdicts import FAILED, OK, WARNING, Line, Report
@@ -36,11 +37,12 @@ MACHINE = machine.Machine("a chip", 2, 8.0, "MLX CPU", "an OS", "3.12", {"mlx": 
 @pytest.fixture(autouse=True)
 def short(monkeypatch) -> None:
     """Few prompts and few tokens."""
-    for module in (agreement, hardware):
+    for module in (agreement, hardware, tracing):
         monkeypatch.setattr(module, "PROMPTS", SOME)
         monkeypatch.setattr(module, "TOKENS", 8)
     monkeypatch.setattr(agreement, "CONTEXTS", 1)
     monkeypatch.setattr(hardware, "PACED_PROMPTS", 1)
+    monkeypatch.setattr(tracing, "TRIALS", 1)
     monkeypatch.setattr(machine, "READ_BYTES", dict.fromkeys(machine.READ_BYTES, 2**22))
 
 
@@ -295,6 +297,76 @@ def test_what_modes_cost_follows_from_what_parts_cost(monkeypatch):
     assert whole.status == drafting.status == WARNING and "full depth" in drafting.advice
 
 
+def test_traced_and_untraced_replies_are_compared_in_each_mode():
+    lines = list(tracing.same_lines(base, tokenizer))
+    assert [line.name for line in lines] == [
+        *("full", "stage 0", "speculative", "wand", "a batch of 4")
+    ]
+    assert [line.status for line in lines] == [OK] * 5
+    assert all(line.numbers == {"replies": 4, "parted": 0, "apart": 0} for line in lines)
+    assert "4 of 4" in lines[0].value and "to the last bit" in lines[0].value
+
+
+def test_only_one_of_the_two_is_traced(monkeypatch):
+    on: list[bool] = []
+    stream = tracing.stream_generate
+
+    def watched(*args: Any, **options: Any) -> Any:
+        on.append(traces.enabled())
+        return stream(*args, **options)
+
+    monkeypatch.setattr(tracing, "stream_generate", watched)
+    next(tracing.same_lines(base, tokenizer))
+    assert on == [True] * 4 + [False] * 4 and traces.enabled()
+    on.clear()
+    measured = tracing.measured
+    monkeypatch.setattr(
+        tracing, "measured", lambda case: on.append(traces.enabled()) or measured(case)
+    )
+    tracing.host_line(base, tokenizer)
+    # A warm-up round and one that counts, in turn.
+    assert on == [False, True] * 4 + [True, False] * 4
+
+
+@pytest.mark.parametrize(
+    ("traced", "dtype", "fused", "status", "advice"),
+    [
+        ([(7, 3, -0.5), (8, 3, -0.25)], mx.float32, False, OK, ""),
+        ([(7, 3, -0.5), (8, 3, -0.2501)], mx.float32, False, WARNING, "tell us"),
+        ([(7, 3, -0.5), (8, 3, -0.2501)], mx.float32, True, OK, ""),
+        ([(7, 3, -0.5), (8, 3, -0.26)], mx.float32, True, FAILED, "MLX_POE_TRACE=0"),
+        ([(7, 3, -0.5), (8, 3, math.nan)], mx.float32, True, FAILED, "MLX_POE_TRACE=0"),
+        ([(7, 3, -0.5), (9, 3, -0.25)], mx.float32, True, FAILED, "MLX_POE_TRACE=0"),
+        ([(7, 3, -0.5), (9, 3, -0.9)], mx.bfloat16, True, WARNING, "--dtype float32"),
+        ([(7, 3, -0.5), (8, 2, -0.25)], mx.float32, True, FAILED, "MLX_POE_TRACE=0"),
+        ([(7, 3, -0.5)], mx.float32, True, FAILED, "MLX_POE_TRACE=0"),
+    ],
+)
+def test_what_traces_may_change(traced, dtype, fused, status, advice, monkeypatch):
+    def reply(tokens: Any) -> list[Any]:
+        names = ("token", "stage", "logprob")
+        return [SimpleNamespace(**dict(zip(names, one, strict=True))) for one in tokens]
+
+    monkeypatch.setattr(tracing, "compiles", lambda: fused)
+    untraced = [reply([(7, 3, -0.5), (8, 3, -0.25)])] * 2
+    line = tracing.compared("full", dtype, [untraced[0], reply(traced)], untraced)
+    assert line.status == status and advice in line.advice and bool(advice) == bool(line.advice)
+
+
+def test_the_hosts_time_is_reported_traced_and_untraced(monkeypatch):
+    spent = {True: 1.0, False: 4.0}
+    monkeypatch.setattr(tracing, "measured", lambda _: (spent[traces.enabled()], 0.0))
+    line = tracing.host_line(base, tokenizer)
+    assert line.status == OK and "full 1 of 4 ms (0.25)" in line.value
+    assert line.numbers == dict.fromkeys(("full", "stage 0", "speculative", "wand"), 0.25)
+    spent[True] = 5.0
+    line = tracing.host_line(base, tokenizer)
+    assert line.status == WARNING and "MLX_POE_TRACE=0" in line.advice
+    monkeypatch.setattr(traces, "enabled", lambda: False)
+    line = tracing.host_line(base, tokenizer)
+    assert line.status == WARNING and "unset MLX_POE_TRACE" in line.advice
+
+
 def test_the_command_prints_writes_and_says_by_its_status(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(examination, "MODELS", ("own heads",))
     monkeypatch.setattr(hardware, "measure", partial(measure, trials=1))
@@ -309,7 +381,7 @@ def test_the_command_prints_writes_and_says_by_its_status(capsys, tmp_path, monk
         assert f"{line['status']:8} {line['name']}: {line['value']}" in out
     sections = [line["section"] for line in report["lines"]]
     assert list(dict.fromkeys(sections)) == [
-        *("machine", "recorded answers", "rows", "modes", "batch", "costs")
+        *("machine", "recorded answers", "rows", "modes", "batch", "tracing", "costs")
     ]
     bad = Line("modes", "full", FAILED, "no", "report it", {"apart": float("inf")})
     monkeypatch.setattr(command, "examine", lambda *_: Report(MACHINE, "poe-tiny", [bad]))

@@ -5,8 +5,8 @@ of a process comes: each against mlx-lm, or against the plain case, in the same 
 - out: figures with a ratio, what it is to, and the goal
 - host time is the thread's CPU time outside `mx.eval` and `mx.async_eval`: Python, and building
   graphs. It is measured on random weights at 1.3B's depth with narrow layers, whatever the model
-- a round of speculation drafts 3 tokens and verifies them. Of a random model's drafts all are
-  rejected, so a round is a token
+- a round of speculation drafts 3 tokens and verifies them. Nearly all drafts of a random model are
+  rejected, so a round is a token. WAND's bounds are such that tokens run 1.7 of the 4 stages
 - tokens per second are the model's, against mlx-lm's engine over the same weights, which is what
   it runs on the converted folder. Prompts are not counted, nor are the first tokens
 - goals are for poe-tiny on the CPU with OpenBLAS; at 1.3B's shape a single sequence's is 1.05x
@@ -96,7 +96,7 @@ def ours(
         DecodingSequence(
             model,
             text,
-            make_mode(model, mode, ModeOptions(**options)),
+            make_mode(model, mode, ModeOptions(**options), model.calibration),
             max_tokens=limit,
             sampler=Sampler(replace(sampling, seed=i)),
         )

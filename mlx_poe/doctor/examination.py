@@ -11,7 +11,7 @@ from cognica_mlx.bench.machine_card import Machine, this_machine
 from cognica_mlx.files.stored import dtype_name, dtype_named
 from cognica_mlx.network.device import prepare
 from cognica_mlx.pricing.measuring import Progress
-from mlx_poe.doctor import agreement, hardware
+from mlx_poe.doctor import agreement, hardware, tracing
 from mlx_poe.doctor.agreement import REPORT
 from mlx_poe.doctor.recorded import (
     BITS,
@@ -46,7 +46,7 @@ def examine(model: str, progress: Progress | None = None) -> Report:
     load(model, lazy=True)
     kinds = list(dict.fromkeys((dtype_name(dtype_named(None)), "float32")))
     machine = this_machine()
-    total = 7 + len(MODELS) * len(TOLERANCES) + 9 * len(kinds)  # fewer without WAND
+    total = 8 + len(MODELS) * len(TOLERANCES) + 14 * len(kinds)  # fewer without WAND
     lines = []
     for line in _all_lines(machine, model, kinds):
         lines.append(line)
@@ -66,9 +66,14 @@ def _all_lines(machine: Machine, model: str, kinds: Sequence[str]) -> Iterator[L
     yield from prediction_lines()
     for kind in kinds:
         loaded, tokenizer = load(model, dtype=kind)
-        for line in (agreement.rows(loaded, tokenizer), *agreement.modes(loaded, tokenizer)):
+        for line in (
+            agreement.rows(loaded, tokenizer),
+            *agreement.modes(loaded, tokenizer),
+            *tracing.same_lines(loaded, tokenizer),
+        ):
             yield replace(line, name=f"{line.name}, {kind}")
     loaded, tokenizer = load(model)
+    yield tracing.host_line(loaded, tokenizer)
     yield from hardware.cost_lines(loaded, tokenizer)
 
 
