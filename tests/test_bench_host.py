@@ -69,6 +69,7 @@ def test_every_case_runs(few):
 def test_the_command_shows_ratios_beside_goals(flags, name, monkeypatch, capsys):
     monkeypatch.setattr(command, "this_machine", lambda: MACHINE)
     monkeypatch.setattr(command, "slow_blas", lambda: False)
+
     def section(setup: Setup, model: str | None) -> list[Figure]:
         notes = {"ratio": 0.375, "goal": "<= 0.50x", "against": "mlx-lm"}
         return [Figure("host", f"full of {model}", "host ms/token", 1, 1, 1, notes=notes)]
