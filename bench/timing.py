@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -94,3 +95,21 @@ def host_clock() -> Iterator[Callable[[], float]]:
         yield lambda: time.thread_time() - inside
     finally:
         mx.eval, mx.async_eval = kept
+
+
+def once_begun(
+    tokens: Iterator[Hashable], sequences: int = 1, skip: int = 0
+) -> tuple[float, float]:
+    """Host milliseconds a token, and tokens per second, of so many sequences from when each has
+    begun and they have `skip` tokens on average. `tokens` tells each token's sequence."""
+    begun: set[Hashable] = set()
+    made = 0
+    while made < skip * sequences or len(begun) < sequences:
+        begun.add(next(tokens))
+        made += 1
+    with host_clock() as clock:
+        spent, started = clock(), time.perf_counter()
+        made = sum(1 for _ in tokens)
+        if not made:
+            return math.nan, 0.0
+        return 1e3 * (clock() - spent) / made, made / (time.perf_counter() - started)

@@ -15,7 +15,7 @@ from cognica_mlx.bench.peers import peer_model
 from cognica_mlx.bench.sections import host
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup
 from cognica_mlx.bench.shapes import random_model, shape_config
-from cognica_mlx.bench.timing import host_clock
+from cognica_mlx.bench.timing import host_clock, once_begun
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands import bench as command
 
@@ -32,7 +32,7 @@ def few(monkeypatch) -> None:
 def test_the_hosts_time_and_the_rate_have_ratios_and_goals(few, monkeypatch):
     model = random_model(shape_config("tiny"), mx.float32)
     setup = Setup(model, MACHINE, [list(range(20, 52))], tokens=3, trials=1)
-    monkeypatch.setattr(host, "measured", lambda case: (float(case.goal == 0) + 1, 3 + case.goal))
+    monkeypatch.setattr(host, "_measured", lambda case: (float(case.goal == 0) + 1, 3 + case.goal))
     found = {f.name: f for f in host.host(setup, None)}
     one, many = "mlx-lm, one sequence", "mlx-lm, batch of 2"
     expected = {
@@ -91,18 +91,21 @@ def test_both_engines_make_the_tokens_that_are_asked_for():
 
 def test_tokens_are_counted_once_all_sequences_have_begun(monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(host, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(timing, "time", SimpleNamespace(thread_time=lambda: clock.now))
+    now = {"perf_counter": lambda: clock.now, "thread_time": lambda: clock.now / 2}
+    monkeypatch.setattr(timing, "time", SimpleNamespace(**now))
 
-    def tokens() -> Iterator[int]:
-        for name in [0] * 3 * host.SKIP + [1]:  # each takes a second, and none of them counts
+    def tokens(begun: list[int]) -> Iterator[int]:
+        for name in begun:  # each takes a second, and none of them counts
             clock.now += 1
             yield name
         for _ in range(4):
             clock.now += 0.25
             yield 0
 
-    assert host.measured(host.Case(tokens, sequences=2)) == (250, 4)
+    # Until the second has begun, then until they have 16 tokens.
+    for begun in ([0] * 20 + [1], [0, 1] * 8):
+        assert once_begun(tokens(begun), sequences=2, skip=8) == (125, 4)
+    assert once_begun(iter([0, 1]), sequences=2)[1] == 0  # none is left to measure
 
 
 def test_the_hosts_clock_leaves_out_evaluation_and_leaves_nothing_behind(monkeypatch):

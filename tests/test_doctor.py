@@ -319,7 +319,7 @@ def test_only_one_of_the_two_is_traced(monkeypatch):
     next(tracing.same_lines(base, tokenizer))
     assert on == [True] * 4 + [False] * 4 and traces.enabled()
     on.clear()
-    monkeypatch.setattr(tracing, "measured", lambda _: on.append(traces.enabled()) or (1.0, 1.0))
+    monkeypatch.setattr(tracing, "_host", lambda *_: on.append(traces.enabled()) or 1.0)
     tracing.host_line(base, tokenizer)
     # A warm-up round and one that counts, in turn.
     assert on == [False, True] * 4 + [True, False] * 4
@@ -352,7 +352,7 @@ def test_what_traces_may_change(traced, dtype, fused, status, advice, monkeypatc
 
 def test_the_hosts_time_is_reported_traced_and_untraced(monkeypatch):
     spent = {True: 1.0, False: 4.0}
-    monkeypatch.setattr(tracing, "measured", lambda _: (spent[traces.enabled()], 0.0))
+    monkeypatch.setattr(tracing, "_host", lambda *_: spent[traces.enabled()])
     line = tracing.host_line(base, tokenizer)
     assert line.status == OK and "full 1 of 4 ms (0.25)" in line.value
     assert line.numbers == dict.fromkeys(("full", "stage 0", "speculative", "wand"), 0.25)

@@ -7,8 +7,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
-from cognica_mlx.bench.timing import Samples
+from cognica_mlx.bench.timing import Samples, once_begun
 from cognica_mlx.calibration_file import Calibration
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import PACED_MODES, ModeOptions, make_mode
@@ -53,23 +52,17 @@ def _run(setup: Setup, texts: Sequence[Sequence[int]]) -> float:
     batch = Batch()
     for i, text in enumerate(texts):
         batch.add(i, _sequence(setup, text).steps())
-    return _rate(batch, len(texts))
+    return once_begun(tokens_of(batch), len(texts))[1]
 
 
-def _rate(batch: Batch, count: int) -> float:
-    begun: set[object] = set()
-    tokens, started = 0, 0.0
+def tokens_of(batch: Batch) -> Iterator[Hashable]:
+    """For each token, the name of its sequence, until all sequences have ended."""
     while len(batch):
-        events = batch.run()
-        for event in events:
+        for event in batch.run():
             if event.error:
                 raise event.error
-        made = [event.name for event in events if event.token]
-        tokens += len(made) if started else 0
-        begun.update(made)
-        if len(begun) == count and not started:
-            started = time.perf_counter()
-    return tokens / (time.perf_counter() - started)
+            if event.token:
+                yield event.name
 
 
 def _rates(name: str, samples: Samples, baseline: Samples, **more: Any) -> Figure:
@@ -114,7 +107,7 @@ def _mixed(setup: Setup, calibration: Calibration | None) -> Figure:
             sequence = _sequence(setup, text, mode=mode, advice=pace, fallback=make_mode(model))
             paces.append((name, pace))
             batch.add(i, sequence.steps(), pace)
-        rate = _rate(batch, len(texts))
+        rate = once_begun(tokens_of(batch), len(texts))[1]
         fell_back.extend(name for name, pace in paces if pace and pace.fell_back)
         return rate
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,10 +29,10 @@ from mlx_lm.generate import BatchGenerator, generate_step
 
 from cognica_mlx.backend import traces
 from cognica_mlx.bench.peers import DRAFTS, peer_model
-from cognica_mlx.bench.sections.batch_speeds import prompts
+from cognica_mlx.bench.sections.batch_speeds import prompts, tokens_of
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
 from cognica_mlx.bench.shapes import random_model
-from cognica_mlx.bench.timing import Samples, host_clock
+from cognica_mlx.bench.timing import Samples, once_begun
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
@@ -109,12 +108,7 @@ def ours(
     batch = Batch()
     for i, sequence in enumerate(sequences):
         batch.add(i, sequence.steps())
-    while len(batch):
-        for event in batch.run():
-            if event.error:
-                raise event.error
-            if event.token:
-                yield event.name
+    yield from tokens_of(batch)
 
 
 def theirs(
@@ -134,18 +128,8 @@ def theirs(
     generator.close()
 
 
-def measured(case: Case) -> tuple[float, float]:
-    """Host milliseconds a token, and tokens per second, once every sequence has begun and they have
-    `SKIP` tokens on average."""
-    begun: set[Hashable] = set()
-    tokens, made = case.run(), 0
-    while made < SKIP * case.sequences or len(begun) < case.sequences:
-        begun.add(next(tokens))
-        made += 1
-    with host_clock() as clock:
-        spent, started = clock(), time.perf_counter()
-        made = sum(1 for _ in tokens)
-        return 1e3 * (clock() - spent) / made, made / (time.perf_counter() - started)
+def _measured(case: Case) -> tuple[float, float]:
+    return once_begun(case.run(), case.sequences, SKIP)
 
 
 def _host_times(setup: Setup) -> list[Figure]:
@@ -176,7 +160,7 @@ def _host_times(setup: Setup) -> list[Figure]:
         for name, given in (("full", alone), (f"full, {many}", batch)):
             run = partial(ours, model, *given, sampling)
             cases[f"{name}, {label}"] = Case(run, len(given[0]), name, 1.2)
-    runs = {name: partial(lambda case: measured(case)[0], case) for name, case in cases.items()}
+    runs = {name: partial(lambda case: _measured(case)[0], case) for name, case in cases.items()}
     taken = setup.interleaved(runs, "host time")
     return _figures("host ms/token", taken, cases)
 
@@ -197,7 +181,7 @@ def _rates(setup: Setup) -> list[Figure]:
             for label, sampling in SAMPLINGS.items():
                 run = partial(ours, setup.model, *given, sampling)
                 cases[f"{name}, {label}"] = Case(run, count, name, 0.85)
-    runs = {name: partial(lambda case: measured(case)[1], case) for name, case in cases.items()}
+    runs = {name: partial(lambda case: _measured(case)[1], case) for name, case in cases.items()}
     taken = setup.interleaved(runs, "decoding")
     return _figures("tokens/s", taken, cases)
 

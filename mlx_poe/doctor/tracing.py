@@ -16,8 +16,10 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.backend import traces
-from cognica_mlx.bench.sections.host import SKIP, Case, measured, ours
-from cognica_mlx.bench.timing import interleaved
+from cognica_mlx.bench.timing import interleaved, once_begun
+from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.sequence import Mode
+from cognica_mlx.decoding.single import decode
 from cognica_mlx.network.elementwise import compiles
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.doctor.agreement import APART, NEAR_TIES, PROMPTS, REPORT, TOKENS, cases
@@ -30,6 +32,7 @@ from mlx_poe.loading.tokenizer import Tokenizer
 MODES = ("full", "stage 0", "wand", "speculative")
 PROMPTS_TRACED = 6
 TRIALS = 5
+SKIP = 8  # tokens whose host time is not counted: traces are made then
 # The share of untraced decoding's host time, at full depth, above which tracing does not pay.
 PAYS = 1.1
 
@@ -100,11 +103,13 @@ def host_line(model: PoEModel, tokenizer: Tokenizer) -> Line:
     if not traces.enabled():
         advice = f"unset {traces.VARIABLE}, unless something goes wrong with tracing"
         return Line("tracing", "host time", WARNING, f"{traces.VARIABLE} turns tracing off", advice)
-    text, limit = tokenizer.encode(PROMPTS[0]), SKIP + TOKENS
+    text = tokenizer.encode(PROMPTS[0])
     runs: dict[str, Callable[[], float]] = {}
     for name, options in _modes(model).items():
-        case = Case(partial(ours, model, [text], [limit], **options))
-        runs |= {name: partial(_host, case), f"{name}, untraced": partial(_untraced, case)}
+        own = {k: v for k, v in options.items() if k != "mode"}
+        mode = make_mode(model, options.get("mode", "full"), ModeOptions(**own), model.calibration)
+        run = partial(_host, model, text, mode)
+        runs |= {name: run, f"{name}, untraced": partial(_untraced, run)}
     taken = interleaved(runs, TRIALS)
     numbers, parts = {}, []
     for name in _modes(model):
@@ -118,10 +123,11 @@ def host_line(model: PoEModel, tokenizer: Tokenizer) -> Line:
     return Line("tracing", "host time", status, value, advice, numbers)
 
 
-def _host(case: Case) -> float:
-    return measured(case)[0]
+def _host(model: PoEModel, text: Sequence[int], mode: Mode) -> float:
+    tokens = decode(model, text, mode, max_tokens=SKIP + TOKENS)
+    return once_begun((0 for _ in tokens), skip=SKIP)[0]
 
 
-def _untraced(case: Case) -> float:
+def _untraced(run: Callable[[], float]) -> float:
     with traces.off():
-        return _host(case)
+        return run()
