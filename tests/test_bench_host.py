@@ -14,7 +14,7 @@ from cognica_mlx.bench import timing
 from cognica_mlx.bench.peers import peer_model
 from cognica_mlx.bench.sections import host
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup
-from cognica_mlx.bench.shapes import random_model, shape_config
+from cognica_mlx.bench.shapes import random_model, rounded, shape_config
 from cognica_mlx.bench.timing import host_clock, once_begun
 from cognica_mlx.errors import RequestError
 from mlx_poe.commands import bench as command
@@ -57,8 +57,10 @@ def test_the_hosts_time_and_the_rate_have_ratios_and_goals(few, monkeypatch):
         assert notes["ratio"] == pytest.approx(3.85 / 4.4)
 
 
-def test_every_case_runs(few):
+@pytest.mark.parametrize("bits", [None, 4])
+def test_every_case_runs(bits, few):
     model = random_model(shape_config("tiny"), mx.float32)
+    model = rounded(model, bits) if bits else model
     setup = Setup(model, MACHINE, [list(range(20, 40))], tokens=2, trials=1)
     assert all(f.value > 0 for f in host.host(setup, None))
 

@@ -167,6 +167,7 @@ def _host_times(setup: Setup) -> list[Figure]:
 
 def _rates(setup: Setup) -> list[Figure]:
     peer = Model(setup.model.config)
+    peer.update_modules(setup.model.leaf_modules())  # they may be quantized
     peer.update(setup.model.parameters())
     peer.eval()
     cases = {}
