@@ -31,9 +31,19 @@ def few(monkeypatch) -> None:
 
 def test_the_hosts_time_and_the_rate_have_ratios_and_goals(few, monkeypatch):
     model = random_model(shape_config("tiny"), mx.float32)
-    setup = Setup(model, MACHINE, [list(range(20, 52))], tokens=3, trials=1)
-    monkeypatch.setattr(host, "_measured", lambda case: (float(case.goal == 0) + 1, 3 + case.goal))
+    setup = Setup(model, MACHINE, [list(range(20, 52))], tokens=8, trials=1)
+
+    def measured(case: host.Case) -> tuple[float, float]:
+        _, texts, limits, *_ = case.run.args
+        assert len(texts) == len(limits) == case.sequences
+        given.add(tuple(limits))
+        return float(case.goal == 0) + 1, 3 + case.goal
+
+    given: set[tuple[int, ...]] = set()
+    monkeypatch.setattr(host, "_measured", measured)
     found = {f.name: f for f in host.host(setup, None)}
+    # For host time all end together, for tokens per second one after the other.
+    assert given == {(16,), (16, 16), (16, 14)}
     one, many = "mlx-lm, one sequence", "mlx-lm, batch of 2"
     expected = {
         **{"full": (one, 0.5), "stage 0": (one, 0.16), "wand": (one, 0.4)},
@@ -129,14 +139,23 @@ def test_the_hosts_clock_leaves_out_evaluation_and_leaves_nothing_behind(monkeyp
 
 
 @pytest.mark.parametrize("ratio", [0.5, 2.0])
-def test_the_first_token_of_a_process_is_compared_with_an_untraced_one(ratio, monkeypatch):
+def test_the_first_token_of_a_process_is_compared_with_an_untraced_one(
+    ratio, monkeypatch, tmp_path
+):
     monkeypatch.setenv("MLX_POE_TRACE", "0")  # the user's own setting changes nothing
-    script = f"import os; print(30 if os.environ.get('MLX_POE_TRACE') else {30 * ratio}, 0.5)"
+    script = f"""
+import os
+untraced = "MLX_POE_TRACE" in os.environ
+with open({str(tmp_path / "runs")!r}, "a+") as runs:
+    runs.write("" if untraced else ".")
+    print(30 if untraced else {30 * ratio}, runs.tell())
+"""
     monkeypatch.setattr(host, "_FRESH", script)
     model = random_model(shape_config("tiny"), mx.float32)
     setup = Setup(model, MACHINE, [], tokens=3, trials=1)
     plain, traced, tracing = host._first_tokens(setup, "poe-tiny")
-    assert plain.value == 30 and traced.value == 30 * ratio and tracing.value == 0.5
+    assert plain.value == 30 and traced.value == 30 * ratio
+    assert tracing.value == 2  # the warm-up's was 1
     assert traced.notes == {"ratio": ratio, "goal": "<= 1.05x", "against": plain.name}
     monkeypatch.setattr(host, "_FRESH", "raise SystemExit('no such model')")
     with pytest.raises(RequestError, match="no such model"):

@@ -112,10 +112,11 @@ with interruptible(), ServerProcess("fake", {fake_command("good")!r}) as server:
 
 def compared(theirs: str) -> dict[str, serving.Figure]:
     """The figures of a good server beside one of another kind, by name."""
-    setup = Setup(None, None, [[0] * 5], tokens=2, trials=1)
+    setup, streamed = Setup(None, None, [[0] * 5], tokens=2, trials=1), set()
 
     def loop(server, path, requests, clients, patience):
         assert patience >= serving.LEAST_PATIENCE
+        streamed.update(json.loads(request).get("stream", False) for request in requests)
         hangs = server is peer and theirs == "hangs" and clients > 1
         return told_loop(server, path, requests, clients, 0.5 if hangs else PATIENCE)
 
@@ -131,6 +132,7 @@ def compared(theirs: str) -> dict[str, serving.Figure]:
         }
         texts = serving._sentences(ours)
         found = serving._compare(setup, asking, texts, prompt_tokens=30, clients=(1, 2))
+    assert streamed == {True, False}
     assert not ours.running and not peer.running
     return {figure.name: figure for figure in found}
 

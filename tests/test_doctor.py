@@ -376,6 +376,8 @@ def test_the_command_prints_writes_and_says_by_its_status(capsys, tmp_path, monk
     assert not err and report["model"] == "poe-tiny" and report["machine"]["cores"]
     for line in report["lines"]:
         assert f"{line['status']:8} {line['name']}: {line['value']}" in out
+    traced = [line["name"] for line in report["lines"] if line["section"] == "tracing"]
+    assert traced[0] == "full, float32" and traced[-1] == "host time"
     sections = [line["section"] for line in report["lines"]]
     assert list(dict.fromkeys(sections)) == [
         *("machine", "recorded answers", "rows", "modes", "batch", "tracing", "costs")
