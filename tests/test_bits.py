@@ -13,9 +13,9 @@ from conftest import FIXTURES, GOLDENS, fixture, goldens
 
 from cognica_mlx.backend import blas
 from cognica_mlx.decoding.batch import Batch
+from cognica_mlx.decoding.choosing import logprob_of
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import DecodedToken
-from cognica_mlx.decoding.sampling import logprob_of
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import decode
 

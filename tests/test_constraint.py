@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cognica_mlx.decoding.advice import Advice
+from cognica_mlx.decoding.choosing import masked
 from cognica_mlx.decoding.constraint import Grammar, GrammarConstraint, regex_grammar
 from cognica_mlx.decoding.json_schema import json_grammar
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import Advance, Score
-from cognica_mlx.decoding.sampling import masked
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.errors import RequestError

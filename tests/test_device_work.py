@@ -18,10 +18,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from cognica_mlx.cache import stage_cache as cache
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.decoding.batch import Batch
+from cognica_mlx.decoding.choosing import logprob_of
 from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.passes import read
 from cognica_mlx.decoding.requests import DecodedToken, Read, Request
-from cognica_mlx.decoding.sampling import logprob_of
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, advance_through, drive, prefill
 from cognica_mlx.decoding.state import DecodingState

@@ -14,7 +14,7 @@ from conftest import fixture
 from lm_eval.api.instance import Instance
 from rich.console import Console
 
-from cognica_mlx.decoding.sampling import logprob_of
+from cognica_mlx.decoding.choosing import logprob_of
 from cognica_mlx.errors import RequestError
 from mlx_poe import generate
 from mlx_poe.commands import evaluate as command

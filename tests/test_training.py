@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.config import PoEConfig
-from cognica_mlx.decoding.sampling import logprob_of
+from cognica_mlx.decoding.choosing import logprob_of
 from cognica_mlx.errors import CheckpointError, RequestError
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.training.batches import Batches, Text, bucket

@@ -21,11 +21,11 @@ from llguidance.tiktoken import lltokenizer_from_encoding
 from tiktoken import Encoding
 
 from cognica_mlx.bench.sections.stage_speeds import Figure, Setup, figure
+from cognica_mlx.decoding.choosing import masked
 from cognica_mlx.decoding.constraint import Constraint, Grammar
 from cognica_mlx.decoding.json_schema import json_grammar
 from cognica_mlx.decoding.modes import make_mode
 from cognica_mlx.decoding.requests import DecodedToken
-from cognica_mlx.decoding.sampling import masked
 from cognica_mlx.decoding.single import decode
 
 # Mostly keys, like forms in practice.

@@ -143,8 +143,8 @@ class Batch:
             self._resume(job)
             return
         if scores := asked.get(Score):
-            target = scores[0].request.target  # type: ignore[union-attr]
-            group = [job for job in scores if job.request.target == target]  # type: ignore[union-attr]
+            kind = scores[0].request.kind  # type: ignore[union-attr]
+            group = [job for job in scores if job.request.kind == kind]  # type: ignore[union-attr]
             self._together(group, score)
             return
         reads = asked.get(Read, [])

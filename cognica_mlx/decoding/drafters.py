@@ -12,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.decoding.choosing import DRAFT, Context, certain, extended
 from cognica_mlx.decoding.constraint import Constraint
 from cognica_mlx.decoding.quantized_prefix import QuantizedPrefix
 from cognica_mlx.decoding.requests import Read, Request, Score, as_row, through
-from cognica_mlx.decoding.sampling import Context, Scores, masked
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
@@ -26,41 +26,44 @@ OWN, ROUNDED, LOOKED_UP, FORCED = "stages", "rounded", "lookup", "forced"
 
 @dataclass
 class Draft:
-    """Drafted tokens, unevaluated: each list has one entry per token.
+    """Drafted tokens, unevaluated: each list but `contexts` has one entry per token.
 
-    tokens (1, 1) int; makers, the drafter of each (`FORCED` if a constraint allowed no other
-    token); log_probs (1, V), the distribution that each was drawn from, empty when greedy. Under a
-    constraint, `masks` holds the mask at each draft's place, (1, W). `first` is the position of the
-    token before the drafts, `context` the penalties' context there, `before` that token itself if
-    it is only a guess, (1, 1) int.
+    tokens (1, 1) int32; makers, the drafter of each (`FORCED` if a constraint allowed no other
+    token); q (1, V), the distribution that each was drawn from, empty when greedy. Under a
+    constraint, `masks` holds the mask at each draft's place, (1, W). `contexts` are the penalties'
+    contexts at each draft's place and behind the last. `first` is the position of the token before
+    the drafts, `before` that token itself if it is only a guess, (1, 1) int32.
     """
 
     first: int
-    context: Context | None
+    contexts: list[Context]
     tokens: list[mx.array] = field(default_factory=list)
     makers: list[str] = field(default_factory=list)
-    log_probs: list[mx.array] = field(default_factory=list)
+    q: list[mx.array] = field(default_factory=list)
     masks: list[mx.array] = field(default_factory=list)
     before: mx.array | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def add(self, maker: str, token: mx.array) -> None:
+    def add(self, maker: str, token: mx.array, context: Context | None = None) -> None:
+        """Add a token; `context` is the one behind it, if that is known already."""
         self.tokens.append(token)
         self.makers.append(maker)
+        self.contexts.append(extended(self.contexts[-1], token) if context is None else context)
 
-    def joined(self) -> mx.array:
-        """The drafted tokens, (n,) int32."""
-        empty = mx.zeros((0,), mx.int32)
-        return mx.concatenate([t.reshape(-1) for t in self.tokens]) if self.tokens else empty
+    def add_certain(self, maker: str, token: int, sequence: DecodingSequence) -> mx.array:
+        """Add a token that was not drawn at random: q is 1. Returns it as an array."""
+        row = as_row(token)
+        self.add(maker, row)
+        if not sequence.sampler.greedy:
+            self.q.append(certain(token, sequence.model.config.vocab_size))
+        return row
 
 
 def begin(sequence: DecodingSequence, looked_up: Sequence[int]) -> Draft:
-    """A draft of `looked_up` tokens, up to the first that the sequence's constraint forbids. In
-    rejection sampling their q is 1, because they were not drawn at random."""
-    draft = Draft(sequence.state.length, sequence.context())
-    constraint, size = sequence.constraint, sequence.model.config.vocab_size
+    """A draft of `looked_up` tokens, up to the first that the sequence's constraint forbids."""
+    draft, constraint = Draft(sequence.state.length, [sequence.context()]), sequence.constraint
     for token in looked_up:
         if constraint:
             if constraint.ended:
@@ -70,9 +73,7 @@ def begin(sequence: DecodingSequence, looked_up: Sequence[int]) -> Draft:
                 break
             draft.masks.append(mask[None])
             constraint.commit([token])
-        draft.add(LOOKED_UP, as_row(token))
-        if not sequence.sampler.greedy:
-            draft.log_probs.append(mx.where(mx.arange(size) == token, 0.0, -mx.inf)[None])
+        draft.add_certain(LOOKED_UP, token, sequence)
     return draft
 
 
@@ -107,7 +108,7 @@ class StageDrafter:
         if self.prefix:
             yield from through(state, max(self.prefix.of))
             state = state.aside(self.prefix.stages, self.prefix.of)
-        context, room = sampler.extend(draft.context, draft.joined()), min(room, state.slack)
+        room = min(room, state.slack)
         # Not in the state yet.
         tokens = [as_row(sequence.text[-1]), *draft.tokens]
         for _ in range(count):
@@ -117,22 +118,19 @@ class StageDrafter:
                 state.append(token)
             tokens = []
             yield from through(state, self.target.depth)
-            masks = sequence.mask()
-            scores = sampler.process((yield Score(state, self.target)), context, masks)
-            if sampler.greedy:
-                token = as_row(scores.best)
-            else:
-                draft.log_probs.append(sampler.log_probs(scores))
-                token = as_row(sampler.draw(draft.log_probs[-1]))
-            draft.add(self.name, token)
+            masks, context = sequence.mask(), draft.contexts[-1]
+            choice = sampler.choice(DRAFT, state.length, context, masks)
+            chosen = yield Score(state, self.target, choice=choice)
+            token = chosen["token"]
+            draft.add(self.name, token, {name: chosen[name] for name in context})
+            if "q" in chosen:
+                draft.q.append(chosen["q"])
             tokens.append(token)
             if constraint and masks is not None:
                 draft.masks.append(masks)
                 (((known,),),) = yield Read(sequence.state, (token,))
                 constraint.commit([known])
                 tokens += _forced(draft, sequence, constraint, room)
-            for token in tokens:
-                context = sampler.extend(context, token)
 
     def go_on(
         self, sequence: DecodingSequence, earlier: Draft, count: int
@@ -146,20 +144,20 @@ class StageDrafter:
         count = min(count, room - 1, state.slack - len(earlier) - 2)
         if count < 1:
             return None
-        context = sampler.extend(earlier.context, earlier.joined())
-        draft = Draft(state.length, None)
+        draft, context = Draft(state.length, []), earlier.contexts[-1]
         for number in range(count + 1):
-            scores = sampler.process((yield Score(state, self.target)), context)
-            token = as_row(scores.best)
-            context = sampler.extend(context, token)
+            choice = sampler.choice(DRAFT, state.length, context)
+            chosen = yield Score(state, self.target, choice=choice)
+            token, context = chosen["token"], {name: chosen[name] for name in context}
             if number:
-                draft.add(self.name, token)
+                draft.add(self.name, token, context)
             else:
-                draft.before, draft.context = token, context
+                draft.before, draft.contexts = token, [context]
             state.append(token)
             yield from through(state, self.target.depth)
         last = state.boundary(self.target.depth, state.length - 1, state.length)
-        yield Read(state, (), (*draft.tokens, *last.arrays(), *sampler.carried(draft.context)))
+        contexts = [array for context in draft.contexts for array in context.values()]
+        yield Read(state, (), (*draft.tokens, *last.arrays(), *contexts))
         return draft
 
 
@@ -168,15 +166,10 @@ def _forced(
 ) -> list[mx.array]:
     """Add the tokens that the constraint forces after a draft, up to `room` tokens in all; returns
     them."""
-    sampler, tokens = sequence.sampler, []
+    tokens: list[mx.array] = []
     while len(draft) < room and (forced := constraint.forced()):
         for known in forced[: room - len(draft)]:
-            masks = constraint.mask()[None]
+            draft.masks.append(constraint.mask()[None])
             constraint.commit([known])
-            draft.masks.append(masks)
-            if not sampler.greedy:
-                nothing = mx.zeros((1, sequence.model.config.vocab_size))
-                draft.log_probs.append(sampler.log_probs(Scores(masked(nothing, masks))))
-            tokens.append(as_row(known))
-            draft.add(FORCED, tokens[-1])
+            tokens.append(draft.add_certain(FORCED, known, sequence))
     return tokens

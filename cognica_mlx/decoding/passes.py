@@ -15,8 +15,8 @@ import mlx.core as mx
 from cognica_mlx.cache.fixed_pass import FixedPass
 from cognica_mlx.cache.hidden import Hidden, Rows, pack
 from cognica_mlx.cache.keys_and_values import Done
+from cognica_mlx.decoding.choosing import choose_from
 from cognica_mlx.decoding.requests import Advance, Read, Score
-from cognica_mlx.decoding.sampling import Scores
 from cognica_mlx.decoding.state import DecodingState, Text
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.stages import Stage, replay
@@ -116,8 +116,8 @@ def embed(models: Sequence[PoEModel], texts: Sequence[Text]) -> Hidden:
     return Hidden.concatenate(parts)
 
 
-def score(requests: Sequence[Score]) -> list[Scores]:
-    """The predictions for requests that share a target, one `Scores` for each."""
+def score(requests: Sequence[Score]) -> list[Any]:
+    """The answers to requests of one `kind`."""
     target = requests[0].target
     hidden = {}
     for boundary in target.boundaries:
@@ -126,9 +126,20 @@ def score(requests: Sequence[Score]) -> list[Scores]:
             end = request.state.length if request.end is None else request.end
             pieces += request.state.rows(boundary, end - request.rows, end)
         hidden[boundary] = pack(pieces)
-    scores = Scores(target.scores(hidden)[0])
-    ends = itertools.accumulate(request.rows for request in requests)
-    return [scores.part(end - r.rows, end) for r, end in zip(requests, ends, strict=True)]
+    return answers(requests, target.scores(hidden).squeeze(0))
+
+
+def answers(requests: Sequence[Score], scores: mx.array) -> list[Any]:
+    """Each request's answer, from the scores (n, V) of all rows; the requests are of one `kind`."""
+    choices = [request.choice for request in requests if request.choice]
+    found: Any = choose_from(scores, choices) if choices else scores
+    if len(requests) == 1:
+        return [found]
+    ends = [*itertools.accumulate(request.rows for request in requests)][:-1]
+    if not choices:
+        return list(mx.split(scores, ends))
+    parts = [mx.split(array, ends) for array in found.values()]
+    return [dict(zip(found, one, strict=True)) for one in zip(*parts, strict=True)]
 
 
 def read(requests: Sequence[Read]) -> list[list[Any]]:

@@ -12,7 +12,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.requests import DecodedToken, Read, Score, Steps, as_row, through, top_of
+from cognica_mlx.decoding.choosing import TOKEN
+from cognica_mlx.decoding.requests import (
+    DecodedToken,
+    Read,
+    Score,
+    Steps,
+    as_row,
+    reported,
+    through,
+    top_of,
+)
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 
@@ -38,21 +48,19 @@ class Plain:
         while sequence.budget > bool(under_way) and not (until and not first and until()):
             state.append(token)
             yield from through(state, self.depth)
-            scores = yield Score(state, self.target)
-            scores = sampler.process(scores, context)
-            key = sampler.key
-            chosen, logprob = sampler.choose(scores)
-            token = as_row(chosen)
-            context = sampler.extend(context, token)
-            ahead = token, logprob, *sampler.alternatives(scores)
+            choice = sampler.choice(TOKEN, state.length, context)
+            chosen = yield Score(state, self.target, choice=choice)
+            token, ahead = chosen["token"], reported(chosen)
+            # Computed before another thread may go on: that one cannot compute what was only
+            # planned in this one.
+            context = {name: chosen[name] for name in context}
             if first:
                 # Return the first token without waiting for the second.
-                yield self._token((yield Read(state, ahead, sampler.carried(context))))
+                yield self._token((yield Read(state, ahead, (*context.values(),))))
                 first = False
                 continue
-            numbers = yield Read(state, under_way, (*ahead, *sampler.carried(context)))
+            numbers = yield Read(state, under_way, (*ahead, *context.values()))
             if under_way:
-                sequence.key_ahead = key  # the next token has been drawn already
                 yield self._token(numbers)
             under_way = ahead
         if under_way:
@@ -67,16 +75,15 @@ class Plain:
                 return
             state.append(sequence.text[state.length :])
             yield from through(state, self.depth)
-            scores = yield Score(state, self.target)
-            scores = sampler.process(scores, sequence.context(), sequence.mask())
-            chosen, logprob = sampler.choose(scores)
-            arrays = as_row(chosen), logprob, *sampler.alternatives(scores)
-            token = self._token((yield Read(state, arrays, sampler.carried())))
+            context, mask = sequence.context(), sequence.mask()
+            choice = sampler.choice(TOKEN, state.length, context, mask)
+            chosen = yield Score(state, self.target, choice=choice)
+            token = self._token((yield Read(state, reported(chosen))))
             sequence.commit(token.token)
             yield token
             if until and until():
                 return
 
     def _token(self, numbers: list[Any]) -> DecodedToken:
-        ((token,),), (logprob,), *alternatives = numbers
-        return DecodedToken(token, logprob, self.depth, top=top_of(alternatives, 0))
+        ((token,),), ((logprob,),), *best = numbers
+        return DecodedToken(token, logprob, self.depth, top=top_of(best, 0))

@@ -7,13 +7,14 @@ arrays. Only `Read` waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.decoding.choosing import Choice, How
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.network.stages import Stage
@@ -60,12 +61,18 @@ class Advance:
 @dataclass(frozen=True, eq=False)
 class Score:
     """The prediction of `target` from the last `rows` positions before `end` (default: the end of
-    the text): `Scores`, float32."""
+    the text): scores (rows, V) float32, or with a `choice` what `choose` returns for those."""
 
     state: DecodingState
     target: Target
     rows: int = 1
     end: int | None = None
+    choice: Choice | None = None
+
+    @property
+    def kind(self) -> tuple[Target, How | None]:
+        """Requests of equal kinds can share the work."""
+        return self.target, self.choice.how if self.choice else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +104,7 @@ class DecodedToken:
     bias and penalties, before temperature and filters), the stage that emitted it, and its drafter,
     if any (see `drafters`). `forced` means that a constraint allowed no other token: its
     log-probability is 0, and no stage was asked. `top` has the best tokens and their
-    log-probabilities, best first, if the sampler reports them."""
+    log-probabilities, best first, if the options ask for them."""
 
     token: int
     logprob: float
@@ -111,14 +118,19 @@ class DecodedToken:
         return self.drafter is not None
 
 
-def top_of(
-    alternatives: Sequence[Sequence[Sequence[Any]]], row: int
-) -> tuple[tuple[int, float], ...]:
-    """`DecodedToken.top` from a row of `Sampler.alternatives` after reading, without impossible
-    tokens."""
-    if not alternatives:
+def reported(chosen: Mapping[str, mx.array]) -> tuple[mx.array, ...]:
+    """Of what `choose` returns, the arrays that a `DecodedToken` reports: the token, its
+    log-probability and, if asked for, the best tokens and theirs."""
+    names = ("token", "logprob", "best", "best_logprobs")
+    return tuple(chosen[name] for name in names if name in chosen)
+
+
+def top_of(best: Sequence[Sequence[Sequence[Any]]], row: int) -> tuple[tuple[int, float], ...]:
+    """`DecodedToken.top` from a row of the best tokens and their log-probabilities after reading,
+    without impossible tokens."""
+    if not best:
         return ()
-    ids, logprobs = alternatives
+    ids, logprobs = best
     pairs = zip(ids[row], logprobs[row], strict=True)
     return tuple((token, logprob) for token, logprob in pairs if logprob > -inf)
 
@@ -184,8 +196,6 @@ def _run_late(state: DecodingState) -> Generator[Request, Any, None]:
         yield Advance(state, late, state.max_pending)
 
 
-def as_row(token: mx.array | int) -> mx.array:
+def as_row(token: int) -> mx.array:
     """One token id as the (1, 1) int32 array that a state appends."""
-    if isinstance(token, mx.array):
-        return token.astype(mx.int32).reshape(1, 1)  # free if it is int32 already
     return mx.array([[token]], dtype=mx.int32)

@@ -8,14 +8,14 @@ have any draft rejected.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from cognica_mlx.decoding.passes import answers
 from cognica_mlx.decoding.requests import Request, Score
-from cognica_mlx.decoding.sampling import Scores
 from cognica_mlx.decoding.single import Driver
 
 # The best token's score, the score of all others, and the ids that stand in for the recorded token
@@ -25,17 +25,17 @@ RIGHT, WRONG = 1, 2
 
 
 class Scripted:
-    """Another `Driver`, but with the result of `script`, (rows, V), as the answer to a `Score`."""
+    """Another `Driver`, but the scores are the result of `script`, (rows, V)."""
 
     def __init__(self, driver: Driver, script: Callable[[Score], mx.array]):
         self._driver, self._script = driver, script
 
     def answer(self, request: Request) -> Any:
-        answer = self._driver.answer(request)
         if not isinstance(request, Score):
-            return answer
+            return self._driver.answer(request)
+        real = self._driver.answer(replace(request, choice=None))
         # Adds 0 from the real scores, so that they must be computed.
-        return Scores(self._script(request) + mx.minimum(mx.abs(answer.array[:, :1]), 0))
+        return answers([request], self._script(request) + mx.minimum(mx.abs(real[:, :1]), 0))[0]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from cognica_mlx.decoding.advice import Advice
+from cognica_mlx.decoding.choosing import Context, best_of, logprob_of
 from cognica_mlx.decoding.constraint import Constraint
 from cognica_mlx.decoding.requests import (
     DecodedToken,
@@ -27,7 +28,7 @@ from cognica_mlx.decoding.requests import (
     through,
     top_of,
 )
-from cognica_mlx.decoding.sampling import Context, Sampler, SamplingOptions, logprob_of
+from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
 from cognica_mlx.decoding.state import DecodingState, Progress
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RankLostError, RequestError, RollbackError
@@ -100,11 +101,6 @@ class DecodingSequence:
         self.score_prompt = score_prompt
         self.prompt_scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         self.step_size, self.progress = prefill_step_size or step_size_for(model), progress
-        # The sampler's key for the next token, by the text's length: set before a token is added,
-        # so that an interruption finds the right one either way. A mode that draws a token before
-        # it emits the last one sets `key_ahead`, that draw's key.
-        self.keys = {len(prompt): self.sampler.key}
-        self.key_ahead: mx.array | None = None
         self._begun, self._falls_back = False, False
         self._latest: Steps | None = None
 
@@ -138,7 +134,6 @@ class DecodingSequence:
             return
         with self.state.in_use():
             prompt = self.text[:-1]
-            self.sampler.key, self.key_ahead = self.keys[len(self.text)], None
             if self.constraint:
                 self._rollback_constraint(self.constraint)
             if self.score_prompt and not self._scored:
@@ -219,12 +214,6 @@ class DecodingSequence:
                 if mode is self.mode:
                     self.advice.emitted()
                 # Last, so that an interruption finds it either emitted or not.
-                length, key = len(self.text), self.key_ahead
-                self.keys = {
-                    length: self.keys[length],
-                    length + 1: self.sampler.key if key is None else key,
-                }
-                self.key_ahead = None
                 self.text.append(step.token)
                 yield step
                 if not self.budget:
@@ -246,15 +235,16 @@ class DecodingSequence:
             yield from through(state, target.depth)
             scores = yield Score(state, target, stop - start)
             follow = mx.array(self.text[start + 1 : stop + 1], dtype=mx.int32)
-            arrays = logprob_of(scores.array, follow), *self.sampler.alternatives(scores)
+            arrays = logprob_of(scores, follow), *best_of(scores, self.sampler.options.top_logprobs)
             logprobs, *best = yield Read(state, arrays)
             self.prompt_scores += [(lp, top_of(best, row)) for row, lp in enumerate(logprobs)]
             if self.progress:
                 self.progress(stop, last)
 
-    def context(self) -> Context | None:
+    def context(self) -> Context:
         """The current context for the sampler's penalties."""
-        return self.sampler.context(self.text, self.prompt_length)
+        size, most = self.model.config.vocab_size, self.prompt_length + self.max_tokens
+        return self.sampler.context(self.text, self.prompt_length, size, most)
 
     def forced(self) -> Generator[DecodedToken, None, None]:
         """Emit the tokens that the constraint forces, until the budget is used up.
@@ -267,7 +257,7 @@ class DecodingSequence:
                 yield DecodedToken(token, 0.0, 0, forced=True)
 
     def mask(self) -> mx.array | None:
-        """The constraint's mask for the next token, (1, W) for `Sampler.process`, or None."""
+        """The constraint's mask for the next token, (1, W) uint32, or None."""
         return self.constraint.mask()[None] if self.constraint else None
 
     def commit(self, token: int) -> None:

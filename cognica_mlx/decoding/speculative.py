@@ -21,13 +21,13 @@ rejected or the guess is wrong, all of that is rolled back.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from cognica_mlx.decoding.advice import Advice, Plan
-from cognica_mlx.decoding.constraint import Constraint
+from cognica_mlx.decoding.choosing import VERDICT, Choice
 from cognica_mlx.decoding.drafters import FORCED, LOOKED_UP, Draft, StageDrafter, begin
 from cognica_mlx.decoding.lookup import MOST, Lookup
 from cognica_mlx.decoding.plain import Plain
@@ -39,10 +39,10 @@ from cognica_mlx.decoding.requests import (
     Score,
     Steps,
     as_row,
+    reported,
     through,
     top_of,
 )
-from cognica_mlx.decoding.sampling import Sampler, Scores, logprob_of
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import Target
 from cognica_mlx.errors import RequestError
@@ -136,36 +136,33 @@ class Speculative:
         the full model's own.
 
         Returns the draft of the next round if it was made meanwhile and can be used."""
-        state, sampler, constraint = sequence.state, sequence.sampler, sequence.constraint
+        state, constraint = sequence.state, sequence.constraint
         rows = len(draft) + 1
         # One row more than drafts: the same pass predicts the token after the last draft.
         tokens = [as_row(sequence.text[-1]), *draft.tokens]
         for token in tokens[state.length - draft.first :]:
             state.append(token)
         yield from through(state, self.depth)
-        end, drafted = state.length, draft.joined()
-        ahead = None
+        end, ahead = state.length, None
         drafter = self.drafters[plan.drafter] if plan.count else None
         if drafter and drafter.goes_on and self._drafts_meanwhile(sequence):
             ahead = yield from drafter.go_on(sequence, draft, plan.count)
             if ahead:
                 sequence.advice.drafted_meanwhile(plan.drafter, rows, len(ahead))
-        scores = yield Score(state, self.target, rows, end)
-        context = sampler.extend(draft.context, drafted)
-        scores = sampler.process(scores, context, _masks(draft, constraint))
-        agree, chosen = judge(sampler, scores, drafted, draft)
-        kept = mx.cumprod(agree.astype(mx.int32)).sum() if len(draft) else mx.array(0)
-        logprobs = logprob_of(scores.array, chosen)
-        drafted_logprobs = logprob_of(scores.array, mx.concatenate([drafted, chosen[-1:]]))
-        arrays = kept, chosen, logprobs, drafted, drafted_logprobs, *sampler.alternatives(scores)
-        accepted, chosen, logprobs, drafted, drafted_logprobs, *best = yield Read(
-            state, arrays, sampler.carried()
-        )
+        chosen = yield Score(state, self.target, rows, end, _choice(sequence, draft))
+        arrays = chosen["accepted"], *reported(chosen)
+        verdicts, tokens, logprobs, *best = yield Read(state, arrays)
+        emitted = [
+            (token, logprob, top_of(best, row))
+            for row, ((token,), (logprob,)) in enumerate(zip(tokens, logprobs, strict=True))
+        ]
+        accepted = verdicts.index([False])
+        own = emitted[accepted][0]
         _tell(sequence.advice, draft.makers, accepted)
         used = False
         if ahead and ahead.before is not None and accepted == len(draft):
             (((guess,),),) = yield Read(state, (ahead.before,))
-            used = guess == chosen[accepted]
+            used = guess == own
         if not used:
             state.rollback(draft.first + 1 + accepted)
         chooses = True
@@ -174,25 +171,18 @@ class Speculative:
             # The full model's token is dropped if the constraint forces the next one or has ended.
             chooses = not (constraint.ended or constraint.forced())
             if chooses:
-                constraint.commit([chosen[accepted]])
-        yield from self._emitted(draft, drafted[:accepted], drafted_logprobs[:accepted], best)
-        if chooses:
-            top = top_of(best, accepted)
-            yield DecodedToken(chosen[accepted], logprobs[accepted], self.depth, top=top)
-        return ahead if used else None
-
-    def _emitted(
-        self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[float], best: Sequence[Any]
-    ) -> Iterator[DecodedToken]:
-        """Emit the first `len(tokens)` drafts."""
-        numbers = zip(tokens, logprobs, draft.makers, strict=False)
-        for row, (token, logprob, maker) in enumerate(numbers):
+                constraint.commit([own])
+        for maker, (token, logprob, top) in zip(draft.makers, emitted[:accepted], strict=False):
             if maker == FORCED:
                 yield DecodedToken(token, 0.0, 0, forced=True)
                 continue
             # A looked-up token was proposed by no stage: credit the full model.
             stage = self.depth if maker == LOOKED_UP else self.draft_stage
-            yield DecodedToken(token, logprob, stage, drafter=maker, top=top_of(best, row))
+            yield DecodedToken(token, logprob, stage, drafter=maker, top=top)
+        if chooses:
+            token, logprob, top = emitted[accepted]
+            yield DecodedToken(token, logprob, self.depth, top=top)
+        return ahead if used else None
 
 
 def _tell(advice: Advice, makers: Sequence[str], accepted: int) -> None:
@@ -203,28 +193,21 @@ def _tell(advice: Advice, makers: Sequence[str], accepted: int) -> None:
             advice.judged(maker, makers[:accepted].count(maker), makers.count(maker))
 
 
-def _masks(draft: Draft, constraint: Constraint | None) -> mx.array | None:
-    """The masks at each draft's position and after the last, (n + 1, W)."""
-    if constraint is None:
-        return None
-    # After the end the mask is not used.
-    last = draft.masks[-1] if constraint.ended else constraint.mask()[None]
-    return mx.concatenate([*draft.masks, last])
-
-
-def judge(
-    sampler: Sampler, scores: Scores, drafted: mx.array, draft: Draft
-) -> tuple[mx.array, mx.array]:
-    """Which drafts (n,) the full model's scores (n + 1, V) accept, and for every row (n + 1,) the
-    token to emit if it is the first rejected one (in the last row, if none is)."""
-    if sampler.greedy:
-        return scores.best[:-1] == drafted, scores.best
-    p = sampler.log_probs(scores)
-    if not len(draft):
-        return mx.zeros((0,), mx.bool_), sampler.draw(p)
-    q = mx.concatenate(draft.log_probs)
-    picked = drafted[:, None]
-    ratio = mx.take_along_axis(p[:-1], picked, axis=-1) - mx.take_along_axis(q, picked, axis=-1)
-    agree = mx.log(sampler.uniform(len(draft))) < ratio[:, 0]
-    residual = mx.log(mx.maximum(mx.exp(p[:-1]) - mx.exp(q), 0))
-    return agree, sampler.draw(mx.concatenate([residual, p[-1:]]))
+def _choice(sequence: DecodingSequence, draft: Draft) -> Choice:
+    """How the full model judges a draft and chooses what follows it: a row for each place."""
+    # The last row has no draft to judge.
+    drafts = {"drafted": mx.concatenate([*draft.tokens, as_row(-1)])}
+    if not sequence.sampler.greedy:
+        nothing = mx.zeros((1, sequence.model.config.vocab_size))
+        drafts["q"] = mx.concatenate([*draft.q, nothing])
+    context = {
+        name: mx.concatenate([context[name] for context in draft.contexts])
+        for name in draft.contexts[0]
+    }
+    masks, constraint = None, sequence.constraint
+    if constraint:
+        # After the end the mask is not used.
+        last = draft.masks[-1] if constraint.ended else constraint.mask()[None]
+        masks = mx.concatenate([*draft.masks, last])
+    rows = len(draft) + 1
+    return sequence.sampler.choice(VERDICT, draft.first + 1, context, masks, drafts, rows)

@@ -23,8 +23,16 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.requests import DecodedToken, Read, Score, Steps, advance, top_of
-from cognica_mlx.decoding.sampling import Scores
+from cognica_mlx.decoding.choosing import MARGIN, choose_from
+from cognica_mlx.decoding.requests import (
+    DecodedToken,
+    Read,
+    Score,
+    Steps,
+    advance,
+    reported,
+    top_of,
+)
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.targets import full_target, stage_target
 from cognica_mlx.errors import RequestError
@@ -85,22 +93,22 @@ class Wand:
             if not sequence.budget:
                 return
             state.append(sequence.text[state.length :])
-            context, masks = sequence.context(), sequence.mask()
+            choice = sampler.choice(MARGIN, state.length, sequence.context(), sequence.mask())
             passed: list[mx.array] = []
             for stage, target in enumerate(self._targets):
                 yield from advance(state, stage)
                 tested = stage == self.depth or stage in self.exits
                 if self._pool is not None:
-                    passed.append((yield Score(state, target)).array)
+                    passed.append((yield Score(state, target)))
                 if not tested:
                     continue
-                scores = Scores(self._pool(passed)) if self._pool else (yield Score(state, target))
-                scores = sampler.process(scores, context, masks)
-                arrays = *sampler.choose(scores), scores.margins, *sampler.alternatives(scores)
-                (token,), (logprob,), (lead,), *alternatives = yield Read(
-                    state, arrays, sampler.carried()
-                )
+                if self._pool is not None:
+                    chosen = choose_from(self._pool(passed), [choice])
+                else:
+                    chosen = yield Score(state, target, choice=choice)
+                arrays = chosen["margin"], *reported(chosen)
+                ((lead,),), ((token,),), ((logprob,),), *best = yield Read(state, arrays)
                 if stage == self.depth or lead > self.exits[stage]:
                     break
             sequence.commit(token)
-            yield DecodedToken(token, logprob, stage, top=top_of(alternatives, 0))
+            yield DecodedToken(token, logprob, stage, top=top_of(best, 0))

@@ -12,10 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.calibration_file import Calibration
+from cognica_mlx.decoding.choosing import logprob_of, margin
 from cognica_mlx.decoding.drafters import StageDrafter
 from cognica_mlx.decoding.plain import Plain
 from cognica_mlx.decoding.quantized_prefix import QuantizedPrefix
-from cognica_mlx.decoding.sampling import bits_per_byte, logprob_of, margin
+from cognica_mlx.decoding.sampling import bits_per_byte
 from cognica_mlx.decoding.single import decode
 from cognica_mlx.decoding.targets import draft_target, full_target
 from cognica_mlx.decoding.wand import exit_margins

@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from cognica_mlx.decoding.choosing import logprob_of, margin
 from cognica_mlx.decoding.quantized_prefix import QuantizedPrefix
 from cognica_mlx.decoding.requests import advance
-from cognica_mlx.decoding.sampling import logprob_of, margin
 from cognica_mlx.decoding.single import carry_out, prefill
 from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.network.model import PoEModel

@@ -90,7 +90,7 @@ def rows(model: PoEModel, tokenizer: Tokenizer) -> Line:
         def scores(tokens: Sequence[int], state: DecodingState = state) -> np.ndarray:
             state.append(tokens)
             advance_through(state, target.depth)
-            found = score([Score(state, target, len(tokens))])[0].array
+            found = score([Score(state, target, len(tokens))])[0]
             state.next_round()
             return np.array(found)
 

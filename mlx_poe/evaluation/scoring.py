@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.decoding.batch import Batch
+from cognica_mlx.decoding.choosing import logprob_of, margin
 from cognica_mlx.decoding.requests import Read, Request, Score, through
-from cognica_mlx.decoding.sampling import logprob_of, margin
 from cognica_mlx.decoding.sequence import read_prompt, ready
 from cognica_mlx.decoding.state import SLACK, DecodingState
 from mlx_poe.evaluation.predictors import Facts, Predictors
@@ -70,7 +70,7 @@ def score(
                 branch.append(list(tokens[at - 1 : at - 1 + len(follow)]))
                 yield from through(branch, depth)
                 scores = yield Score(branch, predictors.target, len(follow))
-                chunks.append((yield Read(branch, _facts(scores.array, follow))))
+                chunks.append((yield Read(branch, _facts(scores, follow))))
             done.append((i, chunks))
 
     driver = Batch()

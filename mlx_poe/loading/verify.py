@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from cognica_mlx.decoding.sampling import bits_per_byte, logprob_of
+from cognica_mlx.decoding.choosing import logprob_of
+from cognica_mlx.decoding.sampling import bits_per_byte
 from cognica_mlx.errors import RequestError
 from cognica_mlx.network.model import PoEModel
 

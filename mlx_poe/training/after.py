@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from cognica_mlx.calibration_file import CALIBRATION_FILE, Calibration
-from cognica_mlx.decoding.sampling import bits_per_byte, logprob_of
+from cognica_mlx.decoding.choosing import logprob_of
+from cognica_mlx.decoding.sampling import bits_per_byte
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.measuring import calibrate
 from cognica_mlx.training.batches import Text
