@@ -382,7 +382,7 @@ def test_an_interruption_in_a_modes_own_code_ends_no_sequence(sampling, monkeypa
     batch, calls = Batch(prompt_rows=60), []
     for i, one in enumerate(made):
         batch.add(i, one.sequence.steps())
-    for owner, name in ((Sampler, "process"), (DecodingState, "append")):
+    for owner, name in ((Sampler, "choice"), (DecodingState, "append")):
         real = getattr(owner, name)
 
         def interrupted(*args, real=real):

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cognica_mlx.decoding.batch import Batch
+from cognica_mlx.decoding.choosing import DRAFT, choose_from
 from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.requests import DecodedToken
-from cognica_mlx.decoding.sampling import Sampler, SamplingOptions, Scores
+from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import decode, prefill, set_depth
 from cognica_mlx.decoding.state import DecodingState
@@ -323,9 +324,9 @@ def chi_squared(
     sampler, trials = Sampler(sampling), sum(seen.values())
 
     def distribution(tokens: list[int]) -> dict[int, float]:
-        scores = Scores(model(mx.array([tokens]))[0, -1:])
-        scores = sampler.process(scores, sampler.context(tokens, len(prompt)))
-        probs = mx.exp(sampler.log_probs(scores))[0]
+        scores = model(mx.array([tokens]))[0, -1:]
+        context = sampler.context(tokens, len(prompt), scores.shape[-1], len(prompt) + 2)
+        probs = choose_from(scores, [sampler.choice(DRAFT, len(tokens), context)])["q"][0]
         return {int(t): probs[t].item() for t in np.argsort(np.array(probs))[-width:]}
 
     statistic, cells, left = 0.0, 0, dict(seen)

@@ -18,7 +18,7 @@ from test_evaluate import calibrated
 
 from cognica_mlx.backend import blas, traces
 from cognica_mlx.bench import machine_card as machine
-from cognica_mlx.decoding import passes, speculative
+from cognica_mlx.decoding import passes
 from cognica_mlx.decoding.wand import Wand
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.pricing.timed_costs import measure
@@ -151,13 +151,17 @@ def test_every_mode_passes_with_other_kinds_of_models(name):
 
 
 def test_a_mode_that_keeps_every_draft_is_found(monkeypatch):
-    judge = speculative.judge
+    choose_from = passes.choose_from
 
-    def generous(sampler: Any, scores: Any, drafted: Any, draft: Any) -> Any:
-        agree, chosen = judge(sampler, scores, drafted, draft)
-        return mx.ones_like(agree), chosen
+    def generous(scores: Any, choices: Any) -> Any:
+        chosen = choose_from(scores, choices)
+        if "accepted" in chosen:
+            drafted = mx.concatenate([choice.operands["drafted"] for choice in choices])
+            chosen["accepted"] = drafted >= 0
+            chosen["token"] = mx.where(drafted >= 0, drafted, chosen["token"])
+        return chosen
 
-    monkeypatch.setattr(speculative, "judge", generous)
+    monkeypatch.setattr(passes, "choose_from", generous)
     only(monkeypatch, "full", "stage 0", "speculative")
     lines = by_name(agreement.modes(base, tokenizer))
     assert lines["speculative"].status == FAILED and "report" in lines["speculative"].advice
@@ -200,7 +204,7 @@ def test_rows_that_are_no_numbers_are_found(monkeypatch):
 
     def spoilt(requests: Any) -> list:
         (found,) = scores(requests)
-        return [type(found)(found.array * math.nan)] if len(found) == 3 else [found]
+        return [found * math.nan if len(found) == 3 else found]
 
     monkeypatch.setattr(agreement, "score", spoilt)
     line = agreement.rows(base, tokenizer)

@@ -179,7 +179,8 @@ def test_a_guess_is_worth_nothing_behind_a_rejected_draft(there, monkeypatch):
         """Guesses the token that the full model will choose in the place of the rejected draft."""
         ahead = yield from go_on(drafter, sequence, earlier, count)
         written = len(sequence.text) - len(prompt)
-        wrong = [i for i, t in enumerate(earlier.joined().tolist()) if t != expected[written + i]]
+        drafted = [token.item() for token in earlier.tokens]
+        wrong = [i for i, t in enumerate(drafted) if t != expected[written + i]]
         if ahead and wrong:
             ahead.before = mx.array([[expected[written + wrong[0]]]])
             tried.append(wrong[0])

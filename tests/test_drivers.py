@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.requests import Advance, DecodedToken, Read, Request, Score, Submit
-from cognica_mlx.decoding.sampling import Scores
 from cognica_mlx.decoding.scripted import RIGHT, WRONG, Script, Scripted
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Driver, Single, carry_out, decode, drive, prefill
@@ -291,14 +290,14 @@ def test_the_real_scores_are_computed_under_a_script():
     prefill(state, PROMPT[:12], 3)
 
     class Broken:
-        def answer(self, request: Request) -> Scores:
+        def answer(self, request: Request) -> mx.array:
             assert isinstance(request, Score)
-            return Scores(mx.full((request.rows, model.config.vocab_size), mx.nan))
+            return mx.full((request.rows, model.config.vocab_size), mx.nan)
 
     script = Script(np.ones((3, 4), dtype=bool), start=9)
     request = Score(state, stage_target(model, 0), 3)
-    assert mx.isnan(Scripted(Broken(), script).answer(request).array).all()
-    real = Single().answer(request).array
-    said = Scripted(Single(), script).answer(request).array
+    assert mx.isnan(Scripted(Broken(), script).answer(request)).all()
+    real = Single().answer(request)
+    said = Scripted(Single(), script).answer(request)
     assert said.shape == real.shape and said.dtype == real.dtype == mx.float32
     assert said.argmax(-1).tolist() == [RIGHT] * 3

@@ -12,9 +12,10 @@ import pytest
 from conftest import fixture
 from test_scheduler import STORY, models, text, tokens_of
 
+from cognica_mlx.decoding.choosing import DRAFT, choose_from, extended
 from cognica_mlx.decoding.modes import make_mode
 from cognica_mlx.decoding.requests import Request, Score
-from cognica_mlx.decoding.sampling import Sampler, SamplingOptions, Scores
+from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import Single, drive
 from cognica_mlx.decoding.state import DecodingState
@@ -82,26 +83,27 @@ def test_biases_and_penalties_are_those_of_the_formula(mode):
 
 @pytest.mark.parametrize("reply", [(), (5, 6, 5), tuple(range(40))], ids=len)
 def test_rows_scored_together_see_what_they_see_one_by_one(reply):
-    sampler = Sampler(SamplingOptions(logit_bias={3: 1.5}, repetition_penalty=1.3, **PENALTIES))
+    """A context goes on in the graph as one of known tokens does on the host."""
+    options = {"logit_bias": {3: 1.5, 60: -2.0}, "repetition_penalty": 1.3, **PENALTIES}
+    sampler = Sampler(SamplingOptions(temp=1, repetition_context_size=12, **options))
     scores = mx.random.normal((4, 64), key=mx.random.key(len(reply)))
-    drafts = [5, 9, 9]
-    before = sampler.context([1, 2, *reply], 2)
-    after = sampler.extend(before, mx.array(drafts))
-    together = sampler.process(Scores(scores), after).array
+    text, drafts = [1, 2, *reply], [5, 9, 9]
+    contexts = [sampler.context(text, 2, 64, 80)]
+    for token in drafts:
+        contexts.append(extended(contexts[-1], mx.array([[token]])))
+    joined = {name: mx.concatenate([c[name] for c in contexts]) for name in contexts[0]}
+    together = choose_from(scores, [sampler.choice(DRAFT, 9, joined, rows=4)])["q"]
     for row in range(4):
-        known = sampler.context([1, 2, *reply, *drafts[:row]], 2)
-        alone = sampler.process(Scores(scores[row : row + 1]), known).array
+        known = sampler.context([*text, *drafts[:row]], 2, 64, 80)
+        alone = choose_from(scores[row : row + 1], [sampler.choice(DRAFT, 9, known)])["q"]
         assert mx.array_equal(together[row : row + 1], alone)
-
-
-def test_each_row_counts_what_stands_before_it():
-    sampler = Sampler(SamplingOptions(**PENALTIES))
-    context = sampler.extend(sampler.context([7, 7, 5], 1), mx.array([9, 9]))
-    rows = sampler.process(Scores(mx.zeros((3, 12))), context).array
-    for row, reply in enumerate(([7, 5], [7, 5, 9], [7, 5, 9, 9])):
-        counts = Counter(reply)
-        expected = [-0.6 * counts[t] - 0.9 * (counts[t] > 0) for t in range(12)]
-        assert rows[row].tolist() == pytest.approx(expected)
+        by_rule = scores[row].tolist()
+        by_rule[3], by_rule[60] = by_rule[3] + 1.5, by_rule[60] - 2
+        for token in {*[*text, *drafts[:row]][-12:]}:
+            by_rule[token] *= 1.3 if by_rule[token] < 0 else 1 / 1.3
+        for token, count in Counter([*reply, *drafts[:row]]).items():
+            by_rule[token] -= 0.6 * count + 0.9
+        assert alone[0].tolist() == pytest.approx(mx.softmax(mx.array(by_rule)).tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.get("mode", "full"))
