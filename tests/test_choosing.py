@@ -164,9 +164,19 @@ def test_no_number_draws_a_token_of_no_probability():
     assert drawn(row, [0.0, HIGHEST], temp=1e-6) == [3, 3]
 
 
+def test_sums_that_are_not_flat_over_tokens_of_no_probability_draw_none(monkeypatch):
+    """As where a GPU adds up parts in another order; here by more."""
+    row, flat = mx.array([[-mx.inf, 0.0, -mx.inf, -mx.inf, 0.0, -mx.inf]]), mx.cumsum
+    noise = mx.array([[0.1, 0.0, 0.1, 0.2, 0.0, 0.1]])
+    monkeypatch.setattr(mx, "cumsum", lambda *args, **options: flat(*args, **options) + noise)
+    tokens = drawn(row, [0.0, 0.02, 0.52, 0.55, HIGHEST], temp=1.0)
+    assert tokens == [1, 1, 4, 4, 4]
+
+
 def test_drafts_are_judged_by_the_rule_of_speculative_sampling():
     count, options = 64, {"temp": 0.8, "top_k": 5}
     p_rows, q_rows = scores(count, 1), scores(count, 1) + scores(count, 2, 0.5)
+    p_rows[-1, -1] = 8.0  # the place of the last row's -1
     q = distribution(q_rows, **options)
     drafts = [int(np.argsort(row)[-1 - i % 5]) for i, row in enumerate(np.array(q))]
     drafted = mx.array([[token] for token in drafts[:-1]] + [[-1]])

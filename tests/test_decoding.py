@@ -12,11 +12,13 @@ from conftest import FIXTURES, GOLDENS, SOAK, fixture, goldens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cognica_mlx.decoding import speculative
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.choosing import DRAFT, choose_from
+from cognica_mlx.decoding.drafters import Draft
 from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
 from cognica_mlx.decoding.requests import DecodedToken
-from cognica_mlx.decoding.sampling import Sampler, SamplingOptions
+from cognica_mlx.decoding.sampling import ACCEPTED, CHOSEN, Sampler, SamplingOptions
 from cognica_mlx.decoding.sequence import DecodingSequence
 from cognica_mlx.decoding.single import decode, prefill, set_depth
 from cognica_mlx.decoding.state import DecodingState
@@ -275,6 +277,20 @@ def test_drafts_far_from_the_full_model_leave_its_distribution_alone(trials):
     statistic, cells = chi_squared(model, prompt, sampling, seen, 6)
     # The 99.9th percentile with 35 degrees of freedom.
     assert cells == 36 and statistic < 66.6
+
+
+def test_each_place_of_a_draft_is_decided_by_its_own_numbers():
+    model, _ = fixture("flat-d8")
+    prompt, sampler = prompts("flat-d8")[0], Sampler(SamplingOptions(seed=4, temp=1.2))
+    mode = make_mode(model, "speculative")
+    sequence = DecodingSequence(model, prompt, mode, max_tokens=9, sampler=sampler)
+    draft = Draft(len(prompt) - 1, [{}])
+    for token in (5, 6):
+        draft.add_certain("lookup", token, sequence)
+    assert speculative._choice(sequence, draft).numbers == [
+        (1.2, sampler.number(p, CHOSEN), sampler.number(p, ACCEPTED))
+        for p in range(len(prompt), len(prompt) + 3)
+    ]
 
 
 def distance(model: PoEModel, tokens: list[int]) -> float:
