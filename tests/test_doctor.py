@@ -151,17 +151,17 @@ def test_every_mode_passes_with_other_kinds_of_models(name):
 
 
 def test_a_mode_that_keeps_every_draft_is_found(monkeypatch):
-    choose_from = passes.choose_from
+    choose = passes.choose
 
-    def generous(scores: Any, choices: Any) -> Any:
-        chosen = choose_from(scores, choices)
+    def generous(how: Any, scores: Any, **given: Any) -> Any:
+        chosen = choose(how, scores, **given)
         if "accepted" in chosen:
-            drafted = mx.concatenate([choice.operands["drafted"] for choice in choices])
+            drafted = given["drafted"]
             chosen["accepted"] = drafted >= 0
             chosen["token"] = mx.where(drafted >= 0, drafted, chosen["token"])
         return chosen
 
-    monkeypatch.setattr(passes, "choose_from", generous)
+    monkeypatch.setattr(passes, "choose", generous)
     only(monkeypatch, "full", "stage 0", "speculative")
     lines = by_name(agreement.modes(base, tokenizer))
     assert lines["speculative"].status == FAILED and "report" in lines["speculative"].advice

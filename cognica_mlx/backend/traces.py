@@ -104,9 +104,14 @@ class Traces:
         """Drop all traces unless the arrays are those of the last call: the arrays that functions
         close over."""
         if list(map(id, arrays)) != list(map(id, self._arrays)):
-            self._made.clear()
-            self._uses.clear()
+            self.clear()
             self._arrays = tuple(arrays)
+
+    def clear(self) -> None:
+        """Drop all traces, and with them the arrays that they keep."""
+        self._made.clear()
+        self._uses.clear()
+        self._arrays = ()
 
     def run(
         self, key: Hashable, function: Function, arrays: Sequence[mx.array]

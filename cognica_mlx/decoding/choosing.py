@@ -58,14 +58,20 @@ class Choice:
     numbers: Sequence[Sequence[float]]
 
 
-def choose_from(scores: mx.array, choices: Sequence[Choice]) -> dict[str, mx.array]:
-    """`choose` for rows (n, V) of one or more sequences, whose choices must agree in `how`."""
-    how, given = choices[0].how, dict(choices[0].operands)
+def operands(choices: Sequence[Choice]) -> dict[str, mx.array]:
+    """The operands of `choose` for the rows of one or more sequences, whose choices must agree in
+    `how`."""
+    given = dict(choices[0].operands)
     if len(choices) > 1:
         given = {name: mx.concatenate([c.operands[name] for c in choices]) for name in given}
-    if how.numbers:
+    if choices[0].how.numbers:
         given["numbers"] = mx.array([row for c in choices for row in c.numbers], mx.float32)
-    return choose(how, scores, **given)
+    return given
+
+
+def choose_from(scores: mx.array, choices: Sequence[Choice]) -> dict[str, mx.array]:
+    """`choose` for rows (n, V) of one or more sequences, whose choices must agree in `how`."""
+    return choose(choices[0].how, scores, **operands(choices))
 
 
 def choose(how: How, scores: mx.array, **given: mx.array) -> dict[str, mx.array]:

@@ -7,17 +7,19 @@ graph for all of them before any state changes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 
+from cognica_mlx.backend.kernels import FEW
 from cognica_mlx.cache.fixed_pass import FixedPass
 from cognica_mlx.cache.hidden import Hidden, Rows, pack
 from cognica_mlx.cache.keys_and_values import Done
-from cognica_mlx.decoding.choosing import choose_from
+from cognica_mlx.decoding.choosing import Choice, How, choose, operands
 from cognica_mlx.decoding.requests import Advance, Read, Score
 from cognica_mlx.decoding.state import DecodingState, Text
+from cognica_mlx.decoding.targets import Target
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.stages import Stage, replay
 
@@ -126,20 +128,66 @@ def score(requests: Sequence[Score]) -> list[Any]:
             end = request.state.length if request.end is None else request.end
             pieces += request.state.rows(boundary, end - request.rows, end)
         hidden[boundary] = pack(pieces)
-    return answers(requests, target.scores(hidden).squeeze(0))
-
-
-def answers(requests: Sequence[Score], scores: mx.array) -> list[Any]:
-    """Each request's answer, from the scores (n, V) of all rows; the requests are of one `kind`."""
+    model = requests[0].state.model
     choices = [request.choice for request in requests if request.choice]
-    found: Any = choose_from(scores, choices) if choices else scores
-    if len(requests) == 1:
-        return [found]
-    ends = [*itertools.accumulate(request.rows for request in requests)][:-1]
-    if not choices:
-        return list(mx.split(scores, ends))
-    parts = [mx.split(array, ends) for array in found.values()]
-    return [dict(zip(found, one, strict=True)) for one in zip(*parts, strict=True)]
+    rows = tuple([request.rows for request in requests])
+    answer = _Answer(target, choices, rows, hidden)
+    if sum(rows) > FEW or any([stage.rank for stage in model.stages]):
+        return answer.apart(answer(*answer.arrays))
+    return answer.apart(model.traces.run(answer.key, answer, answer.arrays))
+
+
+# The names of what `choose` returns.
+_names: dict[How, tuple[str, ...]] = {}
+
+
+class _Answer:
+    """The answers to requests for `rows` of a target's scores, as a function of `arrays`."""
+
+    def __init__(
+        self,
+        target: Target,
+        choices: Sequence[Choice],
+        rows: tuple[int, ...],
+        hidden: Mapping[int, Hidden],
+    ):
+        self._target, self._rows, self._hidden = target, rows, hidden
+        self._how = choices[0].how if choices else None
+        given = operands(choices) if choices else {}
+        self._given = tuple(given)
+        self.arrays = list(given.values())
+        for one in hidden.values():
+            self.arrays += [one.x] if one.backout is None else [one.x, one.backout]
+        backouts = tuple([one.backout is not None for one in hidden.values()])
+        dtype = next(iter(hidden.values())).x.dtype.size
+        self.key = "score", target.key, self._how, rows, self._given, backouts, dtype
+
+    def __call__(self, *arrays: mx.array) -> list[mx.array]:
+        """All results for the first request, then for the next."""
+        streams = iter(arrays[len(self._given) :])
+        hidden = {}
+        for boundary, one in self._hidden.items():
+            x, backout = next(streams), None if one.backout is None else next(streams)
+            hidden[boundary] = Hidden(one.tokens, x, x, backout)
+        scores = self._target.scores(hidden).squeeze(0)
+        found = {"scores": scores}
+        if self._how:
+            given = dict(zip(self._given, arrays, strict=False))
+            found = choose(self._how, scores, **given)
+            _names[self._how] = tuple(found)
+        if len(self._rows) == 1:
+            return list(found.values())
+        ends = [*itertools.accumulate(self._rows)][:-1]
+        parts = [mx.split(array, ends) for array in found.values()]
+        return [array for one in zip(*parts, strict=True) for array in one]
+
+    def apart(self, results: Sequence[mx.array]) -> list[Any]:
+        """Each request's answer."""
+        if self._how is None:
+            return list(results)
+        names = _names[self._how]
+        each = [results[i : i + len(names)] for i in range(0, len(results), len(names))]
+        return [dict(zip(names, one, strict=True)) for one in each]
 
 
 def read(requests: Sequence[Read]) -> list[list[Any]]:

@@ -78,6 +78,8 @@ class QuantizedPrefix:
         for stage in self.stages:
             for block in stage.blocks:
                 restack(block)
+            stage.traces.clear()
+        self.model.traces.clear()  # those of its scores
 
 
 def quantize_prefix(

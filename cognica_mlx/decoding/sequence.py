@@ -133,6 +133,7 @@ class DecodingSequence:
         if not self.budget:
             return
         with self.state.in_use():
+            self.state.renew_traces()
             prompt = self.text[:-1]
             if self.constraint:
                 self._rollback_constraint(self.constraint)

@@ -105,6 +105,16 @@ class DecodingState:
         finally:
             self._in_use.release()
 
+    def renew_traces(self) -> None:
+        """Drop traces of passes whose matrices have been replaced since they were made."""
+        arrays: list[mx.array] = []
+        for stage in self.stages:
+            if stage.rank:
+                return  # what other machines hold is not traced here
+            arrays += stage.arrays()
+            stage.traces.made_of(arrays)  # a trace may run through the stages before it
+        self.model.traces.made_of(self.model.arrays_around())
+
     def clear(self) -> None:
         """Drop the text and everything computed from it."""
         self.caches: list[KeysAndValues] = [stage.new_cache(self.slack) for stage in self.stages]

@@ -44,6 +44,14 @@ def log_op(logits: Sequence[mx.array], weights: Sequence[float]) -> mx.array:
     )
 
 
+def _arrays(part: object) -> list[mx.array]:
+    if isinstance(part, mx.array):
+        return [part]
+    if isinstance(part, dict):
+        return [array for value in part.values() for array in _arrays(value)]
+    return [array for value in part for array in _arrays(value)] if isinstance(part, list) else []
+
+
 # Logits, or a function that waits until another machine has computed them.
 Asked = mx.array | Callable[[], mx.array]
 
@@ -136,6 +144,10 @@ class PoEModel(nn.Module):
             own[k] = next((other for other in known if alike(stage, other)), stage)
         self._base._variants.update(own)
         return tuple(own)
+
+    def arrays_around(self) -> list[mx.array]:
+        """The arrays of what is computed around the stages: embedding, smear, heads."""
+        return [a for name, part in self.items() if name != "h" for a in _arrays(part)]
 
     def place(self, stages: Mapping[int, Stage]) -> None:
         """Replace stages by those that other machines hold."""

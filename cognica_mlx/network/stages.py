@@ -195,7 +195,7 @@ class Stage:
         """All arrays that its blocks compute with, but for the lambdas."""
         parts = [part for block in self.blocks for part in (block.attn, block.mlp)]
         modules = [module for part in parts for module in part.values()]
-        return [array for module in modules for array in module.values()]
+        return [a for module in modules for a in module.values() if isinstance(a, mx.array)]
 
     def ask_logits(self, hidden: Hidden, drafts: bool = False) -> Callable[[], mx.array] | None:
         """Ask the machine that holds the stage's heads for its prediction from `hidden`; returns a
