@@ -11,6 +11,7 @@ from conftest import FIXTURES, SOAK, fixture, goldens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cognica_mlx.backend import traces
 from cognica_mlx.decoding import batch as batch_module
 from cognica_mlx.decoding.batch import Batch
 from cognica_mlx.decoding.modes import MODES, ModeOptions, make_mode
@@ -309,15 +310,15 @@ def test_one_sequences_failure_ends_that_one_only(monkeypatch):
     batch, errors = Batch(), {}
     for i, one in enumerate(made):
         batch.add(i, one.sequence.steps())
-    real, calls = batch_module.run_stage, []
+    real, calls = batch_module.run_stages, []
 
-    def failing(requests):
+    def failing(requests, length):
         calls.append(len(requests))
         if len(calls) > 6 and any(r.state is made[1].sequence.state for r in requests):
             raise RuntimeError("out of memory")
-        return real(requests)
+        return real(requests, length)
 
-    monkeypatch.setattr(batch_module, "run_stage", failing)
+    monkeypatch.setattr(batch_module, "run_stages", failing)
     while len(batch):
         for event in batch.run():
             if event.error:
@@ -363,7 +364,8 @@ def test_an_interruption_at_any_pass_loses_no_sequence(monkeypatch):
         return real(self, *args)
 
     monkeypatch.setattr(block, "__call__", interrupted)
-    assert run_through(batch, made) > 20
+    with traces.off():  # a replay calls no block
+        assert run_through(batch, made) > 20
     monkeypatch.undo()
     check(made)
 
@@ -445,4 +447,5 @@ def test_a_state_costs_the_same_in_a_batch():
         own = sum(
             array.nbytes for array in {id(a): a for a in one.sequence.state.arrays()}.values()
         )
-        assert own <= 1.1 * sequence.state.nbytes + 4 * 64 * mx.float32.size * 40
+        # A pass has a row for each slot of a shelf.
+        assert own <= 1.1 * sequence.state.nbytes + 6 * 64 * mx.float32.size * 40

@@ -348,7 +348,7 @@ def test_what_traces_may_change(traced, dtype, fused, status, advice, monkeypatc
         names = ("token", "stage", "logprob")
         return [SimpleNamespace(**dict(zip(names, one, strict=True))) for one in tokens]
 
-    monkeypatch.setattr(tracing, "compiles", lambda: fused)
+    monkeypatch.setattr(tracing.traces, "fuses", lambda: fused)
     untraced = [reply([(7, 3, -0.5), (8, 3, -0.25)])] * 2
     line = tracing.compared("full", dtype, [untraced[0], reply(traced)], untraced)
     assert line.status == status and advice in line.advice and bool(advice) == bool(line.advice)

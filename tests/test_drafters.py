@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoding import chi_squared, drawn_pairs
 
+from cognica_mlx.backend.kernels import norm
 from cognica_mlx.bench.shapes import rounded as rounded_model
 from cognica_mlx.cache import stage_cache as cache
 from cognica_mlx.convert.draft_copy import DRAFT_FILE
@@ -38,7 +39,6 @@ from cognica_mlx.files.safetensors_files import write_arrays
 from cognica_mlx.network.model import PoEModel
 from cognica_mlx.network.quantized_copies import quantized
 from cognica_mlx.network.shared_base import Siblings
-from cognica_mlx.backend.kernels import norm
 from cognica_mlx.pricing.costs import Costs, bytes_read, with_bytes_of
 from cognica_mlx.pricing.pace import PATIENCE, WAIT, Metered, Pace
 from cognica_mlx.pricing.rounds import WORTH_LEAVING, RoundCosts

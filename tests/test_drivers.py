@@ -7,7 +7,9 @@ from conftest import GOLDENS, fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cognica_mlx.decoding import passes
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
+from cognica_mlx.decoding.passes import course
 from cognica_mlx.decoding.requests import Advance, DecodedToken, Read, Request, Score, Submit
 from cognica_mlx.decoding.scripted import RIGHT, WRONG, Script, Scripted
 from cognica_mlx.decoding.sequence import DecodingSequence
@@ -16,6 +18,7 @@ from cognica_mlx.decoding.state import DecodingState
 from cognica_mlx.decoding.targets import full_target, stage_target
 from cognica_mlx.decoding.wand import exit_margins
 from cognica_mlx.network.model import PoEModel
+from cognica_mlx.network.stages import Block
 from cognica_mlx.pricing.costs import Costs
 from cognica_mlx.pricing.pace import Metered, Pace
 from mlx_poe import load
@@ -58,11 +61,12 @@ class Noted:
 
     def answer(self, request: Request) -> object:
         rows = {Advance: "count", Score: "rows"}.get(type(request))
-        self.seen.append((request, getattr(request, rows) if rows else 0))
+        through = course([request]) if isinstance(request, Advance) else 1
+        self.seen.append((request, getattr(request, rows) if rows else 0, through))
         return self._driver.answer(request)
 
     def count(self, kind: type) -> int:
-        return sum(isinstance(request, kind) for request, _ in self.seen)
+        return sum(isinstance(request, kind) for request, *_ in self.seen)
 
 
 # Interruptions
@@ -89,8 +93,17 @@ def test_an_interruption_anywhere_leaves_the_state_usable(mode):
         assert [(d.token, d.stage) for d in again] == [(d.token, d.stage) for d in expected]
 
 
+class FailingBlock(Block):
+    """A block that cannot be computed."""
+
+    def __call__(self, *_: object) -> mx.array:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("layer", [0, 3, 7])
-def test_a_pass_that_fails_half_way_changes_nothing(layer, monkeypatch):
+def test_a_pass_that_fails_half_way_changes_nothing(layer, together, monkeypatch):
+    """Nor do passes through several stages at once."""
     model, _ = load("poe-tiny", dtype="float32")
     mode = make_mode(model)
     expected = [one.token for one in decode(model, PROMPT, mode, max_tokens=6)]
@@ -99,13 +112,13 @@ def test_a_pass_that_fails_half_way_changes_nothing(layer, monkeypatch):
     stage = next(stage for stage in model.stages if layer in stage.layers)
     blocks, at = stage.blocks, stage.layers.index(layer)
 
-    def fail(*_: object) -> mx.array:
-        raise MemoryError
-
+    fail = FailingBlock(model.config, layer)
     monkeypatch.setattr(stage, "blocks", [*blocks[:at], fail, *blocks[at + 1 :]])
+    if not together:
+        monkeypatch.setattr(passes._Pass, "joins", lambda *_: False)
     with pytest.raises(MemoryError):
         list(decode(model, PROMPT, mode, max_tokens=6, state=state))
-    k = model.stages.index(stage)
+    k = 0 if together else model.stages.index(stage)
     assert state.filled == [len(PROMPT)] * k + [30] * (4 - k)
     monkeypatch.undo()
     again = decode(model, PROMPT, mode, max_tokens=6, state=state)
@@ -117,23 +130,21 @@ def test_a_pass_that_fails_half_way_changes_nothing(layer, monkeypatch):
 def test_a_mode_asks_once_for_all_stages_that_a_token_needs():
     model, _ = fixture("flat-d8")
     steps = DecodingSequence(model, PROMPT, make_mode(model), max_tokens=10).steps()
-    driver, asked, passes, answer = Noted(), 0, 0, None
+    driver, asked, answer = Noted(), 0, None
     for _ in range(10**3):
         try:
             request = steps.send(answer)
         except StopIteration:
             break
         answer = None
-        while isinstance(request, Advance):
-            asked += passes % 4 == 0
-            passes += 1
+        if isinstance(request, Advance):
+            asked += 1
             driver.answer(request)
-            request = request.rest()
-            assert (request is None) == (passes % 4 == 0)
-        if request and not isinstance(request, DecodedToken):
+            assert request.rest() is None
+        elif request and not isinstance(request, DecodedToken):
             answer = driver.answer(request)
     # The prompt's last token and nine more.
-    assert asked == passes / 4 == 10
+    assert asked == 10
 
 
 def test_numbers_are_read_once_a_round():
@@ -167,10 +178,11 @@ def test_what_is_metered_is_what_was_asked(name, mode):
     options = {"max_tokens": 16, "state": state, "advice": pace}
     list(decode(model, PROMPT[:1], chosen, driver=driver, **options))
     spent, run = 0.0, [0] * model.poe_n_stages
-    for request, rows in noted.seen:
+    for request, rows, through in noted.seen:
         if isinstance(request, Advance):
-            run[request.index] += rows
-            spent += DISTINCT.stage(request.index, rows)
+            for stage in range(request.index, request.index + through):
+                run[stage] += rows
+                spent += DISTINCT.stage(stage, rows)
         elif isinstance(request, Score):
             spent += sum(DISTINCT.head(k, rows) for k in request.target.heads)
     assert pace.spent == pytest.approx(spent) and pace.tokens == 16

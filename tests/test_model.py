@@ -7,11 +7,11 @@ import pytest
 from conftest import FIXTURES, fixture, goldens
 from mlx.utils import tree_flatten
 
+from cognica_mlx.backend import kernels
 from cognica_mlx.config import PoEConfig
 from cognica_mlx.decoding.modes import make_mode
 from cognica_mlx.decoding.single import decode
 from cognica_mlx.errors import RequestError
-from cognica_mlx.backend import kernels
 from cognica_mlx.network.model import PoEModel, log_op
 from mlx_poe import load
 

@@ -95,7 +95,9 @@ def _norm_terms(rows: int, width: int) -> tuple[mx.array, mx.array]:
 
 @lru_cache(maxsize=64)
 def _frequencies(head_dim: int, theta: float) -> np.ndarray:
-    return np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    powers: np.ndarray = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    frequencies: np.ndarray = np.power(np.float32(theta), powers)
+    return frequencies
 
 
 @lru_cache(maxsize=64)
@@ -205,12 +207,12 @@ class Rotation:
                 offset = mx.repeat(offset, self._length)
             positions = positions + offset
         angles = positions.reshape(-1, 1, 1) * _turns(head_dim, self._theta)[0]
-        tables = mx.cos(angles), mx.sin(angles)
+        cosine, sine = mx.cos(angles), mx.sin(angles)
         if inside:
             scales = _scales(heads, queries, scale)
-            tables = tuple((table * scales).reshape(-1, head_dim) for table in tables)
-        cosine, sine = (table.astype(dtype) for table in tables)
-        return cosine, sine
+            cosine = (cosine * scales).reshape(-1, head_dim)
+            sine = (sine * scales).reshape(-1, head_dim)
+        return cosine.astype(dtype), sine.astype(dtype)
 
 
 def heads_of(x: mx.array, batch: int, length: int, head_dim: int) -> mx.array:
@@ -220,9 +222,7 @@ def heads_of(x: mx.array, batch: int, length: int, head_dim: int) -> mx.array:
     return x.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)
 
 
-def as_mask(
-    seen: mx.array, dtype: mx.Dtype, shape: tuple[int, int, int, int], kv_heads: int
-) -> mx.array:
+def as_mask(seen: mx.array, dtype: mx.Dtype, shape: tuple[int, ...], kv_heads: int) -> mx.array:
     """The mask for `attention` of queries of this shape (B, H, T, head_dim), which sees the keys
     that are true in `seen` (B or 1, 1, T, n)."""
     if compiles():
@@ -248,9 +248,7 @@ def attention(
     return out.reshape(shape) if out.shape != shape else out
 
 
-def scores(
-    q: mx.array, k: mx.array, scale: float, mask: mx.array | None = None
-) -> mx.array:
+def scores(q: mx.array, k: mx.array, scale: float, mask: mx.array | None = None) -> mx.array:
     """The scores (B, KV, H / KV * T, n) of queries grouped by key head."""
     batch, heads, length, dim = q.shape
     kv_heads = k.shape[1]

@@ -30,12 +30,12 @@ STRIDE = 128
 
 
 class Reach(NamedTuple):
-    """What the layers of one window see of their buffers of `size` rows: `count` from `first`."""
+    """What the layers of one window see of their buffers of `size` rows: `seen` from `first`."""
 
     window: int
     size: int
     first: int
-    count: int
+    seen: int
 
 
 class PartKey(NamedTuple):
@@ -50,13 +50,24 @@ class PartKey(NamedTuple):
 class Part(Protocol):
     """Positions to add to one cache, or to each slot of a shelf."""
 
-    key: PartKey
-    # Each row's position, and by window the row of its buffer that it goes to.
-    positions: tuple[int, ...]
-    ends: dict[int, tuple[int, ...]]
-    # Where each cache's rows begin in this part, and how many there are of each.
-    starts: Sequence[int]
-    count: int
+    @property
+    def key(self) -> PartKey: ...
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Each row's position."""
+
+    @property
+    def ends(self) -> dict[int, tuple[int, ...]]:
+        """By window, the row of its buffer that each row goes to."""
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """Where each cache's rows begin in this part."""
+
+    @property
+    def count(self) -> int:
+        """How many rows there are of each cache."""
 
     def buffers(self) -> list[mx.array]:
         """Each layer's keys and values, (slots, KV, size, head_dim)."""
@@ -139,7 +150,7 @@ def spread(hidden: Hidden, rows: int, starts: Sequence[int], counts: Sequence[in
 # Usually all stages ask for the same positions.
 @lru_cache(maxsize=16)
 def _positions(positions: tuple[int, ...]) -> mx.array:
-    return mx.array(positions, dtype=mx.uint32)
+    return mx.array(np.array(positions, np.uint32))
 
 
 # The same from pass to pass, until rows move.
@@ -226,8 +237,8 @@ class _Part:
         for new in (k, v):
             written = self._write(self._buffers[len(self.made)], new, window)
             self.made.append(written)
-            whole = reach.count == reach.size
-            stop = reach.first + reach.count
+            whole = reach.seen == reach.size
+            stop = reach.first + reach.seen
             seen.append(written if whole else written[:, :, reach.first : stop])
         if window not in self._masks:
             self._masks[window] = self._mask(reach, q, k.shape[1])
@@ -252,7 +263,7 @@ class _Part:
         before = mx.minimum(self._at, mx.array(reach.window, mx.uint32)).reshape(shape)
         ends = self._ends[reach.window].reshape(shape)
         # How long before its own row each row of the buffer was; after it, a huge number.
-        age = ends - _rows(reach.first, reach.count)
+        age = ends - _rows(reach.first, reach.seen)
         return as_mask(age <= before, q.dtype, q.shape, kv_heads)
 
 

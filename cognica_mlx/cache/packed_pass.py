@@ -16,6 +16,7 @@ from cognica_mlx.cache.fixed_pass import (
     ROWS,
     FixedAttention,
     FixedPass,
+    Part,
     PartKey,
     reach,
     spread,
@@ -111,13 +112,14 @@ class PackedPass:
         self._parts: list[tuple[slice, FixedAttention | StagePass]] = []
         self.starts: list[int] = []
         positions: list[int] = []
-        for part in (*together, *own):
+        parts: list[SlotsPart | StagePass] = [*together, *own]
+        for part in parts:
             start = len(positions)
             positions += part.positions
             self.starts += [start + own for own in part.starts]
             attention = _alone(part) if isinstance(part, SlotsPart) else part
             self._parts.append((slice(start, len(positions)), attention))
-        self._counts = [part.count for part in (*together, *own) for _ in part.starts]
+        self._counts = [part.count for part in parts for _ in part.starts]
         self.rows = len(positions)
         # One text: its first position is enough, and what it sees needs no array.
         one = own[0].offset if len(self._parts) == len(own) == 1 else None
@@ -126,10 +128,12 @@ class PackedPass:
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         outs = []
         for rows, part in self._parts:
-            own = [q, k, v] if len(self._parts) == 1 else [x[:, :, rows] for x in (q, k, v)]
+            own = (q, k, v)
+            if len(self._parts) > 1:
+                own = (q[:, :, rows], k[:, :, rows], v[:, :, rows])
             if isinstance(part, FixedAttention):
-                own = [x.transpose(2, 1, 0, 3) for x in own]
-                outs.append(part.attend(*own, scale).transpose(2, 1, 0, 3))
+                one, other, third = (x.transpose(2, 1, 0, 3) for x in own)
+                outs.append(part.attend(one, other, third, scale).transpose(2, 1, 0, 3))
             else:
                 outs.append(part.attend(*own, scale))
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
@@ -164,9 +168,10 @@ def begin(caches: Sequence[StageCache], counts: Sequence[int]) -> FixedPass | Pa
             own.append((cache, count))
     together = [SlotsPart(members) for members in shelves.values()]
     rows = sum(len(part.positions) for part in together) + sum(count for _, count in own)
-    if rows <= ROWS and len(together) + len(own) <= PARTS:
-        if all(OnePart.fits(cache, count) for cache, count in own):
-            return FixedPass([*together, *(OnePart(cache, count) for cache, count in own)])
+    few = rows <= ROWS and len(together) + len(own) <= PARTS
+    if few and all(OnePart.fits(cache, count) for cache, count in own):
+        parts: list[Part] = [*together]
+        return FixedPass([*parts, *(OnePart(cache, count) for cache, count in own)])
     return PackedPass(together, [cache.begin(count) for cache, count in own])
 
 

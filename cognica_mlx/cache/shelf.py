@@ -31,9 +31,9 @@ SLOTS = (2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32)
 # A cache joins after more than STEADY passes in a row of one position. Each time it has to leave,
 # that number doubles, up to PATIENCE.
 STEADY, PATIENCE = 1, 64
-# Slots are rounded up to STEP rows. Caches share a shelf if their slots hold at most APART times the
-# rows that they would by themselves. A shelf is checked every IDLE / 2 passes, and repacked after
-# two checks that find it WASTE times as large as a new one would be.
+# Slots are rounded up to STEP rows. Caches share a shelf if their slots hold at most APART times
+# the rows that they would by themselves. A shelf is checked every IDLE / 2 passes, and repacked
+# after two checks that find it WASTE times as large as a new one would be.
 STEP, APART, WASTE, IDLE = 64, 1.34, 1.1, 8
 
 

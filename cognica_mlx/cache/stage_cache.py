@@ -356,8 +356,7 @@ class _View:
         values = self._write(layer.values, layer.tail_values, v)
         end = self.after.rows
         first = end - self.length - self.before
-        seen = slice(first, end)
-        out = self.visible.attend(q, keys[..., seen, :], values[..., seen, :], scale)
+        out = self.visible.attend(q, keys[..., first:end, :], values[..., first:end, :], scale)
         return Layer(keys, values), out
 
     def _held(self, buffer: mx.array, tail: mx.array | None) -> mx.array:

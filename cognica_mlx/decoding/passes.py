@@ -31,7 +31,7 @@ def course(requests: Sequence[Advance], until: Stage | None = None) -> int:
     length = 1
     while first.index + length <= first.last:
         stage = first.state.stages[first.index + length]
-        if stage is until or not all([request.goes_on(length, stage) for request in requests]):
+        if stage is until or not all(request.goes_on(length, stage) for request in requests):
             break
         length += 1
     return length
@@ -74,18 +74,22 @@ class _Pass:
         mine, theirs = self.plan, other.plan
         if not (isinstance(mine, FixedPass) and isinstance(theirs, FixedPass)):
             return False
-        return self.order == other.order and mine.starts == theirs.starts
+        same_rows = mine.rows == theirs.rows and mine.starts == theirs.starts
+        return same_rows and self.order == other.order
 
     def take(self) -> Hidden:
         """The positions, as the stage's input."""
         taken = [state.take(index, count) for state, index, count in self.work]
-        if isinstance(taken[0], Text):
-            return embed([state.model for state, _, _ in self.work], taken)  # type: ignore[arg-type]
-        return pack([rows for pieces in taken for rows in pieces])
+        texts = [one for one in taken if isinstance(one, Text)]
+        if texts:
+            return embed([state.model for state, _, _ in self.work], texts)
+        return pack([rows for pieces in taken for rows in pieces])  # type: ignore[union-attr]
 
     def put(self, hidden: Hidden, done: Sequence[Done]) -> None:
         """Store the result in the states."""
-        for (state, index, count), start, one in zip(self.work, self.plan.starts, done, strict=True):
+        for (state, index, count), start, one in zip(
+            self.work, self.plan.starts, done, strict=True
+        ):
             state.put(index, Rows(hidden, start, start + count), one)
 
 
@@ -132,7 +136,7 @@ def score(requests: Sequence[Score]) -> list[Any]:
     choices = [request.choice for request in requests if request.choice]
     rows = tuple([request.rows for request in requests])
     answer = _Answer(target, choices, rows, hidden)
-    if sum(rows) > FEW or any([stage.rank for stage in model.stages]):
+    if sum(rows) > FEW or any(stage.rank for stage in model.stages):
         return answer.apart(answer(*answer.arrays))
     return answer.apart(model.traces.run(answer.key, answer, answer.arrays))
 

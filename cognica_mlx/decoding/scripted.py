@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from cognica_mlx.decoding.passes import answers
+from cognica_mlx.decoding.choosing import choose_from
 from cognica_mlx.decoding.requests import Request, Score
 from cognica_mlx.decoding.single import Driver
 
@@ -35,7 +35,8 @@ class Scripted:
             return self._driver.answer(request)
         real = self._driver.answer(replace(request, choice=None))
         # Adds 0 from the real scores, so that they must be computed.
-        return answers([request], self._script(request) + mx.minimum(mx.abs(real[:, :1]), 0))[0]
+        scores = self._script(request) + mx.minimum(mx.abs(real[:, :1]), 0)
+        return choose_from(scores, [request.choice]) if request.choice else scores
 
 
 @dataclass(frozen=True)

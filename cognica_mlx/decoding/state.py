@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
 
 import mlx.core as mx
 
@@ -89,21 +88,24 @@ class DecodingState:
             max(slack, keep_trunk) if stage == trunk else slack for stage in range(len(self.stages))
         ]
         self.positions_run = [0] * len(self.stages)
-        self._in_use = Lock()
+        self._user: dict[str, object] = {}
         self.clear()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """For as long as one reply, or one call, runs the text on. RequestError if another does."""
-        if not self._in_use.acquire(blocking=False):
-            raise RequestError(
-                "the decoding state is in use by another reply: end that one, or close its"
-                " iterator, or give each its own state (DecodingState.fork copies one)"
-            )
+        me = object()
+        # Within `try`, and by one operation: an interruption must not leave it in use for ever.
         try:
+            if self._user.setdefault("", me) is not me:
+                raise RequestError(
+                    "the decoding state is in use by another reply: end that one, or close its"
+                    " iterator, or give each its own state (DecodingState.fork copies one)"
+                )
             yield
         finally:
-            self._in_use.release()
+            if self._user.get("") is me:
+                del self._user[""]
 
     def renew_traces(self) -> None:
         """Drop traces of passes whose matrices have been replaced since they were made."""

@@ -176,15 +176,15 @@ class PoEModel(nn.Module):
             x = self.embeddings(tokens)
             smeared = mx.concatenate([x[:, :1], self.smear(x)], axis=1)
         elif tokens.size > FEW:
-            smeared = self._embed_after(tokens, previous)
+            smeared = self._embedded(tokens, previous)
         else:
             key = "embed", tokens.shape
             (smeared,) = self.traces.run(
-                key, lambda *ids: [self._embed_after(*ids)], (tokens, previous)
+                key, lambda *ids: [self._embedded(*ids)], (tokens, previous)
             )
         return Hidden(tokens, smeared, smeared)
 
-    def _embed_after(self, tokens: mx.array, previous: mx.array) -> mx.array:
+    def _embedded(self, tokens: mx.array, previous: mx.array) -> mx.array:
         return self.smear(self.embeddings(mx.concatenate([previous, tokens], axis=1)))
 
     def embeddings(self, tokens: mx.array) -> mx.array:

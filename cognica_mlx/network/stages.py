@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -233,7 +232,8 @@ class Stage:
 
     def rotation(self, offset: int | mx.array, tokens: mx.array) -> Rotation:
         """The rotary embedding of tokens (B, T) from `offset` on."""
-        return Rotation(offset, *tokens.shape, self._model.config.rope_theta)
+        batch, length = tokens.shape
+        return Rotation(offset, batch, length, self._model.config.rope_theta)
 
     def layers_on(
         self,
@@ -243,14 +243,15 @@ class Stage:
         caches: Sequence[AttentionCache],
         rotate: Rotation,
     ) -> tuple[mx.array, mx.array | None]:
-        """The blocks on rows (N, D) of tokens (B, T): the residual stream, and after the backout
-        layer, if it is one of these."""
+        """The blocks on rows (N, D) of tokens (B, T): the residual stream, and as it is after
+        the backout layer, if that is one of these, (1, N, D)."""
         backout = None
         parts = zip(self.layers, self.blocks, self.lambdas(), caches, strict=True)
         for i, block, (keep, again), attention in parts:
             x = block(mixed(keep, x, again, x0), tokens, attention, rotate)
             if i == self._backout_layer:
-                backout = x
+                backout = x.reshape(1, *x.shape)
+                x = backout.reshape(x.shape)
         return x, backout
 
 
@@ -276,7 +277,7 @@ def replay(
         x, *others = (array.reshape(rows, -1) for array in arrays[1 : 1 + width])
         x0 = others[0] if others else x
         made: list[mx.array] = []
-        attention = rotate = None
+        attention: FixedAttention | None = None
         for stage, plan, (numbers, buffers) in zip(stages, plans, places, strict=True):
             if attention is None or not alike:
                 attention = FixedAttention(
@@ -287,14 +288,18 @@ def replay(
                 attention = attention.next_stage(stage.windows, arrays[buffers])
             caches = [attention] * len(stage.blocks)
             x, backout = stage.layers_on(column, x, x0, caches, rotate)
-            made += [a.reshape(1, rows, -1) for a in (x, backout) if a is not None]
+            # What is handed out lies on the way to what follows, so that it is computed with it.
+            given = x.reshape(1, rows, -1)
+            x = given.reshape(rows, -1)
+            made += [given] if backout is None else [given, backout]
             made += attention.buffers()
         return made
 
     # Of the deepest stage: a specialist's ends before the base's, which others share.
     key = tuple(map(id, stages)), tuple([p.key for p in plans]), alike, width, hidden.x.dtype.size
     out = stages[-1].traces.run(key, step, arrays)
-    found, at, backout = [], 0, hidden.backout
+    found: list[tuple[Hidden, Sequence[Done]]] = []
+    at, backout = 0, hidden.backout
     for makes, plan, (_, buffers) in zip(made_backout, plans, places, strict=True):
         x, at = out[at], at + 1
         if makes:

@@ -20,7 +20,6 @@ from cognica_mlx.bench.timing import interleaved, once_begun
 from cognica_mlx.decoding.modes import ModeOptions, make_mode
 from cognica_mlx.decoding.sequence import Mode
 from cognica_mlx.decoding.single import decode
-from cognica_mlx.network.elementwise import compiles
 from cognica_mlx.network.model import PoEModel
 from mlx_poe.doctor.agreement import APART, NEAR_TIES, PROMPTS, REPORT, TOKENS, cases
 from mlx_poe.doctor.verdicts import FAILED, OK, WARNING, Line
@@ -92,7 +91,7 @@ def compared(name: str, dtype: mx.Dtype, traced: Replies, untraced: Replies) -> 
         status, advice = FAILED, f"{REPORT}; {SWITCH}"
     elif parted:
         status, advice = WARNING, NEAR_TIES
-    elif apart and dtype == mx.float32 and not compiles():
+    elif apart and dtype == mx.float32 and not traces.fuses():
         status, advice = WARNING, "the same bits on any machine that we have tested: please tell us"
     numbers = {"replies": len(traced), "parted": parted, "apart": float(apart)}
     return Line("tracing", name, status, value, advice, numbers)
