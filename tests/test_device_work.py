@@ -301,9 +301,9 @@ def test_a_sequence_that_joins_a_batch_adds_no_kernels(tmp_path, monkeypatch):
             graphs.append(kernels(tmp_path, *(array for arrays in ahead for array in arrays)))
             return real(ahead)
 
-        for _ in range(12):
-            batch.run()
-        with monkeypatch.context() as patch:
+        with traces.off(), monkeypatch.context() as patch:  # others' traces have padded rows
+            for _ in range(12):
+                batch.run()
             patch.setattr(mx, "async_eval", counted)
             batch.run()
         batch.close()

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -24,7 +25,7 @@ from cognica_mlx.cache.fixed_pass import (
 from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.cache.keys_and_values import Done
 from cognica_mlx.cache.shelf import Shelf, arrange, place_of
-from cognica_mlx.cache.stage_cache import Content, OnePart, Span, StageCache, StagePass
+from cognica_mlx.cache.stage_cache import Content, Layer, Span, StageCache, StagePass
 
 # A pass of more parts than this is not replayed: there are too many ways to combine them.
 PARTS = 4
@@ -101,6 +102,54 @@ class _Member:
         old = self._content
         spans = {window: Span(span.rows + 1) for window, span in old.spans.items()}
         return old._replace(offset=old.offset + 1, spans=spans, written=self._round)
+
+
+class OnePart:
+    """The `Part` of a pass for `count` positions of one cache."""
+
+    starts = (0,)
+
+    def __init__(self, cache: StageCache, count: int):
+        self._cache, self.count = cache, count
+        content = cache.content
+        first = content.offset
+        self.positions = tuple(range(first, first + count))
+        self.ends, reaches = {}, []
+        for window, span in content.spans.items():
+            ends = self.ends[window] = tuple(range(span.rows, span.rows + count))
+            reaches.append(reach(window, cache.size(window), ends, self.positions))
+        self.key = PartKey(1, count, True, tuple(reaches))
+
+    @staticmethod
+    def fits(cache: StageCache, count: int) -> bool:
+        """Whether the buffers have room, and may be written to."""
+        content = cache.content
+        if content.place or content.layers[0].keys is None:
+            return False
+        return all(
+            not span.tail
+            and span.rows + count <= cache.size(window)
+            and not (content.written == cache.round and cache.is_large(window))
+            for window, span in content.spans.items()
+        )
+
+    def buffers(self) -> list[mx.array]:
+        return [array for layer in self._cache.content.layers for array in layer.arrays()[:2]]
+
+    def done(self, buffers: Sequence[mx.array]) -> list[Done]:
+        content, count = self._cache.content, self.count
+        spans = {window: Span(span.rows + count) for window, span in content.spans.items()}
+        layers = tuple(map(Layer, buffers[::2], buffers[1::2]))
+        return [_Finished(Content(content.offset + count, spans, layers, self._cache.round))]
+
+
+class _Finished(NamedTuple):
+    """A finished pass."""
+
+    content: Content
+
+    def result(self) -> Content:
+        return self.content
 
 
 class PackedPass:

@@ -19,7 +19,6 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 
 from cognica_mlx.cache.attention import Visible, in_two_parts
-from cognica_mlx.cache.fixed_pass import PartKey, reach
 from cognica_mlx.cache.keys_and_values import Done
 from cognica_mlx.errors import RollbackError
 
@@ -225,54 +224,6 @@ class StageCache:
         place = self.content.place
         layers = place.views() if place else self.content.layers
         return [array for layer in layers for array in layer.arrays()]
-
-
-class OnePart:
-    """The `Part` of a pass for `count` positions of one cache."""
-
-    starts = (0,)
-
-    def __init__(self, cache: StageCache, count: int):
-        self._cache, self.count = cache, count
-        content = cache.content
-        first = content.offset
-        self.positions = tuple(range(first, first + count))
-        self.ends, reaches = {}, []
-        for window, span in content.spans.items():
-            ends = self.ends[window] = tuple(range(span.rows, span.rows + count))
-            reaches.append(reach(window, cache.size(window), ends, self.positions))
-        self.key = PartKey(1, count, True, tuple(reaches))
-
-    @staticmethod
-    def fits(cache: StageCache, count: int) -> bool:
-        """Whether the buffers have room, and may be written to."""
-        content = cache.content
-        if content.place or content.layers[0].keys is None:
-            return False
-        return all(
-            not span.tail
-            and span.rows + count <= cache.size(window)
-            and not (content.written == cache.round and cache.is_large(window))
-            for window, span in content.spans.items()
-        )
-
-    def buffers(self) -> list[mx.array]:
-        return [array for layer in self._cache.content.layers for array in layer.arrays()[:2]]
-
-    def done(self, buffers: Sequence[mx.array]) -> list[Done]:
-        content, count = self._cache.content, self.count
-        spans = {window: Span(span.rows + count) for window, span in content.spans.items()}
-        layers = tuple(map(Layer, buffers[::2], buffers[1::2]))
-        return [_Written(Content(content.offset + count, spans, layers, self._cache.round))]
-
-
-class _Written(NamedTuple):
-    """A finished pass."""
-
-    content: Content
-
-    def result(self) -> Content:
-        return self.content
 
 
 class StagePass:
