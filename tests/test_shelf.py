@@ -433,3 +433,14 @@ def test_a_shelf_is_given_up_when_too_little_of_it_is_used_for_a_while(monkeypat
     steps(shown, 4)
     place = shown[0].cache.content.place
     assert place and place.shelf is not shelf and len(place.shelf.layers[0][0]) == 2
+
+
+def test_who_sits_out_ahead_of_the_others_keeps_its_rows():
+    """A pass has a row for each slot; that of a cache that takes no part goes beyond its own."""
+    shown = [Shown() for _ in range(3)]
+    run(shown, [3, 4, 5])
+    steps(shown, 4)
+    for one in shown[:2]:
+        one.rollback(2)
+    steps(shown[:2], 1)
+    steps(shown, 1)

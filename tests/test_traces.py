@@ -191,3 +191,22 @@ def test_the_variable_turns_it_off(monkeypatch):
     for _ in range(2 * traces.USES):
         owner.run("key", lambda x: made.append(1) or [x], [mx.array([1.0])])
     assert len(made) == 2 * traces.USES and not traces.enabled()
+
+
+def test_an_owner_that_its_functions_refer_to_ends_when_it_is_let_go():
+    """Without waiting for Python to look for cycles: weights are large."""
+    owner = traces.Traces()
+
+    def ask(one: traces.Traces) -> None:
+        one.run("key", lambda x: [x + len(one)], [mx.array([1.0])])
+
+    for _ in range(traces.USES):
+        ask(owner)
+    assert len(owner) == 1
+    gone = weakref.ref(owner)
+    gc.disable()
+    try:
+        del owner
+        assert gone() is None
+    finally:
+        gc.enable()
