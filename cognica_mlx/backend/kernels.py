@@ -7,7 +7,7 @@ separate operations (16 times for `relu_squared` of 128 rows), so there:
 
 - what all layers of a pass share is computed once: `Rotation`, masks
 - numbers are arrays of the shape that they are used in, because each broadcast is an operation
-- attention's scale is part of the norm of the queries
+- attention's scale is part of the tables that rotate the queries
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cognica_mlx.backend.traces import constant
 
 NORM_EPS = 1.1920929e-07
 SOFTCAP = 15.0
-# Up to so many rows, tables are worth having for each head.
+# What is made for the sake of the host pays up to so many rows: with more, their own time is large.
 FEW = 64
 
 
@@ -41,8 +41,11 @@ def _chain(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return call
 
 
-def _like(number: mx.array | float, x: mx.array) -> mx.array:
-    """A constant number in x's shape, for which a trace needs no operation."""
+def _like(number: mx.array | float, x: mx.array) -> mx.array | float:
+    """A constant number in x's shape, for which a trace needs no operation; on a GPU the number as
+    it is, because a compiled chain serves all shapes."""
+    if compiles():
+        return number
     array = number if isinstance(number, mx.array) else mx.array(number, x.dtype)
     return constant(mx.broadcast_to(array, x.shape))
 
@@ -108,8 +111,8 @@ def _periods(head_dim: int, theta: float) -> mx.array:
 
 @lru_cache(maxsize=64)
 def _turns(head_dim: int, theta: float) -> tuple[mx.array, mx.array]:
-    """The angles of one position (head_dim,), and the matrix that swaps the halves of a head and
-    negates the first half of the result's second."""
+    """The angles by which one position turns (head_dim,), and the matrix (head_dim, head_dim) that
+    takes a head's halves (a, b) to (b, -a)."""
     angles, half = 1 / _frequencies(head_dim, theta), head_dim // 2
     swap = np.zeros((head_dim, head_dim), np.float32)
     at = np.arange(half)
@@ -138,7 +141,7 @@ class Rotation:
     def __init__(self, offset: int | mx.array, batch: int, length: int, theta: float):
         self._offset, self._batch, self._length, self._theta = offset, batch, length, theta
         self._by_row = batch == 1 and isinstance(offset, mx.array) and offset.size == length > 1
-        # Cosines and sines, for how many heads are scaled.
+        # Cosines and sines, made for the first layer.
         self._tables: tuple[mx.array, mx.array] | None = None
 
     def heads(

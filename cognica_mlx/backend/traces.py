@@ -38,7 +38,7 @@ _NO_FUSE, _ENABLED = 2, 3
 Function = Callable[..., Sequence[mx.array]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Statistics:
     """What this process did so far: traces made and dropped again, replays, seconds of tracing."""
 
@@ -62,8 +62,8 @@ _statistics = Statistics()
 
 
 def statistics() -> Statistics:
-    """See `Statistics`."""
-    return _statistics
+    """See `Statistics`; a copy."""
+    return replace(_statistics)
 
 
 def enabled() -> bool:
@@ -118,13 +118,12 @@ class Traces:
     ) -> Sequence[mx.array]:
         """`function(*arrays)`, replayed if it has been traced under this key in this thread. The
         key must tell apart whatever makes another graph, shapes included."""
-        global _statistics
         if not enabled():
             return function(*arrays)
         place = key, _here.thread
         if (trace := self._made.get(place)) is not None:
             self._made.move_to_end(place)
-            _statistics = replace(_statistics, replays=_statistics.replays + 1)
+            _statistics.replays += 1
             return trace(*arrays)
         uses = self._uses[place] = self._uses.get(place, 0) + 1
         if uses < USES:
@@ -136,7 +135,6 @@ class Traces:
     def _trace(
         self, place: Hashable, function: Function, arrays: Sequence[mx.array]
     ) -> Sequence[mx.array]:
-        global _statistics
         started = time.perf_counter()
 
         # Dropped once traced: the owner, which the function may refer to, would never end.
@@ -155,16 +153,11 @@ class Traces:
         functions.clear()
         del self._uses[place]
         self._made[place] = made
-        evicted = len(self._made) > MOST
-        if evicted:
+        if len(self._made) > MOST:
             self._made.popitem(last=False)
-        now = _statistics
-        _statistics = replace(
-            now,
-            traces=now.traces + 1,
-            evicted=now.evicted + evicted,
-            seconds=now.seconds + time.perf_counter() - started,
-        )
+            _statistics.evicted += 1
+        _statistics.traces += 1
+        _statistics.seconds += time.perf_counter() - started
         return result
 
 
@@ -182,7 +175,7 @@ def _set_mode() -> Callable[[int], None] | None:
 
 def _can_trace() -> bool:
     """Whether this build can trace without fusing where it has to."""
-    return mx.default_device() == mx.gpu or fuses() or _set_mode() is not None
+    return _set_mode() is not None or fuses()
 
 
 def fuses() -> bool:

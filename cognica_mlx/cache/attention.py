@@ -1,4 +1,4 @@
-"""Attention without a cache, over two arrays of keys, and within a window: with a window of w, a
+"""Attention of a whole text, over two arrays of keys, and within a window: with a window of w, a
 position sees itself and the w positions before it."""
 
 from __future__ import annotations
@@ -8,24 +8,13 @@ import mlx.core as mx
 from cognica_mlx.backend.kernels import as_mask, attention, compiles, scores
 
 
-class WholeText:
-    """Attention without a cache, for the positions at the start of a text."""
-
-    offset = 0
-
-    def __init__(self, window: int, length: int):
-        self._visible = Visible(window, 0, length)
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        return self._visible.attend(q, k, v, scale)
-
-
 class Visible:
     """What the queries at positions offset .. offset + length - 1 see of the `min(offset, window)`
-    positions before them and of their own."""
+    positions before them and of their own. At the start of a text, which needs no cache, it serves
+    as each layer's `AttentionCache`."""
 
     def __init__(self, window: int, offset: int, length: int):
-        self._window, self._offset, self._length = window, offset, length
+        self.offset, self._window, self._length = offset, window, length
         self._mask: mx.array | None = None
 
     def mask(self, q: mx.array, kv_heads: int) -> mx.array | None:
@@ -35,7 +24,7 @@ class Visible:
         return self._mask
 
     def _seen(self) -> mx.array:
-        offset, window = self._offset, self._window
+        offset, window = self.offset, self._window
         queries = mx.arange(offset, offset + self._length)[:, None]
         keys = mx.arange(offset - min(offset, window), offset + self._length)[None]
         seen = keys <= queries
@@ -43,7 +32,7 @@ class Visible:
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         """Attention of q (B, H, T, head_dim) over keys and values (B, KV, keys, head_dim)."""
-        if compiles() and self._length > 1 and self._offset + self._length <= self._window + 1:
+        if compiles() and self._length > 1 and self.offset + self._length <= self._window + 1:
             # The kernel knows this mask.
             return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
         return attention(q, k, v, scale, self.mask(q, k.shape[1]))

@@ -1,7 +1,8 @@
 """A pass over buffers of fixed shape, which a trace can replay.
 
 A pass that adds a few rows to buffers with room for them needs no Python number: where rows go and
-what they see is in arrays. What is left, a `Key`, changes only when a buffer grows or the stretch
+what they see is in arrays. What is left, a `PartKey` for each
+part, changes only when a buffer grows or the stretch
 of it that is seen moves on, so the same trace serves all passes in between.
 
 - a *part* is some positions of one cache, or one position of each slot of a shelf; a pass has one
@@ -23,8 +24,6 @@ from cognica_mlx.backend.kernels import as_mask, attention
 from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.cache.keys_and_values import Done
 
-# Passes of more rows than this are built anew: the host's time is small beside theirs.
-ROWS = 64
 # A layer sees a stretch of its buffer that begins and ends at multiples of STRIDE.
 STRIDE = 128
 
@@ -96,17 +95,13 @@ class FixedPass:
         windows = [r.window for r in self.key[0].reaches]
         positions = tuple([p for part in parts for p in part.positions])
         self.rows = len(positions)
-        self._numbers = [_positions(positions)]
+        # Each row's position (N,), and for each window what to add for the row of the buffer that
+        # it goes to; uint32.
+        self.numbers = [_positions(positions)]
         for window in windows:
             ends = [end for part in parts for end in part.ends[window]]
             shifts = tuple([end - at for end, at in zip(ends, positions, strict=True)])
-            self._numbers.append(_shifts(shifts))
-
-    @property
-    def numbers(self) -> list[mx.array]:
-        """Each row's position (N,), and for each window what to add for the row of the buffer that
-        it goes to; uint32."""
-        return self._numbers
+            self.numbers.append(_shifts(shifts))
 
     def buffers(self) -> list[mx.array]:
         """All buffers, part by part."""

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from cognica_mlx.backend.kernels import FEW
 from cognica_mlx.cache.fixed_pass import (
-    ROWS,
     FixedAttention,
     FixedPass,
     Part,
@@ -73,8 +73,8 @@ class SlotsPart:
         return [array for pair in self._shelf.layers for array in pair]
 
     def done(self, buffers: Sequence[mx.array]) -> list[Done]:
-        """The shelf gets the new rows at once, which is safe: a cache ignores rows beyond its own,
-        and takes them when it commits."""
+        """The shelf takes all new rows when the first cache commits, which is safe: a cache ignores
+        rows beyond its own."""
         shared = _Written(self._shelf, buffers)
         return [_Member(shared, cache) for cache in self._caches]
 
@@ -217,7 +217,7 @@ def begin(caches: Sequence[StageCache], counts: Sequence[int]) -> FixedPass | Pa
             own.append((cache, count))
     together = [SlotsPart(members) for members in shelves.values()]
     rows = sum(len(part.positions) for part in together) + sum(count for _, count in own)
-    few = rows <= ROWS and len(together) + len(own) <= PARTS
+    few = rows <= FEW and len(together) + len(own) <= PARTS
     if few and all(OnePart.fits(cache, count) for cache, count in own):
         parts: list[Part] = [*together]
         return FixedPass([*parts, *(OnePart(cache, count) for cache, count in own)])

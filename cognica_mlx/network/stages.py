@@ -23,7 +23,7 @@ from cognica_mlx.backend.kernels import (
     relu_squared,
 )
 from cognica_mlx.backend.traces import Traces
-from cognica_mlx.cache.attention import WholeText
+from cognica_mlx.cache.attention import Visible
 from cognica_mlx.cache.fixed_pass import FixedAttention, FixedPass
 from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.cache.keys_and_values import AttentionCache, Done, KeysAndValues
@@ -144,9 +144,9 @@ class Stage:
 
     `source` is the boundary that it reads: 0 is the embedded text, k + 1 the output of stage k.
     Models over one base share its stage objects, so that positions of all of them can go through a
-    stage in one pass. A stage on another machine brings its own `new_cache`, `order`, `run` and
-    `ask_logits`; `rank` is that machine, and `dispensable` says whether decoding goes on with the
-    stages before it once the machine is lost.
+    stage in one pass. A stage on another machine brings its own `new_cache`, `order`, `plan`, `run`
+    and `ask_logits`; `rank` is that machine, and `dispensable` says whether decoding goes on with
+    the stages before it once the machine is lost.
     """
 
     rank = 0
@@ -220,7 +220,7 @@ class Stage:
         tokens = hidden.tokens
         batch, length = tokens.shape
         if caches is None:
-            whole = {w: WholeText(w, length) for w in set(self.windows)}
+            whole = {w: Visible(w, 0, length) for w in set(self.windows)}
             caches = [whole[w] for w in self.windows]
         # As rows: a matrix product of two dimensions is one operation.
         x = hidden.x.reshape(batch * length, -1)
@@ -264,13 +264,15 @@ def replay(
     rows = len(hidden)
     streams = [hidden.x] if hidden.x0 is hidden.x else [hidden.x, hidden.x0]
     # Usually the rows lie alike in all stages: then numbers, masks and rotations are shared.
-    alike = all(plan.key == plans[0].key and same(plan.numbers, plans[0].numbers) for plan in plans)
+    shared = all(
+        plan.key == plans[0].key and same(plan.numbers, plans[0].numbers) for plan in plans
+    )
     arrays = [hidden.tokens, *streams]
     places: list[tuple[slice, slice]] = []
     for plan in plans:
-        numbers = places[0][0] if alike and places else _add(arrays, plan.numbers)
+        numbers = places[0][0] if shared and places else _add(arrays, plan.numbers)
         places.append((numbers, _add(arrays, plan.buffers())))
-    width, made_backout = len(streams), [stage.makes_backout for stage in stages]
+    width = len(streams)
 
     def step(*arrays: mx.array) -> list[mx.array]:
         column = arrays[0].reshape(rows, 1)
@@ -279,7 +281,7 @@ def replay(
         made: list[mx.array] = []
         attention: FixedAttention | None = None
         for stage, plan, (numbers, buffers) in zip(stages, plans, places, strict=True):
-            if attention is None or not alike:
+            if attention is None or not shared:
                 attention = FixedAttention(
                     plan.key, stage.windows, arrays[numbers], arrays[buffers]
                 )
@@ -296,13 +298,13 @@ def replay(
         return made
 
     # Of the deepest stage: a specialist's ends before the base's, which others share.
-    key = tuple(map(id, stages)), tuple([p.key for p in plans]), alike, width, hidden.x.dtype.size
+    key = tuple(map(id, stages)), tuple([p.key for p in plans]), shared, width, hidden.x.dtype.size
     out = stages[-1].traces.run(key, step, arrays)
     found: list[tuple[Hidden, Sequence[Done]]] = []
     at, backout = 0, hidden.backout
-    for makes, plan, (_, buffers) in zip(made_backout, plans, places, strict=True):
+    for stage, plan, (_, buffers) in zip(stages, plans, places, strict=True):
         x, at = out[at], at + 1
-        if makes:
+        if stage.makes_backout:
             backout, at = out[at], at + 1
         stop = at + buffers.stop - buffers.start
         found.append((Hidden(hidden.tokens, x, hidden.x0, backout), plan.done(out[at:stop])))

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from cognica_mlx.backend.kernels import Rotation, compiles, mixed
-from cognica_mlx.cache.attention import WholeText
+from cognica_mlx.cache.attention import Visible
 from cognica_mlx.cache.hidden import Hidden
 from cognica_mlx.config import SUMMED, PoEConfig
 from cognica_mlx.errors import RequestError
@@ -156,7 +156,7 @@ class NewStage:
         windows, (batch, length, width) = self.config.windows, hidden.x.shape
         x, x0 = (array.reshape(-1, width) for array in (hidden.x, hidden.x0))
         rotate = Rotation(0, batch, length, self.config.rope_theta)
-        whole = {w: WholeText(w, len(hidden)) for w in {windows[i] for i in self.layers}}
+        whole = {w: Visible(w, 0, len(hidden)) for w in {windows[i] for i in self.layers}}
         for place, i in enumerate(self.layers):
             keep, again = (part[place : place + 1] for part in lambdas)
             x = mixed(keep, x, again, x0)
@@ -173,7 +173,7 @@ class NewStage:
         return self._model.final_logits(hidden, [both])[0]
 
     def _block(
-        self, i: int, x: mx.array, tokens: mx.array, attention: WholeText, rotate: Rotation
+        self, i: int, x: mx.array, tokens: mx.array, attention: Visible, rotate: Rotation
     ) -> mx.array:
         block = self._model.h[i]
         if not self._grad_checkpoint:
